@@ -1,0 +1,1 @@
+"""Supervised fine-tuning data: read conversations, format and label them, batch them."""

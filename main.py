@@ -1,0 +1,111 @@
+"""One stage of the way from a causal language model to a low-bit one: fine-tune in BF16, train with quantization, evaluate.
+
+    python main.py --model_name_or_path M --do_train True ...                        # BF16 fine-tuning
+    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_train True ...   # quantization-aware training
+    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_eval True ...    # PTQ: round, do not train
+
+The same file runs under `accelerate launch` on one device or many, see accelerate_config/.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import transformers
+from transformers import set_seed
+
+from qat import QATConfig, prepare_qat
+from training.arguments import (
+    DataArguments,
+    ModelArguments,
+    QuantizationArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from training.checkpoints import find_checkpoint
+from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
+from training.loading import load_model, load_tokenizer
+from utils import QATTrainer, make_supervised_data_module
+
+logger = logging.getLogger("main")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one stage: parse, seed, load, quantize, read data, train, evaluate, save."""
+    model_args, training_args, data_args, quant_args = parse_arguments(argv)
+    set_up_logging(training_args)
+    set_seed(training_args.seed)
+    if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
+        use_fast_bfloat16()
+        logger.info("This CPU has no BF16 instructions: BF16 products are computed with its FP32 ones.")
+
+    model = load_model(model_args, training_args.cache_dir)
+    tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
+    quantize(model, model_args, quant_args)
+    checkpoint = None
+    if training_args.do_train:
+        checkpoint = find_checkpoint(
+            training_args.output_dir, training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
+        )
+
+    with training_args.main_process_first(desc="preparing the data"):
+        data_module = make_supervised_data_module(
+            data_args.dataset, tokenizer, train_size=data_args.train_size, eval_size=data_args.eval_size
+        )
+
+    if not training_args.do_train:
+        training_args.output_dir = unused_folder(training_args.output_dir)
+    trainer = QATTrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+
+    if training_args.do_train:
+        if checkpoint is not None:
+            logger.info("Resuming from %s", checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    if training_args.do_train:
+        trainer.save_model()
+        trainer.save_state()
+        logger.info("Saved to %s", training_args.output_dir)
+
+
+def quantize(model, model_args: ModelArguments, quant_args: QuantizationArguments) -> None:
+    """Prepare `model` for the scheme asked for, else for the one its folder was trained with, else not at all."""
+    saved = QATConfig.load(model_args.model_name_or_path) if Path(model_args.model_name_or_path).is_dir() else None
+    if quant_args.quant_scheme is not None:
+        prepare_qat(model, {"torch.nn.Linear": quant_args.quant_scheme})
+    elif saved is not None:
+        logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
+        prepare_qat(model, saved.mapping, saved.ignore)
+
+
+def unused_folder(folder: str) -> str:
+    """`folder` if it is free, else a new folder inside it: an evaluation overwrites nothing."""
+    path, number = Path(folder), 0
+    while path.exists() and any(path.iterdir()):
+        number += 1
+        path = Path(folder, f"evaluation-{number}")
+    return str(path)
+
+
+def set_up_logging(training_args: TrainingArguments) -> None:
+    """Messages of the main process to standard error, progress bars and warnings of all."""
+    level = logging.INFO if training_args.should_log else logging.WARNING
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    for name in ("main", "data", "training", "qat"):
+        logging.getLogger(name).setLevel(level)
+    transformers.utils.logging.set_verbosity_warning()
+
+
+__all__ = ["DataArguments", "ModelArguments", "QuantizationArguments", "TrainingArguments", "main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Small parts that tests share: a tiny Llama, its tokenizer, a few conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and two special ones; ids 0 to 257."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1, **{char: i + 2 for i, char in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_llama(tie_word_embeddings: bool = True, attention_bias: bool = False, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama of 64 hidden units whose layers all fit MX blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=tie_word_embeddings,
+        attention_bias=attention_bias, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, **kwargs) -> Path:
+    """A checkpoint with tokenizer, as a user has it on disk."""
+    make_llama(**kwargs).to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_conversations(path: Path, count: int = 40) -> Path:
+    """`count` short conversations in Daring-Anteater's schema."""
+    rows = (
+        {
+            "conversations": [
+                {"from": "User", "value": f"What is {i} plus {i}?"},
+                {"from": "Assistant", "value": f"It is {2 * i}."},
+            ]
+        }
+        for i in range(count)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,116 @@
+"""The command line: four groups of arguments, each checked before anything slow begins."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from data.readers import DATASET_NAMES
+from qat import SCHEMES
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from."""
+
+    model_name_or_path: str = field(
+        default="meta-llama/Llama-3.1-8B",
+        metadata={"help": "Hub id or local folder of a causal language model; a QAT folder brings its scheme along."},
+    )
+    gguf_file: str | None = field(
+        default=None,
+        metadata={"help": "Name of a GGUF file inside the local folder model_name_or_path; loaded dequantized."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():
+            raise ValueError(
+                f"--gguf_file {self.gguf_file!r} is not in --model_name_or_path {self.model_name_or_path!r}; "
+                "name a .gguf file that lies in that local folder"
+            )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Hugging Face's own training arguments, with defaults for this job."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models are cached."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Samples are cut at this many tokens; batches are padded to their longest."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={"help": "Drop the last incomplete training batch. Evaluation always uses every sample."},
+    )
+    bf16: bool = field(
+        default=True,
+        metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_max_length < 2:
+            raise ValueError(f"--model_max_length {self.model_max_length} is too short; a sample needs at least 2 tokens")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fp16:
+            self.bf16 = False
+        super().__post_init__()
+
+
+@dataclass
+class DataArguments:
+    """Which data to learn from."""
+
+    dataset: str = field(
+        default="Daring-Anteater",
+        metadata={
+            "help": f"One of {', '.join(DATASET_NAMES)}, or a local .jsonl, .json, .parquet or .csv file (or a folder of "
+            "them) with the columns of one of these. python-docs needs no network."
+        },
+    )
+    train_size: int = field(default=0, metadata={"help": "Number of training samples; 0 uses all."})
+    eval_size: int = field(default=0, metadata={"help": "Number of evaluation samples; 0 uses the dataset's default."})
+
+
+@dataclass
+class QuantizationArguments:
+    """How to quantize."""
+
+    quant_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Quantization scheme, one of {', '.join(SCHEMES)}. With --do_train: quantization-aware training; "
+            "without: evaluation after plain rounding (PTQ). Default: none, or the scheme of a QAT folder."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.quant_scheme is None:
+            return
+        if self.quant_scheme.upper() not in SCHEMES:
+            raise ValueError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        self.quant_scheme = self.quant_scheme.upper()
+
+
+Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments]
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Parse flags, or a single .yaml or .json file of them; a wrong value ends the program with one clear line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((ModelArguments, TrainingArguments, DataArguments, QuantizationArguments))
+    try:
+        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+            arguments = parser.parse_yaml_file(argv[0])
+        elif len(argv) == 1 and argv[0].endswith(".json"):
+            arguments = parser.parse_json_file(argv[0])
+        else:
+            arguments = parser.parse_args_into_dataclasses(argv)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return arguments

@@ -1,0 +1,72 @@
+"""Load a model as FP32 master weights, remembering the dtype it came in.
+
+At QAT's learning rates Adam's updates are smaller than half a BF16 step and would vanish, so weights are trained in FP32
+and computed with in BF16 (autocast) on every backend; what is saved goes back to the original dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import ModelArguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
+    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to the dtype it was stored in."""
+    kwargs = {"cache_dir": cache_dir, "dtype": "auto"}
+    if model_args.gguf_file is not None:
+        kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
+    if model_args.gguf_file is not None:
+        _forget_gguf(model)
+    model.original_dtype = model.dtype
+    model.original_dtypes = {k: v.dtype for k, v in model.state_dict(keep_vars=True).items() if v.is_floating_point()}
+    model.float()
+    model.config.use_cache = False  # a cache of keys and values is of no use in training
+    _mend_generation_config(model)
+    return model
+
+
+def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):
+    """The model's tokenizer, cutting at `model_max_length`, with a padding token."""
+    kwargs = {"gguf_file": model_args.gguf_file} if model_args.gguf_file is not None else {}
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path, cache_dir=cache_dir, model_max_length=model_max_length, **kwargs
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _dequantize_gguf() -> dict:
+    """transformers 5.2x keeps GGUF weights in their blocks unless told otherwise; earlier versions always unpack."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """The weights are plain now; what remembers the blocks would keep the model from being saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for attribute in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    if getattr(model, "quantization_method", None) is not None:
+        model.quantization_method = None
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Some published models set sampling parameters without do_sample; transformers then refuses to save them."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        logger.warning("generation config: set do_sample=True, since it would not be saved otherwise (%s)", error)
+        model.generation_config.do_sample = True

@@ -1,0 +1,119 @@
+"""QATTrainer: Hugging Face's Trainer, with the few things that QAT and honest numbers need.
+
+* Evaluation sums losses over tokens, so perplexity depends on neither batch size nor padding nor processes.
+* `save_model` writes one complete Hugging Face checkpoint in the model's original dtype, from FP32 masters, under every
+  backend; `config.json` says so; `qat_config.json` lies beside it.
+* The checkpoints from which a run resumes keep the FP32 masters, or resuming would not be exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from .metrics import loss_over_tokens, token_loss_sums
+
+
+class QATTrainer(Trainer):
+    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        self._own_metrics = kwargs.get("compute_metrics") is None
+        if self._own_metrics:
+            kwargs["compute_metrics"] = loss_over_tokens
+        super().__init__(*args, **kwargs)
+        self._keep_masters = False
+
+    # ---- Evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Evaluation uses every sample, whatever `dataloader_drop_last` says about training."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Per sample, the summed loss as prediction and the number of labelled tokens as label: see `loss_over_tokens`."""
+        if not self._own_metrics:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nll, tokens = token_loss_sums(model(**inputs).logits, labels)
+        return None, nll, tokens
+
+    # ---- Saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a complete checkpoint in the original dtype to `output_dir` (default: `args.output_dir`).
+
+        Under FSDP the full state dict is gathered, whatever type the intermediate checkpoints have; that type is in
+        force again afterwards, also when saving fails.
+        """
+        with self._full_state_dict(wanted=not self._keep_masters):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        self._keep_masters = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._keep_masters = False
+
+    @contextmanager
+    def _full_state_dict(self, wanted: bool) -> Iterator[None]:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or not wanted:
+            yield
+            return
+        previous = str(plugin.state_dict_type).rpartition(".")[2]
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type(previous)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model)
+        if not self._keep_masters:
+            state_dict = _in_original_dtypes(model, model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        if not self._keep_masters:
+            _write_dtype(model, Path(output_dir))
+        if (qat_config := getattr(model, "qat_config", None)) is not None:
+            qat_config.save(output_dir)
+
+
+def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:
+    """Cast each tensor back to the dtype it was loaded in; tensors that share memory (tied weights) still do."""
+    original = getattr(model, "original_dtypes", {})
+    cast: dict[tuple, torch.Tensor] = {}
+    result = {}
+    for name, tensor in state_dict.items():
+        dtype = original.get(name, tensor.dtype)
+        key = (tensor.data_ptr(), tensor.shape, dtype)
+        result[name] = cast.setdefault(key, tensor.to(dtype)) if tensor.data_ptr() else tensor.to(dtype)
+    return result
+
+
+def _write_dtype(model: torch.nn.Module, folder: Path) -> None:
+    """Let config.json name the dtype of the saved tensors; save_pretrained wrote that of the masters in memory."""
+    dtype = getattr(model, "original_dtype", None)
+    path = folder / "config.json"
+    if dtype is None or not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
