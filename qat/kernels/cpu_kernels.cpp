@@ -24,6 +24,9 @@
 #include <cstring>
 #include <type_traits>
 
+// GCC unrolls loops of 16 before it vectorizes, and then finds worse code than for the loop itself.
+#define KEEP_LOOP _Pragma("GCC unroll 1")
+
 namespace {
 
 constexpr int kBlock = 32;
@@ -107,7 +110,7 @@ using Pair16 [[gnu::may_alias, gnu::aligned(1)]] = uint16_t;
 // One block in memory <-> its words, even elements first.
 
 inline void read_words(const uint32_t* x, uint32_t* words) {
-    for (int i = 0; i < kHalf; ++i) {
+    KEEP_LOOP for (int i = 0; i < kHalf; ++i) {
         words[i] = x[2 * i];
         words[kHalf + i] = x[2 * i + 1];
     }
@@ -115,14 +118,14 @@ inline void read_words(const uint32_t* x, uint32_t* words) {
 
 inline void read_words(const uint16_t* x, uint32_t* words) {
     const auto* pairs = reinterpret_cast<const Pair32*>(x);
-    for (int i = 0; i < kHalf; ++i) {
+    KEEP_LOOP for (int i = 0; i < kHalf; ++i) {
         words[i] = pairs[i] & 0xFFFF;
         words[kHalf + i] = pairs[i] >> 16;
     }
 }
 
 inline void write_words(const uint32_t* words, uint32_t* y) {
-    for (int i = 0; i < kHalf; ++i) {
+    KEEP_LOOP for (int i = 0; i < kHalf; ++i) {
         y[2 * i] = words[i];
         y[2 * i + 1] = words[kHalf + i];
     }
@@ -130,7 +133,7 @@ inline void write_words(const uint32_t* words, uint32_t* y) {
 
 inline void write_words(const uint32_t* words, uint16_t* y) {
     auto* pairs = reinterpret_cast<Pair32*>(y);
-    for (int i = 0; i < kHalf; ++i) pairs[i] = words[i] | words[kHalf + i] << 16;
+    KEEP_LOOP for (int i = 0; i < kHalf; ++i) pairs[i] = words[i] | words[kHalf + i] << 16;
 }
 
 // Largest magnitude in a block, as FP32 bits. (FP16 needs its own conversion first.)
@@ -251,7 +254,7 @@ inline uint32_t round_to_code(float scaled, const Grid& grid) {
 // Sum of squares, neighbours in pairs as in reference.py.
 inline float block_error(const float* difference) {
     float total[kHalf];
-    for (int i = 0; i < kHalf; ++i)
+    KEEP_LOOP for (int i = 0; i < kHalf; ++i)
         total[i] = difference[i] * difference[i] + difference[kHalf + i] * difference[kHalf + i];
     for (int i = 0; i < 8; ++i) total[i] = total[2 * i] + total[2 * i + 1];
     for (int i = 0; i < 4; ++i) total[i] = total[2 * i] + total[2 * i + 1];
@@ -281,10 +284,22 @@ inline void read_values(const typename Stored::Word* x, float* values) {
     }
 }
 
+// Writes a block, given as FP32 bits, under the scale with this biased exponent.
+template <class View>
+inline void write_bits(const uint32_t* bits, int32_t code, const Grid& grid, typename View::Word* y) {
+    uint32_t words[kBlock];
+    if (View::is_exact(code - kBias + grid.step_exponent)) {
+        for (int i = 0; i < kBlock; ++i) words[i] = View::store_exact(bits[i]);
+    } else {
+        for (int i = 0; i < kBlock; ++i) words[i] = View::store(bits[i]);
+    }
+    write_words(words, y);
+}
+
 // Some blocks and what their scales are: first all scales are found, then all elements are rounded. Either loop
 // has short chains of dependent instructions, of which the CPU runs several blocks' at a time.
 struct Tile {
-    static constexpr int kBlocks = 64;
+    static constexpr int kBlocks = 32;
     int32_t code[kBlocks];  // biased shared exponents
     float to_scaled[kBlocks];
     float scale[kBlocks];
@@ -327,14 +342,9 @@ void fake_quantize_range(const typename Stored::Word* x, typename View::Word* y,
             }
             float values[kBlock];
             read_values<Stored, View>(x, values);
-            uint32_t words[kBlock];
-            for (int i = 0; i < kBlock; ++i) words[i] = round(values[i]);
-            if (View::is_exact(tile.code[block] - kBias + grid.step_exponent)) {
-                for (int i = 0; i < kBlock; ++i) words[i] = View::store_exact(words[i]);
-            } else {
-                for (int i = 0; i < kBlock; ++i) words[i] = View::store(words[i]);
-            }
-            write_words(words, y);
+            uint32_t bits[kBlock];
+            for (int i = 0; i < kBlock; ++i) bits[i] = round(values[i]);
+            write_bits<View>(bits, tile.code[block], grid, y);
         }
     }
 }
@@ -352,11 +362,9 @@ void quantize_range(const typename Stored::Word* x, uint8_t* packed, uint8_t* sc
             const float to_scaled = tile.to_scaled[block];
             const uint32_t keep = tile.code[block] == kScaleNaN ? 0 : ~0u;  // a NaN block's elements are zero
             auto* pairs = reinterpret_cast<typename CodePair<kBits>::Word*>(packed);
-            for (int i = 0; i < kHalf; ++i) {
-                uint32_t even = round_to_code<kBits>(values[i] * to_scaled, grid);
-                uint32_t odd = round_to_code<kBits>(values[kHalf + i] * to_scaled, grid);
-                pairs[i] = (even | odd << kBits) & keep;
-            }
+            uint32_t codes[kBlock];
+            for (int i = 0; i < kBlock; ++i) codes[i] = round_to_code<kBits>(values[i] * to_scaled, grid);
+            KEEP_LOOP for (int i = 0; i < kHalf; ++i) pairs[i] = (codes[i] | codes[kHalf + i] << kBits) & keep;
         }
     }
 }
@@ -375,15 +383,24 @@ void dequantize_range(const uint8_t* packed, const uint8_t* scales, typename Vie
         element = magnitude > grid.max_code ? kQuietNaN : element;
         return as_float(element | (code & kSignBit) << (32 - kBits));
     };
-    for (int64_t block = 0; block < blocks; ++block, packed += kBlock * kBits / 8, y += kBlock) {
-        const auto* pairs = reinterpret_cast<const typename CodePair<kBits>::Word*>(packed);
-        const float scale = scale_value(scales[block]);
-        uint32_t words[kBlock];
-        for (int i = 0; i < kHalf; ++i) {
-            words[i] = View::store(as_bits(decode(pairs[i] & (2 * kSignBit - 1)) * scale));
-            words[kHalf + i] = View::store(as_bits(decode(pairs[i] >> kBits) * scale));
+    for (; blocks > 0; blocks -= Tile::kBlocks, scales += Tile::kBlocks, packed += Tile::kBlocks * kBlock * kBits / 8) {
+        const int count = static_cast<int>(min_of<int64_t>(blocks, Tile::kBlocks));
+        uint16_t nibbles_as_bytes[Tile::kBlocks * kHalf];
+        const auto* pairs = reinterpret_cast<const Pair16*>(packed);
+        if (kBits == 4) {
+            for (int i = 0; i < count * kHalf; ++i) nibbles_as_bytes[i] = (packed[i] & 0x0F) | (packed[i] & 0xF0) << 4;
+            pairs = nibbles_as_bytes;
         }
-        write_words(words, y);
+        for (int block = 0; block < count; ++block, pairs += kHalf, y += kBlock) {
+            uint32_t codes[kBlock], bits[kBlock];
+            KEEP_LOOP for (int i = 0; i < kHalf; ++i) {
+                codes[i] = pairs[i] & 0xFF;
+                codes[kHalf + i] = pairs[i] >> 8;
+            }
+            const float scale = scale_value(scales[block]);
+            for (int i = 0; i < kBlock; ++i) bits[i] = as_bits(decode(codes[i]) * scale);
+            write_bits<View>(bits, scales[block], grid, y);
+        }
     }
 }
 
