@@ -111,10 +111,10 @@ def test_cpu_kernels_take_any_shape_stride_and_alignment(fmt):
 @needs_cpu_kernels
 def test_large_tensors_on_many_threads_equal_small_ones():
     x = torch.randn(999, 32, generator=torch.Generator().manual_seed(0))
-    many = 4 * cpu._ALWAYS_FRESH_BYTES // x.nbytes
+    many = 4 * cpu._LARGE_BYTES // x.nbytes
     expected = cpu.fake_quantize(x, MXFP4, "even", torch.bfloat16)
     actual = cpu.fake_quantize(x.repeat(many, 1), MXFP4, "even", torch.bfloat16)
-    assert actual.nbytes > cpu._ALWAYS_FRESH_BYTES
+    assert actual.nbytes > cpu._LARGE_BYTES
     assert torch.equal(actual.view(many, *expected.shape), expected.expand(many, -1, -1))
 
 
