@@ -73,7 +73,6 @@ def quantize(
     packed = torch.empty((*rows, columns * fmt.bits // 8), dtype=torch.uint8, device=x.device)
     scale_e8m0_biased = torch.empty((*rows, columns // BLOCK_SIZE), dtype=torch.uint8, device=x.device)
     options = {**_rule(fmt, rule), "BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "VIEW": _triton_dtype(dtype)}
-    options |= {"NARROW": dtype is not torch.float32, "PLACE": 2.0 ** -(126 + fmt.emin)}
     _launch("quantize", _quantize_kernel, (x, packed, scale_e8m0_biased), scale_e8m0_biased.numel(), options)
     return packed, scale_e8m0_biased
 
@@ -253,28 +252,17 @@ def _round(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_NORMAL: 
 
 
 @_jit
-def _round_to_code(
-    scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr,
-    NARROW: tl.constexpr, PLACE: tl.constexpr,
-):  # fmt: skip
+def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr):
     """Codes of the nearest elements (int32).
 
-    NARROW says that values have at most 11 significant bits (BF16, FP16). Such a value can be brought to where its code
-    stands in FP32's own exponent and mantissa (the inverse of dequantizing), subnormal if need be, without losing a bit
-    that matters, and is rounded there as an integer. FP32 values would be rounded twice, so for them the low bits of the
-    sum with the magic number count steps from zero; each binade above the smallest starts one mantissa's range later.
+    The low bits of the sum with the magic number count steps from zero; each binade above the smallest starts one
+    mantissa's range later.
     """
-    if NARROW:
-        SHIFT: tl.constexpr = 23 - MANTISSA_BITS
-        placed = _bits(scaled * PLACE) & 0x7FFFFFFF
-        steps = (placed + ((1 << (SHIFT - 1)) - 1) + ((placed >> SHIFT) & 1)) >> SHIFT
-        binade = 0
-    else:
-        magnitude = _bits(scaled) & 0x7FFFFFFF
-        magic = _magic(magnitude, EMIN, MANTISSA_BITS)
-        steps = _bits(_float(magnitude) + _float(magic)) - magic
-        first_magic = ((127 + EMIN + 23 - MANTISSA_BITS) << 23) + (1 << 22)
-        binade = (magic - first_magic) >> (23 - MANTISSA_BITS)
+    magnitude = _bits(scaled) & 0x7FFFFFFF
+    magic = _magic(magnitude, EMIN, MANTISSA_BITS)
+    steps = _bits(_float(magnitude) + _float(magic)) - magic
+    first_magic = ((127 + EMIN + 23 - MANTISSA_BITS) << 23) + (1 << 22)
+    binade = (magic - first_magic) >> (23 - MANTISSA_BITS)
     sign = (_bits(scaled + 0.0) >> 31) & (1 << (BITS - 1))  # an arithmetic shift: all ones where negative
     return tl.minimum(steps + binade, MAX_CODE) | sign
 
@@ -357,16 +345,13 @@ def _quantize_kernel(
     BITS: tl.constexpr,
     MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
-    NARROW: tl.constexpr,
-    PLACE: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
     x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
     x = _to_fp32(_to_view(x, VIEW))
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
-    scaled = x * _to_scaled_units(code)[:, None]
-    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_CODE, NARROW, PLACE)
+    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
     if BITS == 4:
         low, high = tl.split(tl.reshape(codes, (ROWS, 16, 2)))
         codes = low | (high << 4)
