@@ -25,7 +25,6 @@ from tqdm import tqdm
 from . import ops
 from .aside import check_target, written_aside
 from .checkpoint_folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
-from .config import QATConfig
 from .formats import BLOCK_SIZE, E8M0_NAN, get_format
 from .model_card import CardFacts, write_card
 from .packed_config import check_export_format, make_quantization_config
@@ -75,7 +74,8 @@ def export_checkpoint(
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method")
         raise ValueError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
-    _check_apart(Path(source).resolve(), target.resolve())
+    if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
+        raise ValueError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
     model, qat_config = prepared_skeleton(checkpoint, scheme, ignore)
     layers = quantized_layers(model)

@@ -49,8 +49,8 @@ def _compressed_tensors(layers, unquantized) -> dict:
     for name, scheme in layers.items():
         if scheme.weight.bits != scheme.input.bits:
             raise ValueError(
-                f"{name} has weights of {scheme.weight.bits} and inputs of {scheme.input.bits} bits, which engines do not "
-                "compute with; use one of the schemes by name"
+                f"{name} has weights of {scheme.weight.bits} and inputs of {scheme.input.bits} bits; engines compute with "
+                "one width for both, so use one of the schemes by name"
             )
         by_bits.setdefault(scheme.weight.bits, []).append(name)
     single = len(by_bits) == 1

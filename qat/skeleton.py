@@ -43,7 +43,7 @@ def prepared_skeleton(
     """
     saved = QATConfig.load(checkpoint.path)
     if scheme is None and saved is None:
-        raise ValueError(f"{checkpoint.path} was trained with no scheme (it has no qat_config.json); give --quant_scheme")
+        raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
     model = load_skeleton(checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
         if scheme is None:
@@ -110,7 +110,7 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
         for group in _FUSED:
             fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
             if len({scheme and scheme.weight for scheme in fused}) > 1:
-                logger.warning("%s.{%s} have different schemes: vLLM fuses them, so it will refuse", parent, ",".join(group))
+                logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))
 
 
 def describe_layers(layers: Mapping[str, LayerScheme]) -> str:
