@@ -26,6 +26,19 @@ def check_export_format(export_format: str) -> None:
         raise ValueError(f"export format {export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}")
 
 
+def export_format_of(quantization_config: dict | None, where: object) -> str:
+    """Which of `EXPORT_FORMATS` the quantization_config of a checkpoint is in.
+
+    Raises:
+        ValueError: none of them; `where` is named.
+    """
+    method = (quantization_config or {}).get("quant_method")
+    names = {"compressed-tensors": "compressed-tensors", "auto-round": "auto_round"}
+    if method not in names:
+        raise ValueError(f"{where} is no packed checkpoint: its quant_method is {method!r}, not one of {list(names)}")
+    return names[method]
+
+
 def engine_input_rule(export_format: str, layer: LayerScheme) -> str:
     """The scale rule that transformers applies to the inputs of `layer` when it loads the packed checkpoint."""
     return "even" if export_format == "compressed-tensors" else layer.input.scale_rule
@@ -49,8 +62,8 @@ def _compressed_tensors(layers, unquantized) -> dict:
     for name, scheme in layers.items():
         if scheme.weight.bits != scheme.input.bits:
             raise ValueError(
-                f"{name} has weights of {scheme.weight.bits} and inputs of {scheme.input.bits} bits; engines compute with "
-                "one width for both, so use one of the schemes by name"
+                f"{name} has weights of {scheme.weight.bits} and inputs of {scheme.input.bits} bits; engines compute "
+                "with one width for both, so use one of the schemes by name"
             )
         by_bits.setdefault(scheme.weight.bits, []).append(name)
     single = len(by_bits) == 1

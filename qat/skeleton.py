@@ -30,18 +30,22 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def prepared_skeleton(
-    checkpoint: CheckpointFolder, scheme: str | Mapping[str, str] | None, ignore: Iterable[str] = ("lm_head",)
+    checkpoint: CheckpointFolder,
+    scheme: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = ("lm_head",),
+    saved: QATConfig | None = None,
 ) -> tuple[PreTrainedModel, QATConfig]:
     """The model of `checkpoint` on the meta device, prepared for `scheme`, and the configuration that says so.
 
     Args:
         scheme: a name or a mapping as in `prepare_qat`; None for what the checkpoint was trained with, whose own
             `ignore` then counts.
+        saved: how the checkpoint was trained; default: what its own `qat_config.json` says.
 
     Raises:
         ValueError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
     """
-    saved = QATConfig.load(checkpoint.path)
+    saved = saved or QATConfig.load(checkpoint.path)
     if scheme is None and saved is None:
         raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
     model = load_skeleton(checkpoint)
