@@ -87,7 +87,7 @@ def decompress(codes: torch.Tensor, scale_e8m0_biased: torch.Tensor, bits: int) 
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     except ImportError as error:
-        raise ImportError("verification needs the compressed-tensors library: pip install compressed-tensors") from error
+        raise ImportError("verification needs a library: pip install compressed-tensors") from error
     args = QuantizationArgs(
         num_bits=bits, type="float", strategy="group", group_size=BLOCK_SIZE, symmetric=True, dynamic=False,
         scale_dtype=torch.uint8, zp_dtype=torch.uint8,

@@ -125,8 +125,9 @@ def _real_text(packed: CheckpointFolder, tokens: int) -> tuple[str, torch.Tensor
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))[: 32 * tokens]
     if (packed.path / "tokenizer_config.json").is_file():
-        ids = AutoTokenizer.from_pretrained(packed.path, local_files_only=True)(text)["input_ids"]
-        return "Python's language reference", torch.tensor([ids[:tokens]])
+        tokenizer = AutoTokenizer.from_pretrained(packed.path, local_files_only=True)
+        ids = tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+        return "Python's language reference", torch.tensor([ids])
     vocabulary = packed.config.get("vocab_size", 256)
     ids = [byte % vocabulary for byte in text.encode()]
     return "bytes of Python's language reference (there is no tokenizer)", torch.tensor([ids[:tokens]])

@@ -45,17 +45,17 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; a wrong one ends the program with one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source_folder", metavar="SRC", nargs="?", help="a checkpoint with BF16 weights, from QAT or plain")
+    parser.add_argument("source_folder", metavar="SRC", nargs="?", help="a checkpoint in BF16, from QAT or plain")
     parser.add_argument("target", metavar="DST", nargs="?", help="the new folder for the packed checkpoint")
     parser.add_argument("--format", default=EXPORT_FORMATS[0], choices=EXPORT_FORMATS)
-    parser.add_argument("--quant_scheme", type=str.upper, choices=SCHEMES, help="default: the scheme SRC was trained with")
+    parser.add_argument("--quant_scheme", type=str.upper, choices=SCHEMES, help="default: as SRC was trained")
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], help="layers to leave in BF16, with --quant_scheme")
     parser.add_argument("--overwrite", action="store_true", help="replace a packed checkpoint in DST")
     parser.add_argument("--base_model", help="for the model card: the model that training began from")
     parser.add_argument("--dataset", help="for the model card: what it was trained on")
-    parser.add_argument("--verify", metavar="DIR", help="compare the packed checkpoint in DIR with its source, only")
+    parser.add_argument("--verify", metavar="DIR", help="only compare the packed checkpoint in DIR with its source")
     parser.add_argument("--source", metavar="SRC", help="with --verify: the source, where it is not recorded in DIR")
-    parser.add_argument("--weights_only", action="store_true", help="verify weights, but load no model to compare logits")
+    parser.add_argument("--weights_only", action="store_true", help="verify weights, load no model for logits")
     parser.add_argument("--no_verify", action="store_true", help="export without verifying")
     args = parser.parse_args(argv)
     if (args.verify is None) == (args.target is None):

@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 
 from data.readers import DATASET_NAMES
 from qat import SCHEMES
+from qat.packed_config import EXPORT_FORMATS
 
 
 @dataclass
@@ -89,7 +90,19 @@ class QuantizationArguments:
         },
     )
 
+    export_format: str = field(
+        default="compressed-tensors",
+        metadata={
+            "help": f"After quantization-aware training, pack the model into output_dir/SCHEME: {', '.join(EXPORT_FORMATS)}, "
+            "or none."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.export_format not in (*EXPORT_FORMATS, "none"):
+            raise ValueError(
+                f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
+            )
         if self.quant_scheme is None:
             return
         if self.quant_scheme.upper() not in SCHEMES:
