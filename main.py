@@ -1,4 +1,5 @@
-"""One stage of the way from a causal language model to a low-bit one: fine-tune in BF16, train with quantization, evaluate.
+"""One stage of the way from a causal language model to a low-bit one: fine-tune in BF16, train with quantization,
+evaluate.
 
     python main.py --model_name_or_path M --do_train True ...                        # BF16 fine-tuning
     python main.py --model_name_or_path M --quant_scheme MXFP4 --do_train True ...   # quantization-aware training

@@ -64,8 +64,8 @@ def _render_chat(messages, tokenizer) -> list[tuple[str, bool]]:
         before, through = render(index, add_generation_prompt=True), render(index + 1)
         if not (text.startswith(before) and text.startswith(through) and done <= len(before) <= len(through)):
             raise ValueError(
-                "the tokenizer's chat template renders a turn differently depending on what follows it, so the tokens of "
-                "the answers cannot be told exactly; train with a template without this, or set tokenizer.chat_template=None"
+                "the tokenizer's chat template renders a turn differently depending on what follows it, so the tokens "
+                "of the answers cannot be told exactly; use a template without this, or tokenizer.chat_template=None"
             )
         end = len(through.rstrip())  # white space after the end-of-turn token separates turns, it is not answered
         pieces += [(text[done : len(before)], False), (text[len(before) : end], True)]

@@ -59,7 +59,7 @@ def read_splits(dataset: str, train_size: int = 0, eval_size: int = 0) -> tuple[
 
 def _check_size(argument: str, size: int, available: int, dataset: str) -> None:
     if size > available:
-        raise ValueError(f"--{argument} {size} is more than {dataset} can give: {max(available, 0)} samples are available")
+        raise ValueError(f"--{argument} {size} is too many for {dataset}: {max(available, 0)} samples are available")
 
 
 def _load(dataset: str) -> datasets.DatasetDict:

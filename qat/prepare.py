@@ -96,7 +96,7 @@ def _normalize_key(key: type | str) -> str:
         return _LINEAR_KEY
     if isinstance(key, str):
         return key
-    raise ValueError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over module names such as '*.down_proj'")
+    raise ValueError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over names such as '*.down_proj'")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -126,7 +126,8 @@ def _choose_layers(model, mapping, ignore):
             left_alone[name] = "no mapping key matches"
     for key in mapping:
         if key not in used_keys:
-            raise ValueError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {_examples(chosen, left_alone)}")
+            found = _examples(chosen, left_alone)
+            raise ValueError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {found}")
     if not chosen:
         raise ValueError(
             f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}; "

@@ -70,8 +70,8 @@ def get_scheme(name: str) -> LayerScheme:
     )
 
 
-# AutoRound writes the rule as a suffix of the data type: "mx_fp" and "mx_fp4" round the exponent down, "mx_fp_rceil" up.
-# "even" and "search" have no AutoRound name; they follow the same pattern.
+# AutoRound writes the rule as a suffix of the data type: "mx_fp" and "mx_fp4" round the exponent down, "mx_fp_rceil"
+# up. "even" and "search" have no AutoRound name; they follow the same pattern.
 def _scale_rule(data_type: str) -> str:
     base, _, suffix = data_type.rpartition("_")
     rule = suffix if base and suffix in SCALE_RULES else "floor"
@@ -86,5 +86,5 @@ def _format_name(data_type: str, bits: int) -> str:
     if base not in ("mx_fp", f"mx_fp{bits}") or name not in FORMATS:
         choices = ", ".join(f"mx_fp with bits={fmt.bits}" for fmt in FORMATS.values())
         rules = ", ".join(f"_{rule}" for rule in SCALE_RULES if rule != "floor")
-        raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose {choices}, rule suffixes {rules}")
+        raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose {choices}, suffixes {rules}")
     return name

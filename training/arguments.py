@@ -55,7 +55,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.model_max_length < 2:
-            raise ValueError(f"--model_max_length {self.model_max_length} is too short; a sample needs at least 2 tokens")
+            raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.fp16:
@@ -70,8 +70,8 @@ class DataArguments:
     dataset: str = field(
         default="Daring-Anteater",
         metadata={
-            "help": f"One of {', '.join(DATASET_NAMES)}, or a local .jsonl, .json, .parquet or .csv file (or a folder of "
-            "them) with the columns of one of these. python-docs needs no network."
+            "help": f"One of {', '.join(DATASET_NAMES)}, or a local .jsonl, .json, .parquet or .csv file (or a folder "
+            "of them) with the columns of one of these. python-docs needs no network."
         },
     )
     train_size: int = field(default=0, metadata={"help": "Number of training samples; 0 uses all."})

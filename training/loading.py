@@ -1,7 +1,7 @@
 """Load a model as FP32 master weights, remembering the dtype it came in.
 
-At QAT's learning rates Adam's updates are smaller than half a BF16 step and would vanish, so weights are trained in FP32
-and computed with in BF16 (autocast) on every backend; what is saved goes back to the original dtype.
+At QAT's learning rates Adam's updates are smaller than half a BF16 step and would vanish, so weights are trained in
+FP32 and computed with in BF16 (autocast) on every backend; what is saved goes back to the original dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to the dtype it was stored in."""
+    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to its stored dtype."""
     kwargs = {"cache_dir": cache_dir, "dtype": "auto"}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}

@@ -28,7 +28,8 @@ def get_metrics_with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def token_loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per sample: the sum of negative log-likelihoods (nats, FP32 [batch]) and the number of labelled tokens (int64 [batch]).
+    """Per sample: the sum of negative log-likelihoods (nats, FP32 [batch]) and the number of labelled tokens (int64
+    [batch]).
 
     Args:
         logits: [batch, time, vocabulary], any float dtype; the logits at t predict the token at t + 1.

@@ -41,7 +41,7 @@ class QATTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Per sample, the summed loss as prediction and the number of labelled tokens as label: see `loss_over_tokens`."""
+        """Per sample, the summed loss as prediction and the number of labelled tokens as label."""
         if not self._own_metrics:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
