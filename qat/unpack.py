@@ -120,7 +120,7 @@ def _dequantize(name: str, codes: torch.Tensor, scale_e8m0_biased: torch.Tensor,
     values = codes.shape[-1] * 8 // bits
     code_dtype = torch.uint8 if bits == 4 else torch.float8_e4m3fn
     if codes.dtype != code_dtype or scale_e8m0_biased.dtype != torch.uint8 or codes.ndim != 2:
-        raise ValueError(f"{name} has codes in {codes.dtype}, scales in {scale_e8m0_biased.dtype}: this is no MX layout")
+        raise ValueError(f"{name} has codes in {codes.dtype}, scales in {scale_e8m0_biased.dtype}: no MX layout")
     if scale_e8m0_biased.shape != (codes.shape[0], values // BLOCK_SIZE):
         raise ValueError(
             f"{name} has codes {tuple(codes.shape)} and scales {tuple(scale_e8m0_biased.shape)}; in MXFP{bits} the "
@@ -136,7 +136,8 @@ def _derive_config(model: nn.Module, layers: dict[str, PackedLayer], quantizatio
     common = Counter(layer.bits for layer in layers.values()).most_common(1)[0][0]
     mapping = {"torch.nn.Linear": f"MXFP{common}{suffix}"}
     mapping |= {name: f"MXFP{layer.bits}{suffix}" for name, layer in layers.items() if layer.bits != common}
-    ignore = tuple(n for n, module in model.named_modules() if type(module) is nn.Linear and n not in layers)
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    ignore = tuple(name for name in linear if name not in layers)
     schemes = {name: get_scheme(name) for name in mapping.values()}
     rules = {n: {"weight": s.weight.scale_rule, "input": s.input.scale_rule} for n, s in schemes.items()}
     return QATConfig(mapping=mapping, ignore=ignore, scale_rules=rules)

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from .checkpoint_folder import CheckpointFolder
+from .checkpoint_folder import CONFIG_NAME, CheckpointFolder
 from .compare_weights import WeightCount, compare_weights
 from .config import QATConfig
 from .formats import BLOCK_SIZE
@@ -113,7 +113,7 @@ def _recorded_source(folder: Path) -> Path:
     path = folder / VERDICT_NAME
     if path.is_file():
         recorded = folder / json.loads(path.read_text(encoding="utf-8"))["source"]
-        if recorded.is_dir():
+        if (recorded / CONFIG_NAME).is_file():
             return recorded.resolve()
         raise ValueError(f"{path} names {recorded} as the source, which is not there; give --source")
     raise ValueError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")

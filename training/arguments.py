@@ -93,8 +93,8 @@ class QuantizationArguments:
     export_format: str = field(
         default="compressed-tensors",
         metadata={
-            "help": f"After quantization-aware training, pack the model into output_dir/SCHEME: {', '.join(EXPORT_FORMATS)}, "
-            "or none."
+            "help": "After quantization-aware training, pack the model into output_dir/SCHEME: "
+            f"{', '.join(EXPORT_FORMATS)}, or none."
         },
     )
 
