@@ -23,6 +23,7 @@ from qat.model_card import CardFacts
 from qat.verify import verify
 from training.arguments import (
     DataArguments,
+    DistillationArguments,
     ModelArguments,
     QuantizationArguments,
     TrainingArguments,
@@ -30,7 +31,7 @@ from training.arguments import (
 )
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
-from training.loading import load_model, load_tokenizer
+from training.loading import load_model, load_teacher, load_tokenizer
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")
@@ -38,7 +39,7 @@ logger = logging.getLogger("main")
 
 def main(argv: list[str] | None = None) -> None:
     """Run one stage: parse, seed, load, quantize, read data, train, evaluate, save."""
-    model_args, training_args, data_args, quant_args = parse_arguments(argv)
+    model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
     set_up_logging(training_args)
     set_seed(training_args.seed)
     if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
+    teacher = None
+    if distill_args.distill:
+        teacher = load_teacher(model, distill_args.teacher_model_name_or_path, training_args.cache_dir)
     quantize(model, model_args, quant_args)
     checkpoint = None
     if training_args.do_train:
@@ -61,7 +65,15 @@ def main(argv: list[str] | None = None) -> None:
 
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)
-    trainer = QATTrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+    trainer = QATTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training_args,
+        teacher=teacher,
+        distill_temperature=distill_args.distill_temperature,
+        distill_ce_weight=distill_args.distill_ce_weight,
+        **data_module,
+    )
 
     if training_args.do_train:
         if checkpoint is not None:
@@ -89,10 +101,12 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
     if saved is None and Path(model_args.model_name_or_path).is_dir():
         saved = QATConfig.load(model_args.model_name_or_path)
     if quant_args.quant_scheme is not None:
-        prepare_qat(model, {"torch.nn.Linear": quant_args.quant_scheme})
+        mapping = {"torch.nn.Linear": quant_args.quant_scheme}
+        rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
+        prepare_qat(model, mapping, weight_scale_rule=rules[0], input_scale_rule=rules[1])
     elif saved is not None:
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
-        prepare_qat(model, saved.mapping, saved.ignore)
+        prepare_qat(model, saved.mapping, saved.ignore, saved.weight_scale_rule, saved.input_scale_rule)
 
 
 def export(model, model_args, training_args, data_args, quant_args: QuantizationArguments) -> None:
@@ -125,7 +139,14 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     transformers.utils.logging.set_verbosity_warning()
 
 
-__all__ = ["DataArguments", "ModelArguments", "QuantizationArguments", "TrainingArguments", "main"]
+__all__ = [
+    "DataArguments",
+    "DistillationArguments",
+    "ModelArguments",
+    "QuantizationArguments",
+    "TrainingArguments",
+    "main",
+]
 
 if __name__ == "__main__":
     main()

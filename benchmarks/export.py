@@ -4,8 +4,8 @@
 
 A random Llama checkpoint of several shards is packed in a process of its own, libraries loaded beforehand. Two
 yardsticks read the source's bytes and write the packed ones: safetensors, which loads each shard into memory and saves
-the packed tensors, and raw files in chunks of 1 MiB. Files are in the page cache; of everything, the best of three. Peak
-memory is the growth of the resident set, mapped files included, in shards of the source.
+the packed tensors, and raw files in chunks of 1 MiB. Files are in the page cache; of everything, the best of three.
+Peak memory is the growth of the resident set, mapped files included, in shards of the source.
 """
 
 from __future__ import annotations

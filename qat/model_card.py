@@ -89,7 +89,7 @@ def write_card(
         source_mib=source_bytes / 2**20,
         ratio=packed_bytes / source_bytes,
         base_model=base_model,
-        mapping=qat_config.summary,
+        mapping=", ".join(f"{key}: {scheme}" for key, scheme in qat_config.mapping.items()),
         ignored=", ".join(qat_config.ignore) or "nothing",
         weight_rules=_rules(scheme.weight.scale_rule for scheme in layers.values()),
         input_rules=_rules(scheme.input.scale_rule for scheme in layers.values()),

@@ -7,10 +7,9 @@ from dataclasses import replace
 from torch import nn
 
 from .config import QATConfig
-from .formats import SCALE_RULES
 from .prepare import prepare_qat
 from .quant_linear import is_quantlinear
-from .schemes import TensorSpec
+from .schemes import INPUT_SCALE_RULES, TensorSpec, with_scale_rule
 from .tensor_quantizer import TensorQuantizer
 
 
@@ -32,8 +31,9 @@ def set_scale_rules(model: nn.Module, rules: dict[str, dict[str, str]]) -> None:
     """
     for layer in filter(is_quantlinear, model.modules()):
         chosen = rules.get(layer.scheme.name, {})
-        weight = _under_rule(layer.weight_quantizer.spec, chosen.get("weight"))
-        input_ = _under_rule(layer.input_quantizer.spec, chosen.get("input"))
+        weight, input_ = layer.scheme.weight, layer.scheme.input
+        weight = with_scale_rule(weight, chosen.get("weight", weight.scale_rule))
+        input_ = with_scale_rule(input_, chosen.get("input", input_.scale_rule), INPUT_SCALE_RULES)
         layer.scheme = replace(layer.scheme, weight=weight, input=input_)
         layer.weight_quantizer = _requantizer(layer.weight_quantizer, weight)
         layer.input_quantizer = _requantizer(layer.input_quantizer, input_)
@@ -43,15 +43,6 @@ def set_input_rule(model: nn.Module, rule: str) -> None:
     """Quantize the inputs of all layers under `rule`: what an engine with a rule of its own does."""
     schemes = {layer.scheme.name for layer in filter(is_quantlinear, model.modules())}
     set_scale_rules(model, {scheme: {"input": rule} for scheme in schemes})
-
-
-def _under_rule(spec: TensorSpec, rule: str | None) -> TensorSpec:
-    if rule is None or rule == spec.scale_rule:
-        return spec
-    if rule not in SCALE_RULES:
-        raise ValueError(f"scale rule {rule!r} is unknown; choose one of {', '.join(SCALE_RULES)}")
-    base = spec.data_type.removesuffix(f"_{spec.scale_rule}")
-    return replace(spec, data_type=base if rule == "floor" else f"{base}_{rule}")
 
 
 def _requantizer(old: TensorQuantizer, spec: TensorSpec) -> TensorQuantizer:

@@ -72,6 +72,7 @@ def load_packed(folder: str | Path) -> PreTrainedModel:
         if names := sorted(map(str, report[kind])):
             problem = kind.replace("_", " ")
             raise ValueError(f"{folder}: {len(names)} {problem} for {model_class.__name__}, e.g. {names[0]}")
+    model.config._name_or_path = model.name_or_path = str(folder)
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     model.packed_qat_config = QATConfig.load(folder) or _derive_config(model, layers, checkpoint.quantization_config)

@@ -19,8 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 from qat.config import QATConfig  # noqa: E402
-from qat.formats import SCALE_RULES  # noqa: E402
 from qat.rules import prepare_as_saved, set_input_rule  # noqa: E402
+from qat.schemes import INPUT_SCALE_RULES  # noqa: E402
 from qat.unpack import is_packed, load_packed  # noqa: E402
 
 TASKS = ROOT / "scripts" / "tasks"
@@ -30,7 +30,8 @@ LOCAL_TASKS = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 def main(argv: list[str] | None = None) -> None:
     """Evaluate each folder, print the table, write the JSON."""
     args = parse(argv)
-    results = {folder: evaluate(folder, args) for folder in args.folders}
+    manager = task_manager(args)
+    results = {folder: evaluate(folder, manager, args) for folder in args.folders}
     print(make_table(results))
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_fewshot", type=int, help="default: the task's own number")
     parser.add_argument("--text", help="with local_text: a text file")
     parser.add_argument(
-        "--input_rule", choices=SCALE_RULES[:3],
+        "--input_rule", choices=INPUT_SCALE_RULES,
         help="hf: quantize activations under this rule, with this program's operators, instead of as the folder says",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -68,16 +69,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def evaluate(folder: str, args: argparse.Namespace) -> dict:
-    """{"model": what was evaluated, "results": {task: {metric: value}}} of one folder."""
-    import lm_eval
+def task_manager(args: argparse.Namespace):
+    """lm_eval's list of tasks with ours; only ours where no other is wanted, since reading all takes seconds."""
     from lm_eval.tasks import TaskManager
 
     metadata = {"text": str(Path(args.text).absolute())} if args.text else {}
+    only_local = set(args.tasks.split(",")) <= set(LOCAL_TASKS)
+    return TaskManager(include_path=str(TASKS), include_defaults=not only_local, metadata=metadata)
+
+
+def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
+    """{"model": what was evaluated, "results": {task: {metric: value}}} of one folder."""
+    import lm_eval
+
     described, model = (make_vllm if args.backend == "vllm" else make_hf)(folder, args)
     output = lm_eval.simple_evaluate(
         model=model, tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.num_fewshot,
-        task_manager=TaskManager(include_path=str(TASKS), metadata=metadata), log_samples=False, bootstrap_iters=0,
+        task_manager=manager, log_samples=False, bootstrap_iters=0,
     )  # fmt: skip
     results = {
         task: {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, float)}

@@ -35,9 +35,8 @@ def test_bits_per_byte_of_a_text_is_what_the_models_own_likelihood_says(tmp_path
     folder = save_llama(tmp_path / "model")
     text = "Simple is better than complex.\n"
     (tmp_path / "text.txt").write_text(text)
-    evaluate.main(
-        [str(folder), "--tasks", "local_text", "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "r.json")]
-    )
+    flags = ["--tasks", "local_text", "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "r.json")]
+    evaluate.main([str(folder), *flags])
     found = json.loads((tmp_path / "r.json").read_text())[str(folder)]["results"]["local_text"]["bits_per_byte"]
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -51,7 +50,8 @@ def test_folders_of_three_kinds_stand_side_by_side(tmp_path, capsys):
     plain = save_llama(tmp_path / "plain")
     qat = save_qat(tmp_path / "qat", {"torch.nn.Linear": "MXFP4"})
     packed = export_checkpoint(qat, tmp_path / "packed")
-    flags = ["--tasks", "local_text", "--limit", "2", "--output", str(tmp_path / "r.json")]
+    (tmp_path / "text.txt").write_text("Explicit is better than implicit.\n" * 3)
+    flags = ["--tasks", "local_text", "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "r.json")]
     evaluate.main([str(plain), str(qat), str(packed), *flags])
     table, results = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     for folder, said in ((plain, "BF16"), (qat, "fake-quantized"), (packed, "packed, in transformers")):

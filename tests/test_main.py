@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make_llama, make_tokenizer, save_llama, write_conversations
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import main
 from qat import QATConfig, prepare_qat
+from training.distillation import labelled_rows
 from utils import QATTrainer, make_supervised_data_module
 
 
@@ -150,6 +152,10 @@ def test_a_single_file_of_arguments_works(workspace, suffix):
     [
         (("--quant_scheme", "MXFP5"), "--quant_scheme 'MXFP5' is unknown; choose one of MXFP4, MXFP8"),
         (("--model_max_length", "1"), "--model_max_length 1"),
+        (("--weight_scale_rule", "even"), "need --quant_scheme"),
+        (("--quant_scheme", "MXFP4", "--input_scale_rule", "search"), "--input_scale_rule 'search'"),
+        (("--distill_temperature", "0"), "--distill_temperature 0"),
+        (("--distill_ce_weight", "2"), "--distill_ce_weight 2"),
         (("--gguf_file", "no.gguf"), "--gguf_file 'no.gguf'"),
         (("--eval_strategy", "sometimes"), "eval_strategy"),
         (("missing.yaml",), "missing.yaml"),
@@ -184,12 +190,12 @@ def test_a_gguf_file_loads_dequantized(tmp_path, workspace):
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
-def make_trainer(folder: Path, model, **kwargs) -> QATTrainer:
+def make_trainer(folder: Path, model, teacher=None, **kwargs) -> QATTrainer:
     module = make_supervised_data_module(str(write_conversations(folder / "c.jsonl")), make_tokenizer(), eval_size=7)
     args = TrainingArguments(
         str(folder / "out"), report_to="none", use_cpu=True, per_device_eval_batch_size=4, disable_tqdm=True, **kwargs
     )
-    return QATTrainer(model=model, args=args, processing_class=make_tokenizer(), **module)
+    return QATTrainer(model=model, teacher=teacher, args=args, processing_class=make_tokenizer(), **module)
 
 
 def test_save_model_accepts_every_calling_form_and_mixed_dtypes(tmp_path):
@@ -216,3 +222,31 @@ def test_evaluation_uses_every_sample_though_training_drops_the_last_batch(tmp_p
     whole = trainer.evaluate()["eval_loss"]
     trainer.args.per_device_eval_batch_size = 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_distillation_lowers_the_divergence_and_reports_both_losses(workspace, bf16_stage):
+    teacher = ("--teacher_model_name_or_path", str(workspace / "model"))  # untrained: the student has a way to go
+    flags = ("--quant_scheme", "MXFP4", "--weight_scale_rule", "search", *teacher)
+    before = run(workspace, "distill-0", "--do_eval", "True", *flags, model="bf16")
+    after = run(workspace, "distill", *TRAIN, *flags, "--max_steps", "12", model="bf16")
+    assert 0 < after["eval_kl"] < before["eval_kl"] and "eval_perplexity" in after
+    rules = QATConfig.load(workspace / "distill").scale_rules
+    assert rules == {"MXFP4": {"weight": "search", "input": "floor"}}
+    again = run(workspace, "distill-again", "--do_eval", "True", model="distill")
+    assert again["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_distillation_loss_is_a_mean_over_the_tokens_of_the_whole_step(tmp_path, accumulation):
+    model, teacher = make_llama(), make_llama(tie_word_embeddings=False)
+    trainer = make_trainer(
+        tmp_path, model, teacher=teacher, max_steps=1, per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation, learning_rate=0.0, logging_steps=1, lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labels = batch.pop("labels")
+    rows = [labelled_rows(m(**batch).logits, labels).float().log_softmax(-1) for m in (model, teacher)]
+    expected = F.kl_div(*rows, log_target=True, reduction="sum") / len(rows[0])
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)

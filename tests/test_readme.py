@@ -64,7 +64,7 @@ def test_the_flags_of_a_stage_script_parse_and_can_be_overridden(script, tmp_pat
     command = ["bash", str(ROOT / "scripts" / script), "--learning_rate", "3e-6"]
     subprocess.run(command, env=environment, check=True)
     words = record.read_text().splitlines()
-    model, training, data, quantization = main.parse_arguments(words[words.index("main.py") + 1 :])
+    model, training, data, quantization, _ = main.parse_arguments(words[words.index("main.py") + 1 :])
     assert (ROOT / words[words.index("--config_file") + 1]).exists()
     assert model.model_name_or_path == "some/model" and training.learning_rate == 3e-6
     assert data.dataset == "Daring-Anteater" and training.do_train and training.do_eval

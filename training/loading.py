@@ -6,6 +6,7 @@ FP32 and computed with in BF16 (autocast) on every backend; what is saved goes b
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qat.unpack import is_packed, load_packed
 
 from .arguments import ModelArguments
+from .distillation import check_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,19 @@ def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
     model.config.use_cache = False  # a cache of keys and values is of no use in training
     _mend_generation_config(model)
     return model
+
+
+def load_teacher(model: PreTrainedModel, name_or_path: str | None, cache_dir: str | None = None) -> PreTrainedModel:
+    """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name."""
+    if name_or_path is None:
+        teacher = copy.deepcopy(model).to(torch.bfloat16)
+    else:
+        teacher = AutoModelForCausalLM.from_pretrained(name_or_path, cache_dir=cache_dir, dtype=torch.bfloat16)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir)
+        student_tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, cache_dir=cache_dir)
+        check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
+    teacher.config.use_cache = False
+    return teacher.requires_grad_(False).eval()
 
 
 def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:

@@ -46,7 +46,18 @@ def token_loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.T
     return nll, (targets != IGNORE_INDEX).sum(-1)
 
 
+def sum_by_sample(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Values [n] of all labelled tokens of a batch (labels [batch, time]), in order -> their sums, FP32 [batch]."""
+    sample = (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
+    return torch.zeros(len(labels), device=values.device).index_add_(0, sample, values.float())
+
+
 def loss_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
-    """Trainer's `compute_metrics` for what `token_loss_sums` gives: the mean loss of a token, and its perplexity."""
-    tokens = prediction.label_ids.sum()
-    return get_metrics_with_perplexity({"loss": float(prediction.predictions.sum(dtype="float64") / tokens)})
+    """Trainer's `compute_metrics` for sums per sample: the mean loss of a token and its perplexity.
+
+    With a teacher the sums are [batch, 2], loss and divergence, and "kl" is the mean divergence of a token.
+    """
+    means = prediction.predictions.sum(axis=0, dtype="float64") / prediction.label_ids.sum()
+    if means.ndim == 0:
+        return get_metrics_with_perplexity({"loss": float(means)})
+    return get_metrics_with_perplexity({"loss": float(means[0]), "kl": float(means[1])})

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapp
 _OPENMP_FLAG = "-fopenmp"
 _OPENMP_RUNTIME = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# From this size on, glibc maps memory afresh for every tensor instead of using freed memory again.
+_ALWAYS_FRESH_BYTES = 32 << 20
 # (stored, viewed) pairs that the library reads in one pass; other pairs are converted by PyTorch first.
 _FUSED_VIEWS = {(torch.float32, torch.bfloat16)}
 
@@ -76,8 +79,10 @@ def fake_quantize(x: torch.Tensor, fmt: MXFormat, rule: str, dtype: torch.dtype 
         ValueError: an argument that MX formats or these kernels cannot take.
     """
     x, dtype = _prepare(x, dtype)
-    out = torch.empty(x.shape, dtype=dtype)
-    _call(f"mx_fake_quantize_{_NAMES[x.dtype]}_{_NAMES[dtype]}", (x, out), x.numel(), _format(fmt, rule))
+    out = _empty(x.shape, dtype)
+    run = _function("mx_fake_quantize", x.dtype, dtype)
+    if blocks := x.numel() // BLOCK_SIZE:
+        run(x.data_ptr(), out.data_ptr(), blocks, _format(fmt, rule), torch.get_num_threads())
     return out
 
 
@@ -90,10 +95,12 @@ def quantize(
     """
     x, dtype = _prepare(x, dtype)
     *rows, columns = x.shape
-    packed = torch.empty((*rows, columns * fmt.bits // 8), dtype=torch.uint8)
-    scale_e8m0_biased = torch.empty((*rows, columns // BLOCK_SIZE), dtype=torch.uint8)
-    name = f"mx_quantize_{_NAMES[x.dtype]}_{_NAMES[dtype]}"
-    _call(name, (x, packed, scale_e8m0_biased), x.numel(), _format(fmt, rule))
+    packed = _empty((*rows, columns * fmt.bits // 8), torch.uint8)
+    scale_e8m0_biased = _empty((*rows, columns // BLOCK_SIZE), torch.uint8)
+    run = _function("mx_quantize", x.dtype, dtype)
+    if blocks := scale_e8m0_biased.numel():
+        pointers = x.data_ptr(), packed.data_ptr(), scale_e8m0_biased.data_ptr()
+        run(*pointers, blocks, _format(fmt, rule), torch.get_num_threads())
     return packed, scale_e8m0_biased
 
 
@@ -110,9 +117,12 @@ def dequantize(
     for tensor in (packed, scale_e8m0_biased):
         _check_tensor(tensor, (torch.uint8,))
     _check_dtype(dtype)
-    out = torch.empty((*rows, blocks * BLOCK_SIZE), dtype=dtype)
-    tensors = (packed.contiguous(), scale_e8m0_biased.contiguous(), out)
-    _call(f"mx_dequantize_{_NAMES[dtype]}", tensors, out.numel(), _format(fmt, "floor"))
+    packed, scale_e8m0_biased = packed.contiguous(), scale_e8m0_biased.contiguous()
+    out = _empty((*rows, blocks * BLOCK_SIZE), dtype)
+    run = _function("mx_dequantize", dtype)
+    if blocks := scale_e8m0_biased.numel():
+        pointers = packed.data_ptr(), scale_e8m0_biased.data_ptr(), out.data_ptr()
+        run(*pointers, blocks, _format(fmt, "floor"), torch.get_num_threads())
     return out
 
 
@@ -154,15 +164,29 @@ def _format(fmt: MXFormat, rule: str) -> _Format:
     )
 
 
-def _call(name: str, tensors: tuple[torch.Tensor, ...], values: int, form: _Format) -> None:
-    """Run one of the library's functions; ctypes lets other Python threads run meanwhile."""
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized tensor, in large pages where that saves time."""
+    out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= _ALWAYS_FRESH_BYTES:
+        _loaded().mx_expect_large(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+    return out
+
+
+@functools.cache
+def _function(verb: str, *dtypes: torch.dtype) -> Callable[..., None]:
+    """One of the library's functions, called with pointers as int; other Python threads run meanwhile."""
+    function = getattr(_loaded(), "_".join([verb, *(_NAMES[dtype] for dtype in dtypes)]))
+    pointers = {"mx_fake_quantize": 2, "mx_quantize": 3, "mx_dequantize": 3}[verb]
+    function.argtypes = [*[ctypes.c_void_p] * pointers, ctypes.c_int64, ctypes.POINTER(_Format), ctypes.c_int]
+    function.restype = None
+    return function
+
+
+def _loaded() -> ctypes.CDLL:
     library = _library()
     if library is None:
         raise RuntimeError("the CPU kernels are not available; ask is_available() and use qat.reference instead")
-    if values:
-        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-        blocks = ctypes.c_int64(values // BLOCK_SIZE)
-        getattr(library, name)(*pointers, blocks, ctypes.byref(form), torch.get_num_threads())
+    return library
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
@@ -48,6 +49,7 @@ def choices(**_unused) -> dict[str, datasets.Dataset]:
     return {"test": datasets.Dataset.from_list(rows)}
 
 
+@lru_cache(maxsize=1)
 def _held_out() -> list[tuple[str, str]]:
     _, held_out = read_splits("python-docs", eval_size=HELD_OUT)
     return [(turns[0]["value"], turns[1]["value"]) for turns in held_out["conversations"]]
