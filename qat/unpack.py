@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,9 +75,10 @@ def load_packed(folder: str | Path) -> PreTrainedModel:
     model.config._name_or_path = model.name_or_path = str(folder)
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    model.packed_qat_config = QATConfig.load(folder) or _derive_config(model, layers, checkpoint.quantization_config)
+    own = QATConfig.load(folder)
+    config = own or _derive_config(model, layers, checkpoint.quantization_config)
     logger.info("%s: %d packed layers dequantized to BF16", folder, len(layers))
-    _say_what_moves(model, layers, model.packed_qat_config)
+    model.packed_qat_config = _keep_values(model, layers, config, is_ours=own is not None)
     return model
 
 
@@ -144,16 +145,24 @@ def _derive_config(model: nn.Module, layers: dict[str, PackedLayer], quantizatio
     return QATConfig(mapping=mapping, ignore=ignore, scale_rules=rules)
 
 
-def _say_what_moves(model: nn.Module, layers: dict[str, PackedLayer], config: QATConfig) -> None:
-    """Rounding again what is already rounded changes nothing in most formats and rules; where it does, say how much."""
+def _keep_values(model: nn.Module, layers: dict[str, PackedLayer], config: QATConfig, is_ours: bool) -> QATConfig:
+    """`config`, its weight rule changed to RCEIL where its own would change the packed values.
+
+    A tuner may leave a block whose largest element is 240: FLOOR reads it as 480 of the next finer scale, which
+    saturates at 448. RCEIL takes the finest scale that saturates nothing. The packed scale saturates nothing, so RCEIL
+    takes it or a finer one, on which every packed value lies as well: rounding again is exact, whoever packed.
+    """
     rules = {name[:5].lower(): chosen["weight"] for name, chosen in config.scale_rules.items()}
     moved = total = 0
     for name, layer in layers.items():
         weight, fmt = model.get_submodule(name).weight.detach(), f"mxfp{layer.bits}"
         moved += int((ops.fake_quantize(weight, fmt, rules.get(fmt, "floor"), VIEW_DTYPE) != weight).sum())
         total += weight.numel()
-    if moved:
-        logger.warning(
-            "%d of %d packed elements (%.3f %%) change when they are rounded again under %s; QAT starts from those",
-            moved, total, 100 * moved / total, rules,
-        )  # fmt: skip
+    if not moved:
+        return config
+    said = f"{moved} of {total} packed elements ({100 * moved / total:.3f} %) change when rounded again under {rules}"
+    if is_ours:  # a run must continue under the rule it was trained with
+        logger.warning("%s; --quant_scheme with --weight_scale_rule rceil would keep them", said)
+        return config
+    logger.warning("%s; without --quant_scheme their weights are rounded under rceil, which keeps them", said)
+    return replace(config, scale_rules={n: {**chosen, "weight": "rceil"} for n, chosen in config.scale_rules.items()})

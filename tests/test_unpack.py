@@ -14,7 +14,7 @@ from test_verify import MIXED, save_qat
 from transformers import AutoModelForCausalLM
 
 import main
-from qat import prepare_qat
+from qat import ops, prepare_qat
 from qat.export import export_checkpoint
 from qat.quant_linear import is_quantlinear
 from qat.rules import prepare_as_saved
@@ -36,7 +36,7 @@ def test_the_first_forward_equals_the_quantized_model_bit_for_bit(tmp_path, capl
     prepare_as_saved(after, after.packed_qat_config)
     assert torch.equal(after(IDS).logits, before(IDS).logits)
     assert after.lm_head.weight is after.model.embed_tokens.weight
-    assert "change when they are rounded again" not in caplog.text
+    assert "rounded again" not in caplog.text
 
 
 def test_without_our_own_config_the_scheme_is_read_off_the_checkpoint(tmp_path):
@@ -101,8 +101,32 @@ def test_rounding_again_is_announced_where_it_changes_something(tmp_path, caplog
     # 1.74 rounds to 1.75, from which EVEN doubles the scale; 3 of the smallest steps are then 1.5 of them.
     tensors["model.layers.0.mlp.up_proj.weight"][0, :2] = torch.tensor([1.74, 3 * 2**-17])
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    load_packed(export_checkpoint(source, tmp_path / "packed"))
-    assert "change when they are rounded again under {'mxfp8': 'even'}" in caplog.text
+    packed = export_checkpoint(source, tmp_path / "packed")
+    assert load_packed(packed).packed_qat_config.weight_scale_rule == "even"
+    assert "packed elements (0.003 %) change when rounded again under {'mxfp8': 'even'}" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_any_packed_weight_keeps_its_values_when_rceil_rounds_it_again(bits):
+    codes = torch.randint(0, 256, (512, 32 * bits // 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x77  # E4M3's NaN becomes 240; E2M1 has none
+    scale = torch.randint(60, 190, (512, 1), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    values = ops.dequantize(codes, scale, f"mxfp{bits}", torch.bfloat16)
+    assert torch.equal(ops.fake_quantize(values, f"mxfp{bits}", "rceil", torch.bfloat16), values)
+
+
+def test_a_foreign_checkpoint_that_floor_would_change_is_rounded_under_rceil(tmp_path, caplog):
+    packed = export_checkpoint(save_qat(tmp_path / "source", {"torch.nn.Linear": "MXFP8"}), tmp_path / "packed")
+    (packed / "qat_config.json").unlink()
+    tensors = load_file(packed / "model.safetensors")
+    block = tensors["model.layers.0.mlp.up_proj.weight"][0, :32]
+    block.copy_(torch.full((32,), 240.0).to(block.dtype))
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
+    model = load_packed(packed)
+    assert model.packed_qat_config.scale_rules == {"MXFP8": {"weight": "rceil", "input": "floor"}}
+    assert "32 of 61440 packed elements" in caplog.text
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(ops.fake_quantize(weight, "mxfp8", "rceil", torch.bfloat16), weight)
 
 
 @pytest.mark.parametrize(
