@@ -32,11 +32,20 @@ def main(folder: Path) -> int:
         failed |= not good
         rows.append((name, case, row, "ok" if good else "WRONG"))
         print(f"{name}: {rows[-1][-1]}", flush=True)
-    print(f"\n{'case':<20}{'dtype':<10}{'rule':<7}{'log-prob. difference':>21}{'under another rule':>20}{'greedy equal':>14}")
-    for name, case, row, verdict in rows:
-        equal = f"{row['greedy_equal']}/{row['greedy']}"
-        print(f"{name:<20}{case['dtype']:<10}{case['rule']:<7}{row['difference']:>21.1e}{row['another_rule']:>20.1e}{equal:>14}  {verdict}")
+    print_table(rows)
     return int(failed)
+
+
+def print_table(rows: list[tuple[str, dict, dict, str]]) -> None:
+    """One line for each case; differences in nats, the largest over all tokens of the prompts."""
+    titles = ("case", "dtype", "rule", "difference", "under another rule", "greedy tokens equal", "")
+    lines = [titles]
+    for name, case, row, verdict in rows:
+        greedy = f"{row['greedy_equal']}/{row['greedy']}"
+        differences = (f"{row['difference']:.1e}", f"{row['another_rule']:.1e}")
+        lines.append((name, case["dtype"], case["rule"], *differences, greedy, verdict))
+    for line in lines:
+        print("  ".join(cell.ljust(18) for cell in line))
 
 
 def what_vllm_says_without_the_plugin(folder: Path, name: str) -> str:
