@@ -53,7 +53,7 @@ def what_vllm_says_without_the_plugin(folder: Path, name: str) -> str:
     command = [sys.executable, __file__, str(folder), name]
     done = subprocess.run(command, env={**os.environ, "VLLM_PLUGINS": ""}, capture_output=True, text=True)
     reasons = [line for line in (done.stdout + done.stderr).splitlines() if "Failed to find a kernel" in line]
-    return reasons[-1].split("ValueError: ")[-1] if reasons else f"exit status {done.returncode}"
+    return reasons[-1].split("ValueError: ")[-1].split(" Reasons")[0] if reasons else f"exit status {done.returncode}"
 
 
 def one_case(folder: Path, name: str) -> None:
