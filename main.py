@@ -18,6 +18,9 @@ import transformers
 from transformers import set_seed
 
 from qat import QATConfig, prepare_qat
+from qat.export import export_checkpoint
+from qat.model_card import CardFacts
+from qat.verify import verify
 from training.arguments import (
     DataArguments,
     DistillationArguments,
@@ -88,11 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         trainer.save_state()
         logger.info("Saved to %s", training_args.output_dir)
+        if trainer.is_world_process_zero() and getattr(model, "qat_config", None) is not None:
+            export(model, model_args, training_args, data_args, quant_args)
 
 
 def quantize(model, model_args: ModelArguments, quant_args: QuantizationArguments) -> None:
     """Prepare `model` for the scheme asked for, else for the one its folder was trained with, else not at all."""
-    saved = QATConfig.load(model_args.model_name_or_path) if Path(model_args.model_name_or_path).is_dir() else None
+    saved = getattr(model, "packed_qat_config", None)
+    if saved is None and Path(model_args.model_name_or_path).is_dir():
+        saved = QATConfig.load(model_args.model_name_or_path)
     if quant_args.quant_scheme is not None:
         mapping = {"torch.nn.Linear": quant_args.quant_scheme}
         rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
@@ -100,6 +107,18 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
     elif saved is not None:
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
         prepare_qat(model, saved.mapping, saved.ignore, saved.weight_scale_rule, saved.input_scale_rule)
+
+
+def export(model, model_args, training_args, data_args, quant_args: QuantizationArguments) -> None:
+    """Pack what was trained into a folder named after its scheme, and prove that it is the same model."""
+    if quant_args.export_format == "none":
+        return
+    source = training_args.output_dir
+    target = Path(source, "-".join(dict.fromkeys(model.qat_config.mapping.values())))
+    facts = CardFacts(model_args.model_name_or_path, data_args.dataset)
+    export_checkpoint(source, target, quant_args.export_format, overwrite=True, facts=facts)
+    verify(target, source)
+    logger.info("Serve it: vllm serve %s", target)
 
 
 def unused_folder(folder: str) -> str:

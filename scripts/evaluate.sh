@@ -1,13 +1,6 @@
 #!/usr/bin/env bash
-# Evaluate a saved model with lm_eval: bash scripts/evaluate.sh DIR [lm_eval arguments, which win]
-# BACKEND is vllm (default where it is installed) or hf; TASKS is gsm8k by default.
+# Evaluate folders side by side with lm_eval: bash scripts/evaluate.sh DIR [DIR ...] [--tasks gsm8k] [--backend hf|vllm]
+# A folder may be a BF16 checkpoint, a QAT folder (fake-quantized) or a packed one. Without network: --tasks
+# local_text,python_docs_choice. `--help` lists the rest; TASKS, BACKEND and BATCH_SIZE set defaults.
 set -euo pipefail
-model=${1:?usage: bash scripts/evaluate.sh DIR [lm_eval arguments]}
-shift
-if [ -z "${BACKEND:-}" ]; then
-  BACKEND=hf
-  python -c 'import vllm' 2>/dev/null && BACKEND=vllm
-fi
-arguments="pretrained=$model,dtype=bfloat16"
-[ "$BACKEND" = vllm ] && arguments="$arguments,gpu_memory_utilization=0.8,max_model_len=4096"
-lm_eval run --model "$BACKEND" --model_args "$arguments" --tasks "${TASKS:-gsm8k}" --batch_size "${BATCH_SIZE:-8}" "$@"
+exec python "$(dirname "${BASH_SOURCE[0]}")/evaluate.py" "$@"

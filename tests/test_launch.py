@@ -27,4 +27,5 @@ def test_accelerate_launch_trains_on_the_cpu(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "7 linear layers in MXFP4" in result.stdout
+    assert json.loads((tmp_path / "out" / "MXFP4" / "verification.json").read_text())["verified"]
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_perplexity"] > 1

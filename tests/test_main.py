@@ -36,7 +36,7 @@ def run(workspace: Path, output: str, *flags: str, model: str = "model") -> dict
             "--model_name_or_path", str(workspace / model), "--dataset", str(workspace / "data.jsonl"),
             "--eval_size", "6", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
             "--output_dir", str(workspace / output), "--disable_tqdm", "True", "--report_to", "none",
-            "--logging_steps", "1", *flags,
+            "--logging_steps", "1", "--export_format", "none", *flags,
         ]
     )  # fmt: skip
     results = sorted((workspace / output).rglob("all_results.json"), key=lambda p: p.stat().st_mtime)

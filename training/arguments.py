@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from data.readers import DATASET_NAMES
 from qat import SCHEMES
 from qat.formats import SCALE_RULES
+from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import INPUT_SCALE_RULES
 
 
@@ -106,8 +107,19 @@ class QuantizationArguments:
             "Choose the rule of the engine that will serve the model."
         },
     )
+    export_format: str = field(
+        default="compressed-tensors",
+        metadata={
+            "help": "After quantization-aware training, pack the model into output_dir/SCHEME: "
+            f"{', '.join(EXPORT_FORMATS)}, or none."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.export_format not in (*EXPORT_FORMATS, "none"):
+            raise ValueError(
+                f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
+            )
         for name, choices in (("weight_scale_rule", SCALE_RULES), ("input_scale_rule", INPUT_SCALE_RULES)):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:

@@ -12,6 +12,8 @@ import logging
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat.unpack import is_packed, load_packed
+
 from .arguments import ModelArguments
 from .distillation import check_teacher
 
@@ -23,7 +25,11 @@ def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
     kwargs = {"cache_dir": cache_dir, "dtype": "auto"}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
+    if model_args.gguf_file is None and is_packed(model_args.model_name_or_path):
+        model = load_packed(model_args.model_name_or_path)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
+        _check_plain(model, model_args)
     if model_args.gguf_file is not None:
         _forget_gguf(model)
     model.original_dtype = model.dtype
@@ -45,6 +51,15 @@ def load_teacher(model: PreTrainedModel, name_or_path: str | None, cache_dir: st
         check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
     teacher.config.use_cache = False
     return teacher.requires_grad_(False).eval()
+
+
+def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
+    if model_args.gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path!r} is quantized by "
+            f"{getattr(model, 'quantization_method', None)}; training starts from BF16 weights, or from a local folder "
+            "packed in MXFP4 or MXFP8 by compressed-tensors or AutoRound (download a hub model first)"
+        )
 
 
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):

@@ -1,0 +1,160 @@
+"""How fast is packing, how small the result, how much memory does it take?
+
+    python benchmarks/export.py [--gib 1] [--shards 4] [--csv benchmarks/export.csv]
+
+A random Llama checkpoint of several shards is packed in a process of its own, libraries loaded beforehand. Two
+yardsticks read the source's bytes and write the packed ones: safetensors, which loads each shard into memory and saves
+the packed tensors, and raw files in chunks of 1 MiB. Files are in the page cache; of everything, the best of three.
+Peak memory is the growth of the resident set, mapped files included, in shards of the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SCHEMES = ("MXFP4", "MXFP8")
+REPEATS = 3
+_CHUNK = 1 << 20
+
+
+def main() -> None:
+    """Measure each scheme, print a table, append to the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the BF16 checkpoint")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--export", nargs=3, metavar=("SRC", "DST", "SCHEME"), help="one measurement, used internally")
+    args = parser.parse_args()
+    if args.export:
+        export_once(*args.export)
+        return
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        source = make_checkpoint(Path(folder, "source"), args.gib, args.shards)
+        rows = [measure(source, Path(folder, scheme), scheme) for scheme in SCHEMES]
+    columns = [key for key in rows[0] if key != "scheme"]
+    print("\nscheme  " + "".join(f"{key:>{len(key) + 2}}" for key in columns))
+    for row in rows:
+        print(f"{row['scheme']:<8}" + "".join(f"{row[key]:>{len(key) + 2}.2f}" for key in columns))
+    if args.csv:
+        write_csv(args.csv, rows)
+
+
+def make_checkpoint(folder: Path, gib: float, shards: int) -> Path:
+    """A random BF16 Llama of about `gib` GiB in about `shards` files."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, vocabulary = 2048, 5632, 8192
+    per_layer = 2 * (2 * hidden * hidden + 2 * hidden * 512 + 3 * hidden * intermediate)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=max(1, round(gib * 2**30 / per_layer)),
+        num_attention_heads=16, num_key_value_heads=4, vocab_size=vocabulary, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02)
+    model.save_pretrained(folder, max_shard_size=int(gib * 2**30 / shards) + per_layer)
+    return folder
+
+
+def measure(source: Path, target: Path, scheme: str) -> dict:
+    """Export in a fresh process, then copy as many bytes."""
+    command = [sys.executable, __file__, "--export", str(source), str(target), scheme]
+    seconds, peak_bytes = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    read, written = (sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (source, target))
+    largest = max(p.stat().st_size for p in source.glob("*.safetensors"))
+    through = min(copy_through_safetensors(source, target) for _ in range(REPEATS))
+    raw = min(copy_raw(source, target.with_suffix(".copy"), written) for _ in range(REPEATS))
+    return {
+        "scheme": scheme, "source_mib": read / 2**20, "packed_mib": written / 2**20, "export_s": seconds,
+        "safetensors_s": through, "raw_copy_s": raw, "over_safetensors": through / seconds,
+        "over_raw_copy": raw / seconds, "peak_shards": peak_bytes / largest,
+    }  # fmt: skip
+
+
+def export_once(source: str, target: str, scheme: str) -> None:
+    """Print the seconds of an export and the bytes by which it raised the peak of the resident set."""
+    import torch
+
+    from qat import ops
+    from qat.checkpoint_folder import CheckpointFolder
+    from qat.export import export_checkpoint
+    from qat.skeleton import prepared_skeleton
+
+    ops.quantize(torch.zeros(32, 32), scheme.lower(), "floor", torch.bfloat16)
+    prepared_skeleton(CheckpointFolder.open(source), scheme)
+    before, seconds = peak_resident_bytes(), []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        export_checkpoint(source, target, scheme=scheme, overwrite=True)
+        seconds.append(time.perf_counter() - start)
+    print(min(seconds), peak_resident_bytes() - before)
+
+
+def peak_resident_bytes() -> int:
+    """The kernel's high-water mark of this process (Linux); unlike getrusage's, it knows nothing of the parent."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def copy_through_safetensors(source: Path, packed: Path) -> float:
+    """Seconds to load all tensors of `source` into memory and to save those of `packed`, shard by shard."""
+    from safetensors.torch import load_file, save_file
+
+    seconds = 0.0
+    for path in sorted(source.glob("*.safetensors")):
+        to_write = {name: tensor.clone() for name, tensor in load_file(packed / path.name).items()}
+        start = time.perf_counter()
+        loaded = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        save_file(to_write, packed / "copy.tmp")
+        seconds += time.perf_counter() - start
+        del loaded
+    (packed / "copy.tmp").unlink()
+    return seconds
+
+
+def copy_raw(source: Path, target: Path, bytes_to_write: int) -> float:
+    """Seconds to read all weights of `source` and to write `bytes_to_write` bytes."""
+    start = time.perf_counter()
+    with target.open("wb", buffering=0) as out:
+        for path in sorted(source.glob("*.safetensors")):
+            with path.open("rb", buffering=0) as file:
+                while chunk := file.read(_CHUNK):
+                    out.write(chunk[: max(0, bytes_to_write - out.tell())])
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Append `rows` with machine, versions and date."""
+    import safetensors
+    import torch
+
+    machine = {
+        "machine": f"{os.cpu_count()} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__, "safetensors": safetensors.__version__, "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine])
+        if new:
+            writer.writeheader()
+        writer.writerows({**row, **machine} for row in rows)
+
+
+if __name__ == "__main__":
+    main()

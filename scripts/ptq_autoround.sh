@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Post-training quantization with AutoRound itself, from the BF16 stage: bash scripts/ptq_autoround.sh MODEL OUT
+# Writes OUT/SCHEME-iters0 (round to nearest) and OUT/SCHEME-iters200 (tuned rounding), which vLLM serves and from which
+# main.py starts QAT (--model_name_or_path OUT/SCHEME-iters200). SCHEME is MXFP4 by default; ITERS="0 200" chooses;
+# CALIBRATION is a .jsonl file of {"text": ...} rows, by default python-docs (offline).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+model=$(realpath "${1:?usage: bash scripts/ptq_autoround.sh MODEL OUT}")
+mkdir -p "${2:?usage: bash scripts/ptq_autoround.sh MODEL OUT}"
+out=$(realpath "$2")
+cd "$root"
+install requirements.txt
+
+scheme=${SCHEME:-MXFP4}
+calibration=${CALIBRATION:-}
+if [ -z "$calibration" ]; then
+  calibration=$out/calibration.jsonl
+  python - "$calibration" <<'PYTHON'
+import json, sys
+from data.readers import read_splits
+train, _ = read_splits("python-docs")
+with open(sys.argv[1], "w", encoding="utf-8") as file:
+    for turns in train["conversations"]:
+        file.write(json.dumps({"text": "\n".join(turn["value"] for turn in turns)}) + "\n")
+PYTHON
+fi
+
+for iters in ${ITERS:-0 200}; do
+  folder=$out/$scheme-iters$iters
+  if [ -f "$folder/config.json" ]; then
+    echo "$folder exists; remove it to make it again"
+    continue
+  fi
+  # AutoRound puts the model into a folder of its own choosing inside its output folder.
+  partial=$out/.partial-$scheme-iters$iters
+  rm -rf "$partial"
+  auto-round --model "$model" --scheme "$scheme" --iters "$iters" --format auto_round --output_dir "$partial" \
+    --dataset "$calibration" --seqlen "${SEQLEN:-256}" --nsamples "${NSAMPLES:-128}" ${DEVICE:+--device "$DEVICE"}
+  config=$(find "$partial" -name config.json -print -quit)
+  mv "$(dirname "$config")" "$folder"
+  rm -rf "$partial"
+  echo "$folder"
+done

@@ -1,0 +1,66 @@
+"""Documents of the two local lm_eval tasks, from data that is on every machine or in a file of the user's."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import datasets
+
+from data.readers import read_splits
+
+HELD_OUT = 256  # samples that training on python-docs never sees, when its --eval_size is at most this
+CHOICES = 4
+_PASSAGE_CHARACTERS = 160
+_DOCUMENT_CHARACTERS = 4000
+
+
+def text(text: str | None = None, **_unused) -> dict[str, datasets.Dataset]:
+    """Rows {"text"} of the file `text`, cut into documents at line ends; default: held-out python-docs answers.
+
+    Raises:
+        ValueError: the file is missing or empty.
+    """
+    if text is None:
+        documents = [answer for _, answer in _held_out()]
+    elif not Path(text).is_file() or not Path(text).read_text(encoding="utf-8").strip():
+        raise ValueError(f"--text {text!r} is no file, or an empty one; name a text file in UTF-8")
+    else:
+        documents = _cut(Path(text).read_text(encoding="utf-8"))
+    return {"test": datasets.Dataset.from_list([{"text": document} for document in documents])}
+
+
+def choices(**_unused) -> dict[str, datasets.Dataset]:
+    """Rows {"question", "choices", "label"}: the beginning of the answer among those of three other questions."""
+    samples, rng = _held_out(), random.Random(0)
+    rows = []
+    for index, (question, answer) in enumerate(samples):
+        others = rng.sample([other for i, (_, other) in enumerate(samples) if i != index], CHOICES - 1)
+        passages = [answer, *others]
+        order = rng.sample(range(CHOICES), CHOICES)
+        rows.append(
+            {
+                "question": question,
+                "choices": [" ".join(passages[i].split())[:_PASSAGE_CHARACTERS] for i in order],
+                "label": order.index(0),
+            }
+        )
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+@lru_cache(maxsize=1)
+def _held_out() -> list[tuple[str, str]]:
+    _, held_out = read_splits("python-docs", eval_size=HELD_OUT)
+    return [(turns[0]["value"], turns[1]["value"]) for turns in held_out["conversations"]]
+
+
+def _cut(text: str) -> list[str]:
+    """Pieces of about `_DOCUMENT_CHARACTERS` characters that end with a line."""
+    documents, current = [], ""
+    for line in text.splitlines(keepends=True):
+        current += line
+        if len(current) >= _DOCUMENT_CHARACTERS:
+            documents.append(current)
+            current = ""
+    return [*documents, current] if current.strip() else documents
