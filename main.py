@@ -1,4 +1,5 @@
-"""One stage of the way from a causal language model to a low-bit one: fine-tune in BF16, train with quantization, evaluate.
+"""One stage of the way from a causal language model to a low-bit one: fine-tune in BF16, train with quantization,
+evaluate.
 
     python main.py --model_name_or_path M --do_train True ...                        # BF16 fine-tuning
     python main.py --model_name_or_path M --quant_scheme MXFP4 --do_train True ...   # quantization-aware training
@@ -19,6 +20,7 @@ from transformers import set_seed
 from qat import QATConfig, prepare_qat
 from training.arguments import (
     DataArguments,
+    DistillationArguments,
     ModelArguments,
     QuantizationArguments,
     TrainingArguments,
@@ -26,7 +28,7 @@ from training.arguments import (
 )
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
-from training.loading import load_model, load_tokenizer
+from training.loading import load_model, load_teacher, load_tokenizer
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")
@@ -34,7 +36,7 @@ logger = logging.getLogger("main")
 
 def main(argv: list[str] | None = None) -> None:
     """Run one stage: parse, seed, load, quantize, read data, train, evaluate, save."""
-    model_args, training_args, data_args, quant_args = parse_arguments(argv)
+    model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
     set_up_logging(training_args)
     set_seed(training_args.seed)
     if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
+    teacher = None
+    if distill_args.distill:
+        teacher = load_teacher(model, distill_args.teacher_model_name_or_path, training_args.cache_dir)
     quantize(model, model_args, quant_args)
     checkpoint = None
     if training_args.do_train:
@@ -59,7 +64,15 @@ def main(argv: list[str] | None = None) -> None:
 
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)
-    trainer = QATTrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+    trainer = QATTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=training_args,
+        teacher=teacher,
+        distill_temperature=distill_args.distill_temperature,
+        distill_ce_weight=distill_args.distill_ce_weight,
+        **data_module,
+    )
 
     if training_args.do_train:
         if checkpoint is not None:
@@ -83,10 +96,12 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
     """Prepare `model` for the scheme asked for, else for the one its folder was trained with, else not at all."""
     saved = QATConfig.load(model_args.model_name_or_path) if Path(model_args.model_name_or_path).is_dir() else None
     if quant_args.quant_scheme is not None:
-        prepare_qat(model, {"torch.nn.Linear": quant_args.quant_scheme})
+        mapping = {"torch.nn.Linear": quant_args.quant_scheme}
+        rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
+        prepare_qat(model, mapping, weight_scale_rule=rules[0], input_scale_rule=rules[1])
     elif saved is not None:
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
-        prepare_qat(model, saved.mapping, saved.ignore)
+        prepare_qat(model, saved.mapping, saved.ignore, saved.weight_scale_rule, saved.input_scale_rule)
 
 
 def unused_folder(folder: str) -> str:
@@ -107,7 +122,14 @@ def set_up_logging(training_args: TrainingArguments) -> None:
     transformers.utils.logging.set_verbosity_warning()
 
 
-__all__ = ["DataArguments", "ModelArguments", "QuantizationArguments", "TrainingArguments", "main"]
+__all__ = [
+    "DataArguments",
+    "DistillationArguments",
+    "ModelArguments",
+    "QuantizationArguments",
+    "TrainingArguments",
+    "main",
+]
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ class Formatter:
         tokenizer: a fast tokenizer; with a chat template, that is the format, else turns joined by newlines.
         max_length: samples are cut at this many tokens.
         train_on: "assistant" or "all".
-        chat_template: "none" for turns joined by newlines, anything else for the tokenizer's own template.
+        chat_template: "none" for INC's format, anything else for the tokenizer's own template.
 
     Raises:
         ValueError: an unknown choice, a slow tokenizer.
@@ -65,6 +65,7 @@ class Formatter:
         self._backend.no_truncation()
         use_chat = chat_template != "none" and tokenizer.chat_template is not None
         self._chat = ChatTemplate(tokenizer) if use_chat else None
+        self._as_inc = chat_template == "none"
         self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         self._text_bos = self._bos if tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
         self._pieces_join = all(self._backend.decode(self._ids(a) + self._ids(b)) == a + b for a, b in _PROBES)
@@ -73,6 +74,8 @@ class Formatter:
     def description(self) -> str:
         """Format and labels, in words."""
         form = "chat template" if self._chat else "turns joined by newlines"
+        if not self._chat and not self._as_inc:
+            form = f"no chat template: {form}, answers closed by {self._eos or 'nothing'}"
         if self.train_on == "all":
             return f"{form}; every token is learned"
         return f"{form}; assistant turns are learned, found {self._chat.method if self._chat else 'by construction'}"
@@ -83,7 +86,8 @@ class Formatter:
         state = json.loads(self._backend.to_str())
         parts = (
             state, self._chat and (self._chat.template, sorted(self._chat._variables.items())), self._bos, self._eos,
-            self._text_bos, self.train_on, self.max_length, transformers.__version__, tokenizers.__version__,
+            self._text_bos, self._as_inc, self.train_on, self.max_length,
+            transformers.__version__, tokenizers.__version__,
         )  # fmt: skip
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -118,10 +122,16 @@ class Formatter:
         return self._chat.pieces(messages) if self._chat is not None else self._joined_by_newlines(messages)
 
     def _joined_by_newlines(self, messages: list[dict]) -> list[Piece]:
-        """The format of INC's example; unlike there, the end-of-sequence token after an answer is learned."""
+        """INC's format ends each turn with a newline and the sample with the end-of-sequence token (here it is learned
+        after an answer). A tokenizer without a template ends each answer with that token."""
         pieces = [(self._bos, False)] if self._bos else []
-        pieces += [(message["content"] + "\n", message["role"] == "assistant") for message in messages]
-        return [*pieces, (self._eos, pieces[-1][1])] if self._eos else pieces
+        for message in messages:
+            is_answer = message["role"] == "assistant"
+            if self._as_inc:
+                pieces.append((message["content"] + "\n", is_answer))
+            else:
+                pieces += [(message["content"] + self._eos * is_answer, is_answer), ("\n", False)]
+        return [*pieces, (self._eos, pieces[-1][1])] if self._as_inc and self._eos else pieces
 
     # ---- Tokens ----
 

@@ -1,8 +1,8 @@
 """The embedded dataset: questions about Python, answered by the Python installation's own documentation.
 
 It needs no network and is the same on every machine with the same Python version: the language reference that ships as
-`pydoc_data.topics`, the docstrings of public functions and classes in the standard library's source files (parsed, never
-imported, so nothing runs), and those of the built-in modules.
+`pydoc_data.topics`, the docstrings of public functions and classes in the standard library's source files (parsed,
+never imported, so nothing runs), and those of the built-in modules.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 MIN_ANSWER_CHARACTERS = 72  # shorter docstrings ("Return self.") teach nothing
 _SKIPPED_PARTS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "__pycache__"}
 # Built into every CPython, whatever the platform.
-_C_MODULES = ("builtins", "errno", "gc", "itertools", "marshal", "sys", "time", "_io", "_collections", "_functools", "_operator")
+_C_MODULES = ("builtins", "gc", "itertools", "marshal", "sys", "time", "_io", "_collections", "_functools", "_operator")
 
 
 def read_python_docs() -> list[dict]:

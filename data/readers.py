@@ -114,7 +114,7 @@ class HubDataset(Source):
     def __post_init__(self) -> None:
         try:
             self._splits = datasets.load_dataset(self.hub_id, self.configuration, streaming=self.streaming)
-        except Exception as error:  # noqa: BLE001 (dozens of kinds: network, access, missing configuration, broken files)
+        except Exception as error:  # dozens of kinds: network, access, missing configuration, broken files
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"--dataset {self.name!r} cannot be loaded from the hub as {self.hub_id!r} ({detail[:300]}). "
@@ -130,7 +130,7 @@ class HubDataset(Source):
             place = f"{self.name}/{split}[{number}]"
             try:
                 row = next(rows, None)
-            except Exception as error:  # noqa: BLE001 (whatever a remote file's reader raises; the stream has ended with it)
+            except Exception as error:  # whatever a remote file's reader raises; the stream has ended with it
                 yield place, BadSample("unreadable row", f"{type(error).__name__}: {str(error)[:200]}", place)
                 return
             if row is None:

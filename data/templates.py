@@ -136,6 +136,6 @@ class ChatTemplate:
             raise InexactTemplate(f"renders a conversation but not its beginning ({error.detail})") from None
 
     def _end_of(self, text: str) -> int:
-        """Where the last turn ends: with its closing special token (white space after it separates), else at the end."""
+        """Where the last turn ends: with its closing special token (white space after it separates), or at the end."""
         stripped = text.rstrip()
         return len(stripped) if stripped.endswith(tuple(self._special_tokens)) else len(text)

@@ -30,8 +30,24 @@ class QATConfig:
 
     @property
     def summary(self) -> str:
-        """One line for error messages: the schemes by key."""
-        return ", ".join(f"{key}: {scheme}" for key, scheme in self.mapping.items())
+        """One line for messages: the schemes by key, and the scale rules in force."""
+        schemes = ", ".join(f"{key}: {scheme}" for key, scheme in self.mapping.items())
+        rules = ", ".join(f"{name} weights {r['weight']}, inputs {r['input']}" for name, r in self.scale_rules.items())
+        return f"{schemes}; scale rules {rules}"
+
+    @property
+    def weight_scale_rule(self) -> str | None:
+        """The rule that all weights have, if they share one."""
+        return self._shared_rule("weight")
+
+    @property
+    def input_scale_rule(self) -> str | None:
+        """The rule that all inputs have, if they share one."""
+        return self._shared_rule("input")
+
+    def _shared_rule(self, tensor: str) -> str | None:
+        rules = {rule[tensor] for rule in self.scale_rules.values()}
+        return rules.pop() if len(rules) == 1 else None
 
     def same_training(self, other: QATConfig) -> bool:
         """Whether a run under `other` may continue a run under this one: everything equal but the versions."""

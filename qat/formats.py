@@ -65,8 +65,9 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Scale rules by name:
 #   floor   OCP's own rule and AutoRound's MXFP4/MXFP8: never rounds the exponent up, so amax may saturate.
 #   even    compressed-tensors: amax is rounded to one mantissa bit first, so 1.75 and above count as 2.
-#   rceil   NVIDIA's rule (cuBLAS, PTX cvt with .rp; AutoRound's *_RCEIL): the smallest exponent that does not saturate amax.
-#   search  floor or floor + 1, whichever gives the block the smaller squared error (ties: floor); for weights, whose
+#   rceil   NVIDIA's rule (cuBLAS, PTX cvt with .rp; AutoRound's *_RCEIL): the smallest exponent that does not saturate
+#   amax. search  floor or floor + 1, whichever gives the block the smaller squared error (ties: floor); for weights,
+#   whose
 #           scale is stored in the file.
 SCALE_RULES = ("floor", "even", "rceil", "search")
 

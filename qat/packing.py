@@ -1,6 +1,7 @@
 """Element codes <-> bytes, in the layouts that compressed-tensors, AutoRound and vLLM share.
 
-MXFP4 puts two codes into a byte, element 2i in the low nibble and 2i + 1 in the high one; an MXFP8 code is its own byte.
+MXFP4 puts two codes into a byte, element 2i in the low nibble and 2i + 1 in the high one; an MXFP8 code is its own
+byte.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ def prepare_qat(
     model: nn.Module,
     mapping: Mapping[type | str, str] | None = None,
     ignore: Iterable[str] = ("lm_head",),
+    weight_scale_rule: str | None = None,
+    input_scale_rule: str | None = None,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place.
 
@@ -31,6 +33,8 @@ def prepare_qat(
             Default: every nn.Linear in MXFP8.
         ignore: globs of layers to leave alone. A pattern matches a full name or any dotted end of it, so "lm_head" also
             covers "model.lm_head".
+        weight_scale_rule: "floor", "even", "rceil" or "search" in place of the presets' own, for every scheme.
+        input_scale_rule: the same for inputs, which cannot be searched; must be the rule of the engine that will serve.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -41,7 +45,8 @@ def prepare_qat(
     """
     mapping = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or {nn.Linear: DEFAULT_SCHEME}).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    schemes = {name: get_scheme(name) for name in dict.fromkeys(mapping.values())}
+    rules = weight_scale_rule, input_scale_rule
+    schemes = {name: get_scheme(name, *rules) for name in dict.fromkeys(mapping.values())}
 
     chosen, left_alone = _choose_layers(model, mapping, ignore)
     for name, (module, _) in chosen.items():
@@ -56,7 +61,7 @@ def prepare_qat(
             for name, scheme in schemes.items()
         },
     )
-    _print_summary(chosen, left_alone, ignore)
+    _print_summary(model.qat_config, chosen, left_alone)
     return model
 
 
@@ -96,7 +101,7 @@ def _normalize_key(key: type | str) -> str:
         return _LINEAR_KEY
     if isinstance(key, str):
         return key
-    raise ValueError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over module names such as '*.down_proj'")
+    raise ValueError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over names such as '*.down_proj'")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -126,7 +131,8 @@ def _choose_layers(model, mapping, ignore):
             left_alone[name] = "no mapping key matches"
     for key in mapping:
         if key not in used_keys:
-            raise ValueError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {_examples(chosen, left_alone)}")
+            found = _examples(chosen, left_alone)
+            raise ValueError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {found}")
     if not chosen:
         raise ValueError(
             f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}; "
@@ -148,14 +154,16 @@ def _examples(chosen, left_alone) -> str:
     return f"{len(names)} weight modules, e.g. {', '.join(names[:4])}" if names else "no weight modules"
 
 
-def _print_summary(chosen, left_alone, ignore) -> None:
+def _print_summary(config: QATConfig, chosen, left_alone) -> None:
     replaced = Counter(scheme for _, scheme in chosen.values())
     lines = ["Quantization-aware training of " + ", ".join(f"{n} linear layers in {s}" for s, n in replaced.items())]
+    for name, rules in config.scale_rules.items():
+        lines.append(f"  scale rules of {name}: weights {rules['weight']}, inputs {rules['input']}")
     reasons = Counter(left_alone.values())
     for reason, count in reasons.items():
         example = next(name for name, why in left_alone.items() if why == reason)
         lines.append(f"  left unquantized: {count} ({reason}), e.g. {example}")
-    for pattern in ignore:
+    for pattern in config.ignore:
         if f"ignored by {pattern!r}" not in reasons:
             lines.append(f"  ignore pattern {pattern!r} matched no linear layer")
     if os.environ.get("RANK", "0") == "0":

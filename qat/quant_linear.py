@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .caches import WeightCache
 from .formats import BLOCK_SIZE
+from .linear_function import quantized_linear
 from .schemes import LayerScheme
 from .tensor_quantizer import TensorQuantizer
 
@@ -22,16 +24,28 @@ class QuantLinear(nn.Linear):
     input_quantizer: TensorQuantizer
     output_quantizer: TensorQuantizer
     scheme: LayerScheme
+    weight_cache: WeightCache
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], both operands fake-quantized in the dtype of the matmul.
 
-        Under autocast that is the autocast dtype, so FP32 master weights are seen as the BF16 weights that will be saved.
+        Under autocast that is the autocast dtype, so FP32 master weights are seen as the BF16 weights that will be
+        saved.
         """
         dtype = _compute_dtype(input)
+        if self._is_plain_w_and_a():
+            output = quantized_linear(
+                input, self.weight, self.bias, self.scheme.input, self.scheme.weight, dtype, self.weight_cache
+            )
+            return self.output_quantizer(output)
         weight = self.weight_quantizer(self.weight.to(dtype))
         output = F.linear(self.input_quantizer(input.to(dtype)), weight, self.bias)
         return self.output_quantizer(output)
+
+    def _is_plain_w_and_a(self) -> bool:
+        """Weight and input are both quantized, by their scheme: the case that the fused function covers."""
+        weight, input_ = self.weight_quantizer, self.input_quantizer
+        return weight.is_enabled and input_.is_enabled and weight.scale is None and input_.scale is None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme.name}"
@@ -39,6 +53,8 @@ class QuantLinear(nn.Linear):
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     device_type = x.device.type
+    if device_type == "meta":  # shapes only; autocast knows no meta device
+        return x.dtype
     if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
@@ -54,6 +70,7 @@ def convert(module: nn.Linear, scheme: LayerScheme, name: str = "") -> QuantLine
     check_convertible(module, name)
     module.__class__ = QuantLinear
     module.scheme = scheme
+    module.weight_cache = WeightCache()
     module.weight_quantizer = _make_quantizer(scheme.weight)
     module.input_quantizer = _make_quantizer(scheme.input)
     module.output_quantizer = _make_quantizer(scheme.input, if_quant=False)

@@ -5,8 +5,8 @@ multiple of 2^k, ties to even, by adding and subtracting 1.5 * 2^(23 + k): the s
 rounding does the work. All arithmetic is FP32 and every multiplication is by a power of two, hence exact.
 
 For finite input the results equal AutoRound's `quant_mx` (rule floor) and `quant_mx_rceil` (rule rceil) and the scales
-of compressed-tensors (rule even), except where an FP32 log2 rounds up to the next integer: there the exact exponent wins.
-A block that holds a NaN or an infinity becomes NaN as a whole (scale byte 0xFF).
+of compressed-tensors (rule even), except where an FP32 log2 rounds up to the next integer: there the exact exponent
+wins. A block that holds a NaN or an infinity becomes NaN as a whole (scale byte 0xFF).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def quantize(
         x: [..., K] float32, bfloat16 or float16, K a multiple of 32.
         fmt: element format.
         rule: scale rule, see `formats.SCALE_RULES`.
-        dtype: the view of `x` that is quantized (default: its own dtype), e.g. the bfloat16 view of FP32 master weights.
+        dtype: the view of `x` that is quantized (default: its own dtype), e.g. the bfloat16 view of FP32 master
+        weights.
 
     Returns:
         packed codes, uint8 [..., K * fmt.bits / 8], and biased E8M0 scales, uint8 [..., K / 32].
@@ -110,7 +111,7 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def _block_error(difference: torch.Tensor) -> torch.Tensor:
-    """Sum of squares over each block [..., 32] -> [...]; neighbours are added in pairs, so every kernel gets the same bits."""
+    """Sum of squares over each block [..., 32] -> [...]; neighbours are added in pairs, so all kernels agree."""
     total = difference * difference
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]

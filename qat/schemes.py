@@ -5,10 +5,12 @@ The names and their content are AutoRound's presets; this module only translates
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .formats import BLOCK_SIZE, FORMATS, SCALE_RULES
 
+# Engines quantize activations themselves, and none of them searches.
+INPUT_SCALE_RULES = tuple(rule for rule in SCALE_RULES if rule != "search")
 SCHEMES = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")
 
 
@@ -49,11 +51,11 @@ class LayerScheme:
     input: TensorSpec
 
 
-def get_scheme(name: str) -> LayerScheme:
-    """Look `name` up in AutoRound's presets.
+def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule: str | None = None) -> LayerScheme:
+    """Look `name` up in AutoRound's presets; a rule given here replaces the preset's.
 
     Raises:
-        ValueError: the name is not one of `SCHEMES`.
+        ValueError: the name is not one of `SCHEMES`, or a rule not one of `SCALE_RULES`, or inputs shall be searched.
         ImportError: AutoRound is not installed.
     """
     if not isinstance(name, str) or name.upper() not in SCHEMES:
@@ -63,15 +65,27 @@ def get_scheme(name: str) -> LayerScheme:
     except ImportError as error:
         raise ImportError("quantization schemes come from AutoRound: pip install auto-round") from error
     preset = preset_name_to_scheme(name.upper())
+    weight = TensorSpec(preset.data_type, preset.bits, preset.group_size, preset.sym)
+    input_ = TensorSpec(preset.act_data_type, preset.act_bits, preset.act_group_size, preset.act_sym)
     return LayerScheme(
         name=name.upper(),
-        weight=TensorSpec(preset.data_type, preset.bits, preset.group_size, preset.sym),
-        input=TensorSpec(preset.act_data_type, preset.act_bits, preset.act_group_size, preset.act_sym),
+        weight=weight if weight_scale_rule is None else with_scale_rule(weight, weight_scale_rule, SCALE_RULES),
+        input=input_ if input_scale_rule is None else with_scale_rule(input_, input_scale_rule, INPUT_SCALE_RULES),
     )
 
 
-# AutoRound writes the rule as a suffix of the data type: "mx_fp" and "mx_fp4" round the exponent down, "mx_fp_rceil" up.
-# "even" and "search" have no AutoRound name; they follow the same pattern.
+def with_scale_rule(spec: TensorSpec, rule: str, choices: tuple[str, ...] = SCALE_RULES) -> TensorSpec:
+    """`spec` under another scale rule, one of `choices`."""
+    if rule not in choices:
+        raise ValueError(f"scale rule {rule!r} is not possible here; choose one of {', '.join(choices)}")
+    base = spec.data_type
+    for suffix in SCALE_RULES:
+        base = base.removesuffix(f"_{suffix}")
+    return replace(spec, data_type=base if rule == "floor" else f"{base}_{rule}")
+
+
+# AutoRound writes the rule as a suffix of the data type: "mx_fp" and "mx_fp4" round the exponent down, "mx_fp_rceil"
+# up. "even" and "search" have no AutoRound name; they follow the same pattern.
 def _scale_rule(data_type: str) -> str:
     base, _, suffix = data_type.rpartition("_")
     rule = suffix if base and suffix in SCALE_RULES else "floor"
@@ -86,5 +100,5 @@ def _format_name(data_type: str, bits: int) -> str:
     if base not in ("mx_fp", f"mx_fp{bits}") or name not in FORMATS:
         choices = ", ".join(f"mx_fp with bits={fmt.bits}" for fmt in FORMATS.values())
         rules = ", ".join(f"_{rule}" for rule in SCALE_RULES if rule != "floor")
-        raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose {choices}, rule suffixes {rules}")
+        raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose {choices}, suffixes {rules}")
     return name

@@ -16,8 +16,8 @@ class TensorQuantizer(nn.Module):
     """Fake-quantizes a tensor along its last dimension, with straight-through gradients.
 
     Args:
-        data_type: AutoRound's name, "mx_fp", with the scale rule as suffix ("mx_fp_rceil", "mx_fp_even", "mx_fp_search").
-        bits: 4 (MXFP4, E2M1) or 8 (MXFP8, E4M3).
+        data_type: AutoRound's name, "mx_fp", with the scale rule as suffix ("mx_fp_rceil", "mx_fp_even",
+        "mx_fp_search"). bits: 4 (MXFP4, E2M1) or 8 (MXFP8, E4M3).
         block_size: values that share a scale, 32 in every MX format.
         sym: MX formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
@@ -100,7 +100,8 @@ class TensorQuantizer(nn.Module):
             scale: E8M0 codes, uint8 [N, K / 32], exponent + 127.
 
         Returns:
-            MXFP4: uint8 [N, K / 2], element 2i in the low nibble; MXFP8: float8_e4m3fn [N, K]. And the scale, unchanged.
+            MXFP4: uint8 [N, K / 2], element 2i in the low nibble; MXFP8: float8_e4m3fn [N, K]. And the scale,
+            unchanged.
         """
         if scale.dtype != torch.uint8 or scale.shape != (*weight.shape[:-1], weight.shape[-1] // self.block_size):
             raise ValueError(

@@ -1,10 +1,11 @@
-"""The command line: four groups of arguments, each checked before anything slow begins."""
+"""The command line: five groups of arguments, each checked before anything slow begins."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
@@ -15,6 +16,8 @@ from data.formatting import TRAIN_ON
 from data.readers import HELP as DATASET_HELP
 from data.supervised import check_size
 from qat import SCHEMES
+from qat.formats import SCALE_RULES
+from qat.schemes import INPUT_SCALE_RULES
 
 
 @dataclass
@@ -64,7 +67,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
         if self.model_max_length < 2:
-            raise ValueError(f"--model_max_length {self.model_max_length} is too short; a sample needs at least 2 tokens")
+            raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.fp16:
@@ -143,21 +146,68 @@ class QuantizationArguments:
         },
     )
 
+    weight_scale_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scale rule of weights, one of {', '.join(SCALE_RULES)}; default: the scheme's own. "
+            "search picks the better of two exponents for each block."
+        },
+    )
+    input_scale_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scale rule of activations, one of {', '.join(INPUT_SCALE_RULES)}; default: the scheme's own. "
+            "Choose the rule of the engine that will serve the model."
+        },
+    )
+
     def __post_init__(self) -> None:
+        for name, choices in (("weight_scale_rule", SCALE_RULES), ("input_scale_rule", INPUT_SCALE_RULES)):
+            rule = getattr(self, name)
+            if rule is not None and rule not in choices:
+                raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
         if self.quant_scheme is None:
+            if self.weight_scale_rule or self.input_scale_rule:
+                raise ValueError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
             return
         if self.quant_scheme.upper() not in SCHEMES:
             raise ValueError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
         self.quant_scheme = self.quant_scheme.upper()
 
 
-Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments]
+@dataclass
+class DistillationArguments:
+    """Whether to learn from an unquantized teacher instead of from the data's own tokens."""
+
+    distill: bool = field(
+        default=False,
+        metadata={"help": "Learn the token distributions of the model that this stage starts from, unquantized."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Another teacher: hub id or local folder; implies --distill True."}
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions; above 1 flattens them."}
+    )
+    distill_ce_weight: float = field(
+        default=0.0, metadata={"help": "Share of the loss that is cross-entropy with the data's tokens, from 0 to 1."}
+    )
+
+    def __post_init__(self) -> None:
+        self.distill = self.distill or self.teacher_model_name_or_path is not None
+        if not self.distill_temperature > 0:
+            raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0")
+        if not 0 <= self.distill_ce_weight <= 1:
+            raise ValueError(f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1 (no KL)")
+
+
+Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments]
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Parse flags, or a single .yaml or .json file of them; a wrong value ends the program with one clear line."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((ModelArguments, TrainingArguments, DataArguments, QuantizationArguments))
+    parser = HfArgumentParser(get_args(Arguments))
     try:
         if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
             arguments = parser.parse_yaml_file(argv[0])

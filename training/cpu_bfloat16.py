@@ -1,9 +1,10 @@
 """BF16 matrix products at FP32 speed on CPUs that have no BF16 instructions.
 
 PyTorch's matrix products of BF16 tensors are fast where the CPU multiplies BF16 natively (AVX512-BF16, AMX) or where
-oneDNN emulates it (AVX-512). On every other CPU, most laptops among them, they fall back to loops that are 8 to 100 times
-slower than FP32. The product of two BF16 numbers is exact in FP32, so the same result comes from the FP32 routine: convert
-the operands, multiply and accumulate in FP32, round once to BF16. That is what BF16 hardware does, too.
+oneDNN emulates it (AVX-512). On every other CPU, most laptops among them, they fall back to loops that are 8 to 100
+times slower than FP32. The product of two BF16 numbers is exact in FP32, so the same result comes from the FP32
+routine: convert the operands, multiply and accumulate in FP32, round once to BF16. That is what BF16 hardware does,
+too.
 
 Installed by `use_fast_bfloat16()` for the whole process, for BF16 tensors on the CPU only.
 """
@@ -34,9 +35,7 @@ def use_fast_bfloat16() -> None:
         _library.impl("addmm", _addmm, "CPU")
         _library.impl("bmm", _bmm, "CPU")
         _library.impl("baddbmm", _baddbmm, "CPU")
-        _library.impl(
-            "_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward, "CPU"
-        )
+        _library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward, "CPU")
 
 
 # The `out=` forms are operators of their own with their original kernels, so calling them does not come back here.
@@ -67,14 +66,16 @@ def _attention_backward(
 ):
     """FlashAttention's gradients (Dao et al., arXiv:2205.14135, appendix B.2), a batch element at a time, in FP32.
 
-    All of [batch, heads, time, head_dim], but logsumexp, FP32 [batch, heads, time]. The operator has no `out=` form to
-    fall back on, so FP32 tensors take this path as well.
+    All of [batch, heads, time, head_dim], but logsumexp, FP32 [batch, heads, time]; key and value may have fewer heads
+    (grouped queries). The operator has no `out=` form to fall back on, so FP32 tensors take this path as well.
     """
     assert dropout_p == 0.0, "PyTorch's CPU kernel takes no dropout"
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     gradients = [torch.empty_like(t) for t in (query, key, value)]
+    group = query.shape[1] // key.shape[1]
     for i in range(query.shape[0]):
         q, k, v, o, g = (_up(t[i]) for t in (query, key, value, out, grad_out))
+        k, v = (t.repeat_interleave(group, 0) if group > 1 else t for t in (k, v))
         scores = q @ k.transpose(-1, -2) * scale
         if attn_mask is not None:
             mask = attn_mask.expand(query.shape[0], *attn_mask.shape[1:])[i] if attn_mask.dim() == 4 else attn_mask
@@ -83,11 +84,15 @@ def _attention_backward(
             future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
             scores.masked_fill_(future, -torch.inf)
         probability = scores.sub_(logsumexp[i].unsqueeze(-1)).exp_().nan_to_num_(0.0)
-        gradients[2][i] = probability.transpose(-1, -2) @ g
+        gradients[2][i] = _sum_groups(probability.transpose(-1, -2) @ g, group)
         grad_scores = (g @ v.transpose(-1, -2) - (g * o).sum(-1, keepdim=True)).mul_(probability).mul_(scale)
         gradients[0][i] = grad_scores @ k
-        gradients[1][i] = grad_scores.transpose(-1, -2) @ q
+        gradients[1][i] = _sum_groups(grad_scores.transpose(-1, -2) @ q, group)
     return tuple(gradients)
+
+
+def _sum_groups(heads: torch.Tensor, group: int) -> torch.Tensor:
+    return heads.unflatten(0, (-1, group)).sum(1) if group > 1 else heads
 
 
 def _up(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,23 +1,25 @@
 """Load a model as FP32 master weights, remembering the dtype it came in.
 
-At QAT's learning rates Adam's updates are smaller than half a BF16 step and would vanish, so weights are trained in FP32
-and computed with in BF16 (autocast) on every backend; what is saved goes back to the original dtype.
+At QAT's learning rates Adam's updates are smaller than half a BF16 step and would vanish, so weights are trained in
+FP32 and computed with in BF16 (autocast) on every backend; what is saved goes back to the original dtype.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import ModelArguments
+from .distillation import check_teacher
 
 logger = logging.getLogger(__name__)
 
 
 def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to the dtype it was stored in."""
+    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to its stored dtype."""
     kwargs = {"cache_dir": cache_dir, "dtype": "auto"}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
@@ -30,6 +32,19 @@ def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
     model.config.use_cache = False  # a cache of keys and values is of no use in training
     _mend_generation_config(model)
     return model
+
+
+def load_teacher(model: PreTrainedModel, name_or_path: str | None, cache_dir: str | None = None) -> PreTrainedModel:
+    """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name."""
+    if name_or_path is None:
+        teacher = copy.deepcopy(model).to(torch.bfloat16)
+    else:
+        teacher = AutoModelForCausalLM.from_pretrained(name_or_path, cache_dir=cache_dir, dtype=torch.bfloat16)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir)
+        student_tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, cache_dir=cache_dir)
+        check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
+    teacher.config.use_cache = False
+    return teacher.requires_grad_(False).eval()
 
 
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):

@@ -28,7 +28,8 @@ def get_metrics_with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def token_loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per sample: the sum of negative log-likelihoods (nats, FP32 [batch]) and the number of labelled tokens (int64 [batch]).
+    """Per sample: the sum of negative log-likelihoods (nats, FP32 [batch]) and the number of labelled tokens (int64
+    [batch]).
 
     Args:
         logits: [batch, time, vocabulary], any float dtype; the logits at t predict the token at t + 1.
@@ -45,7 +46,18 @@ def token_loss_sums(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.T
     return nll, (targets != IGNORE_INDEX).sum(-1)
 
 
+def sum_by_sample(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Values [n] of all labelled tokens of a batch (labels [batch, time]), in order -> their sums, FP32 [batch]."""
+    sample = (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
+    return torch.zeros(len(labels), device=values.device).index_add_(0, sample, values.float())
+
+
 def loss_over_tokens(prediction: EvalPrediction) -> dict[str, float]:
-    """Trainer's `compute_metrics` for what `token_loss_sums` gives: the mean loss of a token, and its perplexity."""
-    tokens = prediction.label_ids.sum()
-    return get_metrics_with_perplexity({"loss": float(prediction.predictions.sum(dtype="float64") / tokens)})
+    """Trainer's `compute_metrics` for sums per sample: the mean loss of a token and its perplexity.
+
+    With a teacher the sums are [batch, 2], loss and divergence, and "kl" is the mean divergence of a token.
+    """
+    means = prediction.predictions.sum(axis=0, dtype="float64") / prediction.label_ids.sum()
+    if means.ndim == 0:
+        return get_metrics_with_perplexity({"loss": float(means)})
+    return get_metrics_with_perplexity({"loss": float(means[0]), "kl": float(means[1])})

@@ -4,6 +4,8 @@
 * `save_model` writes one complete Hugging Face checkpoint in the model's original dtype, from FP32 masters, under every
   backend; `config.json` says so; `qat_config.json` lies beside it.
 * The checkpoints from which a run resumes keep the FP32 masters, or resuming would not be exact.
+* With a teacher, the loss is the divergence from its distribution (see distillation.py), and evaluation reports both
+  that and the usual cross-entropy.
 """
 
 from __future__ import annotations
@@ -14,21 +16,68 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
-from .metrics import loss_over_tokens, token_loss_sums
+from data.formatting import IGNORE_INDEX
+
+from .distillation import forward_kl, labelled_rows
+from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
 
 
 class QATTrainer(Trainer):
     """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        teacher: PreTrainedModel | None = None,
+        distill_temperature: float = 1.0,
+        distill_ce_weight: float = 0.0,
+        **kwargs,
+    ) -> None:
         self._own_metrics = kwargs.get("compute_metrics") is None
         if self._own_metrics:
             kwargs["compute_metrics"] = loss_over_tokens
         super().__init__(*args, **kwargs)
         self._keep_masters = False
+        self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
+        self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+
+    def _prepare_teacher(self, teacher: PreTrainedModel) -> torch.nn.Module:
+        teacher.requires_grad_(False).eval()
+        if self.is_fsdp_enabled:  # sharded like the student
+            return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        return teacher.to(self.args.device)
+
+    # ---- Distillation ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's own loss, or with a teacher the forward KL (and a share of cross-entropy), a mean over tokens."""
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        student = labelled_rows(outputs.logits, labels)
+        weight = self.distill_ce_weight
+        loss = (1 - weight) * forward_kl(student, self._teacher_rows(inputs), self.distill_temperature).sum()
+        if weight:
+            targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+            loss = loss + weight * F.cross_entropy(student.float(), targets, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / max(len(student), 1)
+        else:  # labelled tokens of the whole step, on all processes, whose gradients DDP and FSDP will average
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss / num_items_in_batch * processes
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _teacher_rows(self, inputs: dict) -> torch.Tensor:
+        """The teacher's logits [n, V] for the labelled tokens of a batch."""
+        kwargs = {key: value for key, value in inputs.items() if key != "labels"}
+        with self.compute_loss_context_manager():
+            return labelled_rows(self.teacher(**kwargs).logits, inputs["labels"])
 
     # ---- Evaluation ----
 
@@ -41,14 +90,18 @@ class QATTrainer(Trainer):
             self.args.dataloader_drop_last = drop_last
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Per sample, the summed loss as prediction and the number of labelled tokens as label: see `loss_over_tokens`."""
+        """Per sample, the summed loss as prediction and the number of labelled tokens as label."""
         if not self._own_metrics:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
+        labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll, tokens = token_loss_sums(model(**inputs).logits, labels)
-        return None, nll, tokens
+            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+            sums, tokens = token_loss_sums(logits, labels)
+            if self.teacher is not None:
+                kl = forward_kl(labelled_rows(logits, labels), self._teacher_rows(inputs))
+                sums = torch.stack((sums, sum_by_sample(kl, labels)), dim=-1)
+        return None, sums, tokens
 
     # ---- Saving ----
 

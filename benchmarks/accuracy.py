@@ -1,0 +1,229 @@
+"""How much of what MXFP4 costs is recovered, and by what: the table of the README.
+
+    python benchmarks/accuracy.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --workers 4
+
+SmolLM2-135M-Instruct is fine-tuned in BF16 on python-docs (200 steps of 4 x 256 tokens); every row starts from that
+checkpoint, with the same data order and seed, through the product's own Trainer. Columns: perplexity on the held-out split,
+perplexity on text from elsewhere (the descriptions of installed Python packages), KL to the BF16 model and agreement of the
+most likely token with it on the held-out split, steps, time. Share recovered is of the loss that FLOOR rounding costs:
+(ln FLOOR - ln row) / (ln FLOOR - ln BF16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from transformers import set_seed  # noqa: E402
+
+from qat import prepare_qat  # noqa: E402
+from training.arguments import ModelArguments, TrainingArguments  # noqa: E402
+from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
+from training.distillation import forward_kl, labelled_rows  # noqa: E402
+from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
+from training.metrics import token_loss_sums  # noqa: E402
+from utils import QATTrainer, make_supervised_data_module  # noqa: E402
+
+FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",
+                    "regex", "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers")  # fmt: skip
+LENGTH, BATCH = 256, 4
+
+
+@dataclass
+class Row:
+    """One line of the table: how the model is quantized and trained."""
+
+    title: str
+    scheme: str | None = "MXFP4"
+    weights: str = "floor"
+    inputs: str = "floor"
+    steps: int = 0
+    lr: float = 0.0
+    distill: bool = False
+    seed: int = 2
+    train: dict = field(default_factory=dict)
+    distill_options: dict = field(default_factory=dict)
+
+
+def default(title: str, **changes) -> Row:
+    """Our recipe, with changes."""
+    settings = {"weights": "search", "inputs": "even", "steps": 150, "lr": 4e-4, "distill": True, **changes}
+    return Row(title, **settings)
+
+
+ROWS: dict[str, Row] = {"bf16": Row("BF16", scheme=None)}
+for _scheme in ("MXFP4", "MXFP8"):
+    for _weights, _inputs in (("floor", "floor"), ("even", "even"), ("rceil", "rceil"), ("search", "even"),
+                              ("search", "rceil")):  # fmt: skip
+        ROWS[f"{_scheme}-{_weights}-{_inputs}"] = Row(
+            f"{_scheme} untrained, weights {_weights}, inputs {_inputs}", _scheme, _weights, _inputs
+        )
+ROWS |= {
+    "inc": Row("cross-entropy, FLOOR, lr 1e-5 (the reference's recipe)", steps=150, lr=1e-5),
+    "ce": Row("cross-entropy, FLOOR, lr 5e-5", steps=150, lr=5e-5),
+    "ce-default": default("cross-entropy instead of distillation", distill=False),
+    "default": default("default: distillation, searched weights, EVEN inputs, lr 4e-4"),
+    "default-rceil": default("default with RCEIL inputs", inputs="rceil"),
+    "default-floor-weights": default("default with FLOOR weights", weights="floor"),
+    "default-even-weights": default("default with EVEN weights", weights="even"),
+    "default-600": default("default, 600 steps", steps=600),
+    "mxfp8-default-50": default("MXFP8, default, 50 steps", scheme="MXFP8", steps=50, lr=1e-4),
+}
+for _lr in ("1e-4", "2e-4", "8e-4", "1.6e-3"):
+    ROWS[f"default-lr-{_lr}"] = default(f"default, lr {_lr}", lr=float(_lr))
+ROWS |= {
+    "default-cosine": default("default, cosine schedule", train={"lr_scheduler_type": "cosine"}),
+    "default-warmup": default("default, 10 % warm-up", train={"warmup_steps": 0.1}),
+    "default-beta2": default("default, Adam's beta2 0.95", train={"adam_beta2": 0.95}),
+    "default-ce": default("default, 20 % cross-entropy", distill_options={"distill_ce_weight": 0.2}),
+    "default-t2": default("default, temperature 2", distill_options={"distill_temperature": 2.0}),
+}
+
+
+def foreign_text() -> str:
+    """Prose that is not Python's documentation: the long descriptions of installed packages, in a fixed order."""
+    texts = []
+    for name in FOREIGN_PACKAGES:
+        try:
+            texts.append(metadata.metadata(name).get_payload() or "")
+        except metadata.PackageNotFoundError:
+            continue
+    return "\n\n".join(texts)
+
+
+@torch.no_grad()
+def measure(model, teacher, tokenizer, eval_set, collate, device: str) -> dict[str, float]:
+    """The columns of a row: perplexities, KL and agreement."""
+    model.eval()
+    nll = tokens = kl = agree = 0.0
+    for start in range(0, len(eval_set), 16):
+        batch = {k: v.to(device) for k, v in collate([eval_set[i] for i in range(start, min(start + 16, len(eval_set)))]).items()}
+        labels = batch.pop("labels")
+        with torch.autocast(device, torch.bfloat16):
+            logits, target = model(**batch).logits, teacher(**batch).logits
+        sums, counts = token_loss_sums(logits, labels)
+        ours, theirs = labelled_rows(logits, labels), labelled_rows(target, labels)
+        nll, tokens = nll + sums.double().sum().item(), tokens + counts.sum().item()
+        kl += forward_kl(ours, theirs).double().sum().item()
+        agree += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+    ids = tokenizer(foreign_text(), return_tensors="pt").input_ids[0]
+    ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:96].to(device)
+    foreign = 0.0
+    for rows in ids.split(16):
+        with torch.autocast(device, torch.bfloat16):
+            foreign += token_loss_sums(model(input_ids=rows).logits, rows)[0].double().sum().item()
+    return {
+        "perplexity": math.exp(nll / tokens), "kl": kl / tokens, "agreement": agree / tokens,
+        "foreign_perplexity": math.exp(foreign / (ids.shape[0] * (LENGTH - 1))),
+    }  # fmt: skip
+
+
+def load(path: str, gguf_file: str | None, device: str):
+    """Model in FP32 on the device, tokenizer, data."""
+    arguments = ModelArguments(path, gguf_file)
+    tokenizer = load_tokenizer(arguments, LENGTH)
+    return load_model(arguments).to(device), tokenizer, make_supervised_data_module("python-docs", tokenizer, eval_size=96)
+
+
+def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTrainer:
+    """Train `model` as `row` says, with the product's own Trainer."""
+    arguments = TrainingArguments(
+        str(folder), max_steps=row.steps, learning_rate=row.lr, per_device_train_batch_size=BATCH, max_grad_norm=1.0,
+        lr_scheduler_type=row.train.get("lr_scheduler_type", "linear"), seed=row.seed, data_seed=row.seed,
+        report_to="none", save_strategy="no", logging_steps=50, disable_tqdm=True, model_max_length=LENGTH,
+        **{k: v for k, v in row.train.items() if k != "lr_scheduler_type"},
+    )  # fmt: skip
+    trainer = QATTrainer(
+        model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options, **data
+    )
+    trainer.train()
+    return trainer
+
+
+def run_row(key: str, out: Path, device: str) -> None:
+    """Train and measure one row; write `out/KEY.json`."""
+    name, _, seed = key.partition("@")
+    row = ROWS[name]
+    row.seed = int(seed) if seed else row.seed
+    set_seed(row.seed)
+    model, tokenizer, data = load(str(out / "bf16-model"), None, device)
+    teacher = load_teacher(model, None).to(device)
+    if row.scheme is not None:
+        prepare_qat(model, {torch.nn.Linear: row.scheme}, weight_scale_rule=row.weights, input_scale_rule=row.inputs)
+    start = time.perf_counter()
+    if row.steps:
+        train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
+    seconds = time.perf_counter() - start
+    figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
+    figures |= {"title": row.title, "steps": row.steps, "tokens": row.steps * BATCH * LENGTH, "seconds": seconds, "seed": row.seed}
+    (out / f"{key}.json").write_text(json.dumps(figures))
+
+
+def finetune(model_path: str, gguf_file: str | None, out: Path, device: str) -> None:
+    """The BF16 stage that every row starts from."""
+    set_seed(2)
+    model, tokenizer, data = load(model_path, gguf_file, device)
+    trainer = train(model, tokenizer, data, out / "runs" / "bf16", Row("", steps=200, lr=5e-5))
+    trainer.save_model(str(out / "bf16-model"))
+
+
+def print_table(out: Path, keys: list[str]) -> None:
+    """All rows that have finished, in order."""
+    figures = {key: json.loads((out / f"{key}.json").read_text()) for key in keys if (out / f"{key}.json").exists()}
+    floor, bf16 = (figures.get(key, {}).get("perplexity", math.nan) for key in ("MXFP4-floor-floor", "bf16"))
+    print(f"{'':<62}{'ppl':>7}{'recov.':>8}{'foreign':>9}{'KL':>8}{'top-1':>7}{'steps':>6}{'s':>6}")
+    for key, row in figures.items():
+        share = (math.log(floor) - math.log(row["perplexity"])) / (math.log(floor) - math.log(bf16))
+        title = row["title"] + (f" (seed {row['seed']})" if "@" in key else "")
+        print(
+            f"{title:<62}{row['perplexity']:>7.2f}{share:>8.1%}{row['foreign_perplexity']:>9.2f}{row['kl']:>8.4f}"
+            f"{row['agreement']:>7.1%}{row['steps']:>6}{row['seconds']:>6.0f}"
+        )
+
+
+def main() -> None:
+    """Fine-tune once, then run the rows, several at a time, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--rows", default=",".join(ROWS), help="names from ROWS, with @SEED for another seed")
+    parser.add_argument("--workers", type=int, default=1, help="rows trained at the same time")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and is_needed():
+        use_fast_bfloat16()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.row == "finetune":
+        return finetune(args.model, args.gguf_file, args.out, device)
+    if args.row:
+        return run_row(args.row, args.out, device)
+
+    def spawn(key: str) -> None:
+        command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
+        command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
+        result = subprocess.run(command, capture_output=True, text=True)
+        print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
+
+    if not (args.out / "bf16-model" / "config.json").exists():
+        spawn("finetune")
+    keys = args.rows.split(",")
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(spawn, [key for key in keys if not (args.out / f"{key}.json").exists()]))
+    print_table(args.out, keys)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""All figures that need a GPU, in one run of a few minutes: kernels, training steps, memory, correctness.
+
+    python benchmarks/gpu.py --out benchmarks/results
+
+Kernels are compared with a copy of the same tensor, training steps with the BF16 step of the same model and batch,
+alternating in one process. The last lines are one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from benchmarks.report import Report  # noqa: E402
+from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
+from qat import reference  # noqa: E402
+from qat.formats import FORMATS, SCALE_RULES  # noqa: E402
+from qat.kernels import triton_kernels  # noqa: E402
+from training.distillation import forward_kl  # noqa: E402
+
+SHAPES = ((8192, 8192), (4096, 14336))
+
+
+def device_seconds(run: Callable[[], object], milliseconds: int = 100) -> float:
+    """Median time of `run` on the device, its L2 cache cold, by Triton's own bench (which hides launches behind a fill)."""
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=20, rep=milliseconds, return_mode="median") / 1e3
+
+
+def check_kernels(report: Report) -> None:
+    """All BF16 bit patterns, and FP32 of many magnitudes: the GPU's bits against the specification's on the CPU."""
+    patterns = torch.arange(65536, dtype=torch.int32)[torch.randperm(65536, generator=torch.Generator().manual_seed(1))]
+    bf16 = patterns.to(torch.int16).view(torch.bfloat16).reshape(-1, 32)
+    generator = torch.Generator().manual_seed(2)
+    fp32 = torch.randn(20000, 32, generator=generator) * torch.exp2(
+        torch.randint(-60, 60, (20000, 1), generator=generator).float()
+    )
+    differ = 0
+    for x in (bf16, fp32, fp32.half()):
+        for fmt in FORMATS.values():
+            for rule in SCALE_RULES:
+                for dtype in {x.dtype, torch.bfloat16}:
+                    fake = triton_kernels.fake_quantize(x.cuda(), fmt, rule, dtype).cpu()
+                    differ += count_different(fake, reference.fake_quantize(x, fmt, rule, dtype))
+                    packed, scale = triton_kernels.quantize(x.cuda(), fmt, rule, dtype)
+                    expected = reference.quantize(x, fmt, rule, dtype)
+                    differ += sum(int((a.cpu() != b).sum()) for a, b in zip((packed, scale), expected, strict=True))
+                    back = triton_kernels.dequantize(packed, scale, fmt, dtype).cpu()
+                    differ += count_different(back, reference.dequantize(*expected, fmt, dtype))
+    report.add("elements that differ from reference.py", differ, "0")
+
+
+def count_different(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Elements whose bits differ, NaNs of any kind being equal."""
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return int(((a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())).sum())
+
+
+def time_kernels(report: Report) -> None:
+    """Bytes moved over time, as a share of what a copy of the tensor achieves."""
+    for shape in SHAPES:
+        x = torch.randn(shape, device="cuda").bfloat16()
+        target = torch.empty_like(x)
+        copy_rate = 2 * x.nbytes / device_seconds(lambda: target.copy_(x))  # noqa: B023
+        report.add(f"copy {shape[0]}x{shape[1]} BF16", copy_rate / 1e12, unit="TB/s")
+        for fmt in FORMATS.values():
+            packed, scale = triton_kernels.quantize(x, fmt, "floor")
+            moved = {"fake": 2 * x.nbytes, "pack": x.nbytes + packed.nbytes + scale.nbytes}
+            moved["unpack"] = moved["pack"]
+            calls = {
+                "fake": lambda f=fmt, x=x: triton_kernels.fake_quantize(x, f, "floor"),
+                "pack": lambda f=fmt, x=x: triton_kernels.quantize(x, f, "floor"),
+                "unpack": lambda f=fmt, p=packed, s=scale: triton_kernels.dequantize(p, s, f, torch.bfloat16),
+            }
+            for name, call in calls.items():
+                share = moved[name] / device_seconds(call) / copy_rate
+                report.add(f"{name} {fmt.name} {shape[0]}x{shape[1]}", share, "0.80" if name == "fake" else "0.70")
+        master = torch.randn(shape, device="cuda")
+        for fmt in FORMATS.values():
+            seconds = device_seconds(lambda f=fmt: triton_kernels.fake_quantize(master, f, "floor", torch.bfloat16))  # noqa: B023
+            share = (master.nbytes + x.nbytes) / seconds / copy_rate
+            report.add(f"fake {fmt.name} FP32 seen as BF16 {shape[0]}x{shape[1]}", share)
+
+
+def time_others(report: Report) -> None:
+    """AutoRound's function and torchao's MX fake-quantizer on the same tensor, as time over a copy."""
+    x = torch.randn(SHAPES[0], device="cuda").bfloat16()
+    copy_seconds = device_seconds(lambda: x.clone())
+    ours = device_seconds(lambda: triton_kernels.fake_quantize(x, FORMATS["mxfp4"], "floor"))
+    report.add("ours mxfp4, time over a copy", ours / copy_seconds)
+    try:
+        from auto_round.data_type.mxfp import quant_mx
+
+        report.add("AutoRound eager mxfp4, time over a copy", device_seconds(lambda: quant_mx(x, 4, 32)) / copy_seconds)
+    except ImportError as error:
+        report.note(f"AutoRound: {error}")
+    try:
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+        def torchao() -> torch.Tensor:
+            return MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(torch.bfloat16)
+
+        report.add("torchao eager mxfp4, time over a copy", device_seconds(torchao) / copy_seconds)
+    except Exception as error:  # a prototype whose interface moves
+        report.note(f"torchao: {type(error).__name__}: {error}")
+
+
+def time_steps(
+    report: Report, shape: str, layers: int, batch: tuple[int, int], checkpointing: bool, compiled: bool, repeats: int = 7
+) -> None:
+    """QAT step over BF16 step, alternating; peak memory of each, from a run of its own."""
+    label = f"{'compiled' if compiled else 'eager'}{', checkpointing' if checkpointing else ''}"
+    steps, peaks = {}, {}
+    for scheme in (None, "MXFP4", "MXFP8"):
+        free_memory()
+        model = make_model(shape, scheme, layers, "cuda", checkpointing)
+        step = TrainingStep(model, make_batch(model, *batch), compiled)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        others = before - sum(p.nbytes * 3 for p in model.parameters())  # models of the schemes before this one
+        peaks[scheme] = torch.cuda.max_memory_allocated() - others
+        steps[scheme] = step
+        del model, step
+    seconds = {scheme: [] for scheme in steps}
+    for _ in range(repeats):
+        for scheme, step in steps.items():
+            seconds[scheme].append(wall_seconds(step))
+    base = median(seconds[None])
+    report.add(f"BF16 step, {label}", base * 1e3, unit="ms")
+    for scheme in ("MXFP4", "MXFP8"):
+        report.add(f"{scheme} step over BF16, {label}", median(seconds[scheme]) / base, "1.10")
+        report.add(f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90")
+    report.add(f"BF16 peak memory, {label}", peaks[None] / 2**30, unit="GiB")
+    if not compiled and not checkpointing:
+        forward = {scheme: median(wall_seconds(step.evaluate) for _ in range(repeats)) for scheme, step in steps.items()}
+        report.add("MXFP4 forward without gradients over BF16", forward["MXFP4"] / forward[None], "1.15")
+        time_distillation(report, steps["MXFP4"], base, repeats)
+
+
+def time_distillation(report: Report, student: TrainingStep, base: float, repeats: int) -> None:
+    """A distillation step (BF16 teacher, forward KL on every token) over the BF16 step."""
+    import copy
+
+    teacher = copy.deepcopy(student.model).bfloat16().eval().requires_grad_(False)
+    for module in teacher.modules():
+        for quantizer in ("weight_quantizer", "input_quantizer"):
+            if hasattr(module, quantizer):
+                getattr(module, quantizer).disable()
+    ids = student.batch["input_ids"]
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            with torch.no_grad():
+                target = teacher(input_ids=ids).logits
+            logits = student.run(input_ids=ids).logits
+        loss = forward_kl(logits.flatten(0, 1), target.flatten(0, 1)).mean()
+        loss.backward()
+        student.optimizer.step()
+        student.optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    report.add("distillation step over BF16, eager", median(wall_seconds(step) for _ in range(repeats)) / base, "1.45")
+
+
+def time_fp8_forward(report: Report) -> None:
+    """The MXFP4 forward product in FP8: values times power-of-two scales are exact in E4M3 within a row's range."""
+    tokens, features, outputs = 8192, 4096, 14336
+    x, w = (torch.randn(n, features, device="cuda").bfloat16() for n in (tokens, outputs))
+    xq, wq = (triton_kernels.fake_quantize(t, FORMATS["mxfp4"], "floor") for t in (x, w))
+
+    def to_fp8(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # The row's largest value lands in [256, 512) * 0.75: all scaling is by powers of two.
+        scale = torch.exp2(torch.floor(torch.log2(q.abs().amax(-1, keepdim=True).float())) - 7)
+        return (q.float() / scale).to(torch.float8_e4m3fn), scale
+
+    (x8, sx), (w8, sw) = to_fp8(xq), to_fp8(wq)
+    exact = [float((v.float() * s == q.float()).float().mean()) for v, s, q in ((x8, sx, xq), (w8, sw, wq))]
+
+    def fp8() -> torch.Tensor:
+        return torch._scaled_mm(x8, w8.t(), scale_a=sx, scale_b=sw.t(), out_dtype=torch.bfloat16, use_fast_accum=False)
+
+    bf16_seconds, fp8_seconds = device_seconds(lambda: xq @ wq.t()), device_seconds(fp8)
+    expected = xq.double() @ wq.double().t()
+    errors = [float((y.double() - expected).norm() / expected.norm()) for y in (xq @ wq.t(), fp8())]
+    report.add("FP8 forward product over BF16, time", fp8_seconds / bf16_seconds)
+    report.add("share of values exact in E4M3", min(exact))
+    report.note(f"relative error of the product: BF16 {errors[0]:.2e}, FP8 {errors[1]:.2e}")
+
+
+def saved_bytes(report: Report) -> None:
+    """What a decoder block of 8B shape keeps for backward."""
+    sizes = {}
+    for scheme in (None, "MXFP4", "MXFP8"):
+        model = make_model("llama-8b", scheme, 1, "cuda")
+        sizes[scheme] = saved_bytes_of_a_block(model, 2048)
+        del model
+        free_memory()
+    for scheme in ("MXFP4", "MXFP8"):
+        report.add(f"bytes saved for backward by a block, {scheme} over BF16", sizes[scheme] / sizes[None], "0.85")
+
+
+def wall_seconds(run: Callable[[], object]) -> float:
+    """Time of one call, the device's work included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Run every section; one that fails is reported and does not stop the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where gpu.csv goes")
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the 8B-shaped model")
+    parser.add_argument("--sections", default="check,kernels,others,saved,fp8,eager,checkpointing,compiled")
+    args = parser.parse_args()
+    report = Report("gpu", device="cuda")
+    shape, batch = "llama-8b", (4, 2048)
+    sections = {
+        "check": lambda: check_kernels(report),
+        "kernels": lambda: time_kernels(report),
+        "others": lambda: time_others(report),
+        "saved": lambda: saved_bytes(report),
+        "fp8": lambda: time_fp8_forward(report),
+        "eager": lambda: time_steps(report, shape, args.layers, batch, checkpointing=False, compiled=False),
+        "checkpointing": lambda: time_steps(report, shape, args.layers, batch, checkpointing=True, compiled=False),
+        "compiled": lambda: time_steps(report, shape, args.layers, batch, checkpointing=False, compiled=True),
+    }
+    for name in args.sections.split(","):
+        start = time.perf_counter()
+        try:
+            sections[name]()
+        except Exception:
+            report.note(f"section {name} failed:\n{traceback.format_exc()}")
+        free_memory()
+        print(f"[{name}: {time.perf_counter() - start:.0f} s]", flush=True)
+    report.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Report: figures as they come, one table at the end, one CSV with machine, versions, date and command."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a figure depends on besides the code: device, cores, versions, date, command."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    versions = [f"torch {torch.__version__.split('+')[0]}", f"Python {platform.python_version()}"]
+    for module in ("triton", "transformers"):
+        if module in sys.modules:
+            versions.append(f"{module} {sys.modules[module].__version__}")
+    return {
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "versions": ", ".join(versions),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "/".join(Path(sys.argv[0]).parts[-2:]), *sys.argv[1:]]),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the system names it, with the instruction set that PyTorch uses."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+class Report:
+    """Rows of figure, value, unit and what was to be reached."""
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self.name, self.device, self.rows = name, device, []
+
+    def add(self, figure: str, value: float, reach: str = "", unit: str = "") -> None:
+        """Keep a row and show it at once."""
+        self.rows.append({"figure": figure, "value": f"{value:.4g}", "unit": unit, "reach": reach})
+        print(f"{figure:<64}{value:>10.4g} {unit:<5}{reach:>6}", flush=True)
+
+    def note(self, text: str) -> None:
+        """Something to read that is no figure."""
+        print(text, flush=True)
+
+    def write(self, folder: Path) -> None:
+        """Print the whole table and write `folder/NAME.csv`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        about = environment(self.device)
+        print("\n" + "\n".join(f"{key}: {value}" for key, value in about.items()))
+        print(f"\n{'figure':<64}{'value':>10} {'unit':<5}{'reach':>6}")
+        for row in self.rows:
+            print(f"{row['figure']:<64}{row['value']:>10} {row['unit']:<5}{row['reach']:>6}")
+        with (folder / f"{self.name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=["figure", "value", "unit", "reach", *about], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, **about} for row in self.rows)

@@ -1,0 +1,94 @@
+"""Models, batches and training steps that the benchmarks share.
+
+The BF16 step is what `main.py` does without a scheme: FP32 master weights, BF16 autocast, AdamW. The QAT step is the same
+with a prepared model. Weights are random: speed and memory do not depend on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qat import prepare_qat
+
+# name -> (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
+SHAPES = {
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
+    "wide": (2048, 5632, 4, 16, 4, 8192, True),
+    "llama-8b": (4096, 14336, 4, 32, 8, 32000, False),
+}
+
+
+def make_model(
+    shape: str, scheme: str | None, layers: int = 0, device: str = "cpu", checkpointing: bool = False
+) -> LlamaForCausalLM:
+    """A random Llama in FP32, prepared for `scheme` unless it is None; `layers` overrides the shape's depth."""
+    hidden, intermediate, depth, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers or depth,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=8192, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    if scheme is not None:
+        prepare_qat(model, {nn.Linear: scheme})
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def make_batch(model: LlamaForCausalLM, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens [batch, length], every one labelled."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    return {"input_ids": ids, "labels": ids}
+
+
+class TrainingStep:
+    """Forward, backward and AdamW on one batch, over and over."""
+
+    def __init__(self, model: LlamaForCausalLM, batch: dict[str, torch.Tensor], compiled: bool = False) -> None:
+        self.model, self.batch = model, batch
+        self.run = torch.compile(model) if compiled else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def loss(self) -> torch.Tensor:
+        """Forward in BF16 autocast."""
+        with torch.autocast(self.model.device.type, torch.bfloat16):
+            return self.run(**self.batch).loss
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Forward only."""
+        self.loss()
+
+
+def saved_bytes_of_a_block(model: LlamaForCausalLM, tokens: int) -> int:
+    """Bytes that one decoder block keeps for backward: every saved tensor's storage once, parameters left out."""
+    block, device = model.model.layers[0], model.device
+    hidden = torch.randn(1, tokens, model.config.hidden_size, device=device, requires_grad=True)
+    positions = torch.arange(tokens, device=device)[None]
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()} | {hidden.untyped_storage().data_ptr()}
+    storages: dict[int, int] = {}
+    kept = []  # alive until counted, so that no address is used twice
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autocast(device.type, torch.bfloat16):
+        embeddings = model.model.rotary_emb(hidden, positions)
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
+            block(hidden, position_embeddings=embeddings, position_ids=positions)
+    return sum(storages.values())

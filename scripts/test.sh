@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Make the environment, lint, run the tests. Arguments go to pytest: bash scripts/test.sh -k formats
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+install requirements.txt tests/requirements.txt
+ruff check .
+ruff format --check --quiet . || echo "note: 'ruff format' would change some files"
+HF_HUB_OFFLINE=1 python -m pytest tests "$@"

@@ -1,0 +1,252 @@
+"""main.py as a user runs it, on a tiny Llama."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_llama, make_tokenizer, save_llama, write_conversations
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+import main
+from qat import QATConfig, prepare_qat
+from training.distillation import labelled_rows
+from utils import QATTrainer, make_supervised_data_module
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("main")
+    save_llama(folder / "model")
+    write_conversations(folder / "data.jsonl")
+    return folder
+
+
+def run(workspace: Path, output: str, *flags: str, model: str = "model") -> dict:
+    """Run main.py; returns the metrics it wrote."""
+    main.main(
+        [
+            "--model_name_or_path", str(workspace / model), "--dataset", str(workspace / "data.jsonl"),
+            "--eval_size", "6", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
+            "--output_dir", str(workspace / output), "--disable_tqdm", "True", "--report_to", "none",
+            "--logging_steps", "1", *flags,
+        ]
+    )  # fmt: skip
+    results = sorted((workspace / output).rglob("all_results.json"), key=lambda p: p.stat().st_mtime)
+    return json.loads(results[-1].read_text())
+
+
+TRAIN = ("--do_train", "True", "--do_eval", "True", "--max_steps", "4")
+
+
+@pytest.fixture(scope="module")
+def bf16_stage(workspace) -> dict:
+    return run(workspace, "bf16", *TRAIN, "--report_to", "tensorboard")
+
+
+def test_bf16_stage_learns_and_saves_in_the_original_dtype(workspace, bf16_stage):
+    assert bf16_stage["eval_loss"] < 0.95 * math.log(260)
+    assert bf16_stage["eval_perplexity"] == pytest.approx(math.exp(bf16_stage["eval_loss"]))
+    config = json.loads((workspace / "bf16" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and QATConfig.load(workspace / "bf16") is None
+    with safe_open(workspace / "bf16" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    before, after = (load_file(workspace / f / "model.safetensors") for f in ("model", "bf16"))
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+
+
+def test_perplexity_reaches_tensorboard(workspace, bf16_stage):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = []
+    for event_file in (workspace / "bf16").rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(event_file))
+        events.Reload()
+        if "eval/perplexity" in events.Tags()["scalars"]:
+            values += [event.value for event in events.Scalars("eval/perplexity")]
+    assert values == [pytest.approx(bf16_stage["eval_perplexity"], rel=1e-6)]
+
+
+def test_ptq_evaluation_overwrites_nothing_and_quantizes(workspace, bf16_stage):
+    before = {p: p.read_bytes() for p in (workspace / "bf16").rglob("*") if p.is_file()}
+    ptq = run(workspace, "bf16", "--quant_scheme", "MXFP4", "--do_eval", "True", model="bf16")
+    plain = run(workspace, "bf16", "--do_eval", "True", model="bf16")
+    assert ptq["eval_loss"] != plain["eval_loss"] == pytest.approx(bf16_stage["eval_loss"], rel=1e-3)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert {p.name for p in (workspace / "bf16").iterdir() if p.name.startswith("eval")} == {
+        "eval_results.json", "evaluation-1", "evaluation-2",
+    }  # fmt: skip
+
+
+def test_qat_stage_restores_its_scheme_when_loaded_again(workspace, bf16_stage):
+    qat = run(workspace, "qat", *TRAIN, "--quant_scheme", "mxfp4", model="bf16")
+    assert QATConfig.load(workspace / "qat").mapping == {"torch.nn.Linear": "MXFP4"}
+    again = run(workspace, "again", "--do_eval", "True", model="qat")
+    assert again["eval_loss"] == pytest.approx(qat["eval_loss"], rel=1e-3)
+    plain = AutoModelForCausalLM.from_pretrained(workspace / "qat")
+    assert plain.dtype == torch.bfloat16 and type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+class _PowerCut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("scheme", [(), ("--quant_scheme", "MXFP4")], ids=["bf16", "mxfp4"])
+def test_interrupted_and_resumed_equals_uninterrupted(workspace, monkeypatch, scheme):
+    name = "resumed-" + "".join(scheme[1:])
+    flags = ("--do_train", "True", "--max_steps", "6", "--save_steps", "2", *scheme)
+    run(workspace, f"whole{name}", *flags)
+    step = QATTrainer.training_step
+
+    def cut_the_power(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise _PowerCut
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(QATTrainer, "training_step", cut_the_power)
+    with pytest.raises(_PowerCut):
+        run(workspace, name, *flags)
+    monkeypatch.undo()
+    assert (workspace / name / "checkpoint-4").is_dir() and not (workspace / name / "model.safetensors").exists()
+    run(workspace, name, *flags)
+    whole, resumed = (load_file(workspace / f / "model.safetensors") for f in (f"whole{name}", name))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    logs = [json.loads((workspace / f / "trainer_state.json").read_text()) for f in (f"whole{name}", name)]
+    losses = [{e["step"]: e["loss"] for e in log["log_history"] if "loss" in e} for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_resuming_another_stage_or_scheme_is_refused(workspace, bf16_stage):
+    with pytest.raises(ValueError, match="cannot resume .*run without quantization.*this run is a QAT run .*MXFP4"):
+        run(workspace, "bf16", *TRAIN, "--quant_scheme", "MXFP4")
+    run(workspace, "mxfp8", *TRAIN, "--quant_scheme", "MXFP8")
+    with pytest.raises(ValueError, match="MXFP8.*this run is a QAT run .*MXFP4"):
+        run(workspace, "mxfp8", *TRAIN, "--quant_scheme", "MXFP4")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        run(workspace, "nothing", *TRAIN, "--resume_from_checkpoint", "True")
+    with pytest.raises(ValueError, match="no trainer_state.json"):
+        run(workspace, "nothing", *TRAIN, "--resume_from_checkpoint", str(workspace / "model"))
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_a_single_file_of_arguments_works(workspace, suffix):
+    content = {
+        "model_name_or_path": str(workspace / "model"), "dataset": str(workspace / "data.jsonl"), "eval_size": 6,
+        "output_dir": str(workspace / suffix), "do_eval": True, "report_to": "none", "quant_scheme": "MXFP8",
+    }  # fmt: skip
+    (workspace / f"arguments.{suffix}").write_text(json.dumps(content))  # JSON is YAML
+    main.main([str(workspace / f"arguments.{suffix}")])
+    assert "eval_perplexity" in json.loads((workspace / suffix / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--quant_scheme", "MXFP5"), "--quant_scheme 'MXFP5' is unknown; choose one of MXFP4, MXFP8"),
+        (("--model_max_length", "1"), "--model_max_length 1"),
+        (("--weight_scale_rule", "even"), "need --quant_scheme"),
+        (("--quant_scheme", "MXFP4", "--input_scale_rule", "search"), "--input_scale_rule 'search'"),
+        (("--distill_temperature", "0"), "--distill_temperature 0"),
+        (("--distill_ce_weight", "2"), "--distill_ce_weight 2"),
+        (("--gguf_file", "no.gguf"), "--gguf_file 'no.gguf'"),
+        (("--eval_strategy", "sometimes"), "eval_strategy"),
+        (("missing.yaml",), "missing.yaml"),
+        (("--no_such_flag", "1"), "no_such_flag"),
+    ],
+)
+def test_wrong_arguments_are_named(workspace, capsys, flags, message):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main.parse_arguments([*flags] if len(flags) == 1 else ["--output_dir", str(workspace / "x"), *flags])
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_every_argument_has_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.parse_arguments(["--help"])
+    assert stop.value.code == 0
+    options = capsys.readouterr().out.partition("options:")[2]
+    flags = re.split(r"\n  (?=--)", options)[1:]
+    undocumented = [flag.split()[0] for flag in flags if len(re.sub(r"--\S+|[A-Z_]+|[,{}]", "", flag).split()) < 3]
+    assert len(flags) > 100 and not undocumented
+
+
+def test_a_gguf_file_loads_dequantized(tmp_path, workspace):
+    from gguf_files import write_gguf
+
+    weights = write_gguf(tmp_path / "tiny.gguf", make_llama())
+    model = main.load_model(main.ModelArguments(str(tmp_path), gguf_file="tiny.gguf"))
+    assert model.dtype == torch.float32 and model.original_dtype == torch.bfloat16
+    for name, weight in weights.items():
+        assert torch.equal(model.state_dict()[name], weight.bfloat16().float()), name
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def make_trainer(folder: Path, model, teacher=None, **kwargs) -> QATTrainer:
+    module = make_supervised_data_module(str(write_conversations(folder / "c.jsonl")), make_tokenizer(), eval_size=7)
+    args = TrainingArguments(
+        str(folder / "out"), report_to="none", use_cpu=True, per_device_eval_batch_size=4, disable_tqdm=True, **kwargs
+    )
+    return QATTrainer(model=model, teacher=teacher, args=args, processing_class=make_tokenizer(), **module)
+
+
+def test_save_model_accepts_every_calling_form_and_mixed_dtypes(tmp_path):
+    model = prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4"})
+    model.original_dtype = torch.bfloat16
+    model.original_dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16) | {"model.norm.weight": torch.float32}
+    trainer = make_trainer(tmp_path, model)
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "a"))
+    trainer.save_model(output_dir=str(tmp_path / "b"))
+    for folder in ("out", "a", "b"):
+        saved = load_file(tmp_path / folder / "model.safetensors")
+        assert saved["model.norm.weight"].dtype == torch.float32
+        assert saved["model.embed_tokens.weight"].dtype == torch.bfloat16 and "lm_head.weight" not in saved
+        assert QATConfig.load(tmp_path / folder) == model.qat_config
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_evaluation_uses_every_sample_though_training_drops_the_last_batch(tmp_path):
+    trainer = make_trainer(tmp_path, make_llama(), dataloader_drop_last=True)
+    assert sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader()) == 7
+    assert trainer.args.dataloader_drop_last
+    whole = trainer.evaluate()["eval_loss"]
+    trainer.args.per_device_eval_batch_size = 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_distillation_lowers_the_divergence_and_reports_both_losses(workspace, bf16_stage):
+    teacher = ("--teacher_model_name_or_path", str(workspace / "model"))  # untrained: the student has a way to go
+    flags = ("--quant_scheme", "MXFP4", "--weight_scale_rule", "search", *teacher)
+    before = run(workspace, "distill-0", "--do_eval", "True", *flags, model="bf16")
+    after = run(workspace, "distill", *TRAIN, *flags, "--max_steps", "12", model="bf16")
+    assert 0 < after["eval_kl"] < before["eval_kl"] and "eval_perplexity" in after
+    rules = QATConfig.load(workspace / "distill").scale_rules
+    assert rules == {"MXFP4": {"weight": "search", "input": "floor"}}
+    again = run(workspace, "distill-again", "--do_eval", "True", model="distill")
+    assert again["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_distillation_loss_is_a_mean_over_the_tokens_of_the_whole_step(tmp_path, accumulation):
+    model, teacher = make_llama(), make_llama(tie_word_embeddings=False)
+    trainer = make_trainer(
+        tmp_path, model, teacher=teacher, max_steps=1, per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation, learning_rate=0.0, logging_steps=1, lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    labels = batch.pop("labels")
+    rows = [labelled_rows(m(**batch).logits, labels).float().log_softmax(-1) for m in (model, teacher)]
+    expected = F.kl_div(*rows, log_target=True, reduction="sum") / len(rows[0])
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
