@@ -2,8 +2,8 @@
 
     python -m data.preview --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset chats.jsonl
 
-Learned text is green, or stands between ⟦ and ⟧ where there is no colour; `--packing True` shows whole rows, with a line
-between their samples.
+Learned text is green, or stands between ⟦ and ⟧ where there is no colour; `--packing True` shows whole rows, with a
+line between their samples.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ SMOLLM2 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-    "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim"
-    " + '<|eot_id|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
+    "{% for m in messages %}"
+    "{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 QWEN = (
@@ -38,7 +39,8 @@ MARKED = (
 )
 END_OF_TURN = {"smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "qwen": "<|im_end|>"}
 TEMPLATES = {"smollm2": SMOLLM2, "llama3": LLAMA3, "qwen": QWEN}
-_SPECIAL = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_CHATML, _LLAMA3 = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+_SPECIAL = ["<|begin_of_text|>", *_CHATML, *_LLAMA3]
 _TEXT = ["What is two plus two?\n\n\nIt is  four.\n", "    def f(x):\n        return x\n\n", "assistant\n\nuser\nsystem\n"]
 
 
@@ -49,8 +51,9 @@ def _backend() -> str:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=_SPECIAL, show_progress=False
-    )
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=_SPECIAL,
+        show_progress=False,
+    )  # fmt: skip
     tokenizer.train_from_iterator(_TEXT * 20, trainer)
     return tokenizer.to_str()
 
