@@ -41,7 +41,7 @@ END_OF_TURN = {"smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "qwen": "<|im_en
 TEMPLATES = {"smollm2": SMOLLM2, "llama3": LLAMA3, "qwen": QWEN}
 _CHATML, _LLAMA3 = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _SPECIAL = ["<|begin_of_text|>", *_CHATML, *_LLAMA3]
-_TEXT = ["What is two plus two?\n\n\nIt is  four.\n", "    def f(x):\n        return x\n\n", "assistant\n\nuser\nsystem\n"]
+_TEXT = ["What is two plus two?\n\nIt is four.\n", "    def f(x):\n        return x\n\n", "assistant\n\nuser\nsystem"]
 
 
 @cache
