@@ -3,10 +3,10 @@
     python benchmarks/accuracy.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --workers 4
 
 SmolLM2-135M-Instruct is fine-tuned in BF16 on python-docs (200 steps of 4 x 256 tokens); every row starts from that
-checkpoint, with the same data order and seed, through the product's own Trainer. Columns: perplexity on the held-out split,
-perplexity on text from elsewhere (the descriptions of installed Python packages), KL to the BF16 model and agreement of the
-most likely token with it on the held-out split, steps, time. Share recovered is of the loss that FLOOR rounding costs:
-(ln FLOOR - ln row) / (ln FLOOR - ln BF16).
+checkpoint, with the same data order and seed, through the product's own Trainer. Columns: perplexity on the held-out
+split, perplexity on text from elsewhere (the descriptions of installed Python packages), KL to the BF16 model and
+agreement of the most likely token with it on the held-out split, steps, time. Share recovered is of the loss that FLOOR
+rounding costs: (ln FLOOR - ln row) / (ln FLOOR - ln BF16).
 """
 
 from __future__ import annotations
@@ -108,7 +108,10 @@ def measure(model, teacher, tokenizer, eval_set, collate, device: str) -> dict[s
     model.eval()
     nll = tokens = kl = agree = 0.0
     for start in range(0, len(eval_set), 16):
-        batch = {k: v.to(device) for k, v in collate([eval_set[i] for i in range(start, min(start + 16, len(eval_set)))]).items()}
+        batch = {
+            k: v.to(device)
+            for k, v in collate([eval_set[i] for i in range(start, min(start + 16, len(eval_set)))]).items()
+        }
         labels = batch.pop("labels")
         with torch.autocast(device, torch.bfloat16):
             logits, target = model(**batch).logits, teacher(**batch).logits
@@ -133,7 +136,11 @@ def load(path: str, gguf_file: str | None, device: str):
     """Model in FP32 on the device, tokenizer, data."""
     arguments = ModelArguments(path, gguf_file)
     tokenizer = load_tokenizer(arguments, LENGTH)
-    return load_model(arguments).to(device), tokenizer, make_supervised_data_module("python-docs", tokenizer, eval_size=96)
+    return (
+        load_model(arguments).to(device),
+        tokenizer,
+        make_supervised_data_module("python-docs", tokenizer, eval_size=96),
+    )
 
 
 def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTrainer:
@@ -166,7 +173,13 @@ def run_row(key: str, out: Path, device: str) -> None:
         train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
     seconds = time.perf_counter() - start
     figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
-    figures |= {"title": row.title, "steps": row.steps, "tokens": row.steps * BATCH * LENGTH, "seconds": seconds, "seed": row.seed}
+    figures |= {
+        "title": row.title,
+        "steps": row.steps,
+        "tokens": row.steps * BATCH * LENGTH,
+        "seconds": seconds,
+        "seed": row.seed,
+    }
     (out / f"{key}.json").write_text(json.dumps(figures))
 
 

@@ -32,7 +32,7 @@ SHAPES = ((8192, 8192), (4096, 14336))
 
 
 def device_seconds(run: Callable[[], object], milliseconds: int = 100) -> float:
-    """Median time of `run` on the device, its L2 cache cold, by Triton's own bench (which hides launches behind a fill)."""
+    """Median time of `run` on the device, its L2 cache cold, launches hidden: by Triton's own bench."""
     from triton.testing import do_bench
 
     return do_bench(run, warmup=20, rep=milliseconds, return_mode="median") / 1e3
@@ -117,7 +117,13 @@ def time_others(report: Report) -> None:
 
 
 def time_steps(
-    report: Report, shape: str, layers: int, batch: tuple[int, int], checkpointing: bool, compiled: bool, repeats: int = 7
+    report: Report,
+    shape: str,
+    layers: int,
+    batch: tuple[int, int],
+    checkpointing: bool,
+    compiled: bool,
+    repeats: int = 7,
 ) -> None:
     """QAT step over BF16 step, alternating; peak memory of each, from a run of its own."""
     label = f"{'compiled' if compiled else 'eager'}{', checkpointing' if checkpointing else ''}"
@@ -144,10 +150,14 @@ def time_steps(
     report.add(f"BF16 step, {label}", base * 1e3, unit="ms")
     for scheme in ("MXFP4", "MXFP8"):
         report.add(f"{scheme} step over BF16, {label}", median(seconds[scheme]) / base, "1.10")
-        report.add(f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90")
+        report.add(
+            f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90"
+        )
     report.add(f"BF16 peak memory, {label}", peaks[None] / 2**30, unit="GiB")
     if not compiled and not checkpointing:
-        forward = {scheme: median(wall_seconds(step.evaluate) for _ in range(repeats)) for scheme, step in steps.items()}
+        forward = {
+            scheme: median(wall_seconds(step.evaluate) for _ in range(repeats)) for scheme, step in steps.items()
+        }
         report.add("MXFP4 forward without gradients over BF16", forward["MXFP4"] / forward[None], "1.15")
         time_distillation(report, steps["MXFP4"], base, repeats)
 

@@ -1,7 +1,7 @@
 """Models, batches and training steps that the benchmarks share.
 
-The BF16 step is what `main.py` does without a scheme: FP32 master weights, BF16 autocast, AdamW. The QAT step is the same
-with a prepared model. Weights are random: speed and memory do not depend on them.
+The BF16 step is what `main.py` does without a scheme: FP32 master weights, BF16 autocast, AdamW. The QAT step is the
+same with a prepared model. Weights are random: speed and memory do not depend on them.
 """
 
 from __future__ import annotations

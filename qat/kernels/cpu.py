@@ -38,8 +38,8 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapp
 _OPENMP_FLAG = "-fopenmp"
 _OPENMP_RUNTIME = re.compile(r"lib(gomp|iomp5|omp)\b[^/]*\.so[^/]*$")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# From this size on, glibc maps memory afresh for every tensor instead of using freed memory again.
-_ALWAYS_FRESH_BYTES = 32 << 20
+# glibc's largest threshold for mmap: memory for tensors from this size on is usually new, not freed memory used again.
+_LARGE_BYTES = 32 << 20
 # (stored, viewed) pairs that the library reads in one pass; other pairs are converted by PyTorch first.
 _FUSED_VIEWS = {(torch.float32, torch.bfloat16)}
 
@@ -167,7 +167,7 @@ def _format(fmt: MXFormat, rule: str) -> _Format:
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialized tensor, in large pages where that saves time."""
     out = torch.empty(shape, dtype=dtype)
-    if out.nbytes >= _ALWAYS_FRESH_BYTES:
+    if out.nbytes >= _LARGE_BYTES:
         _loaded().mx_expect_large(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
     return out
 

@@ -56,7 +56,8 @@ def fake_quantize(x: torch.Tensor, fmt: MXFormat, rule: str, dtype: torch.dtype 
     """
     x, dtype = _prepare(x, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch("fake_quantize", _fake_quantize_kernel, (x, out), x.numel() // BLOCK_SIZE, _rule(fmt, rule))
+    options = {**_rule(fmt, rule), "VIEW": _triton_dtype(dtype)}
+    _launch("fake_quantize", _fake_quantize_kernel, (x, out), x.numel() // BLOCK_SIZE, options)
     return out
 
 
@@ -92,6 +93,7 @@ def dequantize(
     out = torch.empty((*rows, blocks * BLOCK_SIZE), dtype=dtype, device=packed.device)
     tensors = (packed.contiguous(), scale_e8m0_biased.contiguous(), out)
     options = {"BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "EMIN": fmt.emin, "MANTISSA_BITS": fmt.mantissa_bits}
+    options["VIEW"] = _triton_dtype(dtype)
     _launch("dequantize", _dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
 
@@ -182,7 +184,7 @@ def _to_fp32(value):
 @_jit
 def _to_view(value, VIEW: tl.constexpr):
     """FP32 -> VIEW, to nearest even."""
-    if VIEW == tl.int16:
+    if tl.int16 == VIEW:
         bits = _bits(value)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         value = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)

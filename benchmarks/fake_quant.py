@@ -1,0 +1,112 @@
+"""How long one fake quantization takes, as a multiple of copying the same tensor.
+
+    python benchmarks/fake_quant.py --out benchmarks/results
+    python benchmarks/fake_quant.py --device cuda
+
+A copy reads a tensor once and writes it once, so its time is the limit. All candidates write to new memory, as in
+training. On a CPU new memory can cost more than the copy itself; then ratios fall below 1, since our kernels ask for large
+pages. So a copy into existing memory is a row of its own, and so is our time over it. Inputs are BF16, and FP32 seen as
+BF16: master weights, and activations under autocast. Candidates: ours (each scale rule), our specification in plain
+PyTorch, AutoRound's function eager and compiled, torchao's where it is installed. One run, candidates alternating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from benchmarks.common import bar_chart, median_seconds  # noqa: E402
+from benchmarks.report import Report  # noqa: E402
+from qat import reference  # noqa: E402
+from qat.formats import FORMATS, SCALE_RULES, MXFormat  # noqa: E402
+from qat.kernels import cpu, triton_kernels  # noqa: E402
+
+VIEW = torch.bfloat16
+INPUTS = {"BF16": torch.bfloat16, "FP32 seen as BF16": torch.float32}
+COPY, COPY_INTO = "copy", "copy into existing memory"
+
+
+def ours(x: torch.Tensor, fmt: MXFormat) -> dict[str, Callable[[], object]]:
+    """Every function of the kernels that serve x's device."""
+    kernels = triton_kernels if x.is_cuda else cpu
+    if not kernels.is_available():
+        raise SystemExit(f"there are no kernels for {x.device} here: see the warning above, or change --device")
+    packed, scale = kernels.quantize(x, fmt, "floor", VIEW)
+    calls = {f"ours, {rule}": lambda r=rule: kernels.fake_quantize(x, fmt, r, VIEW) for rule in SCALE_RULES}
+    calls["ours, quantize to bytes"] = lambda: kernels.quantize(x, fmt, "floor", VIEW)
+    calls["ours, dequantize to BF16"] = lambda: kernels.dequantize(packed, scale, fmt, VIEW)
+    calls["ours, dequantize to FP32"] = lambda: kernels.dequantize(packed, scale, fmt, torch.float32)
+    return calls
+
+
+def others(x: torch.Tensor, fmt: MXFormat, report: Report) -> dict[str, Callable[[], object]]:
+    """Plain PyTorch, AutoRound, and torchao where it is installed; what is missing is noted."""
+    calls = {"reference.py, eager": lambda: reference.fake_quantize(x, fmt, "floor", VIEW)}
+    try:
+        from auto_round.data_type.mxfp import quant_mx
+    except ImportError as error:
+        report.note(f"AutoRound is left out: {error}")
+    else:
+        compiled = torch.compile(quant_mx, dynamic=False)
+        calls["AutoRound, eager"] = lambda: quant_mx(x.to(VIEW), fmt.bits, 32)
+        calls["AutoRound, torch.compile"] = lambda: compiled(x.to(VIEW), fmt.bits, 32)
+    try:
+        from torchao.prototype.mx_formats.mx_tensor import MXTensor
+    except ImportError as error:
+        report.note(f"torchao is left out: {error}")
+    else:
+        element = torch.float4_e2m1fn_x2 if fmt.bits == 4 else torch.float8_e4m3fn
+        calls["torchao, eager"] = lambda: MXTensor.to_mx(x.to(VIEW), element, 32).dequantize(VIEW)
+    return calls
+
+
+def measure(x: torch.Tensor, fmt: MXFormat, rounds: int, report: Report) -> dict[str, float]:
+    """Seconds by candidate; one that cannot run is noted and left out."""
+    existing = torch.empty(x.shape, dtype=VIEW, device=x.device)
+    candidates = {COPY: lambda: x.to(VIEW, copy=True), COPY_INTO: lambda: existing.copy_(x)}
+    candidates |= ours(x, fmt)
+    for name, call in others(x, fmt, report).items():
+        try:
+            call()
+            candidates[name] = call
+        except Exception as error:  # other projects' functions: prototypes, compilers
+            report.note(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return median_seconds(candidates, rounds, x.device.type)
+
+
+def main() -> None:
+    """Measure, print, write CSV and PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", type=int, default=4096, help="the tensor is SIZE x SIZE")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the CSV and the PNG go")
+    args = parser.parse_args()
+    name = "fake_quant" if args.device == "cpu" else f"fake_quant_{args.device}"
+    report = Report(name, args.device)
+    charts = {}
+    for label, dtype in INPUTS.items():
+        x = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
+        for fmt in FORMATS.values():
+            seconds = measure(x, fmt, args.rounds, report)
+            report.add(f"{label}, {fmt.name}: {COPY}", seconds[COPY] * 1e3, unit="ms")
+            ratios = {candidate: value / seconds[COPY] for candidate, value in seconds.items() if candidate != COPY}
+            for candidate, ratio in ratios.items():
+                reach = "3" if candidate in ("ours, floor", "ours, even", "ours, rceil") else ""
+                report.add(f"{label}, {fmt.name}: {candidate}", ratio, reach, "x")
+            against = seconds["ours, floor"] / seconds[COPY_INTO]
+            report.add(f"{label}, {fmt.name}: ours over {COPY_INTO}", against, unit="x")
+            charts[f"{label}, {fmt.name}"] = {k: v for k, v in ratios.items() if "bytes" not in k and "dequ" not in k}
+    report.write(args.out)
+    title = f"One fake quantization of {args.size} x {args.size} values"
+    bar_chart(args.out / f"{name}.png", title, "time over a copy of the tensor", charts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What QAT costs over BF16 training: time of a step, of an evaluation, memory of a run, bytes kept for backward.
+
+    python benchmarks/train_step.py --shape smollm2-135m --batch 4 --length 256
+
+Steps of the BF16 and of the QAT model alternate in one process on the same batch, and medians are compared. Memory is
+the peak resident size of a process that trains one of the two, so it has a process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import bar_chart, median_seconds  # noqa: E402
+from benchmarks.report import Report  # noqa: E402
+from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
+from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
+
+SCHEMES = ("MXFP4", "MXFP8")
+
+
+def peak_memory(scheme: str | None, args: argparse.Namespace) -> float:
+    """Peak resident GiB of a fresh process that trains five steps."""
+    command = [
+        sys.executable,
+        __file__,
+        "--shape",
+        args.shape,
+        "--batch",
+        str(args.batch),
+        "--length",
+        str(args.length),
+    ]
+    command += ["--layers", str(args.layers), "--memory_of", scheme or "BF16"]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak_memory(args: argparse.Namespace) -> None:
+    """The child of `peak_memory`."""
+    model = make_model(args.shape, None if args.memory_of == "BF16" else args.memory_of, args.layers)
+    step = TrainingStep(model, make_batch(model, args.batch, args.length))
+    for _ in range(5):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def main() -> None:
+    """Measure and report one shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers, 0 for all of the shape")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if is_needed():
+        use_fast_bfloat16()
+    if args.memory_of:
+        return print_peak_memory(args)
+
+    report = Report(f"train_step_{args.shape}")
+    memory = {scheme: peak_memory(scheme, args) for scheme in (None, *SCHEMES)}
+    steps = {}
+    for scheme in (None, *SCHEMES):
+        model = make_model(args.shape, scheme, args.layers)
+        steps[scheme] = TrainingStep(model, make_batch(model, args.batch, args.length))
+    saved = {s: saved_bytes_of_a_block(step.model, args.batch * args.length) for s, step in steps.items()}
+    seconds = median_seconds(steps, args.repeats)
+    forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, args.repeats)
+
+    report.add("BF16 step", seconds[None], unit="s")
+    report.add("BF16 forward without gradients", forward[None], unit="s")
+    report.add("BF16 peak memory of the process", memory[None], unit="GiB")
+    for scheme in SCHEMES:
+        report.add(f"{scheme} step over BF16", seconds[scheme] / seconds[None], "1.15")
+        report.add(f"{scheme} forward without gradients over BF16", forward[scheme] / forward[None], "1.15")
+        report.add(f"{scheme} bytes saved for backward by a block over BF16", saved[scheme] / saved[None], "0.85")
+        report.add(f"{scheme} peak memory over BF16", memory[scheme] / memory[None], "1.00")
+    report.write(args.out)
+    ratios = {row["figure"].removesuffix(" over BF16"): float(row["value"]) for row in report.rows if not row["unit"]}
+    title = f"{args.shape}, {args.batch} x {args.length} tokens"
+    bar_chart(args.out / f"{report.name}.png", "QAT over BF16 training", "QAT / BF16", {title: ratios})
+
+
+if __name__ == "__main__":
+    main()
