@@ -65,7 +65,7 @@ def build(
         ValueError: the first bad sample (policy "error"), an inexact template, or nothing left.
     """
     if workers == 0:
-        workers = min(_cores(), _MAX_WORKERS, max(1, len(rows) // _MIN_SAMPLES_PER_WORKER))
+        workers = min(cores(), _MAX_WORKERS, max(1, len(rows) // _MIN_SAMPLES_PER_WORKER))
     totals = Totals()
     with (
         pa.OSFile(str(path), "wb") as sink,
@@ -101,7 +101,8 @@ def to_record_batch(samples: list[Encoded]) -> pa.RecordBatch:
     return pa.record_batch([column("input_ids"), column("labels"), pa.array(lengths)], schema=SCHEMA)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
