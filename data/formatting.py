@@ -85,7 +85,7 @@ class Formatter:
         """Changes with whatever changes tokens or labels: tokenizer, template, settings, library versions."""
         state = json.loads(self._backend.to_str())
         parts = (
-            state, self._chat and (self._chat.template, sorted(self._chat._variables.items())), self._bos, self._eos,
+            state, self._chat and self._chat.fingerprint, self._bos, self._eos,
             self._text_bos, self._as_inc, self.train_on, self.max_length,
             transformers.__version__, tokenizers.__version__,
         )  # fmt: skip

@@ -12,6 +12,7 @@ Where neither holds (Qwen3's template drops the thoughts of earlier turns, for i
 
 from __future__ import annotations
 
+import datetime
 import re
 
 import jinja2
@@ -49,6 +50,12 @@ class ChatTemplate:
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         self._special_tokens = sorted((token for token in special if token), key=len, reverse=True)
         self._end_of_turn: str | None = None
+
+    @property
+    def fingerprint(self) -> list:
+        """Changes with the template, what it is given, and the date if it asks for that."""
+        today = datetime.date.today().isoformat() if "strftime_now" in self.template else None
+        return [self.template, sorted(self._variables.items()), today]
 
     @property
     def method(self) -> str:
