@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
         ValueError: an unknown schema, no good row at all, or (policy "error") the first bad sample.
     """
     schema: Schema | None = None
-    hashes, texts, places = [], [], []
+    hashes, texts, places = array("Q"), [], []
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
         for place, row in tqdm(source.rows(split), desc=f"Reading {source.name} ({split})", unit=" samples"):
             try:
