@@ -4,10 +4,10 @@
     python benchmarks/fake_quant.py --device cuda
 
 A copy reads a tensor once and writes it once, so its time is the limit. All candidates write to new memory, as in
-training. On a CPU new memory can cost more than the copy itself; then ratios fall below 1, since our kernels ask for large
-pages. So a copy into existing memory is a row of its own, and so is our time over it. Inputs are BF16, and FP32 seen as
-BF16: master weights, and activations under autocast. Candidates: ours (each scale rule), our specification in plain
-PyTorch, AutoRound's function eager and compiled, torchao's where it is installed. One run, candidates alternating.
+training. On a CPU new memory can cost more than the copy itself; then ratios fall below 1, since our kernels ask for
+large pages. So a copy into existing memory is a row of its own, and so is our time over it. Inputs are BF16, and FP32
+seen as BF16: master weights, and activations under autocast. Candidates: ours (each scale rule), our specification in
+plain PyTorch, AutoRound's function eager and compiled, torchao's where it is installed. One run, alternating.
 """
 
 from __future__ import annotations

@@ -199,9 +199,9 @@ def _library() -> ctypes.CDLL | None:
             try:
                 return ctypes.CDLL(str(_build(compiler, (*_FLAGS, _OPENMP_FLAG))))
             except (OSError, subprocess.CalledProcessError) as error:  # e.g. clang's OpenMP next to GCC's runtime
-                reason = _reason(error)
+                reason = f"{_reason(error)}; name GCC's g++ in CXX to use all"
         else:
-            reason = "PyTorch has loaded no OpenMP runtime"
+            reason = "PyTorch has loaded no OpenMP runtime that they could share"
         library = ctypes.CDLL(str(_build(compiler, _FLAGS)))
     except (OSError, subprocess.CalledProcessError) as error:
         warnings.warn(
@@ -212,10 +212,7 @@ def _library() -> ctypes.CDLL | None:
         )
         return None
     if torch.get_num_threads() > 1:
-        warnings.warn(
-            f"the MX kernels for the CPU run on one thread ({reason}); name GCC's g++ in CXX to use all",
-            stacklevel=3,
-        )
+        warnings.warn(f"the MX kernels for the CPU run on one thread: {reason}", stacklevel=3)
     return library
 
 

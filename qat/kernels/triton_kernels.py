@@ -73,6 +73,7 @@ def quantize(
     packed = torch.empty((*rows, columns * fmt.bits // 8), dtype=torch.uint8, device=x.device)
     scale_e8m0_biased = torch.empty((*rows, columns // BLOCK_SIZE), dtype=torch.uint8, device=x.device)
     options = {**_rule(fmt, rule), "BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "VIEW": _triton_dtype(dtype)}
+    options |= {"NARROW": dtype is not torch.float32, "PLACE": 2.0 ** -(126 + fmt.emin)}
     _launch("quantize", _quantize_kernel, (x, packed, scale_e8m0_biased), scale_e8m0_biased.numel(), options)
     return packed, scale_e8m0_biased
 
@@ -92,8 +93,8 @@ def dequantize(
     _check_dtype(dtype)
     out = torch.empty((*rows, blocks * BLOCK_SIZE), dtype=dtype, device=packed.device)
     tensors = (packed.contiguous(), scale_e8m0_biased.contiguous(), out)
-    options = {"BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "EMIN": fmt.emin, "MANTISSA_BITS": fmt.mantissa_bits}
-    options["VIEW"] = _triton_dtype(dtype)
+    options = {"BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "MANTISSA_BITS": fmt.mantissa_bits}
+    options |= {"BIAS_FACTOR": 2.0 ** (126 + fmt.emin), "VIEW": _triton_dtype(dtype)}
     _launch("dequantize", _dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
 
@@ -252,17 +253,28 @@ def _round(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_NORMAL: 
 
 
 @_jit
-def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr):
+def _round_to_code(
+    scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr,
+    NARROW: tl.constexpr, PLACE: tl.constexpr,
+):  # fmt: skip
     """Codes of the nearest elements (int32).
 
-    The low bits of the sum with the magic number count steps from zero; each binade above the smallest starts one
-    mantissa's range later.
+    NARROW says that values have at most 11 significant bits (BF16, FP16). Such a value can be brought to where its code
+    stands in FP32's own exponent and mantissa (the inverse of dequantizing), subnormal if need be, without losing a bit
+    that matters, and is rounded there as an integer. FP32 values would be rounded twice, so for them the low bits of the
+    sum with the magic number count steps from zero; each binade above the smallest starts one mantissa's range later.
     """
-    magnitude = _bits(scaled) & 0x7FFFFFFF
-    magic = _magic(magnitude, EMIN, MANTISSA_BITS)
-    steps = _bits(_float(magnitude) + _float(magic)) - magic
-    first_magic = ((127 + EMIN + 23 - MANTISSA_BITS) << 23) + (1 << 22)
-    binade = (magic - first_magic) >> (23 - MANTISSA_BITS)
+    if NARROW:
+        SHIFT: tl.constexpr = 23 - MANTISSA_BITS
+        placed = _bits(scaled * PLACE) & 0x7FFFFFFF
+        steps = (placed + ((1 << (SHIFT - 1)) - 1) + ((placed >> SHIFT) & 1)) >> SHIFT
+        binade = 0
+    else:
+        magnitude = _bits(scaled) & 0x7FFFFFFF
+        magic = _magic(magnitude, EMIN, MANTISSA_BITS)
+        steps = _bits(_float(magnitude) + _float(magic)) - magic
+        first_magic = ((127 + EMIN + 23 - MANTISSA_BITS) << 23) + (1 << 22)
+        binade = (magic - first_magic) >> (23 - MANTISSA_BITS)
     sign = (_bits(scaled + 0.0) >> 31) & (1 << (BITS - 1))  # an arithmetic shift: all ones where negative
     return tl.minimum(steps + binade, MAX_CODE) | sign
 
@@ -345,13 +357,16 @@ def _quantize_kernel(
     BITS: tl.constexpr,
     MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
+    NARROW: tl.constexpr,
+    PLACE: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
     x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
     x = _to_fp32(_to_view(x, VIEW))
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
-    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
+    scaled = x * _to_scaled_units(code)[:, None]
+    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_CODE, NARROW, PLACE)
     if BITS == 4:
         low, high = tl.split(tl.reshape(codes, (ROWS, 16, 2)))
         codes = low | (high << 4)
@@ -366,8 +381,8 @@ def _dequantize_kernel(
     out_ptr,
     blocks,
     ROWS: tl.constexpr,
-    EMIN: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    BIAS_FACTOR: tl.constexpr,
     BITS: tl.constexpr,
     MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
@@ -377,12 +392,12 @@ def _dequantize_kernel(
     if BITS == 4:
         codes = tl.reshape(tl.join(codes & 0xF, codes >> 4), (ROWS, 32))
     magnitude = codes & ((1 << (BITS - 1)) - 1)
-    normal = (magnitude << (23 - MANTISSA_BITS)) + ((126 + EMIN) << 23)
-    step = 1.0 / (1 << (MANTISSA_BITS - EMIN))  # the smallest element
-    element = tl.where(magnitude < (1 << MANTISSA_BITS), _bits(magnitude.to(tl.float32) * step), normal)
-    element = tl.where(magnitude > MAX_CODE, 0x7FC00000, element)
+    # An element's exponent and mantissa, put where FP32 has its own, differ from it by the two biases only; subnormal
+    # elements become subnormal FP32 numbers, and one exact multiplication makes up for the biases of both.
+    element = _float(magnitude << (23 - MANTISSA_BITS)) * BIAS_FACTOR
+    element = tl.where(magnitude > MAX_CODE, float("nan"), element)
     # The sign bit is set, not the value negated: Triton negates by subtracting from zero, which has no -0.0.
-    value = _float(element | (codes >> (BITS - 1)) << 31)
+    value = _float(_bits(element) | (codes >> (BITS - 1)) << 31)
     scale = _scale_value(tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32))
     out = _to_view(value * scale[:, None], VIEW)
     tl.store(out_ptr + _offsets(rows, 32), out, mask=exists[:, None])
