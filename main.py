@@ -58,10 +58,12 @@ def main(argv: list[str] | None = None) -> None:
             training_args.output_dir, training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
         )
 
-    with training_args.main_process_first(desc="preparing the data"):
-        data_module = make_supervised_data_module(
-            data_args.dataset, tokenizer, train_size=data_args.train_size, eval_size=data_args.eval_size
-        )
+    # One process builds the cache and the others wait for its lock, without a barrier that could time out.
+    data_module = make_supervised_data_module(
+        tokenizer=tokenizer, model=model, batch_size=training_args.per_device_train_batch_size, **vars(data_args)
+    )
+    if data_args.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
+        training_args.accelerator_config.dispatch_batches = False
 
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)

@@ -2,94 +2,191 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .formatting import IGNORE_INDEX, encode_conversation
-from .readers import read_splits
+from .bad_samples import BadSamplePolicy
+from .building import build
+from .cache import build_once, default_root, fingerprint
+from .collating import SupervisedCollator
+from .formatting import Formatter, set_chat_template
+from .packing import PackedDataset, check_packing, needs_one_row
+from .readers import Source, parse_sources
+from .selection import collect, split_pools
+from .streaming import make_stream
+from .summary import describe_set
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["SupervisedCollator", "make_supervised_data_module"]
 
 
 def make_supervised_data_module(
     dataset: str = "Daring-Anteater",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    train_size: int = 0,
-    eval_size: int = 0,
+    train_size: float = 0,
+    eval_size: float = 0,
+    *,
+    eval_dataset: str | None = None,
+    split: str | None = None,
+    chat_template: str | None = None,
+    train_on: str = "assistant",
+    packing: bool = False,
+    model: torch.nn.Module | None = None,
+    streaming: bool = False,
+    on_bad_sample: str = "error",
+    data_cache_dir: str | None = None,
+    preprocessing_num_workers: int = 0,
+    batch_size: int = 8,
 ) -> dict:
     """What a Trainer needs for supervised fine-tuning: `train_dataset`, `eval_dataset` and `data_collator`.
 
+    Samples are `input_ids`, `labels` (int lists, equally long) and `length`; packed rows have `position_ids` instead of
+    the last. The evaluation set is never packed. See docs/data.md for what each choice means.
+
     Args:
-        dataset: "Daring-Anteater", "cnn_dailymail", "python-docs", or a local file or folder of one of their schemas.
+        dataset: see `data.readers.HELP`.
         tokenizer: a fast tokenizer; samples are cut at its `model_max_length`.
-        train_size, eval_size: numbers of samples, 0 for the dataset's default.
+        train_size, eval_size: numbers of samples, or shares between 0 and 1; 0 for all and for the dataset's default.
+        eval_dataset: evaluate on this instead of held-out samples; written like `dataset`.
+        split: "TRAIN" or "TRAIN,EVAL": splits by name. TRAIN alone holds samples out of it. Default: "train", evaluated
+            on the split "validation" where there is one.
+        chat_template: None for the tokenizer's, "none" for turns joined by newlines, or a .jinja file, which
+            `tokenizer` is given.
+        train_on: "assistant" or "all".
+        packing: pack training samples into rows of `model_max_length` tokens; needs `model`, which is tried.
+        streaming: read and tokenize while training; nothing is cached, and the Trainer needs `max_steps`.
+        on_bad_sample: "error" or "skip" (counted and reported).
+        data_cache_dir: where tokenized sets are kept.
+        preprocessing_num_workers: processes that tokenize; 0 chooses.
+        batch_size: for the padding that the summary names.
 
     Raises:
-        ValueError: see `data.readers.read_splits` and `data.formatting.encode_conversation`.
+        ValueError: a wrong argument, or data that cannot be used; the message says which, where, and what to do.
     """
     if tokenizer is None:
         raise ValueError("tokenizer=None: make_supervised_data_module needs the model's tokenizer")
-    if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; use the fast tokenizer of the model")
-    train, held_out = read_splits(dataset, train_size, eval_size)
-    return {
-        "train_dataset": _encode(train, tokenizer, f"{dataset} training samples"),
-        "eval_dataset": _encode(held_out, tokenizer, f"{dataset} evaluation samples"),
-        "data_collator": SupervisedCollator(pad_token_id=_pad_token_id(tokenizer)),
-    }
+    for argument, size in (("train_size", train_size), ("eval_size", eval_size)):
+        check_size(argument, size)
+    if packing and model is None:
+        raise ValueError("packing=True needs model=..., to try whether it keeps packed samples apart")
+    if packing:
+        check_packing(model)
+    set_chat_template(tokenizer, chat_template)
+    formatter = Formatter(tokenizer, tokenizer.model_max_length, train_on, chat_template)
+    logger.info("format: %s", formatter.description)
+    policy = BadSamplePolicy(on_bad_sample)
+    plan = _Plan(dataset, eval_dataset, split, train_size, eval_size, streaming)
+    collator = SupervisedCollator(_pad_token_id(tokenizer), one_row=packing and needs_one_row(model))
+    if streaming:
+        train, held_out = make_stream(plan.train, plan.evaluation, train_size, eval_size, formatter, policy, packing)
+        return {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
+
+    key = fingerprint({"data": plan.identity(), "format": formatter.fingerprint, "on_bad_sample": on_bad_sample})
+    root = Path(data_cache_dir) if data_cache_dir else default_root()
+    folder = build_once(root, key, lambda f: _build_sets(f, plan, formatter, policy, preprocessing_num_workers))
+    train, held_out = _open(folder, "train"), _open(folder, "eval")
+    packed = PackedDataset(train, formatter.max_length) if packing else None
+    _report(folder, train, held_out, packed, formatter.max_length, batch_size)
+    return {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
 
 
-def _encode(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, description: str) -> datasets.Dataset:
-    encoded = split.map(
-        encode_conversation,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": tokenizer.model_max_length},
-        remove_columns=split.column_names,
-        desc=f"Tokenizing {description}",
-    )
-    labelled = encoded.filter(_has_labels, desc=f"Checking {description}")
-    if dropped := len(encoded) - len(labelled):
-        logger.warning(
-            "%d of %d %s have no answer within model_max_length=%d tokens and are left out",
-            dropped, len(encoded), description, tokenizer.model_max_length,
-        )  # fmt: skip
-    if not len(labelled):
+def check_size(argument: str, size: float) -> None:
+    """Raises ValueError unless `size` is 0, a whole number of samples or a share between 0 and 1."""
+    if not (0 <= size < 1 or (size >= 1 and float(size).is_integer())):
         raise ValueError(
-            f"none of the {len(encoded)} {description} has an answer within --model_max_length "
-            f"{tokenizer.model_max_length} tokens; raise it, or check the data"
+            f"--{argument} {size:g} is neither a whole number of samples nor a share between 0 and 1; "
+            "0 takes the default"
         )
-    return labelled
 
 
-def _has_labels(sample: dict) -> bool:
-    # The first token is never predicted, so a label there does not count.
-    return any(label != IGNORE_INDEX for label in sample["labels"][1:])
+class _Plan:
+    """Which split of which source trains, and which evaluates (None: held-out samples of the source itself)."""
+
+    def __init__(self, dataset, eval_dataset, split, train_size, eval_size, streaming) -> None:
+        names = tuple(name.strip() for name in split.split(",")) if split else ()
+        if len(names) > 2 or "" in names:
+            raise ValueError(f"--split {split!r} is neither TRAIN nor TRAIN,EVAL, such as train_sft,test_sft")
+        sources = parse_sources(dataset, "dataset", names, streaming)
+        train_split = names[0] if names else "train"
+        self.train = [(source, _existing_split(source, train_split)) for source in sources]
+        self.sizes = (float(train_size), float(eval_size))
+        if eval_dataset is not None:
+            wanted = names[1] if len(names) > 1 else None
+            own = parse_sources(eval_dataset, "eval_dataset", names, streaming)
+            self.evaluation: list[tuple[Source, str] | None] = [(s, _eval_split(s, wanted)) for s in own]
+        elif len(names) > 1:
+            self.evaluation = [(source, _existing_split(source, names[1])) for source in sources]
+        else:
+            use = not names
+            self.evaluation = [(s, "validation") if use and "validation" in s.splits() else None for s in sources]
+        self.has_own_evaluation = eval_dataset is not None
+
+    def identity(self) -> list:
+        """What a cache must tell apart: contents, weights and sizes."""
+
+        def of(entry: tuple[Source, str] | None) -> list | None:
+            if entry is None:
+                return None
+            source, split = entry
+            return [type(source).__name__, source.name, source.weight, split, source.identity(split)]
+
+        return [[of(e) for e in self.train], [of(e) for e in self.evaluation], self.sizes, self.has_own_evaluation]
+
+
+def _existing_split(source: Source, split: str) -> str:
+    if split not in source.splits():
+        raise ValueError(f"--split {split!r}: {source.name} has the splits {', '.join(source.splits())}")
+    return split
+
+
+def _eval_split(source: Source, wanted: str | None) -> str:
+    """An evaluation set of its own: the split asked for, else its validation, test or only split."""
+    if wanted is not None:
+        return _existing_split(source, wanted)
+    return next((name for name in ("validation", "test") if name in source.splits()), source.splits()[0])
+
+
+# ---- Building and opening ----
+
+
+def _build_sets(folder: Path, plan: _Plan, formatter: Formatter, policy: BadSamplePolicy, workers: int) -> None:
+    pools = [collect(source, split, folder / f"raw-{i}", policy) for i, (source, split) in enumerate(plan.train)]
+    held_out = [
+        None if entry is None else collect(*entry, folder / f"raw-eval-{i}", policy)
+        for i, entry in enumerate(plan.evaluation)
+    ]
+    chosen = dict(zip(("train", "eval"), split_pools(pools, held_out, *plan.sizes, policy), strict=True))
+    totals = {}
+    for name, words in (("train", "training samples"), ("eval", "evaluation samples")):
+        totals[name] = build(chosen[name].rows(), folder / f"{name}.arrow", formatter, policy, words, workers).as_dict()
+    schemas = {pool.source.name: pool.schema.name for pool in (*pools, *held_out) if pool is not None}
+    report = {"schemas": schemas, "totals": totals, "skipped": policy.report()}
+    (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for path in folder.glob("raw-*"):
+        path.unlink()
+
+
+def _open(folder: Path, name: str) -> datasets.Dataset:
+    return datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
+
+
+def _report(folder: Path, train, held_out, packed: PackedDataset | None, max_length: int, batch_size: int) -> None:
+    report = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for source, schema in report["schemas"].items():
+        logger.info("%s: schema %s", source, schema)
+    for name, samples, rows in (("train", train, packed and len(packed)), ("eval", held_out, None)):
+        lengths = samples.data.column("length").to_numpy()
+        logger.info(describe_set(name, report["totals"][name], lengths, batch_size, max_length, rows))
+    if report["skipped"]:
+        logger.warning(report["skipped"])
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if pad is None else pad
-
-
-@dataclass
-class SupervisedCollator:
-    """Pads a batch to its longest sample, on the right; padding has attention 0 and no label, whatever its token is."""
-
-    pad_token_id: int
-
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """Samples with `input_ids` and `labels` -> int64 tensors [batch, longest]: those two and `attention_mask`."""
-        longest = max(len(sample["input_ids"]) for sample in samples)
-
-        def pad(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
-
-        input_ids = [list(sample["input_ids"]) for sample in samples]
-        return {
-            "input_ids": pad(input_ids, self.pad_token_id),
-            "labels": pad([list(sample["labels"]) for sample in samples], IGNORE_INDEX),
-            "attention_mask": pad([[1] * len(row) for row in input_ids], 0),
-        }

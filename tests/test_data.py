@@ -10,7 +10,6 @@ from helpers import make_tokenizer, write_conversations
 
 from data.formatting import IGNORE_INDEX, encode_conversation
 from data.python_docs import read_python_docs
-from data.readers import read_splits
 from utils import make_supervised_data_module
 
 CHAT_TEMPLATE = (
@@ -57,9 +56,10 @@ def test_an_unknown_role_is_refused_by_name():
 
 
 def test_batches_are_padded_to_their_longest_sample_without_labels_or_attention(tmp_path):
-    module = make_supervised_data_module(str(write_conversations(tmp_path / "c.jsonl")), make_tokenizer(), eval_size=5)
+    path = str(write_conversations(tmp_path / "c.jsonl"))
+    module = make_supervised_data_module(path, make_tokenizer(), eval_size=5, data_cache_dir=str(tmp_path / "cache"))
     samples = [module["train_dataset"][0], module["train_dataset"][1]]
-    samples[0] = {k: v[:10] for k, v in samples[0].items()}
+    samples[0] = {name: samples[0][name][:10] for name in ("input_ids", "labels")}
     batch = module["data_collator"](samples)
     longest = len(samples[1]["input_ids"])
     assert batch["input_ids"].shape == batch["labels"].shape == (2, longest)
@@ -67,54 +67,74 @@ def test_batches_are_padded_to_their_longest_sample_without_labels_or_attention(
     assert torch.equal(batch["attention_mask"].sum(1), torch.tensor([10, longest]))
 
 
+def texts_of(samples) -> list[str]:
+    """What each sample says, by a tokenizer of single bytes."""
+    tokenizer = make_tokenizer()
+    return [tokenizer.decode(sample["input_ids"]) for sample in samples]
+
+
 def test_splits_are_disjoint_and_the_same_every_time(tmp_path):
     path = str(write_conversations(tmp_path / "c.jsonl"))
-    train, held_out = read_splits(path, train_size=20, eval_size=10)
-    texts = [{json.dumps(sample) for sample in split} for split in (train, held_out)]
-    assert len(texts[0]) == 20 and len(texts[1]) == 10 and not texts[0] & texts[1]
-    assert [s["conversations"] for s in read_splits(path, 20, 10)[0]] == [s["conversations"] for s in train]
+    sets = [
+        make_supervised_data_module(path, make_tokenizer(), 20, 10, data_cache_dir=str(tmp_path / cache))
+        for cache in ("a", "b")
+    ]
+    train, held_out = (texts_of(sets[0][name]) for name in ("train_dataset", "eval_dataset"))
+    assert len(train) == 20 and len(held_out) == 10 and not set(train) & set(held_out)
+    assert texts_of(sets[1]["train_dataset"]) == train
 
 
 def test_a_folder_in_cnn_dailymails_schema_uses_its_own_validation_split(tmp_path):
     for name, count in (("train", 6), ("validation", 3), ("test", 2)):
         rows = [{"article": f"{name} {i}", "highlights": f"short {i}", "id": str(i)} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train, held_out = read_splits(str(tmp_path))
-    assert len(train) == 6 and len(held_out) == 3
-    assert all("validation" in s["conversations"][0]["value"] for s in held_out)
-    assert {s["conversations"][1]["value"] for s in held_out} == {"short 0", "short 1", "short 2"}
+    module = make_supervised_data_module(str(tmp_path), make_tokenizer(), data_cache_dir=str(tmp_path / "cache"))
+    assert len(module["train_dataset"]) == 6
+    held_out = texts_of(module["eval_dataset"])
+    assert len(held_out) == 3 and all("validation" in text for text in held_out)
 
 
 @pytest.mark.parametrize(
     "train_size,eval_size,message",
-    [(41, 0, "--train_size 41"), (0, 40, "--eval_size 40"), (35, 10, "30 samples are available"), (-1, 0, "negative")],
-)
+    [
+        (41, 0, "--train_size 41"), (0, 40, "--eval_size 40"), (35, 10, "30 samples are available"),
+        (-1, 0, "--train_size -1"), (1.5, 0, "--train_size 1.5"),
+    ],
+)  # fmt: skip
 def test_sizes_beyond_the_data_are_refused(tmp_path, train_size, eval_size, message):
+    path = str(write_conversations(tmp_path / "c.jsonl"))
     with pytest.raises(ValueError, match=message):
-        read_splits(str(write_conversations(tmp_path / "c.jsonl")), train_size, eval_size)
+        make_supervised_data_module(path, make_tokenizer(), train_size, eval_size, data_cache_dir=str(tmp_path / "x"))
 
 
 def test_unknown_datasets_and_columns_are_refused_with_the_choices(tmp_path):
+    def read(dataset):
+        make_supervised_data_module(str(dataset), make_tokenizer(), data_cache_dir=str(tmp_path / "cache"))
+
     with pytest.raises(ValueError, match="no-such.*Daring-Anteater, cnn_dailymail, python-docs"):
-        read_splits("no-such")
+        read("no-such")
     (tmp_path / "x.jsonl").write_text('{"question": "a", "reply": "b"}\n')
-    with pytest.raises(ValueError, match="question.*conversations"):
-        read_splits(str(tmp_path / "x.jsonl"))
+    with pytest.raises(ValueError, match="'question', 'reply'(.|\n)*conversations(.|\n)*messages"):
+        read(tmp_path / "x.jsonl")
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"\.png.*\.jsonl"):
-        read_splits(str(tmp_path / "x.png"))
+        read(tmp_path / "x.png")
 
 
-def test_samples_without_an_answer_after_truncation_are_counted_and_left_out(tmp_path, caplog):
+def test_a_sample_without_an_answer_after_truncation_is_an_error_or_counted(tmp_path, caplog):
     tokenizer = make_tokenizer()
     path = write_conversations(tmp_path / "c.jsonl", 12)
     with path.open("a") as file:
         long = [{"from": "User", "value": "x" * 100}, {"from": "Assistant", "value": "y"}]
         file.write(json.dumps({"conversations": long}) + "\n")
     tokenizer.model_max_length = 40
-    module = make_supervised_data_module(str(path), tokenizer, eval_size=1)
+    with pytest.raises(ValueError, match=r"c\.jsonl:13: no answer left: .*40 tokens"):
+        make_supervised_data_module(str(path), tokenizer, eval_size=1, data_cache_dir=str(tmp_path / "cache"))
+    module = make_supervised_data_module(
+        str(path), tokenizer, eval_size=1, on_bad_sample="skip", data_cache_dir=str(tmp_path / "cache")
+    )
     assert len(module["train_dataset"]) + len(module["eval_dataset"]) == 12
-    assert "1 of 12" in caplog.text and "model_max_length=40" in caplog.text
+    assert "skipped 1 bad samples: 1 no answer left" in caplog.text and "c.jsonl:13" in caplog.text
 
 
 def test_python_docs_are_many_distinct_answers_in_a_fixed_order():

@@ -11,7 +11,10 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
-from data.readers import DATASET_NAMES
+from data.bad_samples import POLICIES
+from data.formatting import TRAIN_ON
+from data.readers import HELP as DATASET_HELP
+from data.supervised import check_size
 from qat import SCHEMES
 from qat.formats import SCALE_RULES
 from qat.packed_config import EXPORT_FORMATS
@@ -56,7 +59,14 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
     )
 
+    group_by_length: bool = field(
+        default=False,
+        metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},
+    )
+
     def __post_init__(self) -> None:
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
         if self.model_max_length < 2:
             raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if not torch.accelerator.is_available():
@@ -70,15 +80,59 @@ class TrainingArguments(transformers.TrainingArguments):
 class DataArguments:
     """Which data to learn from."""
 
-    dataset: str = field(
-        default="Daring-Anteater",
+    dataset: str = field(default="Daring-Anteater", metadata={"help": f"{DATASET_HELP}. See docs/data.md."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Evaluate on this dataset, written like --dataset, not on held-out samples."}
+    )
+    split: str | None = field(
+        default=None,
         metadata={
-            "help": f"One of {', '.join(DATASET_NAMES)}, or a local .jsonl, .json, .parquet or .csv file (or a folder "
-            "of them) with the columns of one of these. python-docs needs no network."
+            "help": "TRAIN or TRAIN,EVAL: names of the dataset's splits. TRAIN alone holds samples out of it. Default: "
+            "train, evaluated on validation where there is one, else on held-out samples."
         },
     )
-    train_size: int = field(default=0, metadata={"help": "Number of training samples; 0 uses all."})
-    eval_size: int = field(default=0, metadata={"help": "Number of evaluation samples; 0 uses the dataset's default."})
+    train_size: float = field(
+        default=0, metadata={"help": "Training samples: a number, or a share between 0 and 1; 0 uses all."}
+    )
+    eval_size: float = field(
+        default=0,
+        metadata={"help": "Evaluation samples: a number, or a share between 0 and 1; 0 uses the dataset's default."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "'none' joins turns by newlines (the format of INC's example); a .jinja file replaces the "
+            "tokenizer's template. Default: the tokenizer's own, where it has one."
+        },
+    )
+    train_on: str = field(
+        default="assistant",
+        metadata={"help": "Which tokens are learned: those of assistant turns, or all.", "choices": list(TRAIN_ON)},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Pack training samples into full rows of model_max_length tokens, without attention across."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and tokenize while training, without a cache; needs --max_steps."},
+    )
+    on_bad_sample: str = field(
+        default="error",
+        metadata={"help": "End at the first bad sample, or skip and count them.", "choices": list(POLICIES)},
+    )
+    data_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where tokenized data is kept. Default: beside the caches of `datasets`."}
+    )
+    preprocessing_num_workers: int = field(
+        default=0, metadata={"help": "Processes that tokenize; 0 chooses by cores and number of samples."}
+    )
+
+    def __post_init__(self) -> None:
+        for argument in ("train_size", "eval_size"):
+            check_size(argument, getattr(self, argument))
+        if self.preprocessing_num_workers < 0:
+            raise ValueError(f"--preprocessing_num_workers {self.preprocessing_num_workers} is negative; 0 chooses one")
 
 
 @dataclass

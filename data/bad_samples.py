@@ -1,0 +1,68 @@
+"""A sample that cannot be learned from: either the run ends with its file and line, or it is skipped and counted."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+POLICIES = ("error", "skip")
+SHOWN = 3  # skipped samples that are shown in full
+
+
+class BadSample(ValueError):
+    """One sample (or one file) that cannot be used: `kind` is what is counted, `detail` what is particular to it."""
+
+    def __init__(self, kind: str, detail: str = "", place: str = "") -> None:
+        super().__init__(kind, detail, place)
+        self.kind, self.detail, self.place = kind, detail, place
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.place, self.kind, self.detail) if part)
+
+    def at(self, place: str) -> BadSample:
+        """The same fault, found at `place` ("file:line")."""
+        return BadSample(self.kind, self.detail, place)
+
+
+@dataclass
+class BadSamplePolicy:
+    """`--on_bad_sample`: "error" raises at the first bad sample, "skip" counts all and remembers the first three."""
+
+    policy: str = "error"
+    counts: Counter = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"--on_bad_sample {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+
+    def handle(self, error: BadSample) -> None:
+        """Count `error`, or raise it as the ValueError that ends the run."""
+        if self.policy == "error":
+            raise ValueError(f"{error}\nMend the data, or leave such samples out, counted, with --on_bad_sample skip")
+        self.counts[error.kind] += 1
+        if len(self.first) < SHOWN:
+            self.first.append(str(error))
+
+    @property
+    def total(self) -> int:
+        """How many samples were skipped."""
+        return sum(self.counts.values())
+
+    def report(self) -> str:
+        """One line of counts, then the first three; empty if nothing was skipped."""
+        if not self.total:
+            return ""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
+        return "\n  ".join([f"skipped {self.total} bad samples: {kinds}; the first are", *self.first])
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """`value` as a message can show it: one line, quoted, at most `limit` characters."""
+    text = _REPR.repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,95 @@
+"""Show samples as the model will see them, so that a person can check format and labels by eye.
+
+    python -m data.preview --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset chats.jsonl
+
+Learned text is green, or stands between ⟦ and ⟧ where there is no colour; `--packing True` shows whole rows, with a
+line between their samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from .bad_samples import POLICIES
+from .formatting import IGNORE_INDEX, TRAIN_ON
+from .packing import PackedDataset
+from .readers import HELP
+from .supervised import make_supervised_data_module
+
+COLORS = ("auto", "always", "never")
+_GREEN, _RESET = "\033[1;32m", "\033[0m"
+
+
+@dataclass
+class PreviewArguments:
+    """What to show; the data arguments mean what they mean to main.py."""
+
+    model_name_or_path: str = field(metadata={"help": "Whose tokenizer to use: hub id or local folder."})
+    gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in that folder."})
+    dataset: str = field(default="python-docs", metadata={"help": HELP})
+    eval_dataset: str | None = field(default=None, metadata={"help": "As for main.py."})
+    split: str | None = field(default=None, metadata={"help": "As for main.py."})
+    chat_template: str | None = field(default=None, metadata={"help": "As for main.py."})
+    train_on: str = field(default="assistant", metadata={"help": "As for main.py.", "choices": list(TRAIN_ON)})
+    on_bad_sample: str = field(default="error", metadata={"help": "As for main.py.", "choices": list(POLICIES)})
+    data_cache_dir: str | None = field(default=None, metadata={"help": "As for main.py."})
+    model_max_length: int = field(default=2048, metadata={"help": "Samples are cut at this many tokens."})
+    packing: bool = field(default=False, metadata={"help": "Show packed rows."})
+    count: int = field(default=3, metadata={"help": "Samples or rows to show."})
+    color: str = field(default="auto", metadata={"help": "Colour, or marks instead.", "choices": list(COLORS)})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare the data as main.py would, and print the first few training samples."""
+    parser = HfArgumentParser(PreviewArguments)
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("data").setLevel(logging.INFO)
+    source = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model_name_or_path, model_max_length=args.model_max_length, **source
+    )
+    names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
+    try:
+        module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        parser.error(str(error))
+    samples = module["train_dataset"]
+    rows = PackedDataset(samples, args.model_max_length) if args.packing else samples
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    for number in range(min(args.count, len(rows))):
+        row = rows[number]
+        learned = sum(label != IGNORE_INDEX for label in row["labels"])
+        print(f"--- {number + 1} of {len(rows)}: {len(row['input_ids'])} tokens, {learned} of them learned ---")
+        print(show(row, tokenizer, color) + "\n")
+
+
+def show(row: dict, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:
+    """The text of a sample or packed row, learned tokens marked."""
+    begin, end = (_GREEN, _RESET) if color else ("⟦", "⟧")
+    parts = []
+    for sample in _samples_of(row):
+        pieces = []
+        for learned, tokens in groupby(sample, key=lambda pair: pair[1] != IGNORE_INDEX):
+            text = tokenizer.decode([token for token, _ in tokens], clean_up_tokenization_spaces=False)
+            pieces.append(f"{begin}{text}{end}" if learned else text)
+        parts.append("".join(pieces))
+    return "\n~~~ next sample in this row ~~~\n".join(parts)
+
+
+def _samples_of(row: dict) -> Iterable[list[tuple[int, int]]]:
+    """(token, label) pairs, divided where positions start again."""
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] if "position_ids" in row else [0]
+    return [pairs[a:b] for a, b in zip(starts, [*starts[1:], len(pairs)], strict=True)]
+
+
+if __name__ == "__main__":
+    main()
