@@ -1,8 +1,8 @@
 """Pack a checkpoint for inference engines, and prove that the packed one is the same model.
 
-    python scripts/export.py SRC DST                          # a QAT folder: its own scheme
-    python scripts/export.py SRC DST --quant_scheme MXFP4     # any BF16 checkpoint: round to nearest (RTN)
-    python scripts/export.py --verify DST [--source SRC]      # compare again, later
+python scripts/export.py SRC DST                          # a QAT folder: its own scheme
+python scripts/export.py SRC DST --quant_scheme MXFP4     # any BF16 checkpoint: round to nearest (RTN)
+python scripts/export.py --verify DST [--source SRC]      # compare again, later
 """
 
 from __future__ import annotations

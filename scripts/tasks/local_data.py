@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 
-from data.readers import read_splits
+from data.bad_samples import BadSamplePolicy
+from data.readers import parse_sources
+from data.selection import collect, split_pools
 
 HELD_OUT = 256  # samples that training on python-docs never sees, when its --eval_size is at most this
 CHOICES = 4
@@ -51,8 +55,12 @@ def choices(**_unused) -> dict[str, datasets.Dataset]:
 
 @lru_cache(maxsize=1)
 def _held_out() -> list[tuple[str, str]]:
-    _, held_out = read_splits("python-docs", eval_size=HELD_OUT)
-    return [(turns[0]["value"], turns[1]["value"]) for turns in held_out["conversations"]]
+    policy = BadSamplePolicy("error")
+    with TemporaryDirectory() as folder:
+        pool = collect(parse_sources("python-docs")[0], "train", Path(folder, "rows"), policy)
+        _, held_out = split_pools([pool], [None], 0, HELD_OUT, policy)
+        samples = [json.loads(row["sample"])["messages"] for row in held_out.rows()]
+    return [(question["content"], answer["content"]) for question, answer in samples]
 
 
 def _cut(text: str) -> list[str]:
