@@ -10,13 +10,13 @@ install requirements.txt
 export HF_HUB_OFFLINE=1
 
 out=${OUT:-quickstart}
-bf16_steps=${BF16_STEPS:-50}
-qat_steps=${QAT_STEPS:-40}
+bf16_steps=${BF16_STEPS:-40}
+qat_steps=${QAT_STEPS:-30}
 gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$out"
 
 # Plain runs of main.py share these; --model_max_length keeps the samples short enough for a laptop.
-common=(--dataset python-docs --model_max_length 128 --on_bad_sample skip --eval_size "${EVAL_SAMPLES:-64}"
+common=(--dataset python-docs --model_max_length 96 --on_bad_sample skip --eval_size "${EVAL_SAMPLES:-48}"
   --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --lr_scheduler_type linear --max_grad_norm 1.0
   --logging_steps 1 --save_steps 15 --save_total_limit 1 --report_to tensorboard)
 

@@ -348,7 +348,8 @@ def _quantize_kernel(
 ):
     rows, exists = _tile(blocks, ROWS)
     x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
-    x = _to_fp32(_to_view(x, VIEW))
+    if x_ptr.dtype.element_ty != VIEW:
+        x = _to_fp32(_to_view(x, VIEW))
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
     codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
