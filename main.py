@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_metrics("train", result.metrics)
 
     if training_args.do_eval:
+        if training_args.do_train:
+            trainer.round_masters()
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)

@@ -41,10 +41,11 @@ def draw(out: Path, loss: dict[str, float]) -> None:
     """Training losses of both trained stages over steps, evaluation losses as dashed lines."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     offset = 0
-    for name, color in (("bf16", "tab:blue"), ("mxfp4-qat", "tab:orange")):
+    curves = (("bf16", "tab:blue", "BF16: cross-entropy"), ("mxfp4-qat", "tab:orange", "QAT: divergence from BF16"))
+    for name, color, label in curves:
         log = read_json(out / name / "trainer_state.json")["log_history"]
         points = [(entry["step"] + offset, entry["loss"]) for entry in log if "loss" in entry]
-        axis.plot(*zip(*points, strict=True), color=color, label=f"{NAMES[name]}: training loss", linewidth=1)
+        axis.plot(*zip(*points, strict=True), color=color, label=f"{label}, training", linewidth=1)
         offset = points[-1][0]
     for name, color in zip(NAMES, ("tab:blue", "tab:red", "tab:orange"), strict=False):
         axis.axhline(loss[name], color=color, linestyle="--", linewidth=1)
@@ -52,7 +53,7 @@ def draw(out: Path, loss: dict[str, float]) -> None:
             f"{NAMES[name]}: {loss[name]:.2f} held out", (offset, loss[name]), ha="right", va="bottom", color=color
         )
     axis.set(title="SmolLM2-135M, python-docs", xlabel="optimizer step (BF16, then QAT)", ylabel="nats per token")
-    axis.legend(loc="upper right")
+    axis.legend(loc="lower left")
     figure.savefig(out / "losses.png", dpi=120)
 
 

@@ -90,7 +90,7 @@ def test_qat_stage_restores_its_scheme_when_loaded_again(workspace, bf16_stage):
     qat = run(workspace, "qat", *TRAIN, "--quant_scheme", "mxfp4", model="bf16")
     assert QATConfig.load(workspace / "qat").mapping == {"torch.nn.Linear": "MXFP4"}
     again = run(workspace, "again", "--do_eval", "True", model="qat")
-    assert again["eval_loss"] == pytest.approx(qat["eval_loss"], rel=1e-3)
+    assert again["eval_loss"] == qat["eval_loss"]  # what was evaluated is what was saved
     plain = AutoModelForCausalLM.from_pretrained(workspace / "qat")
     assert plain.dtype == torch.bfloat16 and type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
 

@@ -103,6 +103,18 @@ class QATTrainer(Trainer):
                 sums = torch.stack((sums, sum_by_sample(kl, labels)), dim=-1)
         return None, sums, tokens
 
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
+        model = self.accelerator.unwrap_model(self.model)
+        dtypes = getattr(model, "original_dtypes", {})
+        for name, parameter in model.named_parameters():
+            for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+                name = name.replace(wrapper, "")
+            dtype = dtypes.get(name)
+            if dtype is not None:
+                parameter.copy_(parameter.to(dtype))
+
     # ---- Saving ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
