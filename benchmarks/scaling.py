@@ -46,7 +46,9 @@ def draw(points: dict[str, list[tuple[int, float]]], path: Path) -> None:
         axis.plot(
             [x / BASE[name] for x, _ in values], [y for _, y in values], marker="o", label=f"{name} ({BASE[name]} at 1)"
         )
-    axis.set(xscale="log", xlabel="multiple of the base value", ylabel="MXFP4 step over BF16 step")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="multiple of the base value", ylabel="MXFP4 step over BF16 step")
     axis.axhline(1.0, color="gray", linewidth=0.8)
     axis.legend()
     figure.savefig(path, dpi=120)

@@ -124,6 +124,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(workspace, monkeypatch, sc
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+@pytest.fixture(scope="module")
+def qat_stage(workspace) -> dict:
+    return run(workspace, "qat-stage", "--quant_scheme", "MXFP4", *TRAIN)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--gradient_checkpointing", "True"),
+        ("--gradient_checkpointing", "True", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'),
+        ("--torch_compile", "True", "--torch_compile_backend", "aot_eager"),
+    ],
+)
+def test_checkpointing_and_compiling_train_the_same_model(workspace, qat_stage, flags):
+    plain = qat_stage
+    other = run(workspace, f"with{len(flags)}{flags[0]}", "--quant_scheme", "MXFP4", *TRAIN, *flags)
+    assert other["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-3)
+    assert other["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+
+
 def test_resuming_another_stage_or_scheme_is_refused(workspace, bf16_stage):
     with pytest.raises(ValueError, match="cannot resume .*run without quantization.*this run is a QAT run .*MXFP4"):
         run(workspace, "bf16", *TRAIN, "--quant_scheme", "MXFP4")
