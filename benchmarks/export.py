@@ -1,6 +1,6 @@
 """How fast is packing, how small the result, how much memory does it take?
 
-    python benchmarks/export.py [--gib 1] [--shards 4] [--csv benchmarks/export.csv]
+    python benchmarks/export.py [--gib 1] [--shards 4]
 
 A random Llama checkpoint of several shards is packed in a process of its own, libraries loaded beforehand. Two
 yardsticks read the source's bytes and write the packed ones: safetensors, which loads each shard into memory and saves
@@ -11,10 +11,7 @@ Peak memory is the growth of the resident set, mapped files included, in shards 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,25 +26,24 @@ _CHUNK = 1 << 20
 
 
 def main() -> None:
-    """Measure each scheme, print a table, append to the CSV."""
+    """Measure each scheme; print the table and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the BF16 checkpoint")
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where export.csv goes")
     parser.add_argument("--export", nargs=3, metavar=("SRC", "DST", "SCHEME"), help="one measurement, used internally")
     args = parser.parse_args()
     if args.export:
         export_once(*args.export)
         return
+    from benchmarks.report import Report
+
+    report = Report("export")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         source = make_checkpoint(Path(folder, "source"), args.gib, args.shards)
-        rows = [measure(source, Path(folder, scheme), scheme) for scheme in SCHEMES]
-    columns = [key for key in rows[0] if key != "scheme"]
-    print("\nscheme  " + "".join(f"{key:>{len(key) + 2}}" for key in columns))
-    for row in rows:
-        print(f"{row['scheme']:<8}" + "".join(f"{row[key]:>{len(key) + 2}.2f}" for key in columns))
-    if args.csv:
-        write_csv(args.csv, rows)
+        for scheme in SCHEMES:
+            measure(source, Path(folder, scheme), scheme, report)
+    report.write(args.out)
 
 
 def make_checkpoint(folder: Path, gib: float, shards: int) -> Path:
@@ -70,7 +66,7 @@ def make_checkpoint(folder: Path, gib: float, shards: int) -> Path:
     return folder
 
 
-def measure(source: Path, target: Path, scheme: str) -> dict:
+def measure(source: Path, target: Path, scheme: str, report) -> None:
     """Export in a fresh process, then copy as many bytes."""
     command = [sys.executable, __file__, "--export", str(source), str(target), scheme]
     seconds, peak_bytes = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
@@ -78,11 +74,11 @@ def measure(source: Path, target: Path, scheme: str) -> dict:
     largest = max(p.stat().st_size for p in source.glob("*.safetensors"))
     through = min(copy_through_safetensors(source, target) for _ in range(REPEATS))
     raw = min(copy_raw(source, target.with_suffix(".copy"), written) for _ in range(REPEATS))
-    return {
-        "scheme": scheme, "source_mib": read / 2**20, "packed_mib": written / 2**20, "export_s": seconds,
-        "safetensors_s": through, "raw_copy_s": raw, "over_safetensors": through / seconds,
-        "over_raw_copy": raw / seconds, "peak_shards": peak_bytes / largest,
-    }  # fmt: skip
+    report.add(f"{scheme}: {read / 2**20:.0f} MiB packed into", written / 2**20, unit="MiB")
+    report.add(f"{scheme}: export", seconds, unit="s")
+    report.add(f"{scheme}: throughput over safetensors reading and writing", through / seconds, "0.5")
+    report.add(f"{scheme}: throughput over copying raw bytes", raw / seconds)
+    report.add(f"{scheme}: peak memory, in shards of the source", peak_bytes / largest, "2")
 
 
 def export_once(source: str, target: str, scheme: str) -> None:
@@ -137,23 +133,6 @@ def copy_raw(source: Path, target: Path, bytes_to_write: int) -> float:
     seconds = time.perf_counter() - start
     target.unlink()
     return seconds
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Append `rows` with machine, versions and date."""
-    import safetensors
-    import torch
-
-    machine = {
-        "machine": f"{os.cpu_count()} cores {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__, "safetensors": safetensors.__version__, "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *machine])
-        if new:
-            writer.writeheader()
-        writer.writerows({**row, **machine} for row in rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from . import ops
 from .aside import check_target, written_aside
 from .checkpoint_folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
-from .formats import BLOCK_SIZE, E8M0_NAN, get_format
+from .formats import BLOCK_SIZE, E8M0_NAN
 from .model_card import CardFacts, write_card
 from .packed_config import check_export_format, make_quantization_config
 from .schemes import LayerScheme, TensorSpec
@@ -34,7 +34,7 @@ from .skeleton import describe_layers, prepared_skeleton, quantized_layers, unqu
 logger = logging.getLogger(__name__)
 
 VIEW_DTYPE = torch.bfloat16  # the forward pass computes in BF16 autocast, and so do the engines
-_SLAB_VALUES = 1 << 22  # quantized at a time; bounds the FP32 temporaries
+_SLAB_VALUES = 1 << 22  # quantized at a time where there are no kernels; bounds the FP32 temporaries
 _COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "*.py", "LICENSE*",
@@ -105,16 +105,10 @@ def pack_weight(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, t
         MXFP4: uint8 [N, K / 2], element 2i in the low nibble; MXFP8: float8_e4m3fn [N, K]. And the E8M0 scales,
         uint8 [N, K / 32], exponent + 127.
     """
-    rows, columns = weight.shape
-    bits = get_format(spec.format_name).bits
-    packed = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
-    scale_e8m0_biased = torch.empty(rows, columns // BLOCK_SIZE, dtype=torch.uint8)
-    step = max(1, _SLAB_VALUES // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        codes, scale = ops.quantize(weight[part], spec.format_name, spec.scale_rule, VIEW_DTYPE)
-        packed[part], scale_e8m0_biased[part] = codes, scale
-    return (packed.view(torch.float8_e4m3fn) if bits == 8 else packed), scale_e8m0_biased
+    step = weight.shape[0] if ops.has_kernels(weight) else max(1, _SLAB_VALUES // weight.shape[1])
+    slabs = [ops.quantize(slab, spec.format_name, spec.scale_rule, VIEW_DTYPE) for slab in weight.split(step)]
+    packed, scale_e8m0_biased = slabs[0] if len(slabs) == 1 else map(torch.cat, zip(*slabs, strict=True))
+    return (packed.view(torch.float8_e4m3fn) if spec.bits == 8 else packed), scale_e8m0_biased
 
 
 def packed_name(layer: str, spec: TensorSpec) -> str:
@@ -152,7 +146,8 @@ def _write_shards(checkpoint: CheckpointFolder, layers: dict[str, LayerScheme], 
 
 def _pack_layer(weight_name: str, weight: torch.Tensor, layer: str, spec: TensorSpec) -> dict[str, torch.Tensor]:
     packed, scale = pack_weight(weight, spec)
-    if broken := int((scale == E8M0_NAN).sum()):
+    if scale.numel() and scale.max() == E8M0_NAN:
+        broken = int((scale == E8M0_NAN).sum())
         raise ValueError(f"{weight_name} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return {packed_name(layer, spec): packed, f"{layer}.weight_scale": scale}
 

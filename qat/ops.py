@@ -24,6 +24,11 @@ def _backend(x: torch.Tensor):
     return reference
 
 
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether kernels serve `x`'s device; else it is plain PyTorch, which needs several times the memory of `x`."""
+    return _backend(x) is not reference
+
+
 @torch.library.custom_op("mx_qat::fake_quantize", mutates_args=())
 def fake_quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> torch.Tensor:
     """x [..., K] -> its values on the MX grid, [..., K] in `dtype`: first `x.to(dtype)`, then rounding.
