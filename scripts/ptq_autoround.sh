@@ -15,14 +15,7 @@ scheme=${SCHEME:-MXFP4}
 calibration=${CALIBRATION:-}
 if [ -z "$calibration" ]; then
   calibration=$out/calibration.jsonl
-  python - "$calibration" <<'PYTHON'
-import json, sys
-from data.readers import read_splits
-train, _ = read_splits("python-docs")
-with open(sys.argv[1], "w", encoding="utf-8") as file:
-    for turns in train["conversations"]:
-        file.write(json.dumps({"text": "\n".join(turn["value"] for turn in turns)}) + "\n")
-PYTHON
+  python scripts/tasks/local_data.py "$calibration"
 fi
 
 for iters in ${ITERS:-0 200}; do

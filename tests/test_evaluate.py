@@ -31,6 +31,13 @@ def test_choices_hold_the_answer_once_and_are_the_same_every_time():
     assert {row["label"] for row in rows} == {0, 1, 2, 3}
 
 
+def test_calibration_samples_are_those_that_the_tasks_do_not_hold_out(tmp_path):
+    local_data.write_calibration(tmp_path / "calibration.jsonl")
+    texts = [json.loads(line)["text"] for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+    held_out = {f"{question}\n{answer}" for question, answer in local_data._held_out()}
+    assert len(texts) > 1000 and held_out.isdisjoint(texts)
+
+
 def test_bits_per_byte_of_a_text_is_what_the_models_own_likelihood_says(tmp_path):
     folder = save_llama(tmp_path / "model")
     text = "Simple is better than complex.\n"

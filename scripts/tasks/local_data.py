@@ -1,9 +1,13 @@
-"""Documents of the two local lm_eval tasks, from data that is on every machine or in a file of the user's."""
+"""Documents of the two local lm_eval tasks, from data that is on every machine or in a file of the user's.
+
+    python scripts/tasks/local_data.py FILE    # what the tasks leave for calibration, as JSON Lines of {"text": ...}
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +16,7 @@ import datasets
 
 from data.bad_samples import BadSamplePolicy
 from data.readers import parse_sources
-from data.selection import collect, split_pools
+from data.selection import Chosen, collect, split_pools
 
 HELD_OUT = 256  # samples that training on python-docs never sees, when its --eval_size is at most this
 CHOICES = 4
@@ -53,13 +57,28 @@ def choices(**_unused) -> dict[str, datasets.Dataset]:
     return {"test": datasets.Dataset.from_list(rows)}
 
 
-@lru_cache(maxsize=1)
+def write_calibration(path: Path) -> None:
+    """Write the conversations of python-docs that the tasks do not hold out to `path`."""
+    training, _ = _split()
+    lines = (json.dumps({"text": f"{question}\n{answer}"}) + "\n" for question, answer in training)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def _held_out() -> list[tuple[str, str]]:
+    return _split()[1]
+
+
+@lru_cache(maxsize=1)
+def _split() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Questions and answers of python-docs: those to learn from, and those held out."""
     policy = BadSamplePolicy("error")
     with TemporaryDirectory() as folder:
         pool = collect(parse_sources("python-docs")[0], "train", Path(folder, "rows"), policy)
-        _, held_out = split_pools([pool], [None], 0, HELD_OUT, policy)
-        samples = [json.loads(row["sample"])["messages"] for row in held_out.rows()]
+        return tuple(map(_questions_and_answers, split_pools([pool], [None], 0, HELD_OUT, policy)))
+
+
+def _questions_and_answers(chosen: Chosen) -> list[tuple[str, str]]:
+    samples = [json.loads(row["sample"])["messages"] for row in chosen.rows()]
     return [(question["content"], answer["content"]) for question, answer in samples]
 
 
@@ -72,3 +91,7 @@ def _cut(text: str) -> list[str]:
             documents.append(current)
             current = ""
     return [*documents, current] if current.strip() else documents
+
+
+if __name__ == "__main__":
+    write_calibration(Path(sys.argv[1]))
