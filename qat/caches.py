@@ -1,13 +1,18 @@
 """Quantize once what does not change: the input that several layers share, the weight until somebody edits it.
 
-Neither cache ever decides by value. An input is the same if it is the same tensor object with the same version counter,
-as when q_proj, k_proj and v_proj are called one after the other. A weight is the same if its memory, its version
-counter (which every in-place operation and `load_state_dict` advances) and the count of optimizer steps are; edits
-through `weight.data` escape PyTorch's counter: call `forget_quantized_weights()` after such edits outside of an
-optimizer.
+An input is the same if it is the same tensor object with the same version counter, as when q_proj, k_proj and v_proj
+are called one after the other.
+
+A weight is the same if its memory, its version counter (which in-place operations and `load_state_dict` advance), the
+count of optimizer steps and, because edits through `weight.data` escape that counter, a fingerprint of all its bytes
+are. Codes are made when a forward pass meets a weight a second time: in evaluation, gradient accumulation and
+checkpoint recompute. A plain training step, which changes every weight each time, pays for neither codes nor
+fingerprints; its backward rounds the weight again. On a CPU, fingerprint and codes together take two thirds of the time
+of rounding again, a third under rule search. On a GPU a fingerprint would make the host wait for the device, and
+rounding runs at the speed of a copy; so weights are not cached there.
 
 Under torch.compile nothing is cached here: the compiler removes common subexpressions itself. With torch.distributed
-initialized weights are not cached, since FSDP refills their memory behind the version counter.
+initialized weights are not cached, since FSDP frees their memory and codes would not be sharded.
 """
 
 from __future__ import annotations
@@ -87,16 +92,26 @@ class WeightCache:
     def __init__(self) -> None:
         self._key: tuple | None = None
         self._packed: Packed | None = None
+        self._fingerprint: int | None = None
 
     def values(self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-        """`ops.fake_quantize(weight)`, from codes when the weight is what it was."""
+        """`ops.fake_quantize(weight)` for a forward pass: from codes if they are those of the weight as it is."""
         if not _weights_are_cacheable(weight):
             return ops.fake_quantize(weight, spec.format_name, spec.scale_rule, dtype)
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _weight_epoch, spec, dtype)
+        key = _key_of(weight, spec, dtype)
         if key != self._key:
+            self._key, self._packed = key, None
+            return ops.fake_quantize(weight, spec.format_name, spec.scale_rule, dtype)
+        fingerprint = ops.fingerprint(weight)
+        if self._packed is None or fingerprint != self._fingerprint:
             self._packed = ops.quantize(weight, spec.format_name, spec.scale_rule, dtype)
-            self._key = key
-        return _values_of(weight, self._packed, spec, dtype)
+            self._fingerprint = fingerprint
+        return ops.dequantize(*self._packed, spec.format_name, dtype)
+
+    def values_for_backward(self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+        """The same for the backward pass of a forward pass that called `values`: makes no codes, checks no bytes."""
+        known = _weights_are_cacheable(weight) and self._key == _key_of(weight, spec, dtype)
+        return _values_of(weight, self._packed if known else None, spec, dtype)
 
     def __deepcopy__(self, memo) -> WeightCache:
         return WeightCache()
@@ -105,8 +120,14 @@ class WeightCache:
         return (WeightCache, ())
 
 
+def _key_of(weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple:
+    return (weight.data_ptr(), weight._version, weight.dtype, weight.device, _weight_epoch, spec, dtype)
+
+
 def _weights_are_cacheable(weight: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or weight.is_inference() or type(weight) is not torch.nn.Parameter:
+        return False
+    if weight.device.type != "cpu" or not weight.is_contiguous():
         return False
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 

@@ -62,7 +62,7 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ cache.values(weight, weight_spec, dtype)
+            grad_x = grad_rows @ cache.values_for_backward(weight, weight_spec, dtype)
             grad_x = grad_x.reshape(*grad.shape[:-1], -1).to(x_dtype)
         if ctx.needs_input_grad[1]:
             values = ops.dequantize(packed, scale, input_spec.format_name, dtype)

@@ -127,6 +127,19 @@ def test_cpu_kernels_leave_their_input_alone():
 
 
 @needs_cpu_kernels
+def test_a_fingerprint_shows_every_change_and_depends_on_nothing_else():
+    x = torch.randn(301, 97, generator=torch.Generator().manual_seed(0))
+    before = cpu.fingerprint(x)
+    assert before == cpu.fingerprint(x.clone())
+    changed = {before, cpu.fingerprint(-x), cpu.fingerprint(x.flip(0)), cpu.fingerprint(x[:-1]), cpu.fingerprint(x * 2)}
+    for index in range(0, x.numel(), 401):
+        one = x.clone()
+        one.view(torch.int32).view(-1)[index] ^= 1 << index % 32
+        changed.add(cpu.fingerprint(one))
+    assert len(changed) == 5 + len(range(0, x.numel(), 401))
+
+
+@needs_cpu_kernels
 @pytest.mark.parametrize(
     ("x", "dtype", "message"),
     [
