@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 import torch
 from helpers import make_llama, make_tokenizer, save_llama
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qat import export as export_module
@@ -238,13 +241,21 @@ def test_an_existing_target_is_replaced_only_when_asked_and_a_checkpoint(source,
             export_checkpoint(source, target, overwrite=True)
 
 
-def test_a_full_disk_leaves_the_old_export_and_nothing_else(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_leaves_the_old_export_and_nothing_else(source, tmp_path, monkeypatch, error):
     target = export_checkpoint(source, tmp_path / "packed")
     before = fingerprint(target)
 
     def disk_full(*args, **kwargs):
         Path(args[1]).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(export_module, "save_file", disk_full)
     with pytest.raises(OSError, match="the disk is full, nothing was left"):
@@ -257,6 +268,22 @@ def test_too_little_disk_is_known_before_anything_is_written(source, tmp_path, m
     with pytest.raises(OSError, match="needs [0-9,]+ bytes and 1 are free"):
         export_checkpoint(source, tmp_path / "packed")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_killed_at_once_leaves_no_target_and_the_source_as_it_was(source, tmp_path):
+    before, target = fingerprint(source), tmp_path / "packed"
+    child = os.fork()  # a process of its own, which nobody can ask to clean up
+    if child == 0:
+        export_module.save_file = lambda tensors, path, **_: (path.write_bytes(b"half"), os.kill(os.getpid(), SIGKILL))
+        try:
+            export_checkpoint(source, target)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == SIGKILL and fingerprint(source) == before
+    assert [path.name for path in tmp_path.iterdir()] == [".packed.partial"]
+    export_checkpoint(source, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 def test_what_a_killed_export_left_is_removed_by_the_next(source, tmp_path, caplog):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,18 @@ def test_an_error_is_one_line_and_exit_status_1(script, tmp_path, capsys):
     source = str(save_llama(tmp_path / "source"))
     assert script.main([source, str(tmp_path / "packed")]) == 1
     assert "error: " in capsys.readouterr().err and not (tmp_path / "packed").exists()
+
+
+def test_a_terminated_export_removes_what_it_had_written(script, tmp_path, monkeypatch):
+    source = str(save_llama(tmp_path / "source"))
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("qat.export.save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            script.main([source, str(tmp_path / "deep" / "packed"), "--quant_scheme", "mxfp4"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stopped.value.code == 143 and [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("argv", [[], ["only-source"], ["source", "target", "--verify", "target"]])
