@@ -50,6 +50,8 @@ def peak_memory(scheme: str | None, args: argparse.Namespace, environment: dict[
 
 def print_peak_memory(args: argparse.Namespace) -> None:
     """The child of `peak_memory`."""
+    import utils  # noqa: F401  main.py loads it, and with it `datasets` (60 MiB), for both kinds of runs
+
     model = make_model(args.shape, None if args.memory_of == "BF16" else args.memory_of, args.layers)
     step = TrainingStep(model, make_batch(model, args.batch, args.length))
     for _ in range(5):

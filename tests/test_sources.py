@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -166,3 +167,51 @@ def test_the_preview_marks_exactly_what_is_learned(tmp_path, capsys):
     assert "<|im_start|>assistant\n⟦a" in shown and shown.count("⟦") == shown.count("<|im_end|>⟧") == 1
     preview.main([*arguments, "--packing", "True", "--color", "always"])
     assert capsys.readouterr().out.count("next sample in this row") == 2
+
+
+# ---- The hub, which tests do not reach: `datasets.load_dataset` is a double ----
+
+
+def rows_of(*letters: str) -> datasets.Dataset:
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": letter * 3}] for letter in letters]
+    return datasets.Dataset.from_dict({"messages": turns})
+
+
+def test_a_hub_id_is_loaded_with_its_configuration_and_evaluated_on_its_validation(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return {"test": rows_of("e"), "train": rows_of(*"abcd"), "validation": rows_of("v", "w")}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, held_out = read("someone/chats@small", tmp_path)
+    assert sum(train.values()) == 4 and sum(held_out.values()) == 2
+    assert asked[0] == (("someone/chats", "small"), {"streaming": False})
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id", "configuration"),
+    [("Daring-Anteater", "nvidia/Daring-Anteater", None), ("cnn_dailymail", "abisee/cnn_dailymail", "3.0.0")],
+)
+def test_named_sets_are_hub_ids(monkeypatch, name, hub_id, configuration):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": args})
+    [source] = parse_sources(name)
+    assert source._splits["train"] == (hub_id, configuration)
+
+
+def test_a_hub_set_that_cannot_be_loaded_or_breaks_off_is_named(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("cannot reach the hub\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_network)
+    with pytest.raises(ValueError, match="'someone/chats'.*cannot reach the hub.*python-docs needs no network"):
+        parse_sources("someone/chats")
+
+    def breaks_off():
+        yield from rows_of(*"abc")
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": breaks_off()})
+    with pytest.raises(ValueError, match=r"someone/chats/train\[3\]: unreadable row: OSError: connection lost"):
+        read("someone/chats", tmp_path, 0, 1)
