@@ -54,6 +54,8 @@ class Row:
     seed: int = 2
     train: dict = field(default_factory=dict)
     distill_options: dict = field(default_factory=dict)
+    prepare_options: dict = field(default_factory=dict)
+    trainer_options: dict = field(default_factory=dict)
 
 
 def default(title: str, **changes) -> Row:
@@ -89,6 +91,23 @@ ROWS |= {
     "default-ce": default("default, 20 % cross-entropy", distill_options={"distill_ce_weight": 0.2}),
     "default-t2": default("default, temperature 2", distill_options={"distill_temperature": 2.0}),
 }
+
+
+_CLIPPED = {"weight_gradient_estimator": "clipped_ste"}, {"input_gradient_estimator": "clipped_ste"}
+ROWS |= {
+    "clipped-weights": default("default, clipped gradients of weights", prepare_options=_CLIPPED[0]),
+    "clipped-inputs": default("default, clipped gradients of inputs", prepare_options=_CLIPPED[1]),
+    "clipped": default("default, clipped gradients of both", prepare_options=_CLIPPED[0] | _CLIPPED[1]),
+}
+for _lr in ("3e-3", "1e-2", "3e-2"):
+    ROWS[f"learned-{_lr}"] = default(
+        f"default, learned exponents at lr {_lr}",
+        prepare_options={"learn_exponent": True},
+        trainer_options={"exponent_learning_rate": float(_lr)},
+    )
+ROWS["learned-clipped"] = default(
+    "default, learned exponents, clipped weights", prepare_options={"learn_exponent": True, **_CLIPPED[0]}
+)
 
 
 def foreign_text() -> str:
@@ -152,8 +171,9 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
         **{k: v for k, v in row.train.items() if k != "lr_scheduler_type"},
     )  # fmt: skip
     trainer = QATTrainer(
-        model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options, **data
-    )
+        model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options,
+        **row.trainer_options, **data,
+    )  # fmt: skip
     trainer.train()
     return trainer
 
@@ -167,7 +187,8 @@ def run_row(key: str, out: Path, device: str) -> None:
     model, tokenizer, data = load(str(out / "bf16-model"), None, device)
     teacher = load_teacher(model, None).to(device)
     if row.scheme is not None:
-        prepare_qat(model, {torch.nn.Linear: row.scheme}, weight_scale_rule=row.weights, input_scale_rule=row.inputs)
+        rules = {"weight_scale_rule": row.weights, "input_scale_rule": row.inputs}
+        prepare_qat(model, {torch.nn.Linear: row.scheme}, **rules, **row.prepare_options)
     start = time.perf_counter()
     if row.steps:
         train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)

@@ -29,7 +29,7 @@ from .schemes import TensorSpec
 def fake_quantize(
     x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, exponent_offset: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`ops.fake_quantize` with the gradient estimator of `spec` and, if there is one, a learned offset [..., K / 32]."""
+    """`ops.fake_quantize` with the gradient estimator of `spec` and, where there is one, a learned offset."""
     if exponent_offset is None and not spec.clips_gradients:
         return ops.fake_quantize(x, spec.format_name, spec.scale_rule, dtype)
     return _FakeQuantize.apply(x, exponent_offset, spec, dtype)

@@ -81,7 +81,7 @@ def _(packed, scale_e8m0_biased, fmt, dtype):
 
 @torch.library.custom_op("mx_qat::quantize_to_scale", mutates_args=())
 def quantize_to_scale(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """Packed codes of x [..., K], seen in `dtype`, under given scales (uint8 [..., K / 32]); the layout of `quantize`."""
+    """Packed codes, as of `quantize`, of x [..., K], seen in `dtype`, under given scales (uint8 [..., K / 32])."""
     return _backend(x).quantize_to_scale(x, scale_e8m0_biased, get_format(fmt), dtype)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .bake import check_baked
 from .checkpoint_folder import CONFIG_NAME, CheckpointFolder
 from .config import QATConfig
 from .prepare import prepare_qat
@@ -48,6 +49,7 @@ def prepared_skeleton(
     saved = saved or QATConfig.load(checkpoint.path)
     if scheme is None and saved is None:
         raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
+    check_baked(checkpoint.names, checkpoint.path)
     model = load_skeleton(checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
         if scheme is None:

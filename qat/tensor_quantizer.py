@@ -62,7 +62,9 @@ class TensorQuantizer(nn.Module):
     def learn_exponents(self, shape: tuple[int, int], device: torch.device | str | None = None) -> None:
         """From now on train the block exponents of a weight of this shape (N, K)."""
         rows, columns = shape
-        self.exponent_offset = nn.Parameter(torch.zeros(rows, columns // self.block_size, dtype=torch.float32, device=device))
+        self.exponent_offset = nn.Parameter(
+            torch.zeros(rows, columns // self.block_size, dtype=torch.float32, device=device)
+        )
 
     @property
     def learn_exponent(self) -> bool:

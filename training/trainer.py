@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from data.formatting import IGNORE_INDEX
+from qat.bake import bake_exponents, baked_config
 
 from .distillation import forward_kl, labelled_rows
+from .exponents import separate_exponents
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
 
 
@@ -35,6 +37,7 @@ class QATTrainer(Trainer):
         teacher: PreTrainedModel | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
+        exponent_learning_rate: float = 1e-2,
         **kwargs,
     ) -> None:
         self._own_metrics = kwargs.get("compute_metrics") is None
@@ -42,6 +45,7 @@ class QATTrainer(Trainer):
             kwargs["compute_metrics"] = loss_over_tokens
         super().__init__(*args, **kwargs)
         self._keep_masters = False
+        self.exponent_learning_rate = exponent_learning_rate
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
 
@@ -50,6 +54,14 @@ class QATTrainer(Trainer):
         if self.is_fsdp_enabled:  # sharded like the student
             return self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return teacher.to(self.args.device)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own optimizer, with learned exponents in a group of their own."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            separate_exponents(optimizer, self.model if model is None else model, self.exponent_learning_rate)
+        return optimizer
 
     # ---- Distillation ----
 
@@ -150,14 +162,16 @@ class QATTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
         if not self._keep_masters:
-            state_dict = _in_original_dtypes(model, model.state_dict() if state_dict is None else state_dict)
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = bake_exponents(model, state_dict, getattr(model, "original_dtypes", {}))
+            state_dict = _in_original_dtypes(model, state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         if not self._keep_masters:
             _write_dtype(model, Path(output_dir))
         if (qat_config := getattr(model, "qat_config", None)) is not None:
-            qat_config.save(output_dir)
+            (qat_config if self._keep_masters else baked_config(qat_config)).save(output_dir)
 
 
 def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:

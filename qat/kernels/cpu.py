@@ -129,7 +129,7 @@ def dequantize(
 def quantize_to_scale(
     x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Codes of x (without NaN but under the NaN scale) under given scales; same bytes as `reference.quantize_to_scale`."""
+    """Codes of x under given scales; same bytes as `reference.quantize_to_scale` where NaN has the NaN scale."""
     return _under_scale("mx_quantize_to_scale", x, scale_e8m0_biased, fmt, dtype, x.shape[-1] * fmt.bits // 8)
 
 

@@ -102,10 +102,10 @@ def dequantize(
 def quantize_to_scale(
     x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Codes of x (without NaN but under the NaN scale) under given scales; same bytes as `reference.quantize_to_scale`."""
+    """Codes of x under given scales; same bytes as `reference.quantize_to_scale` where NaN has the NaN scale."""
     x, dtype, scale = _prepare_under_scale(x, scale_e8m0_biased, dtype)
     packed = torch.empty((*x.shape[:-1], x.shape[-1] * fmt.bits // 8), dtype=torch.uint8, device=x.device)
-    options = {key: value for key, value in _rule(fmt, "floor").items() if key in ("EMIN", "MANTISSA_BITS", "MAX_NORMAL")}
+    options = {"EMIN": fmt.emin, "MANTISSA_BITS": fmt.mantissa_bits, "MAX_NORMAL": fmt.max_normal}
     options |= {"BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "VIEW": _triton_dtype(dtype)}
     tensors = (x, scale, packed.view(torch.int32))
     _launch("under_scale", _quantize_to_scale_kernel, tensors, scale.numel(), options)
