@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         distill_temperature=distill_args.distill_temperature,
         distill_ce_weight=distill_args.distill_ce_weight,
         exponent_learning_rate=quant_args.exponent_learning_rate,
+        log_quantization=quant_args.log_quantization,
         **data_module,
     )
 

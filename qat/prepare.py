@@ -26,6 +26,7 @@ def prepare_qat(
     weight_gradient_estimator: str = "ste",
     input_gradient_estimator: str = "ste",
     learn_exponent: bool = False,
+    oscillation_damping: float = 0.0,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place.
 
@@ -41,6 +42,7 @@ def prepare_qat(
         weight_gradient_estimator: "ste" (gradients pass straight through) or "clipped_ste" (not where they saturate).
         input_gradient_estimator: the same for inputs.
         learn_exponent: train the block exponents of weights along with them, see gradients.py.
+        oscillation_damping: recorded for the trainer, which pulls weights to their grid by it; nothing in the layers.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -77,6 +79,7 @@ def prepare_qat(
             weight_gradient_estimator=weight_gradient_estimator,
             input_gradient_estimator=input_gradient_estimator,
             learn_exponent=learn_exponent,
+            oscillation_damping=oscillation_damping,
         ),
     )
     _print_summary(model.qat_config, chosen, left_alone)
@@ -114,8 +117,8 @@ def _layer_format(layer: QuantLinear) -> str | None:
     return None
 
 
-def _not_default(**settings: str | bool) -> dict[str, str | bool]:
-    return {name: value for name, value in settings.items() if value not in ("ste", False)}
+def _not_default(**settings: str | bool | float) -> dict[str, str | bool | float]:
+    return {name: value for name, value in settings.items() if value not in ("ste", 0)}
 
 
 def _check_untied(model: nn.Module, chosen: dict[str, tuple[nn.Linear, str]]) -> None:

@@ -27,7 +27,7 @@ from .schemes import LayerScheme
 logger = logging.getLogger(__name__)
 
 # Engines fuse these into one matrix, so layers of one group must have one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def prepared_skeleton(
@@ -113,7 +113,7 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
                 "with transformers, so that its tensors have the model's names"
             )
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
-        for group in _FUSED:
+        for group in FUSED:
             fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
             if len({scheme and scheme.weight for scheme in fused}) > 1:
                 logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))

@@ -190,6 +190,17 @@ class QuantizationArguments:
     exponent_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the exponents, which move in whole steps; no weight decay."}
     )
+    oscillation_damping: float = field(
+        default=0.0,
+        metadata={
+            "help": "After each step move weights by this fraction, reached linearly at the end of the training, to "
+            "the values they are quantized to; 0 does not."
+        },
+    )
+    log_quantization: bool = field(
+        default=True,
+        metadata={"help": "Log how many codes flip and oscillate and how many values saturate, by group of layers."},
+    )
     export_format: str = field(
         default="compressed-tensors",
         metadata={
@@ -209,6 +220,8 @@ class QuantizationArguments:
                 raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
         if not self.exponent_learning_rate > 0:
             raise ValueError(f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0")
+        if not 0 <= self.oscillation_damping <= 1:
+            raise ValueError(f"--oscillation_damping {self.oscillation_damping} must lie between 0 (none) and 1")
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
@@ -228,9 +241,9 @@ class QuantizationArguments:
             return load_mapping(self.quant_mapping)
         return None if self.quant_scheme is None else ({"torch.nn.Linear": self.quant_scheme}, DEFAULT_IGNORE)
 
-    def training_options(self) -> dict[str, str | bool]:
-        """Arguments of `prepare_qat` about how gradients pass."""
-        names = ("weight_gradient_estimator", "input_gradient_estimator", "learn_exponent")
+    def training_options(self) -> dict[str, str | bool | float]:
+        """Arguments of `prepare_qat` about how weights are trained."""
+        names = ("weight_gradient_estimator", "input_gradient_estimator", "learn_exponent", "oscillation_damping")
         return {name: getattr(self, name) for name in names}
 
 

@@ -23,9 +23,11 @@ from transformers import PreTrainedModel, Trainer
 from data.formatting import IGNORE_INDEX
 from qat.bake import bake_exponents, baked_config
 
+from .damping import OscillationDamping
 from .distillation import forward_kl, labelled_rows
 from .exponents import separate_exponents
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
+from .monitor import QuantizationMonitor
 
 
 class QATTrainer(Trainer):
@@ -38,6 +40,7 @@ class QATTrainer(Trainer):
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
         exponent_learning_rate: float = 1e-2,
+        log_quantization: bool = False,
         **kwargs,
     ) -> None:
         self._own_metrics = kwargs.get("compute_metrics") is None
@@ -46,8 +49,25 @@ class QATTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._keep_masters = False
         self.exponent_learning_rate = exponent_learning_rate
+        self.monitor: QuantizationMonitor | None = None
+        if getattr(self.model, "qat_config", None) is not None:
+            self._watch_quantization(self.model, log_quantization)
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+
+    def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        if damping := model.qat_config.training.get("oscillation_damping", 0.0):
+            self.add_callback(OscillationDamping(model, damping, dtype))
+        if log_quantization:
+            self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
+            self.add_callback(self.monitor)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the figures of quantization beside each training loss."""
+        if self.monitor is not None and "loss" in logs:
+            logs = {**logs, **self.monitor.metrics()}
+        super().log(logs, start_time)
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> torch.nn.Module:
         teacher.requires_grad_(False).eval()
