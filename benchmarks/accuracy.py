@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.metrics import token_loss_sums  # noqa: E402
+from training.sensitivity import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
 FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",
@@ -56,6 +58,8 @@ class Row:
     distill_options: dict = field(default_factory=dict)
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
+    first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
+    bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
 
 
 def default(title: str, **changes) -> Row:
@@ -108,6 +112,17 @@ for _lr in ("3e-3", "1e-2", "3e-2"):
 ROWS["learned-clipped"] = default(
     "default, learned exponents, clipped weights", prepare_options={"learn_exponent": True, **_CLIPPED[0]}
 )
+
+for _strength in (0.01, 0.05):
+    ROWS[f"damping-{_strength}"] = default(
+        f"default, oscillation damping {_strength}", prepare_options={"oscillation_damping": _strength}
+    )
+ROWS |= {
+    "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
+    "progressive-150": default("default, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
+    "mixed-untrained": Row("mixed at 5 bits a weight, untrained", weights="search", inputs="even", bits_budget=5.0),
+    "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
+}
 
 
 def foreign_text() -> str:
@@ -178,6 +193,25 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
     return trainer
 
 
+def prepare(model, row: Row, data: dict) -> None:
+    """Quantize `model` as `row` says."""
+    if row.scheme is None:
+        return
+    mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
+    prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **row.prepare_options)
+
+
+def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
+    """MXFP4 and MXFP8 by sensitivity, measured on training samples: the evaluation set must not choose."""
+    arguments = SensitivityArguments(
+        bits_budget=row.bits_budget, weight_scale_rule=row.weights, input_scale_rule=row.inputs
+    )
+    batch = data["data_collator"]([data["train_dataset"][i] for i in range(16)])
+    copy = deepcopy(model).eval()
+    prepare_qat(copy, {torch.nn.Linear: "MXFP4"}, ("lm_head",), row.weights, row.inputs)
+    return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
+
+
 def run_row(key: str, out: Path, device: str) -> None:
     """Train and measure one row; write `out/KEY.json`."""
     name, _, seed = key.partition("@")
@@ -186,18 +220,22 @@ def run_row(key: str, out: Path, device: str) -> None:
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device)
     teacher = load_teacher(model, None).to(device)
-    if row.scheme is not None:
-        rules = {"weight_scale_rule": row.weights, "input_scale_rule": row.inputs}
-        prepare_qat(model, {torch.nn.Linear: row.scheme}, **rules, **row.prepare_options)
-    start = time.perf_counter()
+    start, steps = time.perf_counter(), row.steps
+    if row.first:
+        stage = replace(row, **row.first, first={})
+        prepare(model, stage, data)
+        trainer = train(model, tokenizer, data, out / "runs" / f"{key}-first", stage, teacher if row.distill else None)
+        trainer.save_model(str(out / "runs" / f"{key}-first"))
+        model, steps = load(str(out / "runs" / f"{key}-first"), None, device)[0], steps + stage.steps
+    prepare(model, row, data)
     if row.steps:
         train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
     seconds = time.perf_counter() - start
     figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
     figures |= {
         "title": row.title,
-        "steps": row.steps,
-        "tokens": row.steps * BATCH * LENGTH,
+        "steps": steps,
+        "tokens": steps * BATCH * LENGTH,
         "seconds": seconds,
         "seed": row.seed,
     }
