@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         teacher=teacher,
         distill_temperature=distill_args.distill_temperature,
         distill_ce_weight=distill_args.distill_ce_weight,
+        exponent_learning_rate=quant_args.exponent_learning_rate,
+        log_quantization=quant_args.log_quantization,
         **data_module,
     )
 
@@ -113,13 +115,13 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
     saved = getattr(model, "packed_qat_config", None)
     if saved is None and Path(model_args.model_name_or_path).is_dir():
         saved = QATConfig.load(model_args.model_name_or_path)
-    if quant_args.quant_scheme is not None:
-        mapping = {"torch.nn.Linear": quant_args.quant_scheme}
+    if (layers := quant_args.layers()) is not None:
         rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-        prepare_qat(model, mapping, weight_scale_rule=rules[0], input_scale_rule=rules[1])
+        prepare_qat(model, *layers, *rules, **quant_args.training_options())
     elif saved is not None:
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
-        prepare_qat(model, saved.mapping, saved.ignore, saved.weight_scale_rule, saved.input_scale_rule)
+        rules = saved.weight_scale_rule, saved.input_scale_rule
+        prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
 
 
 def export(model, model_args, training_args, data_args, quant_args: QuantizationArguments) -> None:
