@@ -20,6 +20,8 @@ from qat.formats import SCALE_RULES
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import INPUT_SCALE_RULES
 
+from .sharding import GATHER_DTYPES
+
 
 @dataclass
 class ModelArguments:
@@ -59,6 +61,14 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
     )
 
+    fsdp_gather_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Under FSDP, the dtype in which parameters are gathered. float32 computes what one process does; "
+            "bfloat16 halves the traffic, with norms, embeddings and the residual stream in BF16. See docs/distributed.md.",
+            "choices": list(GATHER_DTYPES),
+        },
+    )
     group_by_length: bool = field(
         default=False,
         metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},

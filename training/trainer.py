@@ -11,12 +11,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
@@ -24,6 +24,7 @@ from data.formatting import IGNORE_INDEX
 
 from .distillation import forward_kl, labelled_rows
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
+from .sharding import full_state_dict, round_parameters, set_precision
 
 
 class QATTrainer(Trainer):
@@ -50,6 +51,17 @@ class QATTrainer(Trainer):
         if self.is_fsdp_enabled:  # sharded like the student
             return self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return teacher.to(self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            set_precision(self.accelerator.state.fsdp_plugin, getattr(self.args, "fsdp_gather_dtype", "float32"))
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """accelerate wraps a model's forward pass in autocast on every backend but FSDP2; there it is done here."""
+        if self.accelerator.is_fsdp2:  # no cache: it would keep a BF16 copy of each gathered weight until the end
+            return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+        return super().autocast_smart_context_manager(cache_enabled)
 
     # ---- Distillation ----
 
@@ -103,17 +115,10 @@ class QATTrainer(Trainer):
                 sums = torch.stack((sums, sum_by_sample(kl, labels)), dim=-1)
         return None, sums, tokens
 
-    @torch.no_grad()
     def round_masters(self) -> None:
         """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
         model = self.accelerator.unwrap_model(self.model)
-        dtypes = getattr(model, "original_dtypes", {})
-        for name, parameter in model.named_parameters():
-            for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-                name = name.replace(wrapper, "")
-            dtype = dtypes.get(name)
-            if dtype is not None:
-                parameter.copy_(parameter.to(dtype))
+        round_parameters(self.model, getattr(model, "original_dtypes", {}))
 
     # ---- Saving ----
 
@@ -123,7 +128,8 @@ class QATTrainer(Trainer):
         Under FSDP the full state dict is gathered, whatever type the intermediate checkpoints have; that type is in
         force again afterwards, also when saving fails.
         """
-        with self._full_state_dict(wanted=not self._keep_masters):
+        whole = self.is_fsdp_enabled and not self._keep_masters
+        with full_state_dict(self.accelerator.state.fsdp_plugin) if whole else nullcontext():
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -132,19 +138,6 @@ class QATTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         finally:
             self._keep_masters = False
-
-    @contextmanager
-    def _full_state_dict(self, wanted: bool) -> Iterator[None]:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or not wanted:
-            yield
-            return
-        previous = str(plugin.state_dict_type).rpartition(".")[2]
-        plugin.set_state_dict_type("FULL_STATE_DICT")
-        try:
-            yield
-        finally:
-            plugin.set_state_dict_type(previous)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
