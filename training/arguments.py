@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,8 @@ class TrainingArguments(transformers.TrainingArguments):
     fsdp_gather_dtype: str = field(
         default="float32",
         metadata={
-            "help": "Under FSDP, the dtype in which parameters are gathered. float32 computes what one process does; "
-            "bfloat16 halves the traffic, with norms, embeddings and the residual stream in BF16. See docs/distributed.md.",
+            "help": "Dtype in which FSDP gathers parameters: float32 computes what one process does; bfloat16 halves "
+            "the traffic and computes norms, embeddings and the residual stream in BF16. See docs/distributed.md.",
             "choices": list(GATHER_DTYPES),
         },
     )
@@ -84,6 +85,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fp16:
             self.bf16 = False
         super().__post_init__()
+        if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
+            self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
 
 @dataclass

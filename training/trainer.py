@@ -131,6 +131,17 @@ class QATTrainer(Trainer):
         whole = self.is_fsdp_enabled and not self._keep_masters
         with full_state_dict(self.accelerator.state.fsdp_plugin) if whole else nullcontext():
             super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and self._keep_masters and self.args.should_save:
+            self._describe(output_dir or self.args.output_dir)
+
+    def _describe(self, output_dir: str) -> None:
+        """What is no tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.config.save_pretrained(output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        if (qat_config := getattr(model, "qat_config", None)) is not None:
+            qat_config.save(output_dir)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._keep_masters = True
@@ -154,7 +165,9 @@ class QATTrainer(Trainer):
 
 
 def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:
-    """Cast each tensor back to the dtype it was loaded in; tensors that share memory (tied weights) still do."""
+    """Cast each tensor back to the dtype it was loaded in; tied weights, gathered apart by FSDP, share memory again."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state_dict = {name: state_dict.get(tied.get(name), tensor) for name, tensor in state_dict.items()}
     original = getattr(model, "original_dtypes", {})
     cast: dict[tuple, torch.Tensor] = {}
     result = {}
