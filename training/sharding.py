@@ -56,6 +56,26 @@ def full_state_dict(plugin) -> Iterator[None]:
             setattr(plugin, name, value)
 
 
+def initialize_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give a new `optimizer` its state, by a step that changes nothing.
+
+    accelerate (1.15) loads a sharded FSDP1 optimizer into the tensors that exist already. A new optimizer has none, so
+    its moments would start again from zero, without a word.
+    """
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            if parameter.numel():
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def original_name(name: str) -> str:
     """The name that a parameter had before FSDP, activation checkpointing and torch.compile wrapped modules."""
     for wrapper in _WRAPPERS:

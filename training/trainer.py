@@ -24,7 +24,7 @@ from data.formatting import IGNORE_INDEX
 
 from .distillation import forward_kl, labelled_rows
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
-from .sharding import full_state_dict, round_parameters, set_precision
+from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
 
 
 class QATTrainer(Trainer):
@@ -62,6 +62,11 @@ class QATTrainer(Trainer):
         if self.accelerator.is_fsdp2:  # no cache: it would keep a BF16 copy of each gathered weight until the end
             return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
         return super().autocast_smart_context_manager(cache_enabled)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 and checkpoint is not None:
+            initialize_state(getattr(self.optimizer, "optimizer", self.optimizer))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- Distillation ----
 
