@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import ops
+from . import gradients, ops
 from .schemes import TensorSpec
 
 Packed = tuple[torch.Tensor, torch.Tensor]  # element codes and E8M0 scales, as `ops.quantize` gives them
@@ -47,6 +47,7 @@ class _Entry:
     key: tuple
     packed: Packed | None = None
     values: torch.Tensor | None = None
+    saturation: torch.Tensor | None = None
 
 
 class InputCache(threading.local):
@@ -72,6 +73,16 @@ class InputCache(threading.local):
             entry.values = _values_of(x, entry.packed, spec, dtype)
         return entry.values
 
+    def saturation(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+        """`ops.saturation_mask(x)` under x's own scales, computed once."""
+        entry = self._find(x, spec, dtype)
+        if entry is not None and entry.saturation is not None:
+            return entry.saturation
+        mask = ops.saturation_mask(x, self.codes(x, spec, dtype)[1], spec.format_name, dtype)
+        if entry is not None:
+            entry.saturation = mask
+        return mask
+
     def _find(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> _Entry | None:
         if torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -92,26 +103,47 @@ class WeightCache:
     def __init__(self) -> None:
         self._key: tuple | None = None
         self._packed: Packed | None = None
-        self._fingerprint: int | None = None
+        self._fingerprint: tuple | None = None
 
-    def values(self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-        """`ops.fake_quantize(weight)` for a forward pass: from codes if they are those of the weight as it is."""
+    def values(
+        self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, offset: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`gradients.fake_quantize(weight)` without a gradient: from codes if they are those of the weight as it is."""
+        needs_codes = offset is not None or spec.clips_gradients  # in its backward
         if not _weights_are_cacheable(weight):
-            return ops.fake_quantize(weight, spec.format_name, spec.scale_rule, dtype)
-        key = _key_of(weight, spec, dtype)
+            packed = None if offset is None else gradients.quantize(weight, spec, dtype, offset)
+            return _values_of(weight, packed, spec, dtype)
+        key = _key_of(weight, spec, dtype, offset)
         if key != self._key:
-            self._key, self._packed = key, None
-            return ops.fake_quantize(weight, spec.format_name, spec.scale_rule, dtype)
-        fingerprint = ops.fingerprint(weight)
+            self._key, self._fingerprint = key, None
+            self._packed = gradients.quantize(weight, spec, dtype, offset) if needs_codes else None
+            return _values_of(weight, self._packed, spec, dtype)
+        fingerprint = (ops.fingerprint(weight), None if offset is None else ops.fingerprint(offset.contiguous()))
         if self._packed is None or fingerprint != self._fingerprint:
-            self._packed = ops.quantize(weight, spec.format_name, spec.scale_rule, dtype)
+            self._packed = gradients.quantize(weight, spec, dtype, offset)
             self._fingerprint = fingerprint
-        return ops.dequantize(*self._packed, spec.format_name, dtype)
+        return _values_of(weight, self._packed, spec, dtype)
 
-    def values_for_backward(self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-        """The same for the backward pass of a forward pass that called `values`: makes no codes, checks no bytes."""
-        known = _weights_are_cacheable(weight) and self._key == _key_of(weight, spec, dtype)
-        return _values_of(weight, self._packed if known else None, spec, dtype)
+    def values_for_backward(
+        self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, offset: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same for the backward pass of a forward pass that called `values`: keeps no codes, checks no bytes."""
+        packed = self._known(weight, spec, dtype, offset)
+        if packed is None and offset is not None:
+            packed = gradients.quantize(weight, spec, dtype, offset)
+        return _values_of(weight, packed, spec, dtype)
+
+    def codes_for_backward(
+        self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, offset: torch.Tensor | None = None
+    ) -> Packed:
+        """`gradients.quantize(weight)`, from the cache as in `values_for_backward`."""
+        packed = self._known(weight, spec, dtype, offset)
+        return gradients.quantize(weight, spec, dtype, offset) if packed is None else packed
+
+    def _known(self, weight, spec, dtype, offset) -> Packed | None:
+        if not _weights_are_cacheable(weight) or self._key != _key_of(weight, spec, dtype, offset):
+            return None
+        return self._packed
 
     def __deepcopy__(self, memo) -> WeightCache:
         return WeightCache()
@@ -120,8 +152,9 @@ class WeightCache:
         return (WeightCache, ())
 
 
-def _key_of(weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> tuple:
-    return (weight.data_ptr(), weight._version, weight.dtype, weight.device, _weight_epoch, spec, dtype)
+def _key_of(weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, offset: torch.Tensor | None) -> tuple:
+    moved = None if offset is None else (offset.data_ptr(), offset._version)
+    return (weight.data_ptr(), weight._version, weight.dtype, weight.device, _weight_epoch, moved, spec, dtype)
 
 
 def _weights_are_cacheable(weight: torch.Tensor) -> bool:
