@@ -146,7 +146,7 @@ def _write_shards(checkpoint: CheckpointFolder, layers: dict[str, LayerScheme], 
 
 def _pack_layer(weight_name: str, weight: torch.Tensor, layer: str, spec: TensorSpec) -> dict[str, torch.Tensor]:
     packed, scale = pack_weight(weight, spec)
-    if scale.numel() and scale.max() == E8M0_NAN:
+    if scale.numpy().max(initial=0) == E8M0_NAN:  # PyTorch's reduction waits for all threads: dear on a busy machine
         broken = int((scale == E8M0_NAN).sum())
         raise ValueError(f"{weight_name} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return {packed_name(layer, spec): packed, f"{layer}.weight_scale": scale}
