@@ -173,7 +173,7 @@ def load(path: str, gguf_file: str | None, device: str):
     return (
         load_model(arguments).to(device),
         tokenizer,
-        make_supervised_data_module("python-docs", tokenizer, eval_size=96),
+        make_supervised_data_module("python-docs", tokenizer, eval_size=96, on_bad_sample="skip"),
     )
 
 
