@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import set_seed
 
@@ -29,6 +30,7 @@ from training.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
     set_up_logging(training_args)
     set_seed(training_args.seed)
+    if torch.cuda.device_count() > 1 and training_args.world_size == 1:
+        logger.warning("One of %d GPUs is used; accelerate launch uses all", torch.cuda.device_count())
     if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
         use_fast_bfloat16()
         logger.info("This CPU has no BF16 instructions: BF16 products are computed with its FP32 ones.")
@@ -64,6 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     if data_args.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
         training_args.accelerator_config.dispatch_batches = False
+
+    if quant_args.smooth_alpha and checkpoint is None:
+        if getattr(model, "qat_config", None) is None:
+            raise ValueError("--smooth_alpha needs a model to quantize: give --quant_scheme")
+        smooth_with_data(model, data_module, quant_args.smooth_alpha, training_args.device)
 
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)

@@ -144,6 +144,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(workspace, monkeypatch, sc
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+def test_smoothing_changes_what_is_quantized_but_not_the_model(workspace, bf16_stage):
+    mxfp8 = ("--do_eval", "True", "--quant_scheme", "MXFP8")
+    plain, smoothed = (run(workspace, "smooth", *mxfp8, *f, model="bf16") for f in ((), ("--smooth_alpha", "0.7")))
+    assert plain["eval_loss"] != smoothed["eval_loss"] == pytest.approx(bf16_stage["eval_loss"], rel=0.02)
+    with pytest.raises(ValueError, match="--smooth_alpha needs a model to quantize"):
+        run(workspace, "smooth", "--do_eval", "True", "--smooth_alpha", "0.7", model="bf16")
+
+
 @pytest.fixture(scope="module")
 def qat_stage(workspace) -> dict:
     return run(workspace, "qat-stage", "--quant_scheme", "MXFP4", *TRAIN)
