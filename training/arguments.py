@@ -34,6 +34,13 @@ class ModelArguments:
         metadata={"help": "Name of a GGUF file inside the local folder model_name_or_path; loaded dequantized."},
     )
 
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run Python code that comes with a model or tokenizer; it can do all that you can."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():
             raise ValueError(
@@ -63,10 +70,19 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},
     )
+    max_nan_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in a row whose loss or gradient may be NaN or infinite; they are not applied. One more ends "
+            "the run, whose checkpoints stay good."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
+        if self.max_nan_steps < 0:
+            raise ValueError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")
         if self.model_max_length < 2:
             raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if not torch.accelerator.is_available():

@@ -18,16 +18,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from data.formatting import IGNORE_INDEX
 
 from .distillation import forward_kl, labelled_rows
+from .fault_tolerance import FaultTolerantTrainer
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
 
 
-class QATTrainer(Trainer):
-    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own."""
+class QATTrainer(FaultTolerantTrainer):
+    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
+    those of FaultTolerantTrainer."""
 
     def __init__(
         self,
