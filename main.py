@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher=teacher,
         distill_temperature=distill_args.distill_temperature,
         distill_ce_weight=distill_args.distill_ce_weight,
-        data_settings=vars(data_args) | dict.fromkeys(("data_cache_dir", "preprocessing_num_workers")),
+        data_settings=vars(data_args),
         learning_settings=vars(distill_args),
         **data_module,
     )

@@ -58,10 +58,8 @@ def _newest_complete(output_dir: str, writers: Writers) -> str | None:
         logger.warning("passing over %s: %s", path, "; ".join(faults))
     if steps:
         raise ValueError(
-            f"none of the {len(steps)} checkpoints in --output_dir {output_dir!r} is complete (checkpoint-{max(steps)} "
-            "for one: "
-            + "; ".join(faults)
-            + "). Name one that you trust, --resume_from_checkpoint PATH, or start anew, "
+            f"none of the {len(steps)} checkpoints in --output_dir {output_dir!r} is complete (checkpoint-{step}: "
+            f"{'; '.join(faults)}). Name one that you trust, --resume_from_checkpoint PATH, or start anew, "
             "--resume_from_checkpoint False"
         )
     return None

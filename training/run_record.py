@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "run.json"
 _FORMAT_VERSION = 1
 _DIGEST_SAMPLES = 64
+_WITHOUT_EFFECT = ("data_cache_dir", "preprocessing_num_workers")
 _ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "model_max_length")
 # The optimizer's state brings its own learning rate, betas and weight decay along, whatever the arguments say.
 _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -61,7 +62,7 @@ class RunRecord:
             steps_per_epoch: None for a stream.
             data, learning: further settings by name.
         """
-        order = {**(data or {}), **_some(args, _ORDER), "training data": digest(dataset)}
+        order = {**_without(data or {}, _WITHOUT_EFFECT), **_some(args, _ORDER), "training data": digest(dataset)}
         order |= {"samples per step": samples_per_step, "steps per epoch": steps_per_epoch}
         return cls(_as_json(order), _as_json({**_some(args, _LEARNING), **(learning or {})}), args.world_size)
 
@@ -78,9 +79,7 @@ class RunRecord:
         """
         path = Path(checkpoint, RECORD_NAME)
         if not path.is_file():
-            logger.warning(
-                "%s has no %s: whether the data and the settings are the same is not known", *path.parts[-2:]
-            )
+            logger.warning("%s is missing, so whether data and settings are the same is not known", path)
             return {}
         content = json.loads(path.read_text(encoding="utf-8"))
         if differing := _differences(content["order"], self.order):
@@ -119,6 +118,10 @@ def digest(dataset: Dataset) -> str | None:
 
 def _some(args, names: tuple[str, ...]) -> dict:
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def _without(values: Mapping, names: tuple[str, ...]) -> dict:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def _as_json(values: dict) -> dict:

@@ -1,4 +1,4 @@
-"""The processes of a run that share one output folder: who leads, who reads which files, what each of them has to say."""
+"""The processes of a run that share an output folder: who leads, who reads which files, what each has to say."""
 
 from __future__ import annotations
 
