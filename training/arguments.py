@@ -36,9 +36,7 @@ class ModelArguments:
 
     trust_remote_code: bool = field(
         default=False,
-        metadata={
-            "help": "Run Python code that comes with a model or tokenizer; it can do all that you can."
-        },
+        metadata={"help": "Run Python code that comes with a model or tokenizer; it can do all that you can."},
     )
 
     def __post_init__(self) -> None:
