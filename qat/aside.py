@@ -123,4 +123,5 @@ def _means_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # safetensors and torch.save have no errno; torch's writer fails for want of space, or because the device does.
-    return any(text in str(error) for text in ("os error 28", "os error 27", "os error 122", "PytorchStreamWriter"))
+    signs = ("os error 28", "os error 27", "os error 122", "StreamWriter", "inline_container.cc", "iostream error")
+    return any(sign in str(error) for sign in signs)

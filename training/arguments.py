@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from data.bad_samples import POLICIES
@@ -87,6 +89,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.fp16:
             self.bf16 = False
+        if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
 
 

@@ -90,6 +90,9 @@ class FaultTolerantTrainer(Trainer):
         return self._train_sampler
 
     def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers 5.23 would train a step too many
+            self.control.should_training_stop = True
+            return
         if self._train_sampler is not None:  # accelerate 1.15 loses it behind skipped batches of several processes
             self._train_sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
@@ -204,9 +207,8 @@ class FaultTolerantTrainer(Trainer):
 
     def _progress_now(self) -> dict:
         """Sums that the log has not shown yet, and counts."""
-        losses = self._writers.gather(self._tr_loss.item())
         return {
-            "tr_loss": sum(losses) / len(losses), "total_loss": self._total_loss_scalar,
+            "tr_loss": self._writers.gather(self._tr_loss.item()), "total_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged, "nan_steps": self._guard.nan_steps,
             "max_steps": self.state.max_steps,
         }  # fmt: skip
@@ -227,7 +229,9 @@ class _ProgressRestorer(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         trainer, progress = self.trainer, self.trainer._progress
         if progress:
-            trainer._tr_loss += progress["tr_loss"]
+            losses = progress["tr_loss"]  # of each process
+            same = len(losses) == args.world_size
+            trainer._tr_loss += losses[args.process_index] if same else sum(losses) / len(losses)
             trainer._total_loss_scalar = progress["total_loss"]
             trainer._globalstep_last_logged = progress["last_logged_step"]
             trainer._guard.nan_steps = progress["nan_steps"]

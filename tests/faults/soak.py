@@ -3,7 +3,8 @@
     python tests/faults/soak.py 25 --seed 0
 
 A run has survived when the same command, given again, ends with the same weights, bit for bit, the same losses and
-learning rates as an uninterrupted run, and leaves nothing behind. Kinds of faults take turns; where one strikes is drawn.
+learning rates as an uninterrupted run, and leaves nothing behind. Kinds of faults take turns; where one strikes
+is drawn.
 """
 
 from __future__ import annotations
