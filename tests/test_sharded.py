@@ -7,13 +7,17 @@ may differ is the order of sums. Each backend makes its runs in one launch, sinc
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
 import pytest
 import torch
 from helpers import save_llama, write_conversations
 from safetensors.torch import load_file
-from sharded_runs import Workspace
+from sharded_runs import ROOT, Workspace, free_port
 from transformers import AutoModelForCausalLM
+
+import main
 
 BACKENDS = ("ddp", "fsdp1", "fsdp2")
 QAT = {"quant_scheme": "MXFP4"}
@@ -105,3 +109,24 @@ def test_local_state_dicts_end_in_one_whole_checkpoint(workspace):
     _, info = AutoModelForCausalLM.from_pretrained(workspace.folder / "fsdp1-local", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert workspace.weights("fsdp1-local").keys() == workspace.weights("one-mxfp4").keys()
+
+
+def test_two_machines_that_meet_by_rendezvous_train_the_same_model(workspace):
+    """Each machine is a launcher of its own, by scripts/slurm.sh as without Slurm; both are this one."""
+    run = workspace.write("machines", QAT | {"max_steps": 4})
+    env = {
+        **os.environ, "NNODES": "2", "GPUS_PER_NODE": "1", "MAIN_ADDRESS": "localhost", "MAIN_PORT": str(free_port()),
+        "MAIN": "tests/fsdp_on_cpu.py", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "scripts" / "slurm.sh"), str(run)]
+    machines = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    for machine in machines:
+        output, _ = machine.communicate(timeout=300)
+        assert machine.returncode == 0, output[-4000:]
+    one = workspace.write("one-machine", QAT | {"max_steps": 4, "gradient_accumulation_steps": 2})
+    main.main([str(one)])
+    assert workspace.losses("machines") == pytest.approx(workspace.losses("one-machine"), rel=1e-3)
+    check_weights(workspace.weights("machines"), workspace.weights("one-machine"))
