@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import set_seed
 
@@ -29,9 +30,13 @@ from training.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from training.atomic import prepare_output
+from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
+from training.safeguards import INTERRUPTED
+from training.writers import Writers
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")
@@ -42,21 +47,29 @@ def main(argv: list[str] | None = None) -> None:
     model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
     set_up_logging(training_args)
     set_seed(training_args.seed)
+    if torch.cuda.device_count() > 1 and training_args.world_size == 1:
+        logger.warning("One of %d GPUs is used; accelerate launch uses all", torch.cuda.device_count())
     if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
         use_fast_bfloat16()
         logger.info("This CPU has no BF16 instructions: BF16 products are computed with its FP32 ones.")
+
+    if not training_args.do_train:
+        training_args.output_dir = unused_folder(training_args.output_dir)
+    writers = Writers.of(training_args)
+    prepare_output(training_args.output_dir, writers)
 
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
     teacher = None
     if distill_args.distill:
-        teacher = load_teacher(model, distill_args.teacher_model_name_or_path, training_args.cache_dir)
+        teacher = load_teacher(
+            model, distill_args.teacher_model_name_or_path, training_args.cache_dir, model_args.trust_remote_code
+        )
     quantize(model, model_args, quant_args)
     checkpoint = None
     if training_args.do_train:
-        checkpoint = find_checkpoint(
-            training_args.output_dir, training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
-        )
+        wanted, qat_config = training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
+        checkpoint = find_checkpoint(training_args.output_dir, wanted, qat_config, writers)
 
     # One process builds the cache and the others wait for its lock, without a barrier that could time out.
     data_module = make_supervised_data_module(
@@ -65,8 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     if data_args.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
         training_args.accelerator_config.dispatch_batches = False
 
-    if not training_args.do_train:
-        training_args.output_dir = unused_folder(training_args.output_dir)
+    if quant_args.smooth_alpha and checkpoint is None:
+        if getattr(model, "qat_config", None) is None:
+            raise ValueError("--smooth_alpha needs a model to quantize: give --quant_scheme")
+        smooth_with_data(model, data_module, quant_args.smooth_alpha, training_args.device)
+
     trainer = QATTrainer(
         model=model,
         processing_class=tokenizer,
@@ -74,6 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         teacher=teacher,
         distill_temperature=distill_args.distill_temperature,
         distill_ce_weight=distill_args.distill_ce_weight,
+        exponent_learning_rate=quant_args.exponent_learning_rate,
+        log_quantization=quant_args.log_quantization,
+        data_settings=vars(data_args),
+        learning_settings=vars(distill_args) | vars(quant_args),
         **data_module,
     )
 
@@ -81,6 +101,9 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint is not None:
             logger.info("Resuming from %s", checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.was_interrupted:
+            logger.warning("SIGTERM: saved at step %d; the same command goes on from there", trainer.state.global_step)
+            sys.exit(INTERRUPTED)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
 
@@ -104,13 +127,13 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
     saved = getattr(model, "packed_qat_config", None)
     if saved is None and Path(model_args.model_name_or_path).is_dir():
         saved = QATConfig.load(model_args.model_name_or_path)
-    if quant_args.quant_scheme is not None:
-        mapping = {"torch.nn.Linear": quant_args.quant_scheme}
+    if (layers := quant_args.layers()) is not None:
         rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-        prepare_qat(model, mapping, weight_scale_rule=rules[0], input_scale_rule=rules[1])
+        prepare_qat(model, *layers, *rules, **quant_args.training_options())
     elif saved is not None:
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
-        prepare_qat(model, saved.mapping, saved.ignore, saved.weight_scale_rule, saved.input_scale_rule)
+        rules = saved.weight_scale_rule, saved.input_scale_rule
+        prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
 
 
 def export(model, model_args, training_args, data_args, quant_args: QuantizationArguments) -> None:

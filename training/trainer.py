@@ -18,17 +18,23 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from data.formatting import IGNORE_INDEX
+from qat.bake import bake_exponents, baked_config
 
+from .damping import OscillationDamping
 from .distillation import forward_kl, labelled_rows
+from .exponents import separate_exponents
+from .fault_tolerance import FaultTolerantTrainer
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
+from .monitor import QuantizationMonitor
 from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
 
 
-class QATTrainer(Trainer):
-    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own."""
+class QATTrainer(FaultTolerantTrainer):
+    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
+    those of FaultTolerantTrainer."""
 
     def __init__(
         self,
@@ -36,6 +42,8 @@ class QATTrainer(Trainer):
         teacher: PreTrainedModel | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
+        exponent_learning_rate: float = 1e-2,
+        log_quantization: bool = False,
         **kwargs,
     ) -> None:
         self._own_metrics = kwargs.get("compute_metrics") is None
@@ -43,14 +51,40 @@ class QATTrainer(Trainer):
             kwargs["compute_metrics"] = loss_over_tokens
         super().__init__(*args, **kwargs)
         self._keep_masters = False
+        self.exponent_learning_rate = exponent_learning_rate
+        self.monitor: QuantizationMonitor | None = None
+        if getattr(self.model, "qat_config", None) is not None:
+            self._watch_quantization(self.model, log_quantization)
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+
+    def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        if damping := model.qat_config.training.get("oscillation_damping", 0.0):
+            self.add_callback(OscillationDamping(model, damping, dtype))
+        if log_quantization:
+            self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
+            self.add_callback(self.monitor)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the figures of quantization beside each training loss."""
+        if self.monitor is not None and "loss" in logs:
+            logs = {**logs, **self.monitor.metrics()}
+        super().log(logs, start_time)
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> torch.nn.Module:
         teacher.requires_grad_(False).eval()
         if self.is_fsdp_enabled:  # sharded like the student
             return self.accelerator.prepare_model(teacher, evaluation_mode=True)
         return teacher.to(self.args.device)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own optimizer, with learned exponents in a group of their own."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            separate_exponents(optimizer, self.model if model is None else model, self.exponent_learning_rate)
+        return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -159,14 +193,16 @@ class QATTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
         if not self._keep_masters:
-            state_dict = _in_original_dtypes(model, model.state_dict() if state_dict is None else state_dict)
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = bake_exponents(model, state_dict, getattr(model, "original_dtypes", {}))
+            state_dict = _in_original_dtypes(model, state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         if not self._keep_masters:
             _write_dtype(model, Path(output_dir))
         if (qat_config := getattr(model, "qat_config", None)) is not None:
-            qat_config.save(output_dir)
+            (qat_config if self._keep_masters else baked_config(qat_config)).save(output_dir)
 
 
 def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:
