@@ -28,7 +28,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TOKENIZERS_PARALLELISM=false
 
 launch=(accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_config/multi_node.yaml}"
   --num_machines "$nodes" --num_processes "$((nodes * gpus))"
-  --main_process_ip "$address" --main_process_port "$port" --rdzv_backend c10d
+  --main_process_ip "$address" --main_process_port "$port" --machine_rank "${MACHINE_RANK:-0}"
   --max_restarts "${MAX_RESTARTS:-0}" "${MAIN:-main.py}" "$@")
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   exec srun --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1 "${launch[@]}"

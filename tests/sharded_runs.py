@@ -26,7 +26,7 @@ class Workspace:
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_config/{config}.yaml",
             "--num_processes", str(processes), "--main_process_port", str(free_port()), *launch_flags,
-            "tests/fsdp_on_cpu.py", *(str(self._write(name, arguments)) for name, arguments in runs.items()),
+            "tests/fsdp_on_cpu.py", *(str(self.write(name, arguments)) for name, arguments in runs.items()),
         ]  # fmt: skip
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -39,7 +39,8 @@ class Workspace:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / name / "model.safetensors")
 
-    def _write(self, name: str, arguments: dict) -> Path:
+    def write(self, name: str, arguments: dict) -> Path:
+        """The file of arguments of a short run on the workspace's model and data, into a folder of its name."""
         defaults = {
             "model_name_or_path": str(self.folder / "model"), "dataset": str(self.folder / "data.jsonl"),
             "eval_size": 6, "output_dir": str(self.folder / name), "do_train": True, "max_steps": 10,
