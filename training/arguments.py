@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,6 +23,8 @@ from qat.formats import SCALE_RULES
 from qat.mapping import DEFAULT_IGNORE, load_mapping
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
+
+from .sharding import GATHER_DTYPES
 
 
 @dataclass
@@ -67,6 +70,14 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
     )
 
+    fsdp_gather_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype in which FSDP gathers parameters: float32 computes what one process does; bfloat16 halves "
+            "the traffic and computes norms, embeddings and the residual stream in BF16. See docs/distributed.md.",
+            "choices": list(GATHER_DTYPES),
+        },
+    )
     group_by_length: bool = field(
         default=False,
         metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},
@@ -93,6 +104,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
+            self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
 
     @property
