@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from data.formatting import IGNORE_INDEX
 from qat.bake import bake_exponents, baked_config
@@ -26,13 +26,15 @@ from qat.bake import bake_exponents, baked_config
 from .damping import OscillationDamping
 from .distillation import forward_kl, labelled_rows
 from .exponents import separate_exponents
+from .fault_tolerance import FaultTolerantTrainer
 from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
 from .monitor import QuantizationMonitor
 from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
 
 
-class QATTrainer(Trainer):
-    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own."""
+class QATTrainer(FaultTolerantTrainer):
+    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
+    those of FaultTolerantTrainer."""
 
     def __init__(
         self,
