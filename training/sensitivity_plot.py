@@ -38,11 +38,11 @@ def draw(result: dict, path: Path) -> None:
         left.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderpad=0)
     left.set(xlabel="block", yticks=range(len(kinds)), yticklabels=kinds)
     left.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=left, label=f"KL with this unit alone in {narrow}, nats a token")
+    figure.colorbar(image, ax=left, label=f"KL, unit alone in {narrow}\nnats a token")
 
     bars = right.bar(list(result["kl"]), list(result["kl"].values()), color=["tab:blue", "tab:orange", "tab:green"])
     right.bar_label(bars, fmt="%.3g")
-    right.set(title=f"whole model; mixed: {result['bits_per_weight']:.2f} bits", ylabel="KL, nats a token")
+    right.set(title=f"whole model\nmixed: {result['bits_per_weight']:.2f} bits a weight", ylabel="KL, nats a token")
     right.margins(y=0.12)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
