@@ -32,6 +32,8 @@ from training.arguments import (
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
+from training.report import run_settings, write_report
+from training.teachers import make_cached_teacher
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")
@@ -49,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
     teacher = None
-    if distill_args.distill:
+    if distill_args.distill_teacher == "self":
+        teacher = "self"
+    elif distill_args.distill:
         teacher = load_teacher(model, distill_args.teacher_model_name_or_path, training_args.cache_dir)
     quantize(model, model_args, quant_args)
     checkpoint = None
@@ -64,6 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     if data_args.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
         training_args.accelerator_config.dispatch_batches = False
+
+    if distill_args.distill_teacher == "cache":
+        settings, folder = distill_args.cache_settings, distill_args.distill_cache_dir
+        teacher = make_cached_teacher(teacher, training_args, data_module, settings, folder)
 
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)
@@ -95,6 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         trainer.save_state()
         logger.info("Saved to %s", training_args.output_dir)
+        if training_args.report and trainer.is_world_process_zero():
+            settings = run_settings(trainer, model=model_args, data=data_args, distill=distill_args)
+            write_report(training_args.output_dir, trainer.state.log_history, settings, "Training report")
         if trainer.is_world_process_zero() and getattr(model, "qat_config", None) is not None:
             export(model, model_args, training_args, data_args, quant_args)
 

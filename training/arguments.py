@@ -20,6 +20,9 @@ from qat.formats import SCALE_RULES
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import INPUT_SCALE_RULES
 
+from .teacher_cache import CacheSettings
+from .teachers import TEACHERS
+
 
 @dataclass
 class ModelArguments:
@@ -59,6 +62,9 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
     )
 
+    report: bool = field(
+        default=True, metadata={"help": "After training, write report.md and report.png with curves and final figures."}
+    )
     group_by_length: bool = field(
         default=False,
         metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},
@@ -198,6 +204,25 @@ class DistillationArguments:
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another teacher: hub id or local folder; implies --distill True."}
     )
+    distill_teacher: str = field(
+        default="copy",
+        metadata={
+            "help": "How the teacher is there: copy keeps a frozen model in memory; cache computes its distributions "
+            "once and keeps a sample of each on disk; self is the student with its quantizers off. See "
+            "docs/distillation.md.",
+            "choices": list(TEACHERS),
+        },
+    )
+    distill_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where --distill_teacher cache keeps distributions. Default: beside the data's."},
+    )
+    distill_top_k: int = field(
+        default=16, metadata={"help": "Most likely tokens of each distribution that are cached with their probability."}
+    )
+    distill_samples: int = field(
+        default=16, metadata={"help": "Tokens drawn from the rest of each distribution for the cache, at least 1."}
+    )
     distill_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions; above 1 flattens them."}
     )
@@ -206,11 +231,21 @@ class DistillationArguments:
     )
 
     def __post_init__(self) -> None:
-        self.distill = self.distill or self.teacher_model_name_or_path is not None
+        self.distill = self.distill or self.teacher_model_name_or_path is not None or self.distill_teacher != "copy"
+        if self.distill_teacher not in TEACHERS:
+            raise ValueError(
+                f"--distill_teacher {self.distill_teacher!r} is unknown; choose one of {', '.join(TEACHERS)}"
+            )
+        if self.distill_teacher == "self" and self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                f"--distill_teacher self and --teacher_model_name_or_path {self.teacher_model_name_or_path!r} name two "
+                "teachers; give one of them"
+            )
         if not self.distill_temperature > 0:
             raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0")
         if not 0 <= self.distill_ce_weight <= 1:
             raise ValueError(f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1 (no KL)")
+        self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
 
 
 Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments]

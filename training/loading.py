@@ -43,7 +43,7 @@ def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
 def load_teacher(model: PreTrainedModel, name_or_path: str | None, cache_dir: str | None = None) -> PreTrainedModel:
     """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name."""
     if name_or_path is None:
-        teacher = copy.deepcopy(model).to(torch.bfloat16)
+        teacher = _bfloat16_copy(model)
     else:
         teacher = AutoModelForCausalLM.from_pretrained(name_or_path, cache_dir=cache_dir, dtype=torch.bfloat16)
         teacher_tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir)
@@ -51,6 +51,15 @@ def load_teacher(model: PreTrainedModel, name_or_path: str | None, cache_dir: st
         check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
     teacher.config.use_cache = False
     return teacher.requires_grad_(False).eval()
+
+
+def _bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with parameters in BF16, made one by one, and the very same buffers: frequencies of rotary embeddings lose
+    their meaning in BF16, and tables need no copy."""
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        shared[id(parameter)] = torch.nn.Parameter(parameter.detach().to(torch.bfloat16, copy=True), False)
+    return copy.deepcopy(model, shared)
 
 
 def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
