@@ -33,7 +33,7 @@ MODELS = {
     "granite: divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=3.0)),
     "cohere: multiplied": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
     "gpt-2": lambda: GPT2LMHeadModel(
-        GPT2Config(50, n_positions=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+        GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
     ),
 }
 

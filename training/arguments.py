@@ -79,6 +79,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.fp16:
             self.bf16 = False
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric.endswith(("kl", "perplexity")) and self.greater_is_better is None:
+            self.greater_is_better = False  # as transformers has it for losses only
         super().__post_init__()
 
 

@@ -88,7 +88,8 @@ def find_head(model: PreTrainedModel) -> Head:
     was_training = model.training
     model.eval()
     try:
-        own = model(input_ids=ids, use_cache=False).logits
+        forward = getattr(model, "_original_forward", model.forward)  # accelerate's wrapper of it adds autocast
+        own = forward(input_ids=ids, use_cache=False).logits
         output = module(base(input_ids=ids, use_cache=False).last_hidden_state)
     except Exception as error:  # remote code may do anything
         raise UnknownHead(f"{type(model).__name__}: {type(error).__name__}: {error}") from error

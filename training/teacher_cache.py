@@ -217,7 +217,7 @@ def sample_rows(
     log_q = (logits.float() / settings.temperature).log_softmax(-1)
     q = log_q.exp()
     top, top_ids = q.topk(settings.top_k)
-    rest = q.clamp_min(1e-30).scatter(1, top_ids, 0.0)
+    rest = q.scatter(1, top_ids, 0.0).clamp_min(1e-30)  # never nothing to draw from
     return {
         "top_ids": top_ids,
         "top_probabilities": top.half(),
