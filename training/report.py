@@ -13,6 +13,7 @@ from pathlib import Path
 _NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is no scalar of its time
 _TOTALS = ("runtime", "samples_per_second", "steps_per_second")  # ends of names that speak of a whole run
 _ORDER = ("loss", "kl", "perplexity", "learning_rate", "grad_norm")
+_COUNTS = ("labelled_tokens",)  # in a table, not in a panel
 _LOGARITHMIC = ("perplexity", "grad_norm")
 _MANY = 8  # lines in a panel that a legend can still tell apart
 
@@ -76,13 +77,13 @@ def run_settings(trainer, **groups) -> dict[str, object]:
 
 
 def _figures(curves: Curves) -> list[tuple[str, ...]]:
-    """First, last and lowest of each curve whose lowest value means something, the others without it."""
+    """First and last value of each curve, and the lowest with its step where low is good."""
     rows = []
     for name in sorted(curves, key=lambda n: (_rank(n), n)):
         points = curves[name]
         step, lowest = min(points, key=lambda point: point[1] if not math.isnan(point[1]) else math.inf)
         has_best = _base(name) in ("loss", "kl", "perplexity")
-        best = (_number(lowest), str(step)) if has_best else ("", str(points[-1][0]))
+        best = (_number(lowest), str(step)) if has_best else ("", "")
         rows.append((name, _number(points[0][1]), _number(points[-1][1]), *best))
     return rows
 
@@ -123,7 +124,8 @@ def _draw(path: Path, curves: Curves, title: str) -> None:
 
     groups: dict[str, list[str]] = {}
     for name in sorted(curves, key=lambda n: (_rank(n), n)):
-        groups.setdefault(_base(name), []).append(name)
+        if name not in _COUNTS:
+            groups.setdefault(_base(name), []).append(name)
     columns = min(3, len(groups)) or 1
     rows = math.ceil(len(groups) / columns) or 1
     figure, panels = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
