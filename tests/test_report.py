@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+from helpers import make_llama
 from matplotlib import image
 from test_teachers import make_data, make_trainer, other_llama
 
-from helpers import make_llama
 from training.loading import load_teacher
 from training.report import collect_curves, run_settings, write_report
 

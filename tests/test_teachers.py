@@ -16,9 +16,9 @@ from data.supervised import make_supervised_data_module
 from qat import prepare_qat
 from training import teacher_cache
 from training.arguments import DistillationArguments, TrainingArguments
-from training.distillation import SampledRows, forward_kl, labelled_rows
+from training.distillation import forward_kl, labelled_rows
 from training.loading import load_teacher
-from training.teacher_cache import CacheSettings, TeacherCache, sample_rows, samples_of
+from training.teacher_cache import CacheSettings, TeacherCache, as_rows, sample_rows, samples_of
 from training.teachers import FrozenTeacher, make_cached_teacher
 from training.trainer import QATTrainer
 
@@ -74,16 +74,12 @@ def test_cached_samples_estimate_the_whole_distribution_and_its_gradient_without
     settings = CacheSettings(top_k=4, samples=3, temperature=2.0)
     repeats = 20_000
     said = sample_rows(logits.expand(repeats, -1), settings, generator)
-    rest = (1 - said["top_probabilities"].float().sum(-1, keepdim=True)) / settings.samples
-    rows = SampledRows(
-        torch.cat([said["top_ids"], said["sampled_ids"]], -1),
-        torch.cat([said["top_probabilities"].float(), rest.expand(-1, settings.samples)], -1),
-        said["entropy"],
-    )
+    rows = as_rows(said)
     torch.testing.assert_close(rows.weights.sum(-1), torch.ones(repeats))
     mean = torch.zeros(40).index_add_(0, rows.ids.flatten(), rows.weights.flatten() / repeats)
     q = (logits[0] / 2.0).softmax(-1)
-    error = (q * rest.mean() / repeats).sqrt()  # standard deviation of the mean of a sampled token's weight
+    rest = 1 - said["top_probabilities"][0].float().sum()
+    error = (q * rest / settings.samples / repeats).sqrt()  # standard deviation of the mean of a sampled token's weight
     assert ((mean - q).abs() < 5 * error + 1e-4).all()  # 1e-4: FP16 probabilities
     leaves = [student.clone().requires_grad_() for _ in range(2)]
     estimate = rows.divergence(leaves[0].expand(repeats, -1), slice(None), 2.0).mean()

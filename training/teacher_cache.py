@@ -226,6 +226,22 @@ def sample_rows(
     }
 
 
+def as_rows(sampled: dict[str, torch.Tensor]) -> SampledRows:
+    """What `sample_rows` gave, as weighted tokens."""
+    top, number = sampled["top_probabilities"].float(), sampled["sampled_ids"].shape[1]
+    rest = (1 - top.sum(-1, keepdim=True)).clamp_min(0) / number
+    return SampledRows(
+        ids=torch.cat([sampled["top_ids"].int(), sampled["sampled_ids"].int()], -1),
+        weights=torch.cat([top, rest.expand(-1, number)], -1),
+        entropy=sampled["entropy"],
+    )
+
+
+def bytes_of_a_token(settings: CacheSettings, vocabulary: int) -> int:
+    """On disk, for each labelled token."""
+    return sum(np.dtype(dtype).itemsize * width for dtype, width in _columns(settings, vocabulary).values())
+
+
 def _columns(settings: CacheSettings, vocabulary: int) -> dict[str, tuple[str, int]]:
     """NumPy dtype and width of what is kept of a token."""
     token = "<u2" if vocabulary <= 2**16 else "<u4"
@@ -249,8 +265,8 @@ class TeacherCache:
     def __getstate__(self) -> dict:
         return {"folder": self.folder, "_maps": None}
 
-    def rows(self, samples: Iterable[Sample]) -> dict[str, torch.Tensor]:
-        """What `SampledRows` needs for all labelled tokens of `samples`, in order.
+    def rows(self, samples: Iterable[Sample]) -> SampledRows:
+        """What the teacher said about all labelled tokens of `samples`, in order.
 
         Raises:
             ValueError: a sample is not in the cache.
@@ -268,13 +284,7 @@ class TeacherCache:
             tokens.append(np.arange(self._offsets[found], self._offsets[found + 1]))
         where = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int64)
         part = {name: torch.from_numpy(np.ascontiguousarray(column[where])) for name, column in self._maps.items()}
-        top, number = part["top_probabilities"].float(), part["sampled_ids"].shape[1]
-        rest = (1 - top.sum(-1, keepdim=True)).clamp_min(0) / number
-        return {
-            "ids": torch.cat([part["top_ids"].int(), part["sampled_ids"].int()], -1),
-            "weights": torch.cat([top, rest.expand(-1, number)], -1),
-            "entropy": part["entropy"].squeeze(-1),
-        }
+        return as_rows(part | {"entropy": part["entropy"].squeeze(-1)})
 
     def _open(self) -> None:
         about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
@@ -321,4 +331,4 @@ class _CachedCollator:
         names = [name for name in ("input_ids", "labels", "position_ids") if name in batch]
         rows = ({name: batch[name][i].numpy() for name in names} for i in range(len(batch["labels"])))
         said = self.cache.rows(sample for row in rows for sample in samples_of(row))
-        return {**batch, **{PREFIX + name: value for name, value in said.items()}}
+        return {**batch, **{PREFIX + name: value for name, value in vars(said).items()}}
