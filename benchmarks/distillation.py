@@ -1,7 +1,7 @@
 """What distillation costs: memory of the loss, time of a step under each teacher, bytes and noise of a cache.
 
     python benchmarks/distillation.py --shape smollm2-135m --layers 6
-    python benchmarks/distillation.py --model FOLDER      # noise and bytes of a cache, on a real model
+    python benchmarks/distillation.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf
 
 Memory is what a forward and a backward pass need on top of weights and teacher: on a GPU the allocator's peak, on a CPU
 the growth of the resident size of a fresh process, whose heap gives freed tensors back at once. "Whole logits" is the
@@ -23,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import SHAPES, make_batch, make_model  # noqa: E402
 from data.supervised import make_supervised_data_module  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from training.arguments import ModelArguments  # noqa: E402
 from training.chunked_loss import attach, find_head  # noqa: E402
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
-from training.loading import load_teacher  # noqa: E402
+from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.teacher_cache import CacheSettings, as_rows, bytes_of_a_token, sample_rows  # noqa: E402
 from training.teachers import FrozenTeacher, SelfTeacher  # noqa: E402
 
@@ -143,9 +143,10 @@ def measure_steps(args: argparse.Namespace, report: Report) -> None:
 @torch.no_grad()
 def measure_caches(args: argparse.Namespace, report: Report) -> None:
     """Bytes and noise of caches of a real model's distributions on python-docs."""
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(args.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, model_max_length=256)
-    data = make_supervised_data_module("python-docs", tokenizer, eval_size=16)
+    arguments = ModelArguments(args.model, args.gguf_file)
+    model = load_model(arguments).to(args.device, torch.bfloat16).eval()
+    tokenizer = load_tokenizer(arguments, 256)
+    data = make_supervised_data_module("python-docs", tokenizer, eval_size=args.samples, on_bad_sample="skip")
     batch = data["data_collator"]([data["eval_dataset"][i] for i in range(args.samples)])
     batch = {name: value.to(args.device) for name, value in batch.items()}
     labels = batch.pop("labels")
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", help="folder of a real model, for the noise of caches")
+    parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--samples", type=int, default=16, help="samples of python-docs for that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

@@ -2,7 +2,7 @@
 
 Everything comes from the Trainer's log history, which is also what checkpoints keep, so a resumed run reports the whole
 of itself, and a callback that logs a figure finds it drawn. Figures whose names differ in "eval_" or after a slash
-share a panel: `loss` and `eval_loss`, `saturated/mlp` and `saturated/attention`.
+share a panel: `loss` and `eval_loss` (where both are cross-entropies), `saturated/mlp` and `saturated/attention`.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def _draw(path: Path, curves: Curves, title: str) -> None:
     groups: dict[str, list[str]] = {}
     for name in sorted(curves, key=lambda n: (_rank(n), n)):
         if name not in _COUNTS:
-            groups.setdefault(_base(name), []).append(name)
+            distilled = name == "loss" and "eval_kl" in curves  # a divergence: not what eval_loss is
+            groups.setdefault("training loss" if distilled else _base(name), []).append(name)
     columns = min(3, len(groups)) or 1
     rows = math.ceil(len(groups) / columns) or 1
     figure, panels = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
@@ -138,8 +139,8 @@ def _draw(path: Path, curves: Curves, title: str) -> None:
             panel.plot(steps, values, marker="o" if few else None, markersize=3, linewidth=1.2, label=name)
         panel.set(title=base.replace("_", " "), xlabel="step")
         panel.grid(alpha=0.3)
-        lowest = min((value for name in names for _, value in curves[name]), default=0)
-        if base in _LOGARITHMIC and lowest > 0:
+        values = [value for name in names for _, value in curves[name]]
+        if base in _LOGARITHMIC and 0 < 20 * min(values) < max(values):
             panel.set_yscale("log")
         if 1 < len(names) <= _MANY or names != [base]:
             panel.legend(fontsize="small")
