@@ -18,7 +18,9 @@ from training import teacher_cache
 from training.arguments import DistillationArguments, TrainingArguments
 from training.distillation import forward_kl, labelled_rows
 from training.loading import load_teacher
-from training.teacher_cache import CacheSettings, TeacherCache, as_rows, sample_rows, samples_of
+from training.sample_keys import samples_of
+from training.sampling import CacheSettings, as_rows, sample_rows
+from training.teacher_cache import TeacherCache
 from training.teachers import FrozenTeacher, make_cached_teacher
 from training.trainer import QATTrainer
 

@@ -20,7 +20,7 @@ from qat.formats import SCALE_RULES
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import INPUT_SCALE_RULES
 
-from .teacher_cache import CacheSettings
+from .sampling import CacheSettings
 from .teachers import TEACHERS
 
 

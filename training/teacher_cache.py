@@ -1,11 +1,6 @@
 """A teacher's distributions, computed once and kept as a few numbers for each token: training without the teacher.
 
-Of each distribution q the cache keeps the `top_k` most likely tokens with their probabilities, and `samples` tokens
-drawn from the rest of q, which share the rest of the probability equally. Summed as one-hot vectors their expectation
-is q, so the cross-entropy with the student, and its gradient, are those of the whole distribution in expectation:
-random-sampling distillation (arXiv:2503.16870), with the likeliest tokens exact, which leaves less variance. Plain
-top-k would teach a sharper distribution than the teacher's. The entropy of q is kept too, so that the loss is a
-divergence.
+What is kept is a sample of each distribution (sampling.py).
 
 Entries are found by content: the tokens and labels of a sample are its key. So neither the order of samples nor
 packing, padding or resuming matters, and an entry cannot belong to other data. The folder's name is a fingerprint of
@@ -25,91 +20,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from data.cache import build_once, fingerprint
 from data.formatting import IGNORE_INDEX
 
 from .distillation import HiddenRows, SampledRows, chunks
+from .sample_keys import Sample, samples_of
+from .sampling import CacheSettings, as_rows, columns, sample_rows
 
 logger = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 8192  # padded tokens in a forward of the teacher
 PREFIX = "teacher_"  # of the columns that the collator adds to a batch
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """What is kept of a distribution.
-
-    Args:
-        top_k: tokens kept with their probability.
-        samples: tokens drawn from the rest.
-        temperature: of the distribution.
-        seed: of the draws.
-    """
-
-    top_k: int = 16
-    samples: int = 16
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.top_k < 0:
-            raise ValueError(f"--distill_top_k {self.top_k} is negative; 0 keeps sampled tokens only")
-        if self.samples < 1:
-            raise ValueError(
-                f"--distill_samples {self.samples}: at least 1 token must stand for the rest of the distribution"
-            )
-
-
-# ---- Samples and their keys ----
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The tokens of one sample up to its last labelled one, and which of them are labelled."""
-
-    ids: np.ndarray
-    labelled: np.ndarray
-
-    @property
-    def key(self) -> bytes:
-        """16 bytes that stand for the content."""
-        content = self.ids.astype("<i8").tobytes() + self.labelled.tobytes()
-        return hashlib.blake2b(content, digest_size=16).digest()
-
-    @property
-    def count(self) -> int:
-        """Labelled tokens that something predicts: not the first."""
-        return int(self.labelled[1:].sum())
-
-
-def samples_of(row: dict) -> Iterator[Sample]:
-    """The samples in a row of a data set or of a batch (`input_ids`, `labels`, packed: `position_ids`), in order.
-
-    Padding and samples without labelled tokens are left out.
-    """
-    ids, labelled = np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORE_INDEX
-    starts = np.flatnonzero(np.asarray(row["position_ids"]) == 0).tolist() if "position_ids" in row else [0]
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        marked = np.flatnonzero(labelled[start + 1 : end])
-        if len(marked):
-            end = start + 1 + int(marked[-1]) + 1
-            mask = labelled[start:end].copy()
-            mask[0] = False  # nothing predicts it
-            yield Sample(ids[start:end], mask)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of all parameters and of the config: whatever a model's output depends on."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(model.config.to_json_string(use_diff=False).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ---- Building ----
@@ -135,7 +58,8 @@ def build_cache(
     samples = {}
     for index in tqdm(range(len(dataset)), desc=f"keys of {what}", disable=len(dataset) < 10_000):
         samples.update((sample.key, sample) for sample in samples_of(dataset[index]))
-    code = hashlib.blake2b(Path(__file__).read_bytes()).hexdigest()
+    files = [Path(__file__).with_name(name) for name in ("teacher_cache.py", "sample_keys.py", "sampling.py")]
+    code = hashlib.blake2b(b"".join(path.read_bytes() for path in files)).hexdigest()
     keys = hashlib.blake2b(b"".join(sorted(samples))).hexdigest()
     parts = {"teacher": digest, "keys": keys, "teacher_cache": code, **asdict(settings)}
     key = fingerprint(parts)
@@ -159,7 +83,7 @@ def _wait_for(folder: Path) -> Path:
 
 def _build(folder: Path, make_teacher: Callable, samples: dict[bytes, Sample], settings: CacheSettings, what: str):
     teacher, generator = make_teacher(), None
-    files = {name: (folder / f"{name}.bin").open("wb") for name in _columns(settings, 0)}
+    files = {name: (folder / f"{name}.bin").open("wb") for name in columns(settings, 0)}
     keys, counts, vocabulary = [], [], 0
     progress = tqdm(total=len(samples), desc=f"teacher on {what}", unit="sample")
     for batch in _batches(sorted(samples.values(), key=lambda s: len(s.ids))):
@@ -171,7 +95,7 @@ def _build(folder: Path, make_teacher: Callable, samples: dict[bytes, Sample], s
             if generator is None:
                 generator = torch.Generator(logits.device).manual_seed(settings.seed)
             sampled = sample_rows(logits, settings, generator)
-            for name, dtype in _columns(settings, vocabulary).items():
+            for name, dtype in columns(settings, vocabulary).items():
                 files[name].write(sampled[name].cpu().numpy().astype(dtype[0]).tobytes())
         keys += [sample.key for sample in batch]
         counts += [sample.count for sample in batch]
@@ -205,52 +129,6 @@ def _collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Ten
         ids[row, :end], mask[row, :end] = tokens, 1
         labels[row, :end] = torch.where(torch.from_numpy(sample.labelled), tokens, IGNORE_INDEX)
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
-
-
-def sample_rows(
-    logits: torch.Tensor, settings: CacheSettings, generator: torch.Generator | None = None
-) -> dict[str, torch.Tensor]:
-    """Logits [c, V] -> "top_ids" and "top_probabilities" (FP16) [c, top_k], "sampled_ids" [c, samples], "entropy" [c].
-
-    A sampled token stands for (1 - sum of the top probabilities, as rounded) / samples.
-    """
-    log_q = (logits.float() / settings.temperature).log_softmax(-1)
-    q = log_q.exp()
-    top, top_ids = q.topk(settings.top_k)
-    rest = q.scatter(1, top_ids, 0.0).clamp_min(1e-30)  # never nothing to draw from
-    return {
-        "top_ids": top_ids,
-        "top_probabilities": top.half(),
-        "sampled_ids": torch.multinomial(rest, settings.samples, replacement=True, generator=generator),
-        "entropy": -(q * log_q).sum(-1),
-    }
-
-
-def as_rows(sampled: dict[str, torch.Tensor]) -> SampledRows:
-    """What `sample_rows` gave, as weighted tokens."""
-    top, number = sampled["top_probabilities"].float(), sampled["sampled_ids"].shape[1]
-    rest = (1 - top.sum(-1, keepdim=True)).clamp_min(0) / number
-    return SampledRows(
-        ids=torch.cat([sampled["top_ids"].int(), sampled["sampled_ids"].int()], -1),
-        weights=torch.cat([top, rest.expand(-1, number)], -1),
-        entropy=sampled["entropy"],
-    )
-
-
-def bytes_of_a_token(settings: CacheSettings, vocabulary: int) -> int:
-    """On disk, for each labelled token."""
-    return sum(np.dtype(dtype).itemsize * width for dtype, width in _columns(settings, vocabulary).values())
-
-
-def _columns(settings: CacheSettings, vocabulary: int) -> dict[str, tuple[str, int]]:
-    """NumPy dtype and width of what is kept of a token."""
-    token = "<u2" if vocabulary <= 2**16 else "<u4"
-    return {
-        "top_ids": (token, settings.top_k),
-        "top_probabilities": ("<f2", settings.top_k),
-        "sampled_ids": (token, settings.samples),
-        "entropy": ("<f4", 1),
-    }
 
 
 # ---- Reading ----
@@ -291,9 +169,9 @@ class TeacherCache:
         keys, counts = (self.folder / "keys.bin").read_bytes(), np.fromfile(self.folder / "counts.bin", dtype="<i8")
         self._index = {keys[i * 16 : i * 16 + 16]: i for i in range(len(counts))}
         self._offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
-        columns = _columns(CacheSettings(**about["settings"]), about["vocabulary"])
+        kept = columns(CacheSettings(**about["settings"]), about["vocabulary"])
         self._maps = {}
-        for name, (dtype, width) in columns.items():
+        for name, (dtype, width) in kept.items():
             shape = (about["tokens"], width)
             path = self.folder / f"{name}.bin"
             self._maps[name] = (
