@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import set_seed
 
@@ -29,6 +30,7 @@ from training.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
@@ -44,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
     set_up_logging(training_args)
     set_seed(training_args.seed)
+    if torch.cuda.device_count() > 1 and training_args.world_size == 1:
+        logger.warning("One of %d GPUs is used; accelerate launch uses all", torch.cuda.device_count())
     if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
         use_fast_bfloat16()
         logger.info("This CPU has no BF16 instructions: BF16 products are computed with its FP32 ones.")
@@ -72,6 +76,10 @@ def main(argv: list[str] | None = None) -> None:
     if distill_args.distill_teacher == "cache":
         settings, folder = distill_args.cache_settings, distill_args.distill_cache_dir
         teacher = make_cached_teacher(teacher, training_args, data_module, settings, folder)
+    if quant_args.smooth_alpha and checkpoint is None:
+        if getattr(model, "qat_config", None) is None:
+            raise ValueError("--smooth_alpha needs a model to quantize: give --quant_scheme")
+        smooth_with_data(model, data_module, quant_args.smooth_alpha, training_args.device)
 
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)
@@ -82,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         teacher=teacher,
         distill_temperature=distill_args.distill_temperature,
         distill_ce_weight=distill_args.distill_ce_weight,
+        exponent_learning_rate=quant_args.exponent_learning_rate,
+        log_quantization=quant_args.log_quantization,
         **data_module,
     )
 
@@ -104,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_state()
         logger.info("Saved to %s", training_args.output_dir)
         if training_args.report and trainer.is_world_process_zero():
-            settings = run_settings(trainer, model=model_args, data=data_args, distill=distill_args)
+            settings = run_settings(trainer, model_args, data_args, quant_args, distill_args)
             write_report(training_args.output_dir, trainer.state.log_history, settings, "Training report")
         if trainer.is_world_process_zero() and getattr(model, "qat_config", None) is not None:
             export(model, model_args, training_args, data_args, quant_args)
@@ -115,13 +125,13 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
     saved = getattr(model, "packed_qat_config", None)
     if saved is None and Path(model_args.model_name_or_path).is_dir():
         saved = QATConfig.load(model_args.model_name_or_path)
-    if quant_args.quant_scheme is not None:
-        mapping = {"torch.nn.Linear": quant_args.quant_scheme}
+    if (layers := quant_args.layers()) is not None:
         rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-        prepare_qat(model, mapping, weight_scale_rule=rules[0], input_scale_rule=rules[1])
+        prepare_qat(model, *layers, *rules, **quant_args.training_options())
     elif saved is not None:
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
-        prepare_qat(model, saved.mapping, saved.ignore, saved.weight_scale_rule, saved.input_scale_rule)
+        rules = saved.weight_scale_rule, saved.input_scale_rule
+        prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
 
 
 def export(model, model_args, training_args, data_args, quant_args: QuantizationArguments) -> None:

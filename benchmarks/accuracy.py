@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.metrics import token_loss_sums  # noqa: E402
+from training.sensitivity import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
 FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",
@@ -54,6 +56,10 @@ class Row:
     seed: int = 2
     train: dict = field(default_factory=dict)
     distill_options: dict = field(default_factory=dict)
+    prepare_options: dict = field(default_factory=dict)
+    trainer_options: dict = field(default_factory=dict)
+    first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
+    bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
 
 
 def default(title: str, **changes) -> Row:
@@ -88,6 +94,34 @@ ROWS |= {
     "default-beta2": default("default, Adam's beta2 0.95", train={"adam_beta2": 0.95}),
     "default-ce": default("default, 20 % cross-entropy", distill_options={"distill_ce_weight": 0.2}),
     "default-t2": default("default, temperature 2", distill_options={"distill_temperature": 2.0}),
+}
+
+
+_CLIPPED = {"weight_gradient_estimator": "clipped_ste"}, {"input_gradient_estimator": "clipped_ste"}
+ROWS |= {
+    "clipped-weights": default("default, clipped gradients of weights", prepare_options=_CLIPPED[0]),
+    "clipped-inputs": default("default, clipped gradients of inputs", prepare_options=_CLIPPED[1]),
+    "clipped": default("default, clipped gradients of both", prepare_options=_CLIPPED[0] | _CLIPPED[1]),
+}
+for _lr in ("3e-3", "1e-2", "3e-2"):
+    ROWS[f"learned-{_lr}"] = default(
+        f"default, learned exponents at lr {_lr}",
+        prepare_options={"learn_exponent": True},
+        trainer_options={"exponent_learning_rate": float(_lr)},
+    )
+ROWS["learned-clipped"] = default(
+    "default, learned exponents, clipped weights", prepare_options={"learn_exponent": True, **_CLIPPED[0]}
+)
+
+for _strength in (0.01, 0.05):
+    ROWS[f"damping-{_strength}"] = default(
+        f"default, oscillation damping {_strength}", prepare_options={"oscillation_damping": _strength}
+    )
+ROWS |= {
+    "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
+    "progressive-150": default("default, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
+    "mixed-untrained": Row("mixed at 5 bits a weight, untrained", weights="search", inputs="even", bits_budget=5.0),
+    "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
 
 
@@ -139,7 +173,7 @@ def load(path: str, gguf_file: str | None, device: str):
     return (
         load_model(arguments).to(device),
         tokenizer,
-        make_supervised_data_module("python-docs", tokenizer, eval_size=96),
+        make_supervised_data_module("python-docs", tokenizer, eval_size=96, on_bad_sample="skip"),
     )
 
 
@@ -152,10 +186,30 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
         **{k: v for k, v in row.train.items() if k != "lr_scheduler_type"},
     )  # fmt: skip
     trainer = QATTrainer(
-        model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options, **data
-    )
+        model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options,
+        **row.trainer_options, **data,
+    )  # fmt: skip
     trainer.train()
     return trainer
+
+
+def prepare(model, row: Row, data: dict) -> None:
+    """Quantize `model` as `row` says."""
+    if row.scheme is None:
+        return
+    mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
+    prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **row.prepare_options)
+
+
+def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
+    """MXFP4 and MXFP8 by sensitivity, measured on training samples: the evaluation set must not choose."""
+    arguments = SensitivityArguments(
+        bits_budget=row.bits_budget, weight_scale_rule=row.weights, input_scale_rule=row.inputs
+    )
+    batch = data["data_collator"]([data["train_dataset"][i] for i in range(16)])
+    copy = deepcopy(model).eval()
+    prepare_qat(copy, {torch.nn.Linear: "MXFP4"}, ("lm_head",), row.weights, row.inputs)
+    return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
 
 
 def run_row(key: str, out: Path, device: str) -> None:
@@ -166,17 +220,22 @@ def run_row(key: str, out: Path, device: str) -> None:
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device)
     teacher = load_teacher(model, None).to(device)
-    if row.scheme is not None:
-        prepare_qat(model, {torch.nn.Linear: row.scheme}, weight_scale_rule=row.weights, input_scale_rule=row.inputs)
-    start = time.perf_counter()
+    start, steps = time.perf_counter(), row.steps
+    if row.first:
+        stage = replace(row, **row.first, first={})
+        prepare(model, stage, data)
+        trainer = train(model, tokenizer, data, out / "runs" / f"{key}-first", stage, teacher if row.distill else None)
+        trainer.save_model(str(out / "runs" / f"{key}-first"))
+        model, steps = load(str(out / "runs" / f"{key}-first"), None, device)[0], steps + stage.steps
+    prepare(model, row, data)
     if row.steps:
         train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
     seconds = time.perf_counter() - start
     figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
     figures |= {
         "title": row.title,
-        "steps": row.steps,
-        "tokens": row.steps * BATCH * LENGTH,
+        "steps": steps,
+        "tokens": steps * BATCH * LENGTH,
         "seconds": seconds,
         "seed": row.seed,
     }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import ops
+from . import gradients, ops
 from .schemes import TensorSpec
 
 Packed = tuple[torch.Tensor, torch.Tensor]  # element codes and E8M0 scales, as `ops.quantize` gives them
@@ -42,6 +42,7 @@ class _Entry:
     key: tuple
     packed: Packed | None = None
     values: torch.Tensor | None = None
+    saturation: torch.Tensor | None = None
 
 
 class InputCache(threading.local):
@@ -67,6 +68,16 @@ class InputCache(threading.local):
             entry.values = _values_of(x, entry.packed, spec, dtype)
         return entry.values
 
+    def saturation(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+        """`ops.saturation_mask(x)` under x's own scales, computed once."""
+        entry = self._find(x, spec, dtype)
+        if entry is not None and entry.saturation is not None:
+            return entry.saturation
+        mask = ops.saturation_mask(x, self.codes(x, spec, dtype)[1], spec.format_name, dtype)
+        if entry is not None:
+            entry.saturation = mask
+        return mask
+
     def _find(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> _Entry | None:
         if torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -88,15 +99,26 @@ class WeightCache:
         self._key: tuple | None = None
         self._packed: Packed | None = None
 
-    def values(self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-        """`ops.fake_quantize(weight)`, from codes when the weight is what it was."""
-        if not _weights_are_cacheable(weight):
+    def values(
+        self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, offset: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`gradients.fake_quantize(weight)` without a gradient, from codes when the weight is what it was."""
+        if offset is None and not _weights_are_cacheable(weight):
             return ops.fake_quantize(weight, spec.format_name, spec.scale_rule, dtype)
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _weight_epoch, spec, dtype)
+        return ops.dequantize(*self.codes(weight, spec, dtype, offset), spec.format_name, dtype)
+
+    def codes(
+        self, weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, offset: torch.Tensor | None = None
+    ) -> Packed:
+        """`gradients.quantize(weight)`, done once for a weight and the offset of its exponents."""
+        if not _weights_are_cacheable(weight):
+            return gradients.quantize(weight, spec, dtype, offset)
+        moved = None if offset is None else (offset.data_ptr(), offset._version)
+        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device, _weight_epoch, moved, spec, dtype)
         if key != self._key:
-            self._packed = ops.quantize(weight, spec.format_name, spec.scale_rule, dtype)
+            self._packed = gradients.quantize(weight, spec, dtype, offset)
             self._key = key
-        return _values_of(weight, self._packed, spec, dtype)
+        return self._packed
 
     def __deepcopy__(self, memo) -> WeightCache:
         return WeightCache()

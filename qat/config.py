@@ -20,12 +20,14 @@ _FORMAT_VERSION = 1
 class QATConfig:
     """A mapping from module types ("torch.nn.Linear") and name globs to schemes, in order of precedence, later wins.
 
-    `scale_rules` spells out, for each scheme in use, the rule of its weights and of its inputs.
+    `scale_rules` spells out, for each scheme in use, the rule of its weights and of its inputs. `training` holds the
+    settings by which the weights were trained, where they are not the defaults; they change no result of the model.
     """
 
     mapping: dict[str, str]
     ignore: tuple[str, ...] = ("lm_head",)
     scale_rules: dict[str, dict[str, str]] = field(default_factory=dict)
+    training: dict[str, str | bool | float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__.split("+")[0]})
 
     @property
@@ -33,7 +35,8 @@ class QATConfig:
         """One line for messages: the schemes by key, and the scale rules in force."""
         schemes = ", ".join(f"{key}: {scheme}" for key, scheme in self.mapping.items())
         rules = ", ".join(f"{name} weights {r['weight']}, inputs {r['input']}" for name, r in self.scale_rules.items())
-        return f"{schemes}; scale rules {rules}"
+        training = "".join(f", {name} {value}" for name, value in self.training.items())
+        return f"{schemes}; scale rules {rules}{training}"
 
     @property
     def weight_scale_rule(self) -> str | None:
@@ -52,9 +55,8 @@ class QATConfig:
     def same_training(self, other: QATConfig) -> bool:
         """Whether a run under `other` may continue a run under this one: everything equal but the versions."""
         mine, theirs = asdict(self), asdict(other)
-        return all(mine[key] == theirs[key] for key in ("mapping", "ignore", "scale_rules")) and list(
-            self.mapping
-        ) == list(other.mapping)
+        compared = ("mapping", "ignore", "scale_rules", "training")
+        return all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)
 
     def save(self, folder: str | Path) -> None:
         """Write `qat_config.json` into `folder`."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import QATConfig
 from .quant_linear import QuantLinear, check_convertible, convert, is_quantlinear
-from .schemes import LayerScheme, get_scheme
+from .schemes import LayerScheme, get_scheme, with_gradient_estimators
 
 DEFAULT_SCHEME = "MXFP8"
 _LINEAR_KEY = "torch.nn.Linear"
@@ -23,6 +23,10 @@ def prepare_qat(
     ignore: Iterable[str] = ("lm_head",),
     weight_scale_rule: str | None = None,
     input_scale_rule: str | None = None,
+    weight_gradient_estimator: str = "ste",
+    input_gradient_estimator: str = "ste",
+    learn_exponent: bool = False,
+    oscillation_damping: float = 0.0,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place.
 
@@ -35,6 +39,10 @@ def prepare_qat(
             covers "model.lm_head".
         weight_scale_rule: "floor", "even", "rceil" or "search" in place of the presets' own, for every scheme.
         input_scale_rule: the same for inputs, which cannot be searched; must be the rule of the engine that will serve.
+        weight_gradient_estimator: "ste" (gradients pass straight through) or "clipped_ste" (not where they saturate).
+        input_gradient_estimator: the same for inputs.
+        learn_exponent: train the block exponents of weights along with them, see gradients.py.
+        oscillation_damping: recorded for the trainer, which pulls weights to their grid by it; nothing in the layers.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -46,12 +54,19 @@ def prepare_qat(
     mapping = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or {nn.Linear: DEFAULT_SCHEME}).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     rules = weight_scale_rule, input_scale_rule
-    schemes = {name: get_scheme(name, *rules) for name in dict.fromkeys(mapping.values())}
+    estimators = weight_gradient_estimator, input_gradient_estimator
+    schemes = {
+        name: with_gradient_estimators(get_scheme(name, *rules), *estimators)
+        for name in dict.fromkeys(mapping.values())
+    }
 
     chosen, left_alone = _choose_layers(model, mapping, ignore)
     for name, (module, _) in chosen.items():
         check_convertible(module, name)
-    replace_with_quant_linear(model, {name: schemes[scheme] for name, (_, scheme) in chosen.items()})
+    if learn_exponent:
+        _check_untied(model, chosen)
+    for name, (module, scheme) in chosen.items():
+        convert(module, schemes[scheme], name, learn_exponent)
 
     model.qat_config = QATConfig(
         mapping=mapping,
@@ -60,6 +75,12 @@ def prepare_qat(
             name: {"weight": scheme.weight.scale_rule, "input": scheme.input.scale_rule}
             for name, scheme in schemes.items()
         },
+        training=_not_default(
+            weight_gradient_estimator=weight_gradient_estimator,
+            input_gradient_estimator=input_gradient_estimator,
+            learn_exponent=learn_exponent,
+            oscillation_damping=oscillation_damping,
+        ),
     )
     _print_summary(model.qat_config, chosen, left_alone)
     return model
@@ -94,6 +115,20 @@ def _layer_format(layer: QuantLinear) -> str | None:
     if weight or input_:
         return f"{layer.scheme.name} {'weight' if weight else 'input'} only"
     return None
+
+
+def _not_default(**settings: str | bool | float) -> dict[str, str | bool | float]:
+    return {name: value for name, value in settings.items() if value not in ("ste", 0)}
+
+
+def _check_untied(model: nn.Module, chosen: dict[str, tuple[nn.Linear, str]]) -> None:
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    for name, (module, _) in chosen.items():
+        if any(module.weight is weight for weight in embeddings):
+            raise ValueError(
+                f"{name} shares its weight with the embedding, for which no exponents can be learned; "
+                f"add {name!r} to `ignore`, or use learn_exponent=False"
+            )
 
 
 def _normalize_key(key: type | str) -> str:
@@ -163,6 +198,8 @@ def _print_summary(config: QATConfig, chosen, left_alone) -> None:
     for reason, count in reasons.items():
         example = next(name for name, why in left_alone.items() if why == reason)
         lines.append(f"  left unquantized: {count} ({reason}), e.g. {example}")
+    for name, value in config.training.items():
+        lines.append(f"  {name}: {value}")
     for pattern in config.ignore:
         if f"ignored by {pattern!r}" not in reasons:
             lines.append(f"  ignore pattern {pattern!r} matched no linear layer")

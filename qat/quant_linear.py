@@ -35,8 +35,9 @@ class QuantLinear(nn.Linear):
         dtype = _compute_dtype(input)
         if self._is_plain_w_and_a():
             output = quantized_linear(
-                input, self.weight, self.bias, self.scheme.input, self.scheme.weight, dtype, self.weight_cache
-            )
+                input, self.weight, self.bias, self.scheme.input, self.scheme.weight, dtype, self.weight_cache,
+                self.weight_quantizer.exponent_offset,
+            )  # fmt: skip
             return self.output_quantizer(output)
         weight = self.weight_quantizer(self.weight.to(dtype))
         output = F.linear(self.input_quantizer(input.to(dtype)), weight, self.bias)
@@ -60,8 +61,10 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def convert(module: nn.Linear, scheme: LayerScheme, name: str = "") -> QuantLinear:
+def convert(module: nn.Linear, scheme: LayerScheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:
     """Turn `module` into a QuantLinear in place: same object, same Parameters.
+
+    With `learn_exponent` its weight quantizer gets a parameter of its own, see `TensorQuantizer`.
 
     Raises:
         TypeError: `module` is no plain nn.Linear.
@@ -72,6 +75,8 @@ def convert(module: nn.Linear, scheme: LayerScheme, name: str = "") -> QuantLine
     module.scheme = scheme
     module.weight_cache = WeightCache()
     module.weight_quantizer = _make_quantizer(scheme.weight)
+    if learn_exponent:
+        module.weight_quantizer.learn_exponents(module.weight.shape, module.weight.device)
     module.input_quantizer = _make_quantizer(scheme.input)
     module.output_quantizer = _make_quantizer(scheme.input, if_quant=False)
     return module
@@ -95,4 +100,6 @@ def is_quantlinear(module: nn.Module) -> bool:
 
 
 def _make_quantizer(spec, if_quant: bool = True) -> TensorQuantizer:
-    return TensorQuantizer(spec.data_type, spec.bits, spec.block_size, spec.sym, if_quant=if_quant)
+    return TensorQuantizer(
+        spec.data_type, spec.bits, spec.block_size, spec.sym, if_quant, gradient_estimator=spec.gradient_estimator
+    )

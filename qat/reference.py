@@ -52,15 +52,54 @@ def fake_quantize(x: torch.Tensor, fmt: MXFormat, rule: str, dtype: torch.dtype 
     return _scale_back(elements, scale_e8m0_biased, dtype or x.dtype)
 
 
+def quantize_to_scale(
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Packed codes of x under given scales (uint8 [..., K / 32]) instead of a rule's; the layout of `quantize`."""
+    elements = round_to_scale(x.to(dtype or x.dtype), scale_e8m0_biased, fmt)
+    return encode(_in_blocks(elements.nan_to_num(0.0)), fmt).flatten(-2)
+
+
+def saturation_mask(
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Which values exceed the largest element of their block: |x| > max_normal * 2^(scale - 127).
+
+    Args:
+        x: [..., K], seen in `dtype`.
+        scale_e8m0_biased: uint8 [..., K / 32]; blocks with the NaN scale have no such values.
+
+    Returns:
+        One bit a value, uint8 [..., K / 8]: value 8 j + i is bit i of byte j.
+    """
+    limit = fmt.max_normal * _power_of_two(scale_e8m0_biased.int() - E8M0_BIAS)
+    saturated = _in_blocks(x.to(dtype or x.dtype).float()).abs() > limit[..., None]
+    bits = saturated.unflatten(-1, (BLOCK_SIZE // 8, 8)) * _bit_values(x.device)
+    return bits.sum(-1, dtype=torch.uint8).flatten(-2)
+
+
+def unpack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Bits uint8 [..., K / 8], as `saturation_mask` packs them -> bool [..., K]."""
+    return (mask[..., None] & _bit_values(mask.device)).bool().flatten(-2)
+
+
+def _bit_values(device: torch.device) -> torch.Tensor:
+    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def _in_blocks(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE))
+
+
 def round_to_scale(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat) -> torch.Tensor:
     """Nearest elements of x [..., K] under given scales (uint8 [..., K / 32]), in scaled units (FP32 [..., K])."""
-    blocks = x.float().unflatten(-1, (-1, BLOCK_SIZE))
+    blocks = _in_blocks(x.float())
     return _round_elements(blocks, scale_e8m0_biased.int(), fmt).flatten(-2)
 
 
 def _quantize_elements(x, fmt, rule, dtype):
     """Elements in scaled units (FP32 [..., K/32, 32]) and biased scales (uint8 [..., K/32])."""
-    blocks = x.to(dtype or x.dtype).float().unflatten(-1, (x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE))
+    blocks = _in_blocks(x.to(dtype or x.dtype).float())
     amax = blocks.abs().amax(-1) if blocks.numel() else blocks.new_zeros(blocks.shape[:-1])
     scale = _shared_exponent(amax, fmt, rule)
     elements = _round_elements(blocks, scale, fmt)

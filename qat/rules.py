@@ -9,8 +9,7 @@ from torch import nn
 from .config import QATConfig
 from .prepare import prepare_qat
 from .quant_linear import is_quantlinear
-from .schemes import INPUT_SCALE_RULES, TensorSpec, with_scale_rule
-from .tensor_quantizer import TensorQuantizer
+from .schemes import INPUT_SCALE_RULES, with_scale_rule
 
 
 def prepare_as_saved(model: nn.Module, config: QATConfig) -> nn.Module:
@@ -35,17 +34,10 @@ def set_scale_rules(model: nn.Module, rules: dict[str, dict[str, str]]) -> None:
         weight = with_scale_rule(weight, chosen.get("weight", weight.scale_rule))
         input_ = with_scale_rule(input_, chosen.get("input", input_.scale_rule), INPUT_SCALE_RULES)
         layer.scheme = replace(layer.scheme, weight=weight, input=input_)
-        layer.weight_quantizer = _requantizer(layer.weight_quantizer, weight)
-        layer.input_quantizer = _requantizer(layer.input_quantizer, input_)
+        layer.weight_quantizer.spec, layer.input_quantizer.spec = weight, input_
 
 
 def set_input_rule(model: nn.Module, rule: str) -> None:
     """Quantize the inputs of all layers under `rule`: what an engine with a rule of its own does."""
     schemes = {layer.scheme.name for layer in filter(is_quantlinear, model.modules())}
     set_scale_rules(model, {scheme: {"input": rule} for scheme in schemes})
-
-
-def _requantizer(old: TensorQuantizer, spec: TensorSpec) -> TensorQuantizer:
-    if spec == old.spec:
-        return old
-    return TensorQuantizer(spec.data_type, spec.bits, spec.block_size, spec.sym, if_quant=old.if_quant)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .bake import check_baked
 from .checkpoint_folder import CONFIG_NAME, CheckpointFolder
 from .config import QATConfig
 from .prepare import prepare_qat
@@ -26,7 +27,7 @@ from .schemes import LayerScheme
 logger = logging.getLogger(__name__)
 
 # Engines fuse these into one matrix, so layers of one group must have one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def prepared_skeleton(
@@ -48,6 +49,7 @@ def prepared_skeleton(
     saved = saved or QATConfig.load(checkpoint.path)
     if scheme is None and saved is None:
         raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
+    check_baked(checkpoint.names, checkpoint.path)
     model = load_skeleton(checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
         if scheme is None:
@@ -111,7 +113,7 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
                 "with transformers, so that its tensors have the model's names"
             )
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
-        for group in _FUSED:
+        for group in FUSED:
             fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
             if len({scheme and scheme.weight for scheme in fused}) > 1:
                 logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from . import ops
+from . import gradients
 from .formats import get_format
 from .packing import encode
 from .reference import round_to_scale
@@ -21,10 +21,12 @@ class TensorQuantizer(nn.Module):
         block_size: values that share a scale, 32 in every MX format.
         sym: MX formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
-        learn_exponent: train the block exponents; not available.
+        learn_exponent: train the block exponents of a weight: the parameter `exponent_offset` (FP32 [N, K / 32], zero
+            at first) is rounded and added to what the scale rule says; see gradients.py. Needs `scale_shape`.
         scale_shape: shape (N, K) of a weight whose E8M0 scales shall be kept in the buffer `scale`
             (uint8 [N, K / block_size], exponent + 127) at every forward pass and saved with the model.
-        device: where that buffer lives.
+        device: where they live.
+        gradient_estimator: "ste" (straight through) or "clipped_ste" (not through values that saturate).
 
     Raises:
         ValueError: an argument has no meaning in MX formats.
@@ -40,19 +42,34 @@ class TensorQuantizer(nn.Module):
         learn_exponent: bool = False,
         scale_shape: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
+        gradient_estimator: str = "ste",
     ) -> None:
         super().__init__()
-        if learn_exponent:
-            raise ValueError("learn_exponent=True is not available: block exponents follow the scale rule; use False")
-        self.spec = TensorSpec(data_type, bits, block_size, sym)
+        if learn_exponent and scale_shape is None:
+            raise ValueError("learn_exponent=True needs the shape of a weight; give scale_shape=(N, K)")
+        self.spec = TensorSpec(data_type, bits, block_size, sym, gradient_estimator)
         self.if_quant = if_quant
-        self.learn_exponent = learn_exponent
         self._enabled = True
+        self.register_parameter("exponent_offset", None)
+        if learn_exponent:
+            self.learn_exponents(scale_shape, device)
         scale = None
         if scale_shape is not None:
             rows, columns = scale_shape
             scale = torch.zeros(rows, columns // block_size, dtype=torch.uint8, device=device)
         self.register_buffer("scale", scale)
+
+    def learn_exponents(self, shape: tuple[int, int], device: torch.device | str | None = None) -> None:
+        """From now on train the block exponents of a weight of this shape (N, K)."""
+        rows, columns = shape
+        self.exponent_offset = nn.Parameter(
+            torch.zeros(rows, columns // self.block_size, dtype=torch.float32, device=device)
+        )
+
+    @property
+    def learn_exponent(self) -> bool:
+        """Whether block exponents are trained."""
+        return self.exponent_offset is not None
 
     @property
     def data_type(self) -> str:
@@ -88,9 +105,9 @@ class TensorQuantizer(nn.Module):
         if not self.is_enabled:
             return x
         if self.scale is not None:
-            _, scale_e8m0_biased = ops.quantize(x.detach(), self.spec.format_name, self.spec.scale_rule, x.dtype)
+            _, scale_e8m0_biased = gradients.quantize(x.detach(), self.spec, x.dtype, self.exponent_offset)
             self.scale.copy_(scale_e8m0_biased.view_as(self.scale))
-        return ops.fake_quantize(x, self.spec.format_name, self.spec.scale_rule, x.dtype)
+        return gradients.fake_quantize(x, self.spec, x.dtype, self.exponent_offset)
 
     def weight_pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight on the grid of `scale` -> the bytes that engines load.
@@ -115,4 +132,5 @@ class TensorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         if not self.is_enabled:
             return "disabled"
-        return f"{self.spec.format_name}, rule={self.spec.scale_rule}, block_size={self.block_size}"
+        learned = ", learned exponents" if self.learn_exponent else ""
+        return f"{self.spec.format_name}, rule={self.spec.scale_rule}, block_size={self.block_size}{learned}"

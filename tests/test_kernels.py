@@ -58,7 +58,7 @@ def hard_blocks(dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_equals_reference(backend, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
-    """All three functions, on the CPU or on x's GPU."""
+    """All functions, on the CPU or on x's GPU."""
     host = x.cpu()
     assert_same_bits(backend.fake_quantize(x, fmt, rule, dtype), reference.fake_quantize(host, fmt, rule, dtype))
     packed, scale = backend.quantize(x, fmt, rule, dtype)
@@ -67,6 +67,17 @@ def assert_equals_reference(backend, x: torch.Tensor, fmt, rule: str, dtype: tor
     assert_same_bits(scale, expected_scale)
     back = backend.dequantize(packed, scale, fmt, dtype or x.dtype)
     assert_same_bits(back, reference.dequantize(expected_packed, expected_scale, fmt, dtype or x.dtype))
+    assert_equals_reference_under_scales(backend, x, expected_scale, fmt, dtype)
+
+
+def assert_equals_reference_under_scales(backend, x: torch.Tensor, scale, fmt, dtype: torch.dtype | None) -> None:
+    """Codes and saturation under the rule's own scales and under others, from far too small to far too large."""
+    offsets = torch.randint(-12, 5, scale.shape, generator=torch.Generator().manual_seed(3))
+    for offset in (0, offsets):
+        scales = torch.where(scale == 255, 255, (scale.int() + offset).clamp(0, 254)).to(torch.uint8)
+        for name in ("quantize_to_scale", "saturation_mask"):
+            actual = getattr(backend, name)(x, scales.to(x.device), fmt, dtype)
+            assert_same_bits(actual, getattr(reference, name)(x.cpu(), scales, fmt, dtype))
 
 
 @needs_cpu_kernels
@@ -145,6 +156,8 @@ def test_what_the_kernels_cannot_take_is_an_error_that_names_it(x, dtype, messag
 def test_scales_that_do_not_fit_the_codes_are_an_error():
     with pytest.raises(ValueError, match="need"):
         cpu.dequantize(torch.zeros(2, 16).byte(), torch.zeros(2, 2).byte(), MXFP4, torch.float32)
+    with pytest.raises(ValueError, match="need \\(2, 1\\)"):
+        cpu.saturation_mask(torch.zeros(2, 32), torch.zeros(2, 2).byte(), MXFP4)
 
 
 @pytest.fixture

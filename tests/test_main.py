@@ -75,6 +75,26 @@ def test_perplexity_reaches_tensorboard(workspace, bf16_stage):
     assert values == [pytest.approx(bf16_stage["eval_perplexity"], rel=1e-6)]
 
 
+def test_quantization_figures_reach_tensorboard_and_the_settings_that_shaped_training_the_config(workspace, bf16_stage):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--oscillation_damping", "0.02", "--input_gradient_estimator", "clipped_ste", "--report_to", "tensorboard")
+    run(workspace, "figures", *TRAIN, "--quant_scheme", "MXFP4", *flags, model="bf16")
+    event_files = sorted((workspace / "figures").rglob("events.out.tfevents*"))
+    events = EventAccumulator(str(event_files[0]))  # of the training; evaluation writes another
+    events.Reload()
+    kinds = ("flips", "oscillation", "saturation_weights", "saturation_inputs")
+    for tag in (f"train/{kind}/{group}" for kind in kinds for group in ("attention", "mlp")):
+        values = [event.value for event in events.Scalars(tag)]
+        assert len(values) == 4 and all(0 <= value <= 1 for value in values), tag
+    assert events.Scalars("train/flips/mlp")[0].value > 0
+    history = json.loads((workspace / "figures" / "trainer_state.json").read_text())["log_history"]
+    assert "oscillation/mlp" in history[0]
+    assert QATConfig.load(workspace / "figures").training == {
+        "input_gradient_estimator": "clipped_ste", "oscillation_damping": 0.02,
+    }  # fmt: skip
+
+
 def test_ptq_evaluation_overwrites_nothing_and_quantizes(workspace, bf16_stage):
     before = {p: p.read_bytes() for p in (workspace / "bf16").rglob("*") if p.is_file()}
     ptq = run(workspace, "bf16", "--quant_scheme", "MXFP4", "--do_eval", "True", model="bf16")
@@ -122,6 +142,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(workspace, monkeypatch, sc
     logs = [json.loads((workspace / f / "trainer_state.json").read_text()) for f in (f"whole{name}", name)]
     losses = [{e["step"]: e["loss"] for e in log["log_history"] if "loss" in e} for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_smoothing_changes_what_is_quantized_but_not_the_model(workspace, bf16_stage):
+    mxfp8 = ("--do_eval", "True", "--quant_scheme", "MXFP8")
+    plain, smoothed = (run(workspace, "smooth", *mxfp8, *f, model="bf16") for f in ((), ("--smooth_alpha", "0.7")))
+    assert plain["eval_loss"] != smoothed["eval_loss"] == pytest.approx(bf16_stage["eval_loss"], rel=0.02)
+    with pytest.raises(ValueError, match="--smooth_alpha needs a model to quantize"):
+        run(workspace, "smooth", "--do_eval", "True", "--smooth_alpha", "0.7", model="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +201,11 @@ def test_a_single_file_of_arguments_works(workspace, suffix):
         (("--quant_scheme", "MXFP5"), "--quant_scheme 'MXFP5' is unknown; choose one of MXFP4, MXFP8"),
         (("--model_max_length", "1"), "--model_max_length 1"),
         (("--weight_scale_rule", "even"), "need --quant_scheme"),
+        (("--quant_mapping", "none.json"), "mapping file 'none.json' cannot be read"),
+        (("--quant_scheme", "MXFP4", "--quant_mapping", "m.json"), "give either it or --quant_scheme"),
+        (("--weight_gradient_estimator", "hard"), "invalid choice: 'hard'"),
+        (("--exponent_learning_rate", "0"), "--exponent_learning_rate 0"),
+        (("--oscillation_damping", "2"), "--oscillation_damping 2"),
         (("--quant_scheme", "MXFP4", "--input_scale_rule", "search"), "--input_scale_rule 'search'"),
         (("--distill_temperature", "0"), "--distill_temperature 0"),
         (("--distill_ce_weight", "2"), "--distill_ce_weight 2"),

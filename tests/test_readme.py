@@ -72,6 +72,32 @@ def test_the_flags_of_a_stage_script_parse_and_can_be_overridden(script, tmp_pat
     assert (training.max_steps, training.num_train_epochs)[script == "finetune_bf16.sh"] in (1000, 2.0)
 
 
+def test_the_progressive_script_trains_in_mxfp8_first_and_goes_on_in_mxfp4_from_there(tmp_path):
+    stub = tmp_path / "accelerate"
+    stub.write_text('#!/usr/bin/env bash\n{ printf "%s\\t" "$@"; echo; } >>"$RECORD"\n')
+    stub.chmod(0o755)
+    record = tmp_path / "record"
+    settings = {
+        "MODEL": "some/model",
+        "OUTPUT_DIR": "out",
+        "FIRST_STEPS": "7",
+        "DISTILL": "True",
+        "RECORD": str(record),
+    }
+    command = ["bash", str(ROOT / "scripts" / "qat_progressive.sh"), "--learning_rate", "3e-6"]
+    subprocess.run(command, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"} | settings, check=True)
+    stages = []
+    for line in record.read_text().splitlines():
+        words = line.split("\t")[:-1]
+        stages.append(main.parse_arguments(words[words.index("main.py") + 1 :]))
+    models, training, _, quantization, distillation = zip(*stages, strict=True)
+    assert [m.model_name_or_path for m in models] == ["some/model", "out/MXFP8"]
+    assert [t.output_dir for t in training] == ["out/MXFP8", "out/MXFP4"]
+    assert [(t.max_steps, t.learning_rate) for t in training] == [(7, 3e-6), (1000, 3e-6)]
+    assert [q.quant_scheme for q in quantization] == ["MXFP8", "MXFP4"]
+    assert [d.teacher_model_name_or_path for d in distillation] == ["some/model"] * 2
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_config").glob("*.yaml")), ids=lambda p: p.name)
 def test_accelerate_configurations_are_accepted_by_accelerate(path):
     from accelerate.commands.config.config_args import load_config_from_file

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat import QATConfig
+from qat.bake import check_baked
+from qat.checkpoint_folder import CheckpointFolder
 from qat.unpack import is_packed, load_packed
 
 from .arguments import ModelArguments
@@ -25,6 +29,7 @@ def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
     kwargs = {"cache_dir": cache_dir, "dtype": "auto"}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
+    _check_finished(model_args.model_name_or_path)
     if model_args.gguf_file is None and is_packed(model_args.model_name_or_path):
         model = load_packed(model_args.model_name_or_path)
     else:
@@ -69,6 +74,13 @@ def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
             f"{getattr(model, 'quantization_method', None)}; training starts from BF16 weights, or from a local folder "
             "packed in MXFP4 or MXFP8 by compressed-tensors or AutoRound (download a hub model first)"
         )
+
+
+def _check_finished(folder: str) -> None:
+    """Refuse a checkpoint to resume from whose learned exponents are not in its weights yet."""
+    config = QATConfig.load(folder) if Path(folder).is_dir() else None
+    if config is not None and config.training.get("learn_exponent"):
+        check_baked(CheckpointFolder.open(folder).names, folder)
 
 
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):

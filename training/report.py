@@ -8,6 +8,7 @@ share a panel: `loss` and `eval_loss` (where both are cross-entropies), `saturat
 from __future__ import annotations
 
 import math
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 _NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is no scalar of its time
@@ -50,7 +51,7 @@ def collect_curves(log_history: list[dict]) -> Curves:
     return {name: sorted(points.items()) for name, points in found.items()}
 
 
-def run_settings(trainer, **groups) -> dict[str, object]:
+def run_settings(trainer, *groups) -> dict[str, object]:
     """What the report says of a run: its scheme and rules, and the arguments that differ from their defaults.
 
     Args:
@@ -58,9 +59,9 @@ def run_settings(trainer, **groups) -> dict[str, object]:
     """
     args, config = trainer.args, getattr(trainer.accelerator.unwrap_model(trainer.model), "qat_config", None)
     settings: dict[str, object] = {}
-    for group in groups.values():
-        defaults = {name: f.default for name, f in group.__dataclass_fields__.items()}
-        settings |= {k: getattr(group, k) for k, v in defaults.items() if getattr(group, k) != v}
+    for group in groups:
+        given = {f.name: getattr(group, f.name) for f in fields(group) if f.default is not MISSING}
+        settings |= {f.name: given[f.name] for f in fields(group) if f.name in given and given[f.name] != f.default}
     for scheme, rules in (config.scale_rules if config else {}).items():
         settings[f"scale rules of {scheme}"] = f"weights {rules['weight']}, inputs {rules['input']}"
     settings["quantization"] = config.summary if config else "none"

@@ -22,10 +22,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.formatting import IGNORE_INDEX
+from qat.bake import bake_exponents, baked_config
 
 from .chunked_loss import attach, chunked_loss
+from .damping import OscillationDamping
 from .distillation import HiddenRows, Objective, SampledRows, labelled_rows
+from .exponents import separate_exponents
 from .metrics import loss_over_tokens, sum_by_sample
+from .monitor import QuantizationMonitor
 from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
 
 
@@ -44,6 +48,8 @@ class QATTrainer(Trainer):
         teacher: PreTrainedModel | CachedTeacher | str | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
+        exponent_learning_rate: float = 1e-2,
+        log_quantization: bool = False,
         **kwargs,
     ) -> None:
         self._own_metrics = kwargs.get("compute_metrics") is None
@@ -52,9 +58,29 @@ class QATTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._keep_masters = False
         self._labelled_tokens = 0
+        self.exponent_learning_rate = exponent_learning_rate
+        self.monitor: QuantizationMonitor | None = None
+        if getattr(self.model, "qat_config", None) is not None:
+            self._watch_quantization(self.model, log_quantization)
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
         self.head = self._attach_head()
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+
+    def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        if damping := model.qat_config.training.get("oscillation_damping", 0.0):
+            self.add_callback(OscillationDamping(model, damping, dtype))
+        if log_quantization:
+            self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
+            self.add_callback(self.monitor)
+
+    def create_optimizer(self, model=None):
+        """Trainer's own optimizer, with learned exponents in a group of their own."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created:
+            separate_exponents(optimizer, self.model if model is None else model, self.exponent_learning_rate)
+        return optimizer
 
     def _attach_head(self):
         """The model's head, taught to compute losses; None where a batch's logits are needed after all."""
@@ -95,11 +121,13 @@ class QATTrainer(Trainer):
             )
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Trainer's own, with the labelled tokens so far beside the training loss."""
-        if "loss" in logs and self._labelled_tokens:
-            logs["labelled_tokens"] = round(float(self._labelled_tokens))
-        super().log(logs, *args, **kwargs)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the labelled tokens so far and the figures of quantization beside each training loss."""
+        if "loss" in logs:
+            tokens = {"labelled_tokens": round(float(self._labelled_tokens))} if self._labelled_tokens else {}
+            figures = self.monitor.metrics() if self.monitor is not None else {}
+            logs = {**logs, **tokens, **figures}
+        super().log(logs, start_time)
 
     # ---- Losses ----
 
@@ -218,14 +246,16 @@ class QATTrainer(Trainer):
         output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
         if not self._keep_masters:
-            state_dict = _in_original_dtypes(model, model.state_dict() if state_dict is None else state_dict)
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = bake_exponents(model, state_dict, getattr(model, "original_dtypes", {}))
+            state_dict = _in_original_dtypes(model, state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         if not self._keep_masters:
             _write_dtype(model, Path(output_dir))
         if (qat_config := getattr(model, "qat_config", None)) is not None:
-            qat_config.save(output_dir)
+            (qat_config if self._keep_masters else baked_config(qat_config)).save(output_dir)
 
 
 def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:

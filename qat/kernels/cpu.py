@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats import BLOCK_SIZE, MXFormat, mantissa_threshold
+from ..formats import BLOCK_SIZE, MXFormat, check_scale_shape, mantissa_threshold
 
 SWITCH = "MX_QAT_CPU_KERNELS"
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
@@ -126,6 +126,34 @@ def dequantize(
     return out
 
 
+def quantize_to_scale(
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Codes of x under given scales; same bytes as `reference.quantize_to_scale` where NaN has the NaN scale."""
+    return _under_scale("mx_quantize_to_scale", x, scale_e8m0_biased, fmt, dtype, x.shape[-1] * fmt.bits // 8)
+
+
+def saturation_mask(
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Bits of the values that saturate, uint8 [..., K / 8]; same bytes as `reference.saturation_mask`."""
+    return _under_scale("mx_saturation", x, scale_e8m0_biased, fmt, dtype, x.shape[-1] // 8)
+
+
+def _under_scale(verb: str, x, scale_e8m0_biased, fmt: MXFormat, dtype, columns: int) -> torch.Tensor:
+    """A function of x and given scales, uint8 [..., columns]."""
+    x, dtype = _prepare(x, dtype)
+    _check_tensor(scale_e8m0_biased, (torch.uint8,))
+    check_scale_shape(x, scale_e8m0_biased)
+    scale_e8m0_biased = scale_e8m0_biased.contiguous()
+    out = _empty((*x.shape[:-1], columns), torch.uint8)
+    run = _function(verb, x.dtype, dtype)
+    if blocks := scale_e8m0_biased.numel():
+        pointers = x.data_ptr(), scale_e8m0_biased.data_ptr(), out.data_ptr()
+        run(*pointers, blocks, _format(fmt, "floor"), torch.get_num_threads())
+    return out
+
+
 def _prepare(x: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
     """x checked and contiguous, in its own dtype where the library views it as `dtype` in the same pass."""
     dtype = dtype or x.dtype
@@ -176,7 +204,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 def _function(verb: str, *dtypes: torch.dtype) -> Callable[..., None]:
     """One of the library's functions, called with pointers as int; other Python threads run meanwhile."""
     function = getattr(_loaded(), "_".join([verb, *(_NAMES[dtype] for dtype in dtypes)]))
-    pointers = {"mx_fake_quantize": 2, "mx_quantize": 3, "mx_dequantize": 3}[verb]
+    pointers = 2 if verb == "mx_fake_quantize" else 3
     function.argtypes = [*[ctypes.c_void_p] * pointers, ctypes.c_int64, ctypes.POINTER(_Format), ctypes.c_int]
     function.restype = None
     return function

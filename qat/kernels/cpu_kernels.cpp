@@ -372,6 +372,44 @@ void quantize_range(const typename Stored::Word* x, uint8_t* packed, uint8_t* sc
     }
 }
 
+// Codes under given scales. Here elements may exceed the largest one by far, so they are cut off before rounding.
+template <class Stored, class View, int kBits>
+void quantize_to_scale_range(const typename Stored::Word* x, const uint8_t* scales, uint8_t* packed, int64_t blocks,
+                             Grid grid) {
+    const float max_normal = as_float(grid.max_bits);
+    for (int64_t block = 0; block < blocks; ++block, x += kBlock, packed += kBlock * kBits / 8) {
+        float values[kBlock];
+        read_values<Stored, View>(x, values);
+        // 2^-127, for the largest scale of all, which no rule gives, is subnormal.
+        const float to_scaled = scales[block] == 254 ? scale_value(0) : to_scaled_units(scales[block]);
+        const uint32_t keep = scales[block] == kScaleNaN ? 0 : ~0u;
+        auto* pairs = reinterpret_cast<typename CodePair<kBits>::Word*>(packed);
+        uint32_t codes[kBlock];
+        for (int i = 0; i < kBlock; ++i) {
+            float scaled = max_of(min_of(values[i] * to_scaled, max_normal), -max_normal);
+            codes[i] = round_to_code<kBits>(scaled, grid);
+        }
+        KEEP_LOOP for (int i = 0; i < kHalf; ++i) pairs[i] = (codes[i] | codes[kHalf + i] << kBits) & keep;
+    }
+}
+
+// One bit for each value: whether its magnitude exceeds the block's largest element (comparing with NaN says no).
+template <class Stored, class View>
+void saturation_range(const typename Stored::Word* x, const uint8_t* scales, uint8_t* mask, int64_t blocks, Grid grid) {
+    for (int64_t block = 0; block < blocks; ++block, x += kBlock, mask += kBlock / 8) {
+        float values[kBlock];
+        read_values<Stored, View>(x, values);
+        const float limit = as_float(grid.max_bits) * scale_value(scales[block]);
+        uint32_t bits = 0;
+        for (int i = 0; i < kHalf; ++i) {
+            uint32_t even = as_float(as_bits(values[i]) & kMagnitude) > limit;
+            uint32_t odd = as_float(as_bits(values[kHalf + i]) & kMagnitude) > limit;
+            bits |= (even | odd << 1) << 2 * i;
+        }
+        for (int i = 0; i < kBlock / 8; ++i) mask[i] = static_cast<uint8_t>(bits >> 8 * i);
+    }
+}
+
 // (Nibbles become bytes a tile at a time, because 16 bytes fill only half a SIMD register.)
 template <class View, int kBits>
 void dequantize_range(const uint8_t* packed, const uint8_t* scales, typename View::Word* y, int64_t blocks, Grid grid) {
@@ -446,6 +484,28 @@ void quantize(const void* x, uint8_t* packed, uint8_t* scales, int64_t blocks, c
     run(x, packed, scales, blocks, format, threads);
 }
 
+template <class Stored, class View>
+void quantize_to_scale(const void* x_in, const uint8_t* scales, uint8_t* packed, int64_t blocks, const MxFormat& format,
+                       int threads) {
+    const auto* x = static_cast<const typename Stored::Word*>(x_in);
+    const Grid grid(format);
+    const auto range =
+        format.bits == 4 ? quantize_to_scale_range<Stored, View, 4> : quantize_to_scale_range<Stored, View, 8>;
+    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
+        range(x + first * kBlock, scales + first, packed + first * kBlock * format.bits / 8, count, grid);
+    });
+}
+
+template <class Stored, class View>
+void saturation(const void* x_in, const uint8_t* scales, uint8_t* mask, int64_t blocks, const MxFormat& format,
+                int threads) {
+    const auto* x = static_cast<const typename Stored::Word*>(x_in);
+    const Grid grid(format);
+    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
+        saturation_range<Stored, View>(x + first * kBlock, scales + first, mask + first * kBlock / 8, count, grid);
+    });
+}
+
 template <class View, int kBits>
 void dequantize(const uint8_t* packed, const uint8_t* scales, void* y_out, int64_t blocks, const MxFormat& format,
                 int threads) {
@@ -475,6 +535,14 @@ void dequantize(const uint8_t* packed, const uint8_t* scales, void* y, int64_t b
     extern "C" void mx_quantize_##name(const void* x, uint8_t* packed, uint8_t* scales, int64_t blocks,              \
                                        const MxFormat* format, int threads) {                                        \
         quantize<Stored, View>(x, packed, scales, blocks, *format, threads);                                         \
+    }                                                                                                                \
+    extern "C" void mx_quantize_to_scale_##name(const void* x, const uint8_t* scales, uint8_t* packed,               \
+                                                int64_t blocks, const MxFormat* format, int threads) {               \
+        quantize_to_scale<Stored, View>(x, scales, packed, blocks, *format, threads);                                \
+    }                                                                                                                \
+    extern "C" void mx_saturation_##name(const void* x, const uint8_t* scales, uint8_t* mask, int64_t blocks,        \
+                                         const MxFormat* format, int threads) {                                      \
+        saturation<Stored, View>(x, scales, mask, blocks, *format, threads);                                         \
     }
 
 #define MX_DEFINE_DEQUANTIZE(name, View)                                                                             \

@@ -21,7 +21,7 @@ import os
 
 import torch
 
-from ..formats import BLOCK_SIZE, MXFormat, mantissa_threshold
+from ..formats import BLOCK_SIZE, MXFormat, check_scale_shape, mantissa_threshold
 
 try:
     import triton
@@ -30,7 +30,7 @@ except ImportError:
     triton = None
 
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200 (see gpu.py).
-_TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1)}
+_TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "under_scale": (64, 1)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -97,6 +97,37 @@ def dequantize(
     options |= {"BIAS_FACTOR": 2.0 ** (126 + fmt.emin), "VIEW": _triton_dtype(dtype)}
     _launch("dequantize", _dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
+
+
+def quantize_to_scale(
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Codes of x under given scales; same bytes as `reference.quantize_to_scale` where NaN has the NaN scale."""
+    x, dtype, scale = _prepare_under_scale(x, scale_e8m0_biased, dtype)
+    packed = torch.empty((*x.shape[:-1], x.shape[-1] * fmt.bits // 8), dtype=torch.uint8, device=x.device)
+    options = {"EMIN": fmt.emin, "MANTISSA_BITS": fmt.mantissa_bits, "MAX_NORMAL": fmt.max_normal}
+    options |= {"BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "VIEW": _triton_dtype(dtype)}
+    tensors = (x, scale, packed.view(torch.int32))
+    _launch("under_scale", _quantize_to_scale_kernel, tensors, scale.numel(), options)
+    return packed
+
+
+def saturation_mask(
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Bits of the values that saturate, uint8 [..., K / 8]; same bytes as `reference.saturation_mask`."""
+    x, dtype, scale = _prepare_under_scale(x, scale_e8m0_biased, dtype)
+    mask = torch.empty((*x.shape[:-1], x.shape[-1] // 8), dtype=torch.uint8, device=x.device)
+    options = {"MAX_NORMAL": fmt.max_normal, "VIEW": _triton_dtype(dtype)}
+    _launch("under_scale", _saturation_kernel, (x, scale, mask.view(torch.int32)), scale.numel(), options)
+    return mask
+
+
+def _prepare_under_scale(x, scale_e8m0_biased, dtype):
+    x, dtype = _prepare(x, dtype)
+    _check_tensor(scale_e8m0_biased, (torch.uint8,))
+    check_scale_shape(x, scale_e8m0_biased)
+    return x, dtype, scale_e8m0_biased.contiguous()
 
 
 def _prepare(x: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:
@@ -307,6 +338,15 @@ def _find_scale(
 
 
 @_jit
+def _store_codes(packed_ptr, codes, scale_code, rows, exists, ROWS: tl.constexpr, BITS: tl.constexpr):
+    codes = tl.where(scale_code[:, None] == 255, 0, codes)
+    # Four bytes at a time: the codes of a word lie in one thread, so putting them together moves no data.
+    in_word: tl.constexpr = 32 // BITS
+    words = tl.sum(tl.reshape(codes, (ROWS, BITS, in_word)) << (tl.arange(0, in_word) * BITS)[None, None, :], axis=2)
+    tl.store(packed_ptr + _offsets(rows, BITS), words, mask=exists[:, None])
+
+
+@_jit
 def _fake_quantize_kernel(
     x_ptr,
     out_ptr,
@@ -354,11 +394,46 @@ def _quantize_kernel(
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
     codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
-    codes = tl.where(code[:, None] == 255, 0, codes)
-    # Four bytes at a time: the codes of a word lie in one thread, so putting them together moves no data.
-    in_word: tl.constexpr = 32 // BITS
-    words = tl.sum(tl.reshape(codes, (ROWS, BITS, in_word)) << (tl.arange(0, in_word) * BITS)[None, None, :], axis=2)
-    tl.store(packed_ptr + _offsets(rows, BITS), words, mask=exists[:, None])
+    _store_codes(packed_ptr, codes, code, rows, exists, ROWS, BITS)
+
+
+@_jit
+def _quantize_to_scale_kernel(
+    x_ptr,
+    scale_ptr,
+    packed_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    EMIN: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MAX_NORMAL: tl.constexpr,
+    BITS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    VIEW: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
+    x = _to_fp32(_to_view(x, VIEW))
+    code = tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)
+    # Elements may exceed the largest one by far here, so they are cut off before rounding. 2^-127, for the largest
+    # scale of all, which no rule gives, is subnormal.
+    to_scaled = tl.where(code == 254, _scale_value(code * 0), _to_scaled_units(code))
+    scaled = x * to_scaled[:, None]
+    scaled = tl.minimum(tl.maximum(scaled, -MAX_NORMAL), MAX_NORMAL)
+    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_CODE)
+    _store_codes(packed_ptr, codes, code, rows, exists, ROWS, BITS)
+
+
+@_jit
+def _saturation_kernel(
+    x_ptr, scale_ptr, mask_ptr, blocks, ROWS: tl.constexpr, MAX_NORMAL: tl.constexpr, VIEW: tl.constexpr
+):
+    rows, exists = _tile(blocks, ROWS)
+    x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
+    x = _to_fp32(_to_view(x, VIEW))
+    limit = _scale_value(tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)) * MAX_NORMAL
+    saturated = (tl.abs(x) > limit[:, None]).to(tl.int32)  # false for the NaN scale
+    tl.store(mask_ptr + rows, tl.sum(saturated << tl.arange(0, 32)[None, :], axis=1), mask=exists)
 
 
 @_jit
