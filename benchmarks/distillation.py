@@ -34,7 +34,7 @@ from training.chunked_loss import attach, find_head  # noqa: E402
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
-from training.sampling import CacheSettings, as_rows, bytes_of_a_token, sample_rows  # noqa: E402
+from training.sampled_tokens import CacheSettings, as_rows, bytes_of_a_token, sample_rows  # noqa: E402
 from training.teachers import FrozenTeacher, SelfTeacher  # noqa: E402
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: tensors of 128 KiB and more are mapped one by one

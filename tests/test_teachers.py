@@ -19,7 +19,7 @@ from training.arguments import DistillationArguments, TrainingArguments
 from training.distillation import forward_kl, labelled_rows
 from training.loading import load_teacher
 from training.sample_keys import samples_of
-from training.sampling import CacheSettings, as_rows, sample_rows
+from training.sampled_tokens import CacheSettings, as_rows, sample_rows
 from training.teacher_cache import TeacherCache
 from training.teachers import FrozenTeacher, make_cached_teacher
 from training.trainer import QATTrainer

@@ -21,7 +21,7 @@ from qat.mapping import DEFAULT_IGNORE, load_mapping
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
 
-from .sampling import CacheSettings
+from .sampled_tokens import CacheSettings
 from .teachers import TEACHERS
 
 

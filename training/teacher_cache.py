@@ -1,6 +1,6 @@
 """A teacher's distributions, computed once and kept as a few numbers for each token: training without the teacher.
 
-What is kept is a sample of each distribution (sampling.py).
+What is kept is a sample of each distribution (sampled_tokens.py).
 
 Entries are found by content: the tokens and labels of a sample are its key. So neither the order of samples nor
 packing, padding or resuming matters, and an entry cannot belong to other data. The folder's name is a fingerprint of
@@ -27,7 +27,7 @@ from data.formatting import IGNORE_INDEX
 
 from .distillation import HiddenRows, SampledRows, chunks
 from .sample_keys import Sample, samples_of
-from .sampling import CacheSettings, as_rows, columns, sample_rows
+from .sampled_tokens import CacheSettings, as_rows, columns, sample_rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def build_cache(
     samples = {}
     for index in tqdm(range(len(dataset)), desc=f"keys of {what}", disable=len(dataset) < 10_000):
         samples.update((sample.key, sample) for sample in samples_of(dataset[index]))
-    files = [Path(__file__).with_name(name) for name in ("teacher_cache.py", "sample_keys.py", "sampling.py")]
+    files = [Path(__file__).with_name(name) for name in ("teacher_cache.py", "sample_keys.py", "sampled_tokens.py")]
     code = hashlib.blake2b(b"".join(path.read_bytes() for path in files)).hexdigest()
     keys = hashlib.blake2b(b"".join(sorted(samples))).hexdigest()
     parts = {"teacher": digest, "keys": keys, "teacher_cache": code, **asdict(settings)}

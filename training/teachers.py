@@ -25,7 +25,7 @@ from qat.quant_linear import is_quantlinear
 from .chunked_loss import Head, Rows, UnknownHead, find_head, head_with
 from .distillation import HiddenRows, labelled_rows
 from .sample_keys import weights_digest
-from .sampling import CacheSettings
+from .sampled_tokens import CacheSettings
 from .teacher_cache import CachedTeacher, build_cache
 
 logger = logging.getLogger(__name__)
