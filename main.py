@@ -30,12 +30,15 @@ from training.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from training.atomic import prepare_output
 from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
 from training.report import run_settings, write_report
+from training.safeguards import INTERRUPTED
 from training.teachers import make_cached_teacher
+from training.writers import Writers
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")
@@ -52,19 +55,25 @@ def main(argv: list[str] | None = None) -> None:
         use_fast_bfloat16()
         logger.info("This CPU has no BF16 instructions: BF16 products are computed with its FP32 ones.")
 
+    if not training_args.do_train:
+        training_args.output_dir = unused_folder(training_args.output_dir)
+    writers = Writers.of(training_args)
+    prepare_output(training_args.output_dir, writers)
+
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
     teacher = None
     if distill_args.distill_teacher == "self":
         teacher = "self"
     elif distill_args.distill:
-        teacher = load_teacher(model, distill_args.teacher_model_name_or_path, training_args.cache_dir)
+        teacher = load_teacher(
+            model, distill_args.teacher_model_name_or_path, training_args.cache_dir, model_args.trust_remote_code
+        )
     quantize(model, model_args, quant_args)
     checkpoint = None
     if training_args.do_train:
-        checkpoint = find_checkpoint(
-            training_args.output_dir, training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
-        )
+        wanted, qat_config = training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
+        checkpoint = find_checkpoint(training_args.output_dir, wanted, qat_config, writers)
 
     # One process builds the cache and the others wait for its lock, without a barrier that could time out.
     data_module = make_supervised_data_module(
@@ -81,8 +90,6 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("--smooth_alpha needs a model to quantize: give --quant_scheme")
         smooth_with_data(model, data_module, quant_args.smooth_alpha, training_args.device)
 
-    if not training_args.do_train:
-        training_args.output_dir = unused_folder(training_args.output_dir)
     trainer = QATTrainer(
         model=model,
         processing_class=tokenizer,
@@ -92,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         distill_ce_weight=distill_args.distill_ce_weight,
         exponent_learning_rate=quant_args.exponent_learning_rate,
         log_quantization=quant_args.log_quantization,
+        data_settings=vars(data_args),
+        learning_settings=vars(distill_args) | vars(quant_args),
         **data_module,
     )
 
@@ -99,6 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint is not None:
             logger.info("Resuming from %s", checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.was_interrupted:
+            logger.warning("SIGTERM: saved at step %d; the same command goes on from there", trainer.state.global_step)
+            sys.exit(INTERRUPTED)
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
 

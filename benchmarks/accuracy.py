@@ -12,14 +12,16 @@ rounding costs: (ln FLOOR - ln row) / (ln FLOOR - ln BF16).
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -28,8 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
+from benchmarks.accuracy_rows import ROWS, Row  # noqa: E402
+from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from training.arguments import ModelArguments, TrainingArguments  # noqa: E402
+from training.calibration import smooth_with_data  # noqa: E402
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
@@ -40,89 +45,6 @@ from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",
                     "regex", "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers")  # fmt: skip
 LENGTH, BATCH = 256, 4
-
-
-@dataclass
-class Row:
-    """One line of the table: how the model is quantized and trained."""
-
-    title: str
-    scheme: str | None = "MXFP4"
-    weights: str = "floor"
-    inputs: str = "floor"
-    steps: int = 0
-    lr: float = 0.0
-    distill: bool = False
-    seed: int = 2
-    train: dict = field(default_factory=dict)
-    distill_options: dict = field(default_factory=dict)
-    prepare_options: dict = field(default_factory=dict)
-    trainer_options: dict = field(default_factory=dict)
-    first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
-    bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
-
-
-def default(title: str, **changes) -> Row:
-    """Our recipe, with changes."""
-    settings = {"weights": "search", "inputs": "even", "steps": 150, "lr": 4e-4, "distill": True, **changes}
-    return Row(title, **settings)
-
-
-ROWS: dict[str, Row] = {"bf16": Row("BF16", scheme=None)}
-for _scheme in ("MXFP4", "MXFP8"):
-    for _weights, _inputs in (("floor", "floor"), ("even", "even"), ("rceil", "rceil"), ("search", "even"),
-                              ("search", "rceil")):  # fmt: skip
-        ROWS[f"{_scheme}-{_weights}-{_inputs}"] = Row(
-            f"{_scheme} untrained, weights {_weights}, inputs {_inputs}", _scheme, _weights, _inputs
-        )
-ROWS |= {
-    "inc": Row("cross-entropy, FLOOR, lr 1e-5 (the reference's recipe)", steps=150, lr=1e-5),
-    "ce": Row("cross-entropy, FLOOR, lr 5e-5", steps=150, lr=5e-5),
-    "ce-default": default("cross-entropy instead of distillation", distill=False),
-    "default": default("default: distillation, searched weights, EVEN inputs, lr 4e-4"),
-    "default-rceil": default("default with RCEIL inputs", inputs="rceil"),
-    "default-floor-weights": default("default with FLOOR weights", weights="floor"),
-    "default-even-weights": default("default with EVEN weights", weights="even"),
-    "default-600": default("default, 600 steps", steps=600),
-    "mxfp8-default-50": default("MXFP8, default, 50 steps", scheme="MXFP8", steps=50, lr=1e-4),
-}
-for _lr in ("1e-4", "2e-4", "8e-4", "1.6e-3"):
-    ROWS[f"default-lr-{_lr}"] = default(f"default, lr {_lr}", lr=float(_lr))
-ROWS |= {
-    "default-cosine": default("default, cosine schedule", train={"lr_scheduler_type": "cosine"}),
-    "default-warmup": default("default, 10 % warm-up", train={"warmup_steps": 0.1}),
-    "default-beta2": default("default, Adam's beta2 0.95", train={"adam_beta2": 0.95}),
-    "default-ce": default("default, 20 % cross-entropy", distill_options={"distill_ce_weight": 0.2}),
-    "default-t2": default("default, temperature 2", distill_options={"distill_temperature": 2.0}),
-}
-
-
-_CLIPPED = {"weight_gradient_estimator": "clipped_ste"}, {"input_gradient_estimator": "clipped_ste"}
-ROWS |= {
-    "clipped-weights": default("default, clipped gradients of weights", prepare_options=_CLIPPED[0]),
-    "clipped-inputs": default("default, clipped gradients of inputs", prepare_options=_CLIPPED[1]),
-    "clipped": default("default, clipped gradients of both", prepare_options=_CLIPPED[0] | _CLIPPED[1]),
-}
-for _lr in ("3e-3", "1e-2", "3e-2"):
-    ROWS[f"learned-{_lr}"] = default(
-        f"default, learned exponents at lr {_lr}",
-        prepare_options={"learn_exponent": True},
-        trainer_options={"exponent_learning_rate": float(_lr)},
-    )
-ROWS["learned-clipped"] = default(
-    "default, learned exponents, clipped weights", prepare_options={"learn_exponent": True, **_CLIPPED[0]}
-)
-
-for _strength in (0.01, 0.05):
-    ROWS[f"damping-{_strength}"] = default(
-        f"default, oscillation damping {_strength}", prepare_options={"oscillation_damping": _strength}
-    )
-ROWS |= {
-    "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
-    "progressive-150": default("default, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
-    "mixed-untrained": Row("mixed at 5 bits a weight, untrained", weights="search", inputs="even", bits_budget=5.0),
-    "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
-}
 
 
 def foreign_text() -> str:
@@ -166,15 +88,14 @@ def measure(model, teacher, tokenizer, eval_set, collate, device: str) -> dict[s
     }  # fmt: skip
 
 
-def load(path: str, gguf_file: str | None, device: str):
+def load(path: str, gguf_file: str | None, device: str, packing: bool = False):
     """Model in FP32 on the device, tokenizer, data."""
     arguments = ModelArguments(path, gguf_file)
-    tokenizer = load_tokenizer(arguments, LENGTH)
-    return (
-        load_model(arguments).to(device),
-        tokenizer,
-        make_supervised_data_module("python-docs", tokenizer, eval_size=96, on_bad_sample="skip"),
+    tokenizer, model = load_tokenizer(arguments, LENGTH), load_model(arguments).to(device)
+    data = make_supervised_data_module(
+        "python-docs", tokenizer, eval_size=96, on_bad_sample="skip", packing=packing, model=model
     )
+    return model, tokenizer, data
 
 
 def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTrainer:
@@ -199,6 +120,8 @@ def prepare(model, row: Row, data: dict) -> None:
         return
     mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
     prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **row.prepare_options)
+    if row.smooth_alpha:
+        smooth_with_data(model, data, row.smooth_alpha, model.device)
 
 
 def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
@@ -218,7 +141,7 @@ def run_row(key: str, out: Path, device: str) -> None:
     row = ROWS[name]
     row.seed = int(seed) if seed else row.seed
     set_seed(row.seed)
-    model, tokenizer, data = load(str(out / "bf16-model"), None, device)
+    model, tokenizer, data = load(str(out / "bf16-model"), None, device, row.packing)
     teacher = load_teacher(model, None).to(device)
     start, steps = time.perf_counter(), row.steps
     if row.first:
@@ -226,7 +149,7 @@ def run_row(key: str, out: Path, device: str) -> None:
         prepare(model, stage, data)
         trainer = train(model, tokenizer, data, out / "runs" / f"{key}-first", stage, teacher if row.distill else None)
         trainer.save_model(str(out / "runs" / f"{key}-first"))
-        model, steps = load(str(out / "runs" / f"{key}-first"), None, device)[0], steps + stage.steps
+        model, steps = load(str(out / "runs" / f"{key}-first"), None, device, row.packing)[0], steps + stage.steps
     prepare(model, row, data)
     if row.steps:
         train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
@@ -250,18 +173,42 @@ def finetune(model_path: str, gguf_file: str | None, out: Path, device: str) -> 
     trainer.save_model(str(out / "bf16-model"))
 
 
-def print_table(out: Path, keys: list[str]) -> None:
-    """All rows that have finished, in order."""
-    figures = {key: json.loads((out / f"{key}.json").read_text()) for key in keys if (out / f"{key}.json").exists()}
-    floor, bf16 = (figures.get(key, {}).get("perplexity", math.nan) for key in ("MXFP4-floor-floor", "bf16"))
+def finished_rows(out: Path, keys: list[str]) -> list[dict]:
+    """The rows that have finished, in order, with the share that they recover."""
+    rows = [json.loads((out / f"{key}.json").read_text()) | {"row": key} for key in keys if _is_done(out, key)]
+    by_key = {row["row"]: row["perplexity"] for row in rows}
+    floor, bf16 = (math.log(by_key.get(key, math.nan)) for key in ("MXFP4-floor-floor", "bf16"))
+    return [row | {"recovered": (floor - math.log(row["perplexity"])) / (floor - bf16)} for row in rows]
+
+
+def _is_done(out: Path, key: str) -> bool:
+    return (out / f"{key}.json").exists()
+
+
+def print_table(rows: list[dict]) -> None:
+    """One line a row."""
     print(f"{'':<62}{'ppl':>7}{'recov.':>8}{'foreign':>9}{'KL':>8}{'top-1':>7}{'steps':>6}{'s':>6}")
-    for key, row in figures.items():
-        share = (math.log(floor) - math.log(row["perplexity"])) / (math.log(floor) - math.log(bf16))
-        title = row["title"] + (f" (seed {row['seed']})" if "@" in key else "")
+    for row in rows:
+        title = row["title"] + (f" (seed {row['seed']})" if "@" in row["row"] else "")
         print(
-            f"{title:<62}{row['perplexity']:>7.2f}{share:>8.1%}{row['foreign_perplexity']:>9.2f}{row['kl']:>8.4f}"
-            f"{row['agreement']:>7.1%}{row['steps']:>6}{row['seconds']:>6.0f}"
+            f"{title:<62}{row['perplexity']:>7.2f}{row['recovered']:>8.1%}{row['foreign_perplexity']:>9.2f}"
+            f"{row['kl']:>8.4f}{row['agreement']:>7.1%}{row['steps']:>6}{row['seconds']:>6.0f}"
         )
+
+
+def write_csv(rows: list[dict], path: Path, workers: int, device: str) -> None:
+    """The same rows with device, versions, date and command."""
+    about = environment(device)
+    about["device"] += f", {workers} rows at a time"
+    names = ["row", "title", "seed", "perplexity", "recovered", "foreign_perplexity", "kl", "agreement", "steps",
+             "tokens", "seconds", *about]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            digits = {name: f"{row[name]:.4g}" for name in names if isinstance(row.get(name), float)}
+            writer.writerow({name: row[name] for name in names if name in row} | digits | about)
 
 
 def main() -> None:
@@ -272,6 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--rows", default=",".join(ROWS), help="names from ROWS, with @SEED for another seed")
     parser.add_argument("--workers", type=int, default=1, help="rows trained at the same time")
+    parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -283,18 +231,24 @@ def main() -> None:
     if args.row:
         return run_row(args.row, args.out, device)
 
-    def spawn(key: str) -> None:
+    gpus = torch.cuda.device_count()
+
+    def spawn(task: tuple[int, str]) -> None:
+        number, key = task
         command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
-        result = subprocess.run(command, capture_output=True, text=True)
+        one_gpu = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_gpu)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
     if not (args.out / "bf16-model" / "config.json").exists():
-        spawn("finetune")
+        spawn((0, "finetune"))
     keys = args.rows.split(",")
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(spawn, [key for key in keys if not (args.out / f"{key}.json").exists()]))
-    print_table(args.out, keys)
+        list(pool.map(spawn, enumerate(key for key in keys if not _is_done(args.out, key))))
+    rows = finished_rows(args.out, keys)
+    print_table(rows)
+    write_csv(rows, args.csv, args.workers, device)
 
 
 if __name__ == "__main__":

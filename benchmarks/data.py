@@ -185,9 +185,7 @@ def report_padding(report: Report, lengths: np.ndarray, args: argparse.Namespace
 # ---- Memory ----
 
 
-def report_memory(
-    report: Report, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, folder: Path
-) -> None:
+def report_memory(report: Report, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, folder: Path) -> None:
     """Peak memory of building sets of two sizes, each in a process of its own."""
     for tokens in args.memory_tokens:
         path = folder / f"{tokens}.jsonl"

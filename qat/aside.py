@@ -1,12 +1,20 @@
-"""Write a folder aside and rename it when it is complete, so that nobody ever sees half of it."""
+"""Write a folder aside, flush it to disk and rename it when it is complete, so that nobody ever sees half of it.
+
+For a target `NAME`, the folders `.NAME.partial` (being written) and `.NAME.replaced` (what it takes the place of) lie
+beside it for a while; what a killed process left of them is cleared by the next one with the same target.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
@@ -15,31 +23,77 @@ logger = logging.getLogger(__name__)
 def written_aside(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its place on success and vanishes on any error.
 
-    What a killed process left (`.NAME.partial`) is removed by the next one with the same target.
-
     Raises:
         ValueError: `target` is a file, or a folder that must not be replaced.
     """
     target = Path(target).absolute()
     check_target(target, overwrite)
-    partial, replaced = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.replaced")
+    partial = partial_of(target)
     created = next((p for p in reversed(target.parents) if not p.exists()), partial)
-    for leftover in (partial, replaced):
-        if leftover.exists():
-            logger.warning("removing %s, left by an export that was killed", leftover)
-            shutil.rmtree(leftover)
+    clear_leftovers(target)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        flush_to_disk(partial)
+        put_in_place(partial, target)
     except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
         shutil.rmtree(created, ignore_errors=True)
         raise
+
+
+def partial_of(target: Path) -> Path:
+    """Where `target` is written until it is complete."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def _replaced_by(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what a killed process left of writing `target`; give back what it was about to replace."""
+    partial, replaced = partial_of(target), _replaced_by(target)
+    if replaced.exists() and not target.exists():
+        logger.warning("giving back %s, which a killed process was replacing", target)
+        replaced.rename(target)
+    for leftover in (partial, replaced):
+        if leftover.exists():
+            logger.warning("removing %s, left by a process that was killed", leftover)
+            shutil.rmtree(leftover)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename the complete folder `partial` to `target`, in the place of what is there."""
+    replaced = _replaced_by(target)
+    if target.exists():
+        target.rename(replaced)
+    try:
+        partial.rename(target)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    flush_path(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Have the operating system write all files of `folder` and their names to disk: a power cut loses none."""
+    for path in folder.rglob("*"):
+        flush_path(path)
+    flush_path(folder)
+
+
+def flush_path(path: Path) -> None:
+    """The same for one file, or for the names in one folder (which some file systems refuse)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -52,3 +106,22 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists and is not empty; name another folder, or overwrite it (--overwrite)")
     if not (target / "config.json").is_file():
         raise ValueError(f"{target} holds no checkpoint (no config.json), so it is not overwritten; remove it yourself")
+
+
+@contextmanager
+def disk_full_said(target: str | Path) -> Iterator[None]:
+    """Whoever runs out of disk, safetensors, torch or Python, the error is an OSError that says so."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _means_full(error):
+            raise
+        raise OSError(errno.ENOSPC, f"the disk is full, nothing was left at {target}: {error}") from error
+
+
+def _means_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors and torch.save have no errno; torch's writer fails for want of space, or because the device does.
+    signs = ("os error 28", "os error 27", "os error 122", "StreamWriter", "inline_container.cc", "iostream error")
+    return any(sign in str(error) for sign in signs)

@@ -7,7 +7,6 @@ source shard is memory-mapped while its packed counterpart is built; the finishe
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -17,13 +16,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from . import ops
-from .aside import check_target, written_aside
+from .aside import check_target, disk_full_said, written_aside
 from .checkpoint_folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .formats import BLOCK_SIZE, E8M0_NAN
 from .model_card import CardFacts, write_card
@@ -81,7 +79,7 @@ def export_checkpoint(
     layers = quantized_layers(model)
     logger.info("Packing %s as %s", describe_layers(layers), export_format)
     quantization_config = make_quantization_config(export_format, layers, unquantized_layers(model, checkpoint))
-    with _disk_full_said(target), written_aside(target, overwrite) as folder:
+    with disk_full_said(target), written_aside(target, overwrite) as folder:
         _check_space(folder, checkpoint, layers, model)
         packed_bytes = _write_shards(checkpoint, layers, folder)
         _write_config(checkpoint, quantization_config, folder)
@@ -180,15 +178,3 @@ def _check_space(folder: Path, checkpoint: CheckpointFolder, layers: dict[str, L
     needed, free = int(checkpoint.size_bytes - saved), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"the packed checkpoint needs {needed:,} bytes and {free:,} are free")
-
-
-@contextlib.contextmanager
-def _disk_full_said(target: Path):
-    """Whoever runs out of disk, safetensors or Python, the error is an OSError that says so."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-        if not full:
-            raise
-        raise OSError(errno.ENOSPC, f"the disk is full, nothing was left at {target}: {error}") from error

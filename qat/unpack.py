@@ -6,6 +6,7 @@ its tensors, not by the configuration. A power-of-two scale makes every dequanti
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -39,12 +40,11 @@ class PackedLayer:
 
 def is_packed(folder: str | Path) -> bool:
     """Whether `folder` is a checkpoint that `load_packed` should read: quantized by compressed-tensors or AutoRound."""
-    if not Path(folder, CONFIG_NAME).is_file():
+    path = Path(folder, CONFIG_NAME)
+    if not path.is_file():
         return False
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    quantization_config = getattr(config, "quantization_config", None)
-    if quantization_config is None:
-        return False
+    # As JSON: AutoConfig would ask at the terminal whether to run a folder's own code.
+    quantization_config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
     return method in ("compressed-tensors", "auto-round")
 
@@ -61,7 +61,7 @@ def load_packed(folder: str | Path) -> PreTrainedModel:
     checkpoint = CheckpointFolder.open(folder)
     export_format_of(checkpoint.quantization_config, checkpoint.path)
     layers = packed_layers(checkpoint)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config))

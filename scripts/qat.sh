@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Stage 2: quantization-aware training of what stage 1 saved. Settings are environment variables; further arguments are
-# main.py's own and win. qat_mxfp4.sh and qat_mxfp8.sh call this with their scheme.
+# Stage 2: quantization-aware training of what stage 1 saved, by the recipe that recovered most in benchmarks/accuracy.py:
+# smoothed activations, searched weight scales, distillation with a fifth of cross-entropy, packed rows. Settings are
+# environment variables; further arguments are main.py's own and win. qat_mxfp4.sh and qat_mxfp8.sh call this with their
+# scheme. INPUT_SCALE_RULE is the rule of the engine that will serve: even for transformers, rceil for Blackwell.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scheme=${SCHEME:?set SCHEME, or use qat_mxfp4.sh or qat_mxfp8.sh}
@@ -9,6 +11,12 @@ accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_config/fsdp2.ya
   --model_name_or_path "${MODEL:-llama3.1-finetuned}" \
   --output_dir "${OUTPUT_DIR:-llama3.1-finetuned-qat-$scheme}" \
   --quant_scheme "$scheme" \
+  --smooth_alpha 0.7 \
+  --weight_scale_rule search \
+  --input_scale_rule "${INPUT_SCALE_RULE:-even}" \
+  --distill True \
+  --distill_ce_weight 0.2 \
+  --packing True \
   --dataset "${DATASET:-Daring-Anteater}" \
   --model_max_length 4096 \
   --do_train True \

@@ -55,8 +55,9 @@ stage bf16 --model_name_or_path "$out/smollm2" --gguf_file "$gguf" \
   --do_train True --do_eval True --max_steps "$bf16_steps" --learning_rate 1e-4
 # Activations are rounded as transformers rounds them when it runs the packed model.
 mxfp4=(--quant_scheme MXFP4 --weight_scale_rule search --input_scale_rule even)
+recipe=(--smooth_alpha 0.7 --distill True --distill_ce_weight 0.2 --packing True)
 stage mxfp4-untrained --model_name_or_path "$out/bf16" "${mxfp4[@]}" --do_eval True
-stage mxfp4-qat --model_name_or_path "$out/bf16" "${mxfp4[@]}" --distill True \
+stage mxfp4-qat --model_name_or_path "$out/bf16" "${mxfp4[@]}" "${recipe[@]}" \
   --do_train True --do_eval True --max_steps "$qat_steps" --learning_rate 3e-4
 stage mxfp4-packed --model_name_or_path "$out/mxfp4-qat/MXFP4" --do_eval True
 python scripts/quickstart_report.py "$out"

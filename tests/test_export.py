@@ -264,4 +264,4 @@ def test_what_a_killed_export_left_is_removed_by_the_next(source, tmp_path, capl
     (tmp_path / ".packed.partial" / "half").write_text("")
     export_checkpoint(source, tmp_path / "packed")
     assert [p.name for p in tmp_path.iterdir()] == ["packed"]
-    assert "left by an export that was killed" in caplog.text
+    assert "left by a process that was killed" in caplog.text

@@ -81,7 +81,6 @@ def test_the_progressive_script_trains_in_mxfp8_first_and_goes_on_in_mxfp4_from_
         "MODEL": "some/model",
         "OUTPUT_DIR": "out",
         "FIRST_STEPS": "7",
-        "DISTILL": "True",
         "RECORD": str(record),
     }
     command = ["bash", str(ROOT / "scripts" / "qat_progressive.sh"), "--learning_rate", "3e-6"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from data.bad_samples import POLICIES
@@ -22,6 +25,7 @@ from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
 
 from .sampled_tokens import CacheSettings
+from .sharding import GATHER_DTYPES
 from .teachers import TEACHERS
 
 
@@ -36,6 +40,11 @@ class ModelArguments:
     gguf_file: str | None = field(
         default=None,
         metadata={"help": "Name of a GGUF file inside the local folder model_name_or_path; loaded dequantized."},
+    )
+
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with a model or tokenizer; it can do all that you can."},
     )
 
     def __post_init__(self) -> None:
@@ -66,14 +75,31 @@ class TrainingArguments(transformers.TrainingArguments):
     report: bool = field(
         default=True, metadata={"help": "After training, write report.md and report.png with curves and final figures."}
     )
+    fsdp_gather_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype in which FSDP gathers parameters: float32 computes what one process does; bfloat16 halves "
+            "the traffic and computes norms, embeddings and the residual stream in BF16. See docs/distributed.md.",
+            "choices": list(GATHER_DTYPES),
+        },
+    )
     group_by_length: bool = field(
         default=False,
         metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},
+    )
+    max_nan_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in a row whose loss or gradient may be NaN or infinite; they are not applied. One more ends "
+            "the run, whose checkpoints stay good."
+        },
     )
 
     def __post_init__(self) -> None:
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
+        if self.max_nan_steps < 0:
+            raise ValueError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")
         if self.model_max_length < 2:
             raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if not torch.accelerator.is_available():
@@ -83,7 +109,11 @@ class TrainingArguments(transformers.TrainingArguments):
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if metric.endswith(("kl", "perplexity")) and self.greater_is_better is None:
             self.greater_is_better = False  # as transformers has it for losses only
+        if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
+            self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
     @property
     def n_gpu(self) -> int:

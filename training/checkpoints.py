@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-
-from transformers.trainer_utils import get_last_checkpoint
 
 from qat import QATConfig
 
+from .atomic import checkpoints_in, step_of
+from .manifest import MANIFEST_NAME, problems
+from .trust import check_checkpoint
+from .writers import Writers
 
-def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None) -> str | None:
-    """The checkpoint to resume from: the one named, else the newest in `output_dir`, else None.
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(
+    output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None, writers: Writers | None = None
+) -> str | None:
+    """The checkpoint to resume from: the one named, else the newest complete one in `output_dir`, else None.
+
+    All processes call this and get the same answer; they share the reading.
 
     Args:
         resume_from_checkpoint: a checkpoint folder; "True" for the newest in `output_dir` (an error if there is none),
@@ -18,24 +28,60 @@ def find_checkpoint(output_dir: str, resume_from_checkpoint: str | None, qat_con
         qat_config: of the model about to be trained; None in the BF16 stage.
 
     Raises:
-        ValueError: no such checkpoint, or it belongs to another stage or scheme.
+        ValueError: no such checkpoint, none that is complete, or it belongs to another stage or scheme.
     """
+    writers = writers or Writers()
     wanted = str(resume_from_checkpoint or "").lower()
     if wanted == "false":
         return None
-    newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    checkpoint = newest if wanted in ("", "true") else resume_from_checkpoint
-    if checkpoint is None:
-        if wanted == "true":
+    if wanted in ("", "true"):
+        checkpoint = _newest_complete(output_dir, writers)
+        if checkpoint is None and wanted == "true":
             raise ValueError(f"--resume_from_checkpoint True: --output_dir {output_dir!r} holds no checkpoint")
-        return None
+    else:
+        checkpoint = resume_from_checkpoint
+        _check_named(checkpoint, writers)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+        _check_same_training(checkpoint, QATConfig.load(checkpoint), qat_config)
+    return checkpoint
+
+
+def _newest_complete(output_dir: str, writers: Writers) -> str | None:
+    """The newest checkpoint without a fault on any process; those passed over are named."""
+    steps = {step for part in writers.gather([step_of(p) for p in checkpoints_in(output_dir)]) for step in part}
+    for step in sorted(steps, reverse=True):
+        path = Path(output_dir, f"checkpoint-{step}")
+        faults = _faults(path, writers)
+        if not faults:
+            return str(path)
+        logger.warning("passing over %s: %s", path, "; ".join(faults))
+    if steps:
+        raise ValueError(
+            f"none of the {len(steps)} checkpoints in --output_dir {output_dir!r} is complete (checkpoint-{step}: "
+            f"{'; '.join(faults)}). Name one that you trust, --resume_from_checkpoint PATH, or start anew, "
+            "--resume_from_checkpoint False"
+        )
+    return None
+
+
+def _check_named(checkpoint: str, writers: Writers) -> None:
     if not Path(checkpoint, "trainer_state.json").is_file():
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint!r} is no checkpoint (it has no trainer_state.json); "
             "name a checkpoint-N folder, or leave the argument away to take the newest in --output_dir"
         )
-    _check_same_training(checkpoint, QATConfig.load(checkpoint), qat_config)
-    return checkpoint
+    if not Path(checkpoint, MANIFEST_NAME).is_file():
+        logger.warning("%s has no %s: whether it is complete is not known", checkpoint, MANIFEST_NAME)
+    elif faults := _faults(Path(checkpoint), writers):
+        raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is not complete: {'; '.join(faults)}")
+
+
+def _faults(path: Path, writers: Writers) -> list[str]:
+    own = problems(path, writers.index, writers.count)
+    if not any(path.glob("optimizer*")):
+        own.append("it has no state of the optimizer (--save_only_model?)")
+    return list(dict.fromkeys(fault for part in writers.gather(own) for fault in part))
 
 
 def _check_same_training(checkpoint: str, saved: QATConfig | None, current: QATConfig | None) -> None:

@@ -20,15 +20,19 @@ from qat.unpack import is_packed, load_packed
 
 from .arguments import ModelArguments
 from .distillation import check_teacher
+from .trust import check_model_folder
 
 logger = logging.getLogger(__name__)
 
 
 def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
     """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to its stored dtype."""
-    kwargs = {"cache_dir": cache_dir, "dtype": "auto"}
+    check_model_folder(model_args.model_name_or_path)
+    kwargs = {"cache_dir": cache_dir, "dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
+    else:
+        kwargs["use_safetensors"] = True
     _check_finished(model_args.model_name_or_path)
     if model_args.gguf_file is None and is_packed(model_args.model_name_or_path):
         model = load_packed(model_args.model_name_or_path)
@@ -45,14 +49,20 @@ def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
     return model
 
 
-def load_teacher(model: PreTrainedModel, name_or_path: str | None, cache_dir: str | None = None) -> PreTrainedModel:
+def load_teacher(
+    model: PreTrainedModel, name_or_path: str | None, cache_dir: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name."""
     if name_or_path is None:
         teacher = _bfloat16_copy(model)
     else:
-        teacher = AutoModelForCausalLM.from_pretrained(name_or_path, cache_dir=cache_dir, dtype=torch.bfloat16)
-        teacher_tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir)
-        student_tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, cache_dir=cache_dir)
+        check_model_folder(name_or_path)
+        kwargs = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+        teacher = AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=torch.bfloat16, use_safetensors=True, **kwargs
+        )
+        teacher_tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        student_tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, **kwargs)
         check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
     teacher.config.use_cache = False
     return teacher.requires_grad_(False).eval()
@@ -86,6 +96,7 @@ def _check_finished(folder: str) -> None:
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):
     """The model's tokenizer, cutting at `model_max_length`, with a padding token."""
     kwargs = {"gguf_file": model_args.gguf_file} if model_args.gguf_file is not None else {}
+    kwargs["trust_remote_code"] = model_args.trust_remote_code
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path, cache_dir=cache_dir, model_max_length=model_max_length, **kwargs
     )

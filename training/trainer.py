@@ -12,13 +12,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.formatting import IGNORE_INDEX
@@ -28,13 +28,16 @@ from .chunked_loss import attach, chunked_loss
 from .damping import OscillationDamping
 from .distillation import HiddenRows, Objective, SampledRows, labelled_rows
 from .exponents import separate_exponents
+from .fault_tolerance import FaultTolerantTrainer
 from .metrics import loss_over_tokens, sum_by_sample
 from .monitor import QuantizationMonitor
+from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
 from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
 
 
-class QATTrainer(Trainer):
-    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own.
+class QATTrainer(FaultTolerantTrainer):
+    """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
+    those of FaultTolerantTrainer.
 
     Args:
         teacher: a model, which is frozen; a CachedTeacher; or "self", the model itself with its quantizers off.
@@ -81,6 +84,22 @@ class QATTrainer(Trainer):
         if created:
             separate_exponents(optimizer, self.model if model is None else model, self.exponent_learning_rate)
         return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            set_precision(self.accelerator.state.fsdp_plugin, getattr(self.args, "fsdp_gather_dtype", "float32"))
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """accelerate wraps a model's forward pass in autocast on every backend but FSDP2; there it is done here."""
+        if self.accelerator.is_fsdp2:  # no cache: it would keep a BF16 copy of each gathered weight until the end
+            return self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2 and checkpoint is not None:
+            initialize_state(getattr(self.optimizer, "optimizer", self.optimizer))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _attach_head(self):
         """The model's head, taught to compute losses; None where a batch's logits are needed after all."""
@@ -199,17 +218,10 @@ class QATTrainer(Trainer):
             sums = torch.stack([sum_by_sample(column, labels) for column in losses["token_losses"].unbind(-1)], -1)
         return None, sums.squeeze(-1), (labels[:, 1:] != IGNORE_INDEX).sum(-1)
 
-    @torch.no_grad()
     def round_masters(self) -> None:
         """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
         model = self.accelerator.unwrap_model(self.model)
-        dtypes = getattr(model, "original_dtypes", {})
-        for name, parameter in model.named_parameters():
-            for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-                name = name.replace(wrapper, "")
-            dtype = dtypes.get(name)
-            if dtype is not None:
-                parameter.copy_(parameter.to(dtype))
+        round_parameters(self.model, getattr(model, "original_dtypes", {}))
 
     # ---- Saving ----
 
@@ -219,8 +231,20 @@ class QATTrainer(Trainer):
         Under FSDP the full state dict is gathered, whatever type the intermediate checkpoints have; that type is in
         force again afterwards, also when saving fails.
         """
-        with self._full_state_dict(wanted=not self._keep_masters):
+        whole = self.is_fsdp_enabled and not self._keep_masters
+        with full_state_dict(self.accelerator.state.fsdp_plugin) if whole else nullcontext():
             super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and self._keep_masters and self.args.should_save:
+            self._describe(output_dir or self.args.output_dir)
+
+    def _describe(self, output_dir: str) -> None:
+        """What is no tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
+        model = self.accelerator.unwrap_model(self.model)
+        model.config.save_pretrained(output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        if (qat_config := getattr(model, "qat_config", None)) is not None:
+            qat_config.save(output_dir)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._keep_masters = True
@@ -228,19 +252,6 @@ class QATTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         finally:
             self._keep_masters = False
-
-    @contextmanager
-    def _full_state_dict(self, wanted: bool) -> Iterator[None]:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or not wanted:
-            yield
-            return
-        previous = str(plugin.state_dict_type).rpartition(".")[2]
-        plugin.set_state_dict_type("FULL_STATE_DICT")
-        try:
-            yield
-        finally:
-            plugin.set_state_dict_type(previous)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or self.args.output_dir
@@ -259,7 +270,9 @@ class QATTrainer(Trainer):
 
 
 def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:
-    """Cast each tensor back to the dtype it was loaded in; tensors that share memory (tied weights) still do."""
+    """Cast each tensor back to the dtype it was loaded in; tied weights, gathered apart by FSDP, share memory again."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    state_dict = {name: state_dict.get(tied.get(name), tensor) for name, tensor in state_dict.items()}
     original = getattr(model, "original_dtypes", {})
     cast: dict[tuple, torch.Tensor] = {}
     result = {}

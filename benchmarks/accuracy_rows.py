@@ -1,0 +1,95 @@
+"""The rows of the accuracy table: how the model is quantized and trained in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Row:
+    """One line of the table: how the model is quantized and trained."""
+
+    title: str
+    scheme: str | None = "MXFP4"
+    weights: str = "floor"
+    inputs: str = "floor"
+    steps: int = 0
+    lr: float = 0.0
+    distill: bool = False
+    seed: int = 2
+    train: dict = field(default_factory=dict)
+    distill_options: dict = field(default_factory=dict)
+    packing: bool = False
+    smooth_alpha: float = 0.0
+    prepare_options: dict = field(default_factory=dict)
+    trainer_options: dict = field(default_factory=dict)
+    first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
+    bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
+
+
+def default(title: str, **changes) -> Row:
+    """Our recipe, with changes."""
+    settings = {
+        "weights": "search", "inputs": "even", "steps": 150, "lr": 2e-4, "distill": True, "packing": True,
+        "smooth_alpha": 0.7, "distill_options": {"distill_ce_weight": 0.2}, **changes,
+    }  # fmt: skip
+    return Row(title, **settings)
+
+
+ROWS: dict[str, Row] = {"bf16": Row("BF16", scheme=None)}
+for _scheme in ("MXFP4", "MXFP8"):
+    for _weights, _inputs in (("floor", "floor"), ("even", "even"), ("rceil", "rceil"), ("search", "even"),
+                              ("search", "rceil")):  # fmt: skip
+        ROWS[f"{_scheme}-{_weights}-{_inputs}"] = Row(
+            f"{_scheme} untrained, weights {_weights}, inputs {_inputs}", _scheme, _weights, _inputs
+        )
+for _alpha in (0.3, 0.5, 0.7, 0.9):
+    ROWS[f"untrained-smooth-{_alpha}"] = Row(
+        f"MXFP4 untrained, search, even, smoothed {_alpha}", weights="search", inputs="even", smooth_alpha=_alpha
+    )
+ROWS |= {
+    "inc": Row("cross-entropy, FLOOR, lr 1e-5 (the reference's recipe)", steps=150, lr=1e-5),
+    "ce": Row("cross-entropy, FLOOR, lr 5e-5", steps=150, lr=5e-5),
+    "default": default("default"),
+    "default-600": default("default, 600 steps", steps=600),
+    "no-smoothing": default("default without smoothing", smooth_alpha=0.0),
+    "no-packing": default("default without packing", packing=False),
+    "no-ce": default("default without cross-entropy", distill_options={}),
+    "more-ce": default("default, 40 % cross-entropy", distill_options={"distill_ce_weight": 0.4}),
+    "no-distillation": default("default, cross-entropy instead of distillation", distill=False, distill_options={}),
+    "rceil": default("default, RCEIL inputs", inputs="rceil"),
+    "floor-weights": default("default, FLOOR weights", weights="floor"),
+    "even-weights": default("default, EVEN weights", weights="even"),
+    "lr-1e-4": default("default, lr 1e-4", lr=1e-4),
+    "lr-4e-4": default("default, lr 4e-4", lr=4e-4),
+    "lr-8e-4": default("default, lr 8e-4", lr=8e-4),
+    "mxfp8-50": default("MXFP8, default, 50 steps, lr 1e-4", scheme="MXFP8", steps=50, lr=1e-4),
+}
+
+
+_CLIPPED = {"weight_gradient_estimator": "clipped_ste"}, {"input_gradient_estimator": "clipped_ste"}
+ROWS |= {
+    "clipped-weights": default("default, clipped gradients of weights", prepare_options=_CLIPPED[0]),
+    "clipped-inputs": default("default, clipped gradients of inputs", prepare_options=_CLIPPED[1]),
+    "clipped": default("default, clipped gradients of both", prepare_options=_CLIPPED[0] | _CLIPPED[1]),
+}
+for _lr in ("3e-3", "1e-2", "3e-2"):
+    ROWS[f"learned-{_lr}"] = default(
+        f"default, learned exponents at lr {_lr}",
+        prepare_options={"learn_exponent": True},
+        trainer_options={"exponent_learning_rate": float(_lr)},
+    )
+ROWS["learned-clipped"] = default(
+    "default, learned exponents, clipped weights", prepare_options={"learn_exponent": True, **_CLIPPED[0]}
+)
+
+for _strength in (0.01, 0.05):
+    ROWS[f"damping-{_strength}"] = default(
+        f"default, oscillation damping {_strength}", prepare_options={"oscillation_damping": _strength}
+    )
+ROWS |= {
+    "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
+    "progressive-150": default("default, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
+    "mixed-untrained": Row("mixed at 5 bits a weight, untrained", weights="search", inputs="even", bits_budget=5.0),
+    "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
+}

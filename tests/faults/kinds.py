@@ -1,0 +1,266 @@
+"""Kinds of faults: each injects one into a job, says so, continues the job, and raises `Lost` if anything was."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.safeguards import INTERRUPTED
+
+from .injected import AfterSeconds, AtOperation, AtStep, CountOperations, FileSizeLimit, NanLoss, Unprivileged
+from .runs import STEPS, Job, difference
+
+VARIANTS = {
+    "BF16": (),
+    "MXFP4": ("--quant_scheme", "MXFP4"),
+    "MXFP4, packed rows": ("--quant_scheme", "MXFP4", "--packing", "True", "--model_max_length", "64"),
+    "MXFP8, distilled": ("--quant_scheme", "MXFP8", "--distill", "True"),
+    "BF16, grouped by length": ("--group_by_length", "True"),
+    "MXFP4, two processes": ("--quant_scheme", "MXFP4"),
+}
+ONE = tuple(name for name in VARIANTS if "two processes" not in name)
+TWO = ("MXFP4, two processes",)
+
+
+class Lost(Exception):
+    """A run did not end as it should, or not like the uninterrupted one."""
+
+
+@dataclass
+class Reference:
+    """An uninterrupted run.
+
+    Attributes:
+        operations: on files in its output folder.
+        seconds: of `main`.
+    """
+
+    whole: Job
+    operations: int
+    seconds: float
+
+    @property
+    def checkpoint_kib(self) -> float:
+        """Size of one checkpoint."""
+        return sum(p.stat().st_size for p in self.whole.checkpoints[-1].rglob("*")) / 1024
+
+    @classmethod
+    def make(cls, workspace: Path, variant: str) -> Reference:
+        """Run it."""
+        name = f"whole-{list(VARIANTS).index(variant)}"
+        job = Job(workspace, name, VARIANTS[variant], 2 if variant in TWO else 1)
+        result = workspace / f"{name}.count"
+        run = job.start(CountOperations(f"/{name}", str(result)))
+        statuses = run.wait()
+        assert not any(statuses), run.text()
+        operations, seconds = result.read_text().split()
+        return cls(job, int(operations), float(seconds))
+
+    def job(self, name: str) -> Job:
+        """The same command line, to another folder."""
+        return Job(self.whole.workspace, name, self.whole.flags, self.whole.count)
+
+    def check(self, job: Job) -> None:
+        """Raise Lost unless `job` has come to the same end."""
+        if (what := difference(self.whole.output, job.output)) is not None:
+            raise Lost(f"the continued run differs in {what}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: `inject(job, reference, draw)`, for some variants of a run."""
+
+    name: str
+    inject: Callable[[Job, Reference, random.Random], None]
+    variants: tuple[str, ...] = ONE
+
+
+def _say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _expect(condition: bool, what: str, text: str = "") -> None:
+    if not condition:
+        raise Lost(f"{what}\n{text[-3000:]}" if text else what)
+
+
+def kill_any_time(job: Job, reference: Reference, draw: random.Random) -> None:
+    """SIGKILL at any time of a run."""
+    seconds = draw.uniform(0.05, reference.seconds)
+    _say(f"SIGKILL after {seconds:.2f} of {reference.seconds:.2f} s")
+    job.start(AfterSeconds(seconds)).wait()
+    job.finish()
+    reference.check(job)
+
+
+def kill_in_step(job: Job, reference: Reference, draw: random.Random) -> None:
+    """SIGKILL in the middle of a training step."""
+    batch, delay = draw.randint(1, 2 * STEPS - 1), draw.uniform(0, 0.03)
+    _say(f"SIGKILL {1000 * delay:.0f} ms into batch {batch}")
+    statuses = job.start(AtStep(batch, delay=delay)).wait()
+    _expect(statuses == [-signal.SIGKILL], f"exit statuses {statuses}")
+    job.finish()
+    reference.check(job)
+
+
+def kill_at_file(job: Job, reference: Reference, draw: random.Random) -> None:
+    """SIGKILL at or soon after an operation on a file of the output folder: checkpoints, rotation, the final model."""
+    number, delay = draw.randint(1, reference.operations), draw.choice((0.0, draw.uniform(0, 0.02)))
+    _say(f"SIGKILL {1000 * delay:.0f} ms after file operation {number} of {reference.operations}")
+    job.start(AtOperation(f"/{job.name}", number, delay)).wait()
+    job.finish()
+    reference.check(job)
+
+
+def kill_in_final_save(job: Job, reference: Reference, draw: random.Random) -> None:
+    """SIGKILL while the final model is written and put in place."""
+    number = draw.randint(1, 26)
+    _say(f"SIGKILL at file operation {number} of the final model")
+    job.start(AtOperation(f"/{job.name}/.model.partial", number)).wait()
+    loadable = (job.output / "config.json").is_file()
+    _expect(not loadable or (job.output / "model.safetensors").is_file(), "half of the final model can be loaded")
+    job.finish()
+    reference.check(job)
+
+
+def kill_in_data_cache(job: Job, reference: Reference, draw: random.Random) -> None:
+    """SIGKILL while the data is tokenized."""
+    cache = job.workspace / f"cache-{job.name}"
+    job.flags = (*job.flags, "--data_cache_dir", str(cache))
+    number = draw.randint(1, 12)
+    _say(f"SIGKILL at file operation {number} of the data cache")
+    job.start(AtOperation(str(cache), number)).wait()
+    job.finish()
+    reference.check(job)
+    _expect(not list(cache.glob("*partial*")), "a half of the data cache was left")
+
+
+def terminate(job: Job, reference: Reference, draw: random.Random) -> None:
+    """SIGTERM to one process in a step: all of them end the step, save and say so."""
+    batch, rank = draw.randint(1, 2 * STEPS - 3), draw.randrange(job.count)
+    _say(f"SIGTERM to process {rank} of {job.count} in batch {batch}")
+    run = job.start(AtStep(batch, signal.SIGTERM, rank=rank))
+    statuses = run.wait()
+    _expect(statuses == [INTERRUPTED] * job.count, f"exit statuses {statuses}", run.text())
+    _expect(bool(job.checkpoints), "nothing was saved", run.text())
+    job.finish()
+    reference.check(job)
+
+
+def damage(job: Job, reference: Reference, draw: random.Random) -> None:
+    """A file of the newest checkpoint is cut or changed: the one before is continued from, aloud."""
+    batch = draw.randint(2 * 4 + 2, 2 * STEPS - 1)
+    job.start(AtStep(batch)).wait()
+    newest = job.checkpoints[-1]
+    path = draw.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size > 1))
+    content = bytearray(path.read_bytes())
+    place = draw.randrange(len(content))
+    if draw.random() < 0.5:
+        _say(f"{path.name} of {newest.name} cut at byte {place} of {len(content)}")
+        path.write_bytes(content[:place])
+    else:
+        _say(f"byte {place} of {path.name} of {newest.name} changed")
+        content[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+    text = job.finish()
+    _expect(f"passing over {newest}" in text, "the damage was not said", text)
+    reference.check(job)
+
+
+def disk_full(job: Job, reference: Reference, draw: random.Random) -> None:
+    """No space for a checkpoint or the final model: the run ends and says so; with space it goes on."""
+    if os.geteuid() == 0 and draw.random() < 0.7:
+        with _small_disk(job, int(draw.uniform(1.1, 2.5) * reference.checkpoint_kib)) as (size, grow):
+            _say(f"a disk of {size} KiB")
+            run = job.start()
+            _expect(run.wait() != [0], "the disk was not full", run.text())
+            _expect("disk is full" in run.text(), "not said", run.text())
+            grow()
+            job.finish()
+            reference.check(job)
+        return
+    limit = draw.randint(20_000, 600_000)
+    _say(f"no file above {limit} bytes")
+    run = job.start(FileSizeLimit(limit))
+    _expect(run.wait() != [0] and "disk is full" in run.text(), "not said", run.text())
+    job.finish()
+    reference.check(job)
+
+
+@contextmanager
+def _small_disk(job: Job, kib: int):
+    mount = job.workspace / f"disk-{job.name}"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(mount)], check=True)
+    job.root = mount
+    try:
+        yield kib, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def read_only(job: Job, reference: Reference, draw: random.Random) -> None:
+    """The output folder cannot be written: refused before anything slow begins."""
+    _say("a read-only output folder")
+    job.output.mkdir()
+    job.output.chmod(0o555)
+    for path in (job.workspace.parent, job.workspace):
+        path.chmod(path.stat().st_mode | 0o055)
+    run = job.start(Unprivileged())
+    statuses, text = run.wait(), run.text()
+    _expect(statuses == [1] and "--output_dir" in text and "cannot be written" in text, "not refused", text)
+    _expect("Loading weights" not in text, "refused only after the model was loaded", text)
+    job.output.chmod(0o755)
+    job.finish()
+    reference.check(job)
+
+
+def nan(job: Job, reference: Reference, draw: random.Random) -> None:
+    """A loss of NaN: the run stops at once, its checkpoints are good."""
+    batch = draw.randint(1, 2 * STEPS - 1)
+    _say(f"a loss of NaN in batch {batch}")
+    run = job.start(NanLoss(batch))
+    statuses, text = run.wait(), run.text()
+    _expect(statuses == [1] and "--max_nan_steps is 0" in text, f"exit statuses {statuses}", text)
+    job.finish()
+    reference.check(job)
+
+
+def dead_peer(job: Job, reference: Reference, draw: random.Random) -> None:
+    """One of two processes is killed, or hangs: the other ends by itself."""
+    rank, batch = draw.randrange(2), draw.randint(1, 2 * STEPS - 1)
+    signum = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP))
+    job.flags = (*job.flags, "--ddp_timeout", "5")
+    _say(f"{signum.name} to process {rank} of 2 in batch {batch}")
+    run = job.start(AtStep(batch, signum, rank=rank))
+    other = run.processes[1 - rank]
+    other.join(60)
+    hung = other.is_alive()
+    for process in run.processes:
+        process.kill()
+        process.join()
+    _expect(not hung and other.exitcode != 0, f"the other process has exit status {other.exitcode}", run.text())
+    job.finish()
+    reference.check(job)
+
+
+KINDS = (
+    Kind("step", kill_in_step),
+    Kind("file", kill_at_file),
+    Kind("term", terminate, (*ONE, *TWO)),
+    Kind("final", kill_in_final_save),
+    Kind("damage", damage),
+    Kind("peer", dead_peer, TWO),
+    Kind("cache", kill_in_data_cache),
+    Kind("disk", disk_full),
+    Kind("nan", nan),
+    Kind("time", kill_any_time, (*ONE, *TWO)),
+    Kind("readonly", read_only),
+    Kind("file2", kill_at_file, TWO),
+)

@@ -1,0 +1,58 @@
+"""Runs of main.py in real processes that share one gloo group, and what came out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+class Workspace:
+    """A folder with models and data, into which runs are launched."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def launch(self, config: str, runs: dict[str, dict], *launch_flags: str, processes: int = 2) -> None:
+        """Run main.py once for each entry of `runs`, a name and its arguments, under accelerate_config/CONFIG.yaml."""
+        command = [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_config/{config}.yaml",
+            "--num_processes", str(processes), "--main_process_port", str(free_port()), *launch_flags,
+            "tests/fsdp_on_cpu.py", *(str(self._write(name, arguments)) for name, arguments in runs.items()),
+        ]  # fmt: skip
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]
+
+    def losses(self, name: str) -> list[float]:
+        history = json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / "model.safetensors")
+
+    def _write(self, name: str, arguments: dict) -> Path:
+        defaults = {
+            "model_name_or_path": str(self.folder / "model"), "dataset": str(self.folder / "data.jsonl"),
+            "eval_size": 6, "output_dir": str(self.folder / name), "do_train": True, "max_steps": 10,
+            "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no",
+            "disable_tqdm": True, "report_to": "none", "export_format": "none", "ddp_timeout": 60,
+            "data_cache_dir": str(self.folder / "cache"),
+        }  # fmt: skip
+        path = self.folder / f"{name}.json"
+        path.write_text(json.dumps(defaults | arguments))
+        return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
