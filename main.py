@@ -35,7 +35,9 @@ from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
 from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
+from training.report import run_settings, write_report
 from training.safeguards import INTERRUPTED
+from training.teachers import make_cached_teacher
 from training.writers import Writers
 from utils import QATTrainer, make_supervised_data_module
 
@@ -61,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
     teacher = None
-    if distill_args.distill:
+    if distill_args.distill_teacher == "self":
+        teacher = "self"
+    elif distill_args.distill:
         teacher = load_teacher(
             model, distill_args.teacher_model_name_or_path, training_args.cache_dir, model_args.trust_remote_code
         )
@@ -78,6 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     if data_args.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
         training_args.accelerator_config.dispatch_batches = False
 
+    if distill_args.distill_teacher == "cache":
+        settings, folder = distill_args.cache_settings, distill_args.distill_cache_dir
+        teacher = make_cached_teacher(teacher, training_args, data_module, settings, folder)
     if quant_args.smooth_alpha and checkpoint is None:
         if getattr(model, "qat_config", None) is None:
             raise ValueError("--smooth_alpha needs a model to quantize: give --quant_scheme")
@@ -118,6 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         trainer.save_state()
         logger.info("Saved to %s", training_args.output_dir)
+        if training_args.report and trainer.is_world_process_zero():
+            settings = run_settings(trainer, model_args, data_args, quant_args, distill_args)
+            write_report(training_args.output_dir, trainer.state.log_history, settings, "Training report")
         if trainer.is_world_process_zero() and getattr(model, "qat_config", None) is not None:
             export(model, model_args, training_args, data_args, quant_args)
 

@@ -37,11 +37,12 @@ def fingerprint(parts: dict) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
+def build_once(root: Path, key: str, build: Callable[[Path], None], setting: str = "--data_cache_dir") -> Path:
     """The folder `root/key`; where there is none, `build` fills it.
 
     Args:
         build: gets an empty folder; if it raises, nothing is kept.
+        setting: the argument that chooses `root`.
 
     Raises:
         ValueError: `root` cannot be written.
@@ -49,7 +50,7 @@ def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     folder = root / key
     if folder.is_dir():
         return folder
-    lock = _acquire(root, key)
+    lock = _acquire(root, key, setting)
     try:
         if not folder.is_dir():
             if lock.is_locked:
@@ -60,7 +61,7 @@ def build_once(root: Path, key: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _acquire(root: Path, key: str) -> filelock.BaseFileLock:
+def _acquire(root: Path, key: str, setting: str) -> filelock.BaseFileLock:
     lock = filelock.FileLock(root / f"{key}.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -72,9 +73,7 @@ def _acquire(root: Path, key: str) -> filelock.BaseFileLock:
     except NotImplementedError:
         logger.warning("the file system of %s has no locks, so every process prepares the data for itself", root)
     except OSError as error:
-        raise ValueError(
-            f"the data cache {root} cannot be written ({error.strerror}); give another --data_cache_dir"
-        ) from error
+        raise ValueError(f"the cache {root} cannot be written ({error.strerror}); give another {setting}") from error
     return lock
 
 

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import save_llama, write_conversations
+import pytest
+import torch
+from helpers import make_llama, make_tokenizer, save_llama, write_conversations
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,3 +31,32 @@ def test_accelerate_launch_trains_on_the_cpu(tmp_path):
     assert "7 linear layers in MXFP4" in result.stdout
     assert json.loads((tmp_path / "out" / "MXFP4" / "verification.json").read_text())["verified"]
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_perplexity"] > 1
+
+
+def test_two_processes_distil_as_one_does(tmp_path):
+    save_llama(tmp_path / "model", dtype=torch.float32, layers=1)
+    teacher = make_llama(layers=1)
+    for parameter in teacher.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    teacher.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    write_conversations(tmp_path / "data.jsonl")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    logs = []
+    for processes in (1, 2):
+        command = [
+            *launcher, str(processes), "main.py", "--use_cpu", "True", "--bf16", "False", "--report_to", "none",
+            "--save_strategy", "no", "--eval_size", "6",
+            "--model_name_or_path", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl"),
+            "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--do_train", "True", "--do_eval", "True",
+            "--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "2",
+            "--per_device_train_batch_size", str(4 // processes), "--train_sampling_strategy", "sequential",
+            "--data_cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / f"out-{processes}"),
+        ]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+        state = json.loads((tmp_path / f"out-{processes}" / "trainer_state.json").read_text())
+        names = ("loss", "grad_norm", "eval_loss", "eval_kl", "labelled_tokens")
+        logs.append([entry[name] for entry in state["log_history"] for name in names if name in entry])
+    assert len(logs[0]) == 8 and logs[1] == pytest.approx(logs[0], rel=1e-4)

@@ -289,6 +289,26 @@ def test_distillation_lowers_the_divergence_and_reports_both_losses(workspace, b
     assert again["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-3)
 
 
+def test_a_run_from_a_cached_teacher_reads_it_again_and_ends_in_a_report(workspace, bf16_stage, caplog):
+    flags = (
+        "--distill_teacher",
+        "cache",
+        "--distill_cache_dir",
+        str(workspace / "teachers"),
+        "--quant_scheme",
+        "MXFP4",
+    )
+    first = run(workspace, "cached", *TRAIN, *flags, model="bf16")
+    folders = sorted((workspace / "teachers").glob("*/about.json"))
+    again = run(workspace, "cached-again", *TRAIN, *flags, "--report", "False", model="bf16")
+    assert sorted((workspace / "teachers").glob("*/about.json")) == folders and len(folders) == 2
+    assert again["eval_kl"] == first["eval_kl"] and again["train_loss"] == first["train_loss"]
+    report = (workspace / "cached" / "report.md").read_text()
+    assert "| eval_kl |" in report and "`torch.nn.Linear: MXFP4" in report and "| distill_teacher | `cache` |" in report
+    assert (workspace / "cached" / "report.png").stat().st_size > 10_000
+    assert not (workspace / "cached-again" / "report.md").exists()
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_distillation_loss_is_a_mean_over_the_tokens_of_the_whole_step(tmp_path, accumulation):
     model, teacher = make_llama(), make_llama(tie_word_embeddings=False)

@@ -24,7 +24,9 @@ from qat.mapping import DEFAULT_IGNORE, load_mapping
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
 
+from .sampled_tokens import CacheSettings
 from .sharding import GATHER_DTYPES
+from .teachers import TEACHERS
 
 
 @dataclass
@@ -70,6 +72,9 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
     )
 
+    report: bool = field(
+        default=True, metadata={"help": "After training, write report.md and report.png with curves and final figures."}
+    )
     fsdp_gather_dtype: str = field(
         default="float32",
         metadata={
@@ -101,12 +106,14 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.fp16:
             self.bf16 = False
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric.endswith(("kl", "perplexity")) and self.greater_is_better is None:
+            self.greater_is_better = False  # as transformers has it for losses only
         if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
             self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-
 
     @property
     def n_gpu(self) -> int:
@@ -305,6 +312,25 @@ class DistillationArguments:
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another teacher: hub id or local folder; implies --distill True."}
     )
+    distill_teacher: str = field(
+        default="copy",
+        metadata={
+            "help": "How the teacher is there: copy keeps a frozen model in memory; cache computes its distributions "
+            "once and keeps a sample of each on disk; self is the student with its quantizers off. See "
+            "docs/distillation.md.",
+            "choices": list(TEACHERS),
+        },
+    )
+    distill_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where --distill_teacher cache keeps distributions. Default: beside the data's."},
+    )
+    distill_top_k: int = field(
+        default=16, metadata={"help": "Most likely tokens of each distribution that are cached with their probability."}
+    )
+    distill_samples: int = field(
+        default=16, metadata={"help": "Tokens drawn from the rest of each distribution for the cache, at least 1."}
+    )
     distill_temperature: float = field(
         default=1.0, metadata={"help": "Temperature of both distributions; above 1 flattens them."}
     )
@@ -313,11 +339,21 @@ class DistillationArguments:
     )
 
     def __post_init__(self) -> None:
-        self.distill = self.distill or self.teacher_model_name_or_path is not None
+        self.distill = self.distill or self.teacher_model_name_or_path is not None or self.distill_teacher != "copy"
+        if self.distill_teacher not in TEACHERS:
+            raise ValueError(
+                f"--distill_teacher {self.distill_teacher!r} is unknown; choose one of {', '.join(TEACHERS)}"
+            )
+        if self.distill_teacher == "self" and self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                f"--distill_teacher self and --teacher_model_name_or_path {self.teacher_model_name_or_path!r} name two "
+                "teachers; give one of them"
+            )
         if not self.distill_temperature > 0:
             raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0")
         if not 0 <= self.distill_ce_weight <= 1:
             raise ValueError(f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1 (no KL)")
+        self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
 
 
 Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments]

@@ -1,25 +1,43 @@
 """Distillation: the quantized student learns the whole next-token distribution of an unquantized teacher.
 
 The loss is the forward Kullback-Leibler divergence KL(teacher || student) over labelled tokens (quantization-aware
-distillation, arXiv:2601.20088). Logits have one row of vocabulary size for every token, so what is kept of them decides
-the memory of a step: rows without a label are dropped first, both models' rows stay in the dtype they were computed in,
-and FP32 exists for `CHUNK` tokens at a time, forward and backward.
+distillation, arXiv:2601.20088). An `Objective` says what the logits of a batch's labelled tokens are compared with,
+some tokens at a time; chunked_loss.py calls it so that logits exist for those tokens only. What a teacher says about
+the tokens comes in one of two forms: its hidden states, from which its head makes logits when they are needed, or a few
+token ids with weights (teacher_cache.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from data.formatting import IGNORE_INDEX
 
-CHUNK = 512  # tokens whose FP32 logits exist at one time: 2 x 512 x 50,000 x 4 bytes = 200 MB
+CHUNK = 512  # tokens whose FP32 logits exist at one time: 512 x 50,000 x 4 bytes = 100 MB for each of a few tensors
 
 
-def labelled_rows(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, time, V] -> [n, V]: the rows that predict a labelled token (the row before it), in order."""
-    return logits[:, :-1][labels[:, 1:] != IGNORE_INDEX]
+def chunks(count: int) -> list[slice]:
+    """`count` tokens in slices of at most CHUNK."""
+    return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+
+
+def label_mask(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [batch, time] -> bool [batch, time - 1]: whether the token after each one is labelled."""
+    return labels[:, 1:] != IGNORE_INDEX
+
+
+def labelled_rows(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits or hidden states [batch, time, D] -> [n, D]: those that predict a labelled token, the one after."""
+    return states[:, :-1][label_mask(labels)]
+
+
+# ---- Divergences ----
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -31,42 +49,115 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float 
             (Hinton et al., arXiv:1503.02531).
 
     Returns:
-        FP32 [n].
+        [n] in FP32, or in FP64 for FP64 logits.
     """
     return _ForwardKL.apply(student, teacher, temperature)
 
 
 class _ForwardKL(torch.autograd.Function):
-    """Rows are recomputed in backward: only the logits themselves are kept, not their FP32 probabilities."""
+    """The gradient is written where the divergence is computed: one tensor of the logits' dtype is all that is kept."""
 
     @staticmethod
     def forward(ctx, student, teacher, temperature):
-        ctx.save_for_backward(student, teacher)
-        ctx.temperature = temperature
-        result = torch.empty(len(student), dtype=torch.float32, device=student.device)
-        for rows in _chunks(len(student)):
-            log_p, log_q = _log_probabilities(student[rows], teacher[rows], temperature)
-            result[rows] = (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
+        wide = _at_least_fp32(student.dtype)
+        result = torch.empty(len(student), dtype=wide, device=student.device)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for rows in chunks(len(student)):
+            log_p, log_q = ((x[rows].to(wide) / temperature).log_softmax(-1) for x in (student, teacher))
+            q = log_q.exp()
+            result[rows] = log_q.sub_(log_p).mul_(q).sum(-1) * temperature**2
+            if gradient is not None:  # of sum q (log q - log softmax(s / T)) * T^2: (p - q) * T
+                gradient[rows] = log_p.exp_().sub_(q).mul_(temperature).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        student, teacher = ctx.saved_tensors
-        result = torch.empty_like(student)
-        for rows in _chunks(len(student)):
-            log_p, log_q = _log_probabilities(student[rows], teacher[rows], ctx.temperature)
-            # d/ds of sum q (log q - log softmax(s / T)) * T^2 = (p - q) * T
-            result[rows] = (log_p.exp_() - log_q.exp_()).mul_(grad[rows, None] * ctx.temperature).to(result.dtype)
-        return result, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None, None
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, count, CHUNK)]
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _log_probabilities(student, teacher, temperature):
-    return tuple((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
+@dataclass
+class HiddenRows:
+    """A teacher's last hidden states [n, H] for the labelled tokens, and the head that turns some of them into logits.
+
+    Where a teacher's head is not known, the rows are its logits and the head returns them.
+    """
+
+    hidden: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda hidden: hidden)
+
+    def divergence(self, student: torch.Tensor, rows: slice, temperature: float) -> torch.Tensor:
+        """KL [c] of the student's logits [c, V], which belong to `rows`."""
+        with torch.no_grad():
+            teacher = self.head(self.hidden[rows])
+        return forward_kl(student, teacher, temperature)
+
+
+@dataclass
+class SampledRows:
+    """A teacher's distributions as a few tokens each: unbiased estimates of the whole (see teacher_cache.py).
+
+    Args:
+        ids: int [n, K], tokens; one may occur several times.
+        weights: float [n, K], their probabilities; the expectation of the summed one-hot vectors is the distribution.
+        entropy: float [n], of the whole distribution, in nats, so that the loss is a divergence and not more.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+
+    def divergence(self, student: torch.Tensor, rows: slice, temperature: float) -> torch.Tensor:
+        """An unbiased estimate of KL [c] of the student's logits [c, V]; single values may be negative."""
+        log_p = (student.to(_at_least_fp32(student.dtype)) / temperature).log_softmax(-1)
+        cross = -(self.weights[rows] * log_p.gather(1, self.ids[rows].long())).sum(-1)
+        return (cross - self.entropy[rows]) * temperature**2
+
+
+# ---- The objective ----
+
+
+@dataclass
+class Objective:
+    """What the logits of a batch's n labelled tokens are compared with.
+
+    Args:
+        labels: int64 [batch, time], IGNORE_INDEX where nothing is predicted.
+        teacher: its say about the n tokens, in their order; None without a teacher.
+        weights: of "ce" (cross-entropy with the labels) and "kl" (divergence from the teacher) in the loss; a term
+            without weight is not computed.
+        temperature: of the divergence.
+    """
+
+    labels: torch.Tensor
+    teacher: HiddenRows | SampledRows | None = None
+    weights: dict[str, float] = field(default_factory=lambda: {"ce": 1.0})
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.weights = {name: weight for name, weight in self.weights.items() if weight}
+        self.mask = label_mask(self.labels)
+        self.targets = self.labels[:, 1:][self.mask]
+
+    def token_losses(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Logits [c, V] of `rows` among the n tokens -> [c, terms], one column for each of `weights`, unweighted."""
+        terms = {"ce": self._cross_entropy, "kl": self._divergence}
+        return torch.stack([terms[name](logits, rows) for name in self.weights], dim=-1)
+
+    def _cross_entropy(self, logits, rows):
+        return F.cross_entropy(logits.to(_at_least_fp32(logits.dtype)), self.targets[rows], reduction="none")
+
+    def _divergence(self, logits, rows):
+        return self.teacher.divergence(logits, rows, self.temperature)
+
+
+# ---- Who may teach ----
 
 
 def check_teacher(student: nn.Module, teacher: nn.Module, student_tokenizer=None, teacher_tokenizer=None) -> None:

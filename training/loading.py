@@ -54,7 +54,7 @@ def load_teacher(
 ) -> PreTrainedModel:
     """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name."""
     if name_or_path is None:
-        teacher = copy.deepcopy(model).to(torch.bfloat16)
+        teacher = _bfloat16_copy(model)
     else:
         check_model_folder(name_or_path)
         kwargs = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
@@ -66,6 +66,15 @@ def load_teacher(
         check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
     teacher.config.use_cache = False
     return teacher.requires_grad_(False).eval()
+
+
+def _bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with parameters in BF16, made one by one, and the very same buffers: frequencies of rotary embeddings lose
+    their meaning in BF16, and tables need no copy."""
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        shared[id(parameter)] = torch.nn.Parameter(parameter.detach().to(torch.bfloat16, copy=True), False)
+    return copy.deepcopy(model, shared)
 
 
 def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:

@@ -6,6 +6,7 @@
 * The checkpoints from which a run resumes keep the FP32 masters, or resuming would not be exact.
 * With a teacher, the loss is the divergence from its distribution (see distillation.py), and evaluation reports both
   that and the usual cross-entropy.
+* Losses are computed from hidden states in chunks of tokens (see chunked_loss.py), so a batch's logits never exist.
 """
 
 from __future__ import annotations
@@ -15,31 +16,39 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.formatting import IGNORE_INDEX
 from qat.bake import bake_exponents, baked_config
 
+from .chunked_loss import attach, chunked_loss
 from .damping import OscillationDamping
-from .distillation import forward_kl, labelled_rows
+from .distillation import HiddenRows, Objective, SampledRows, labelled_rows
 from .exponents import separate_exponents
 from .fault_tolerance import FaultTolerantTrainer
-from .metrics import loss_over_tokens, sum_by_sample, token_loss_sums
+from .metrics import loss_over_tokens, sum_by_sample
 from .monitor import QuantizationMonitor
 from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
+from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
 
 
 class QATTrainer(FaultTolerantTrainer):
     """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
-    those of FaultTolerantTrainer."""
+    those of FaultTolerantTrainer.
+
+    Args:
+        teacher: a model, which is frozen; a CachedTeacher; or "self", the model itself with its quantizers off.
+        distill_temperature: of both distributions in the training loss; evaluation reports the divergence at 1.
+        distill_ce_weight: share of the training loss that is cross-entropy with the data's tokens.
+    """
 
     def __init__(
         self,
         *args,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | CachedTeacher | str | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
         exponent_learning_rate: float = 1e-2,
@@ -51,11 +60,13 @@ class QATTrainer(FaultTolerantTrainer):
             kwargs["compute_metrics"] = loss_over_tokens
         super().__init__(*args, **kwargs)
         self._keep_masters = False
+        self._labelled_tokens = 0
         self.exponent_learning_rate = exponent_learning_rate
         self.monitor: QuantizationMonitor | None = None
         if getattr(self.model, "qat_config", None) is not None:
             self._watch_quantization(self.model, log_quantization)
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
+        self.head = self._attach_head()
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
 
     def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
@@ -65,18 +76,6 @@ class QATTrainer(FaultTolerantTrainer):
         if log_quantization:
             self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
             self.add_callback(self.monitor)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the figures of quantization beside each training loss."""
-        if self.monitor is not None and "loss" in logs:
-            logs = {**logs, **self.monitor.metrics()}
-        super().log(logs, start_time)
-
-    def _prepare_teacher(self, teacher: PreTrainedModel) -> torch.nn.Module:
-        teacher.requires_grad_(False).eval()
-        if self.is_fsdp_enabled:  # sharded like the student
-            return self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        return teacher.to(self.args.device)
 
     def create_optimizer(self, model=None):
         """Trainer's own optimizer, with learned exponents in a group of their own."""
@@ -102,57 +101,122 @@ class QATTrainer(FaultTolerantTrainer):
             initialize_state(getattr(self.optimizer, "optimizer", self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    # ---- Distillation ----
+    def _attach_head(self):
+        """The model's head, taught to compute losses; None where a batch's logits are needed after all."""
+        splits_batches = self.args.n_gpu > 1 or self.is_deepspeed_enabled
+        if splits_batches or not isinstance(self.model, PreTrainedModel):
+            return None
+        head = agreed_head(self.model, self.accelerator)
+        if head is not None:
+            attach(self.model, head)
+        return head
+
+    def _prepare_teacher(self, teacher: PreTrainedModel | CachedTeacher | str):
+        self.model_accepts_loss_kwargs = True  # the loss below is ours, and counts the tokens of a whole step
+        if isinstance(teacher, CachedTeacher):
+            self.data_collator = teacher.collator(self.data_collator, "train")
+            return teacher
+        if isinstance(teacher, PreTrainedModel):
+            return FrozenTeacher(teacher, self.args.device, self.accelerator)
+        if teacher != "self":
+            raise ValueError(f"teacher={teacher!r} is neither a model nor a CachedTeacher nor 'self'")
+        return SelfTeacher(self.model, self.head)
+
+    def train(self, *args, **kwargs):
+        """Trainer's own, refused where the teacher would move with the student (see `SelfTeacher`)."""
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.check_training(self.distill_ce_weight)
+        self._labelled_tokens = None
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's own; counts the labelled tokens of a step, on all processes, without waiting for the device."""
+        if self._labelled_tokens is None:  # those that a resumed run has logged
+            logged = [entry["labelled_tokens"] for entry in self.state.log_history if "labelled_tokens" in entry]
+            self._labelled_tokens = logged[-1] if logged else 0
+        if num_items_in_batch is not None:
+            self._labelled_tokens = (
+                self._labelled_tokens + num_items_in_batch / self.current_gradient_accumulation_steps
+            )
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, with the labelled tokens so far and the figures of quantization beside each training loss."""
+        if "loss" in logs:
+            tokens = {"labelled_tokens": round(float(self._labelled_tokens))} if self._labelled_tokens else {}
+            figures = self.monitor.metrics() if self.monitor is not None else {}
+            logs = {**logs, **tokens, **figures}
+        super().log(logs, start_time)
+
+    # ---- Losses ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Trainer's own loss, or with a teacher the forward KL (and a share of cross-entropy), a mean over tokens."""
-        if self.teacher is None:
+        """Cross-entropy, or with a teacher the forward KL (and a share of cross-entropy), a mean over tokens."""
+        if self.teacher is None and (return_outputs or not self._is_plain_cross_entropy()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-        student = labelled_rows(outputs.logits, labels)
-        weight = self.distill_ce_weight
-        loss = (1 - weight) * forward_kl(student, self._teacher_rows(inputs), self.distill_temperature).sum()
-        if weight:
-            targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-            loss = loss + weight * F.cross_entropy(student.float(), targets, reduction="sum")
+        inputs = dict(inputs)
+        ce_weight = 1.0 if self.teacher is None else self.distill_ce_weight
+        teacher = self._teacher_rows(model, inputs)
+        objective = Objective(
+            inputs.pop("labels"), teacher, {"ce": ce_weight, "kl": 1 - ce_weight}, self.distill_temperature
+        )
+        losses, outputs = self._losses(model, inputs, objective, return_outputs)
         if num_items_in_batch is None:
-            loss = loss / max(len(student), 1)
+            loss = losses["loss"] / max(len(objective.targets), 1)
         else:  # labelled tokens of the whole step, on all processes, whose gradients DDP and FSDP will average
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss / num_items_in_batch * processes
+            loss = losses["loss"] / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
 
-    @torch.no_grad()
-    def _teacher_rows(self, inputs: dict) -> torch.Tensor:
-        """The teacher's logits [n, V] for the labelled tokens of a batch."""
-        kwargs = {key: value for key, value in inputs.items() if key != "labels"}
+    def _is_plain_cross_entropy(self) -> bool:
+        """Whether the model's own loss is the mean cross-entropy of labelled tokens and nothing else."""
+        if self.head is None or self.label_smoother is not None or self.compute_loss_func is not None:
+            return False
+        model = self.accelerator.unwrap_model(self.model)
+        routed = getattr(model.config.get_text_config(), "output_router_logits", False)
+        return model.loss_function is ForCausalLMLoss and not routed
+
+    def _teacher_rows(self, model, inputs: dict) -> HiddenRows | SampledRows | None:
+        """What the teacher says about a batch; takes cached columns out of `inputs`."""
+        if self.teacher is None:
+            return None
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher.take(inputs)
         with self.compute_loss_context_manager():
-            return labelled_rows(self.teacher(**kwargs).logits, inputs["labels"])
+            return self.teacher.rows(inputs, model)
+
+    def _losses(self, model, inputs: dict, objective: Objective, return_outputs: bool = False):
+        """`chunked_loss` and the model's outputs, where they are wanted or the head is not known."""
+        if self.head is not None and not return_outputs:
+            return model(**inputs, objective=objective), None
+        outputs = model(**inputs)
+        return chunked_loss(labelled_rows(outputs.logits, objective.labels), objective), outputs
 
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Evaluation uses every sample, whatever `dataloader_drop_last` says about training."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        before = self.args.dataloader_drop_last, self.data_collator
+        self.args.dataloader_drop_last = False
+        if isinstance(self.teacher, CachedTeacher):
+            self.data_collator = self.teacher.collator(self.data_collator.collate, "eval")
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.data_collator = before
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Per sample, the summed loss as prediction and the number of labelled tokens as label."""
         if not self._own_metrics:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
-            sums, tokens = token_loss_sums(logits, labels)
-            if self.teacher is not None:
-                kl = forward_kl(labelled_rows(logits, labels), self._teacher_rows(inputs))
-                sums = torch.stack((sums, sum_by_sample(kl, labels)), dim=-1)
-        return None, sums, tokens
+            teacher = self._teacher_rows(model, inputs)
+            labels = inputs.pop("labels")
+            terms = {"ce": 1.0} if teacher is None else {"ce": 1.0, "kl": 1.0}
+            losses, _ = self._losses(model, inputs, Objective(labels, teacher, terms))
+            sums = torch.stack([sum_by_sample(column, labels) for column in losses["token_losses"].unbind(-1)], -1)
+        return None, sums.squeeze(-1), (labels[:, 1:] != IGNORE_INDEX).sum(-1)
 
     def round_masters(self) -> None:
         """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
