@@ -231,13 +231,14 @@ def main() -> None:
     if args.row:
         return run_row(args.row, args.out, device)
 
-    gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",")
 
     def spawn(task: tuple[int, str]) -> None:
         number, key = task
         command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
-        one_gpu = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+        one_gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_gpu)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
