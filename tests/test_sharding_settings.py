@@ -11,7 +11,6 @@ import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import make_llama
 from torch.distributed.fsdp import StateDictType
-from transformers import Trainer
 
 from qat import prepare_qat
 from training.sharding import full_state_dict, initialize_state, original_name, round_parameters, set_precision
@@ -62,7 +61,7 @@ def test_the_state_dict_type_is_back_after_saving_failed(name, kind, monkeypatch
         seen.append(plugin.state_dict_type)
         raise OSError("disk full")
 
-    monkeypatch.setattr(Trainer, "save_model", fail)
+    monkeypatch.setattr(QATTrainer.__base__, "save_model", fail)
     trainer = object.__new__(QATTrainer)
     trainer.is_fsdp_enabled, trainer._keep_masters = True, False
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
