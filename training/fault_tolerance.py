@@ -148,12 +148,13 @@ class FaultTolerantTrainer(Trainer):
 
     def _finalize_training(self, *args, **kwargs):
         """Trainer's own, over all steps of the run, and without deleting the newest checkpoint."""
-        first = 0 if self._progress else self._initial_global_step
-        if first != self._initial_global_step:
+        counted_from = getattr(self, "_initial_global_step", 0)  # transformers 5.17 counts all steps itself
+        first = 0 if self._progress else counted_from
+        if first != counted_from:
             total = self._total_loss_scalar + self._tr_loss.item()
             mean = total / max(self.state.global_step - first, 1)
             self._tr_loss.zero_()
-            self._total_loss_scalar = mean * max(self.state.global_step - self._initial_global_step, 0.001)
+            self._total_loss_scalar = mean * max(self.state.global_step - counted_from, 0.001)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)
