@@ -14,14 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import set_seed
-
 from qat import QATConfig, prepare_qat
-from qat.export import export_checkpoint
-from qat.model_card import CardFacts
-from qat.verify import verify
 from training.arguments import (
     DataArguments,
     DistillationArguments,
@@ -33,10 +26,10 @@ from training.arguments import (
 from training.atomic import prepare_output
 from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
-from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from training.loading import load_model, load_teacher, load_tokenizer
 from training.report import run_settings, write_report
 from training.safeguards import INTERRUPTED
+from training.stage import export, set_up, unused_folder
 from training.teachers import make_cached_teacher
 from training.writers import Writers
 from utils import QATTrainer, make_supervised_data_module
@@ -47,14 +40,7 @@ logger = logging.getLogger("main")
 def main(argv: list[str] | None = None) -> None:
     """Run one stage: parse, seed, load, quantize, read data, train, evaluate, save."""
     model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
-    set_up_logging(training_args)
-    set_seed(training_args.seed)
-    if torch.cuda.device_count() > 1 and training_args.world_size == 1:
-        logger.warning("One of %d GPUs is used; accelerate launch uses all", torch.cuda.device_count())
-    if training_args.device.type == "cpu" and training_args.bf16 and is_needed():
-        use_fast_bfloat16()
-        logger.info("This CPU has no BF16 instructions: BF16 products are computed with its FP32 ones.")
-
+    set_up(training_args)
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)
     writers = Writers.of(training_args)
@@ -144,36 +130,6 @@ def quantize(model, model_args: ModelArguments, quant_args: QuantizationArgument
         logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
         rules = saved.weight_scale_rule, saved.input_scale_rule
         prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
-
-
-def export(model, model_args, training_args, data_args, quant_args: QuantizationArguments) -> None:
-    """Pack what was trained into a folder named after its scheme, and prove that it is the same model."""
-    if quant_args.export_format == "none":
-        return
-    source = training_args.output_dir
-    target = Path(source, "-".join(dict.fromkeys(model.qat_config.mapping.values())))
-    facts = CardFacts(model_args.model_name_or_path, data_args.dataset)
-    export_checkpoint(source, target, quant_args.export_format, overwrite=True, facts=facts)
-    verify(target, source)
-    logger.info("Serve it: vllm serve %s", target)
-
-
-def unused_folder(folder: str) -> str:
-    """`folder` if it is free, else a new folder inside it: an evaluation overwrites nothing."""
-    path, number = Path(folder), 0
-    while path.exists() and any(path.iterdir()):
-        number += 1
-        path = Path(folder, f"evaluation-{number}")
-    return str(path)
-
-
-def set_up_logging(training_args: TrainingArguments) -> None:
-    """Messages of the main process to standard error, progress bars and warnings of all."""
-    level = logging.INFO if training_args.should_log else logging.WARNING
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
-    for name in ("main", "data", "training", "qat"):
-        logging.getLogger(name).setLevel(level)
-    transformers.utils.logging.set_verbosity_warning()
 
 
 __all__ = [

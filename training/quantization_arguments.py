@@ -1,0 +1,131 @@
+"""Arguments of main.py: how to quantize, and how to train what is quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qat import SCHEMES
+from qat.formats import SCALE_RULES
+from qat.mapping import DEFAULT_IGNORE, load_mapping
+from qat.packed_config import EXPORT_FORMATS
+from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
+
+
+@dataclass
+class QuantizationArguments:
+    """How to quantize."""
+
+    quant_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Quantization scheme, one of {', '.join(SCHEMES)}. With --do_train: quantization-aware training; "
+            "without: evaluation after plain rounding (PTQ). Default: none, or the scheme of a QAT folder."
+        },
+    )
+
+    weight_scale_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scale rule of weights, one of {', '.join(SCALE_RULES)}; default: the scheme's own. "
+            "search picks the better of two exponents for each block."
+        },
+    )
+    input_scale_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scale rule of activations, one of {', '.join(INPUT_SCALE_RULES)}; default: the scheme's own. "
+            "Choose the rule of the engine that will serve the model."
+        },
+    )
+    smooth_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Smooth activations before training: move this share of their outliers into the weights, exactly "
+            "and at no cost in serving (SmoothQuant). 0: off; 0.7 is a good start for MXFP4."
+        },
+    )
+    quant_mapping: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mixed precision: a JSON file of schemes by layer name or glob, in place of --quant_scheme; "
+            "python -m training.sensitivity proposes one."
+        },
+    )
+    weight_gradient_estimator: str = field(
+        default="ste",
+        metadata={
+            "help": "Gradients of weights pass their quantizer: ste (straight through), or clipped_ste (not where the "
+            "weight saturates).",
+            "choices": list(GRADIENT_ESTIMATORS),
+        },
+    )
+    input_gradient_estimator: str = field(
+        default="ste",
+        metadata={"help": "The same for gradients of activations.", "choices": list(GRADIENT_ESTIMATORS)},
+    )
+    learn_exponent: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the block exponents of weights too; what is saved is a plain checkpoint all the same."
+        },
+    )
+    exponent_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the exponents, which move in whole steps; no weight decay."}
+    )
+    oscillation_damping: float = field(
+        default=0.0,
+        metadata={
+            "help": "After each step move weights by this fraction, reached linearly at the end of the training, to "
+            "the values they are quantized to; 0 does not."
+        },
+    )
+    log_quantization: bool = field(
+        default=True,
+        metadata={"help": "Log how many codes flip and oscillate and how many values saturate, by group of layers."},
+    )
+    export_format: str = field(
+        default="compressed-tensors",
+        metadata={
+            "help": "After quantization-aware training, pack the model into output_dir/SCHEME: "
+            f"{', '.join(EXPORT_FORMATS)}, or none."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.export_format not in (*EXPORT_FORMATS, "none"):
+            raise ValueError(
+                f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
+            )
+        if not 0 <= self.smooth_alpha <= 1:
+            raise ValueError(f"--smooth_alpha {self.smooth_alpha} is out of range; choose 0 (off) to 1, such as 0.7")
+        for name, choices in (("weight_scale_rule", SCALE_RULES), ("input_scale_rule", INPUT_SCALE_RULES)):
+            rule = getattr(self, name)
+            if rule is not None and rule not in choices:
+                raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
+        if not self.exponent_learning_rate > 0:
+            raise ValueError(f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0")
+        if not 0 <= self.oscillation_damping <= 1:
+            raise ValueError(f"--oscillation_damping {self.oscillation_damping} must lie between 0 (none) and 1")
+        if self.quant_mapping is not None:
+            if self.quant_scheme is not None:
+                raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
+            load_mapping(self.quant_mapping)
+            return
+        if self.quant_scheme is None:
+            if self.weight_scale_rule or self.input_scale_rule:
+                raise ValueError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
+            return
+        if self.quant_scheme.upper() not in SCHEMES:
+            raise ValueError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        self.quant_scheme = self.quant_scheme.upper()
+
+    def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
+        """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
+        if self.quant_mapping is not None:
+            return load_mapping(self.quant_mapping)
+        return None if self.quant_scheme is None else ({"torch.nn.Linear": self.quant_scheme}, DEFAULT_IGNORE)
+
+    def training_options(self) -> dict[str, str | bool | float]:
+        """Arguments of `prepare_qat` about how weights are trained."""
+        names = ("weight_gradient_estimator", "input_gradient_estimator", "learn_exponent", "oscillation_damping")
+        return {name: getattr(self, name) for name in names}
