@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("data").setLevel(logging.INFO)
     source = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model_name_or_path, model_max_length=args.model_max_length, **source
-    )
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, model_max_length=args.model_max_length, **source)
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
     try:
         module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})

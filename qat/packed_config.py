@@ -44,9 +44,7 @@ def engine_input_rule(export_format: str, layer: LayerScheme) -> str:
     return "even" if export_format == "compressed-tensors" else layer.input.scale_rule
 
 
-def make_quantization_config(
-    export_format: str, layers: Mapping[str, LayerScheme], unquantized: list[str]
-) -> dict:
+def make_quantization_config(export_format: str, layers: Mapping[str, LayerScheme], unquantized: list[str]) -> dict:
     """The `quantization_config` for packed `layers` (schemes by module name) and linear layers left `unquantized`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Step 2 of scripts/test_serving.sh, in vLLM's environment: vLLM with the plugin against the fake-quantized twins.
 
-    python compare.py FOLDER          every case, one process each, and a table
-    python compare.py FOLDER CASE     one case
+python compare.py FOLDER          every case, one process each, and a table
+python compare.py FOLDER CASE     one case
 """
 
 from __future__ import annotations
