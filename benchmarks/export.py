@@ -4,7 +4,8 @@
 
 A random Llama checkpoint of several shards is packed in a process of its own, libraries loaded beforehand. Two
 yardsticks read the source's bytes and write the packed ones: safetensors, which loads each shard into memory and saves
-the packed tensors, and raw files in chunks of 1 MiB. Files are in the page cache; of everything, the best of three.
+the packed tensors, and raw files in chunks of 1 MiB. Both flush what they wrote to disk, as the export does. What is
+read is in the page cache; of everything, the best of three.
 Peak memory is the growth of the resident set, mapped files included, in shards of the source.
 """
 
@@ -110,12 +111,15 @@ def copy_through_safetensors(source: Path, packed: Path) -> float:
     """Seconds to load all tensors of `source` into memory and to save those of `packed`, shard by shard."""
     from safetensors.torch import load_file, save_file
 
+    from qat.aside import flush_path
+
     seconds = 0.0
     for path in sorted(source.glob("*.safetensors")):
         to_write = {name: tensor.clone() for name, tensor in load_file(packed / path.name).items()}
         start = time.perf_counter()
         loaded = {name: tensor.clone() for name, tensor in load_file(path).items()}
         save_file(to_write, packed / "copy.tmp")
+        flush_path(packed / "copy.tmp")
         seconds += time.perf_counter() - start
         del loaded
     (packed / "copy.tmp").unlink()
@@ -124,12 +128,15 @@ def copy_through_safetensors(source: Path, packed: Path) -> float:
 
 def copy_raw(source: Path, target: Path, bytes_to_write: int) -> float:
     """Seconds to read all weights of `source` and to write `bytes_to_write` bytes."""
+    from qat.aside import flush_path
+
     start = time.perf_counter()
     with target.open("wb", buffering=0) as out:
         for path in sorted(source.glob("*.safetensors")):
             with path.open("rb", buffering=0) as file:
                 while chunk := file.read(_CHUNK):
                     out.write(chunk[: max(0, bytes_to_write - out.tell())])
+    flush_path(target)
     seconds = time.perf_counter() - start
     target.unlink()
     return seconds

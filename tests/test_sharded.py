@@ -26,7 +26,8 @@ STAGES = {  # FP32 shows sums in another order as what they are; BF16 adds a rou
     "bf16": ({}, 1e-3),
     "mxfp4": (QAT | {"save_strategy": "steps", "save_steps": 5, "do_eval": True, "eval_strategy": "steps",
                      "eval_steps": 5}, 1e-3),
-    "distill": (QAT | {"distill": True, "max_steps": 4}, 1e-3),
+    "distill": (QAT | {"distill": True, "smooth_alpha": 0.7, "packing": True, "model_max_length": 64,
+                       "max_steps": 4}, 1e-3),
 }  # fmt: skip
 
 

@@ -21,31 +21,45 @@ from qat.unpack import is_packed, load_packed
 from .arguments import ModelArguments
 from .distillation import check_teacher
 from .trust import check_model_folder
+from .weightless import first_process_loads, model_without_weights, share_facts, waits_for_weights
 
 logger = logging.getLogger(__name__)
 
 
 def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to its stored dtype."""
+    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to its stored dtype.
+
+    Under FSDP with `fsdp_cpu_ram_efficient_loading` only the first process has weights, see weightless.py.
+    """
     check_model_folder(model_args.model_name_or_path)
+    _check_finished(model_args.model_name_or_path)
+    if waits_for_weights():
+        model = model_without_weights(model_args, cache_dir)
+    else:
+        model = _model_with_weights(model_args, cache_dir)
+        model.original_dtype = model.dtype
+        tensors = model.state_dict(keep_vars=True)
+        model.original_dtypes = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
+        model.float()
+    if first_process_loads():
+        share_facts(model)
+    model.config.use_cache = False  # a cache of keys and values is of no use in training
+    _mend_generation_config(model)
+    return model
+
+
+def _model_with_weights(model_args: ModelArguments, cache_dir: str | None) -> PreTrainedModel:
     kwargs = {"cache_dir": cache_dir, "dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
+    elif is_packed(model_args.model_name_or_path):
+        return load_packed(model_args.model_name_or_path)
     else:
         kwargs["use_safetensors"] = True
-    _check_finished(model_args.model_name_or_path)
-    if model_args.gguf_file is None and is_packed(model_args.model_name_or_path):
-        model = load_packed(model_args.model_name_or_path)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
-        _check_plain(model, model_args)
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
+    _check_plain(model, model_args)
     if model_args.gguf_file is not None:
         _forget_gguf(model)
-    model.original_dtype = model.dtype
-    model.original_dtypes = {k: v.dtype for k, v in model.state_dict(keep_vars=True).items() if v.is_floating_point()}
-    model.float()
-    model.config.use_cache = False  # a cache of keys and values is of no use in training
-    _mend_generation_config(model)
     return model
 
 
@@ -69,12 +83,12 @@ def load_teacher(
 
 
 def _bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with parameters in BF16, made one by one, and the very same buffers: frequencies of rotary embeddings lose
-    their meaning in BF16, and tables need no copy."""
-    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
+    """A copy with parameters in BF16, made one by one, and buffers as they are: frequencies of rotary embeddings lose
+    their meaning in BF16. Buffers are copied too, since FSDP1 marks those that it has sent to other processes."""
+    copies: dict[int, object] = {}
     for parameter in model.parameters():
-        shared[id(parameter)] = torch.nn.Parameter(parameter.detach().to(torch.bfloat16, copy=True), False)
-    return copy.deepcopy(model, shared)
+        copies[id(parameter)] = torch.nn.Parameter(parameter.detach().to(torch.bfloat16, copy=True), False)
+    return copy.deepcopy(model, copies)
 
 
 def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:

@@ -58,7 +58,9 @@ class FrozenTeacher:
             self.body = body
             return
         if self.head is not None:
-            module = copy.deepcopy(self.head.module).to(device)  # its weight may be tied to the body's
+            module = copy.deepcopy(self.head.module)  # its weight may be tied to the body's
+            empty = any(parameter.is_meta for parameter in module.parameters())
+            module = module.to_empty(device=device) if empty else module.to(device)
             for parameter in module.parameters():
                 parameter.data = broadcast(parameter.data)
             self.head = Head(module, self.head.transform, self.head.value)
@@ -178,6 +180,11 @@ def make_cached_teacher(
     """
     root = Path(folder) if folder else default_root().with_name("teachers")
     builds = training_args.local_process_index == 0
+    if builds and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "--distill_teacher cache is built by the first process of each machine, which has no weights here; set "
+            "fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, or choose --distill_teacher copy"
+        )
     digest = [weights_digest(model) if builds else None]
     if training_args.world_size > 1:
         broadcast_object_list(digest)  # under FSDP the other processes have no weights to tell it from

@@ -33,6 +33,7 @@ from .metrics import loss_over_tokens, sum_by_sample
 from .monitor import QuantizationMonitor
 from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
 from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
+from .weightless import give_storage
 
 
 class QATTrainer(FaultTolerantTrainer):
@@ -66,6 +67,8 @@ class QATTrainer(FaultTolerantTrainer):
         if getattr(self.model, "qat_config", None) is not None:
             self._watch_quantization(self.model, log_quantization)
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
+        if self.accelerator.is_fsdp2:
+            give_storage(self.model)
         self.head = self._attach_head()
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
 
