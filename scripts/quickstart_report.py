@@ -41,7 +41,7 @@ def draw(out: Path, loss: dict[str, float]) -> None:
     """Training losses of both trained stages over steps, evaluation losses as dashed lines."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     offset = 0
-    curves = (("bf16", "tab:blue", "BF16: cross-entropy"), ("mxfp4-qat", "tab:orange", "QAT: divergence from BF16"))
+    curves = (("bf16", "tab:blue", "BF16: cross-entropy"), ("mxfp4-qat", "tab:orange", "QAT: distillation loss"))
     for name, color, label in curves:
         log = read_json(out / name / "trainer_state.json")["log_history"]
         points = [(entry["step"] + offset, entry["loss"]) for entry in log if "loss" in entry]

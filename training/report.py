@@ -145,8 +145,8 @@ def _draw(path: Path, curves: Curves, title: str) -> None:
             panel.set_yscale("log")
         if 1 < len(names) <= _MANY or names != [base]:
             panel.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.tight_layout()
+    figure.suptitle(title, y=0.995)
+    figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
