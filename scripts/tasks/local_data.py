@@ -1,6 +1,6 @@
 """Documents of the two local lm_eval tasks, from data that is on every machine or in a file of the user's.
 
-    python scripts/tasks/local_data.py FILE    # what the tasks leave for calibration, as JSON Lines of {"text": ...}
+python scripts/tasks/local_data.py FILE    # what the tasks leave for calibration, as JSON Lines of {"text": ...}
 """
 
 from __future__ import annotations
