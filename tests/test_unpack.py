@@ -19,6 +19,7 @@ from qat.export import export_checkpoint
 from qat.quant_linear import is_quantlinear
 from qat.rules import prepare_as_saved
 from qat.unpack import is_packed, load_packed
+from training import stage
 
 IDS = torch.arange(0, 128)[None]
 
@@ -171,7 +172,7 @@ def test_main_evaluates_a_packed_folder_as_the_trained_one_and_trains_on_from_it
 
 def test_main_packs_what_it_trained_and_says_how_to_serve_it(tmp_path, monkeypatch, caplog):
     verified = []
-    monkeypatch.setattr(main, "verify", lambda *folders: verified.append(folders))
+    monkeypatch.setattr(stage, "verify", lambda *folders: verified.append(folders))
     source = save_llama(tmp_path / "source", layers=1)
     shutil.copytree(source, tmp_path / "copy")
     run_main(source, tmp_path / "out", "--quant_scheme", "MXFP8", "--do_train", "True", "--max_steps", "1")
