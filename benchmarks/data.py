@@ -6,7 +6,7 @@ The text is Python's own documentation as conversations, repeated with a number 
 alike. Candidates read the same JSON Lines file and write a dataset to disk with the same tokenizer. `datasets.map`
 renders the chat template and tokenizes, batched, and gives no labels; "turn by turn" is the reference's way, one sample
 at a time with labels. Ours reads, checks, hashes, renders each answer's beginning, tokenizes and labels. Memory is the
-peak of what a fresh process and its workers hold alone (USS), above what it held before it began.
+peak of what a fresh process and its workers hold (PSS, so that shared pages count once), above what it held before.
 """
 
 from __future__ import annotations
@@ -199,14 +199,14 @@ def report_memory(report: Report, tokenizer: PreTrainedTokenizerBase, args: argp
 
 
 def measure_memory(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Build the set once, while a thread watches what this process and its workers hold alone."""
+    """Build the set once, while a thread watches what this process and its workers hold."""
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def held() -> int:
         total = 0
         for member in [process, *process.children(recursive=True)]:
             try:
-                total += member.memory_full_info().uss
+                total += member.memory_full_info().pss
             except psutil.NoSuchProcess:
                 continue
         return total
