@@ -1,6 +1,7 @@
-"""Is training on two GPUs the training on one? main.py's BF16, QAT and distillation stages, in one process and by each backend.
+"""Is training on two GPUs the training on one? main.py fine-tunes, trains with quantization and distils, in one process
+and by each backend.
 
-    python benchmarks/multi_gpu.py --out benchmarks/results                 # two GPUs, about four minutes
+    python benchmarks/multi_gpu.py --out benchmarks/results                 # two GPUs, about six minutes
     python benchmarks/multi_gpu.py --device cpu --backends ddp,fsdp2        # two gloo processes
 
 The reference is one process that accumulates over as many batches as the others have processes, so that all see the
