@@ -104,6 +104,9 @@ def test_the_smoothed_model_is_measured_against_the_unsmoothed_unquantized_one(o
         if float(alpha):
             smooth_with_data(model, data, float(alpha), torch.device("cpu"))
         assert result["kl"]["MXFP4"] == pytest.approx(divergence(model, batches), rel=0.03)
+        measured = Sensitivity(model, batches)  # with every weight in FP32
+        all_narrow = dict.fromkeys(measured.layers, get_scheme("MXFP4", "search"))
+        assert result["kl"]["MXFP4"] == pytest.approx(measured.measure([all_narrow])[0], rel=1e-6)
     assert results["0.7"]["kl"]["MXFP4"] < 0.8 * results["0"]["kl"]["MXFP4"]
 
 
