@@ -126,7 +126,12 @@ def prepare(model, row: Row, data: dict) -> None:
     if row.scheme is None:
         return
     mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
-    prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **row.prepare_options)
+    quantize(model, mapping, row, data, **row.prepare_options)
+
+
+def quantize(model, mapping: dict, row: Row, data: dict, **options) -> None:
+    """Prepare and smooth."""
+    prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **options)
     if row.smooth_alpha:
         smooth_with_data(model, data, row.smooth_alpha, model.device)
 
@@ -134,11 +139,12 @@ def prepare(model, row: Row, data: dict) -> None:
 def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
     """MXFP4 and MXFP8 by sensitivity, measured on training samples: the evaluation set must not choose."""
     arguments = SensitivityArguments(
-        bits_budget=row.bits_budget, weight_scale_rule=row.weights, input_scale_rule=row.inputs
-    )
+        bits_budget=row.bits_budget, weight_scale_rule=row.weights, input_scale_rule=row.inputs,
+        smooth_alpha=row.smooth_alpha,
+    )  # fmt: skip
     batch = data["data_collator"]([data["train_dataset"][i] for i in range(16)])
     copy = deepcopy(model).eval()
-    prepare_qat(copy, {torch.nn.Linear: "MXFP4"}, ("lm_head",), row.weights, row.inputs)
+    quantize(copy, {torch.nn.Linear: "MXFP4"}, row, data)
     return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
 
 
