@@ -6,6 +6,8 @@ import json
 import pickle
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,23 @@ def test_the_only_complete_checkpoint_outlives_a_kill_while_the_next_is_written(
     assert "removing" in text and ".checkpoint-4.partial" in text and "Resuming from" in text
     assert [path.name for path in job.checkpoints] == ["checkpoint-8"]
     assert not list(job.output.rglob("*.bin"))  # training_args.json, no pickle
+
+
+def test_a_second_run_in_the_folder_is_refused_by_all_its_processes_and_the_first_can_be_continued(reference):
+    job = reference.job("twice")
+    first = job.start(AtStep(13, signal.SIGSTOP))
+    while not job.checkpoints:
+        assert first.processes[0].is_alive(), first.text()
+        time.sleep(0.05)
+    job.count = 2
+    second = job.start()
+    assert second.wait() == [1, 1] and "in use by another run (process" in second.text()
+    assert "Loading weights" not in second.text()
+    first.processes[0].kill()
+    first.processes[0].join()
+    job.count = 1
+    assert "Resuming from" in job.finish()
+    reference.check(job)
 
 
 NAN_STEPS = ("--max_nan_steps", "2", "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "9")
