@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
-from benchmarks.accuracy_rows import ROWS, Row  # noqa: E402
+from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
@@ -39,7 +39,9 @@ from training.calibration import smooth_with_data  # noqa: E402
 from training.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.metrics import token_loss_sums  # noqa: E402
+from training.sampled_tokens import CacheSettings  # noqa: E402
 from training.sensitivity import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
+from training.teachers import make_cached_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
 FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",
@@ -106,11 +108,16 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
         report_to="none", save_strategy="no", logging_steps=50, disable_tqdm=True, model_max_length=LENGTH,
         **{k: v for k, v in row.train.items() if k != "lr_scheduler_type"},
     )  # fmt: skip
+    if row.teacher == "cache":
+        teacher = make_cached_teacher(teacher, arguments, data, CacheSettings(), str(folder / "teacher"))
+    elif row.teacher == "self":
+        teacher = "self"
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options,
         **row.trainer_options, **data,
     )  # fmt: skip
     trainer.train()
+    trainer.round_masters()  # what is measured is what would be saved
     return trainer
 
 
@@ -119,7 +126,12 @@ def prepare(model, row: Row, data: dict) -> None:
     if row.scheme is None:
         return
     mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
-    prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **row.prepare_options)
+    quantize(model, mapping, row, data, **row.prepare_options)
+
+
+def quantize(model, mapping: dict, row: Row, data: dict, **options) -> None:
+    """Prepare and smooth."""
+    prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **options)
     if row.smooth_alpha:
         smooth_with_data(model, data, row.smooth_alpha, model.device)
 
@@ -127,19 +139,18 @@ def prepare(model, row: Row, data: dict) -> None:
 def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
     """MXFP4 and MXFP8 by sensitivity, measured on training samples: the evaluation set must not choose."""
     arguments = SensitivityArguments(
-        bits_budget=row.bits_budget, weight_scale_rule=row.weights, input_scale_rule=row.inputs
-    )
+        bits_budget=row.bits_budget, weight_scale_rule=row.weights, input_scale_rule=row.inputs,
+        smooth_alpha=row.smooth_alpha,
+    )  # fmt: skip
     batch = data["data_collator"]([data["train_dataset"][i] for i in range(16)])
     copy = deepcopy(model).eval()
-    prepare_qat(copy, {torch.nn.Linear: "MXFP4"}, ("lm_head",), row.weights, row.inputs)
+    quantize(copy, {torch.nn.Linear: "MXFP4"}, row, data)
     return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
 
 
 def run_row(key: str, out: Path, device: str) -> None:
     """Train and measure one row; write `out/KEY.json`."""
-    name, _, seed = key.partition("@")
-    row = ROWS[name]
-    row.seed = int(seed) if seed else row.seed
+    row = _row(key)
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device, row.packing)
     teacher = load_teacher(model, None).to(device)
@@ -181,6 +192,11 @@ def finished_rows(out: Path, keys: list[str]) -> list[dict]:
     return [row | {"recovered": (floor - math.log(row["perplexity"])) / (floor - bf16)} for row in rows]
 
 
+def _row(key: str) -> Row:
+    name, _, seed = key.partition("@")
+    return replace(ROWS[name], seed=int(seed)) if seed else ROWS[name]
+
+
 def _is_done(out: Path, key: str) -> bool:
     return (out / f"{key}.json").exists()
 
@@ -217,7 +233,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--rows", default=",".join(ROWS), help="names from ROWS, with @SEED for another seed")
+    parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with @SEED for another seed")
     parser.add_argument("--workers", type=int, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -244,8 +260,9 @@ def main() -> None:
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
     keys = args.rows.split(",")
-    with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(spawn, enumerate(key for key in keys if not _is_done(args.out, key))))
+    todo = sorted((key for key in keys if not _is_done(args.out, key)), key=lambda key: -_row(key).steps)
+    with ThreadPoolExecutor(args.workers) as pool:  # the longest first
+        list(pool.map(spawn, enumerate(todo)))
     rows = finished_rows(args.out, keys)
     print_table(rows)
     write_csv(rows, args.csv, args.workers, device)

@@ -23,6 +23,7 @@ class Row:
     smooth_alpha: float = 0.0
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
+    teacher: str = "copy"  # or "cache", "self", as --distill_teacher says
     first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
     bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
 
@@ -52,6 +53,12 @@ ROWS |= {
     "ce": Row("cross-entropy, FLOOR, lr 5e-5", steps=150, lr=5e-5),
     "default": default("default"),
     "default-600": default("default, 600 steps", steps=600),
+    "lr-4e-4-600": default("default, 600 steps, lr 4e-4", steps=600, lr=4e-4),
+    "more-ce-600": default(
+        "default, 600 steps, 40 % cross-entropy", steps=600, distill_options={"distill_ce_weight": 0.4}
+    ),
+    "cached-teacher": default("default, teacher from a cache", teacher="cache"),
+    "self-teacher": default("default, the student without quantizers as teacher", teacher="self"),
     "no-smoothing": default("default without smoothing", smooth_alpha=0.0),
     "no-packing": default("default without packing", packing=False),
     "no-ce": default("default without cross-entropy", distill_options={}),
@@ -93,3 +100,5 @@ ROWS |= {
     "mixed-untrained": Row("mixed at 5 bits a weight, untrained", weights="search", inputs="even", bits_budget=5.0),
     "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
+HEADLINE = ("default", "default-600")
+ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]

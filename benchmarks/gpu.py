@@ -15,18 +15,21 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
-from qat import reference  # noqa: E402
+from qat import linear_function, reference  # noqa: E402
 from qat.formats import FORMATS, SCALE_RULES  # noqa: E402
 from qat.kernels import triton_kernels  # noqa: E402
-from training.distillation import forward_kl  # noqa: E402
+from training.loading import load_teacher  # noqa: E402
+from training.teachers import FrozenTeacher  # noqa: E402
 
 SHAPES = ((8192, 8192), (4096, 14336))
 
@@ -108,10 +111,14 @@ def time_others(report: Report) -> None:
     try:
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
-        def torchao() -> torch.Tensor:
+        def torchao(x: torch.Tensor) -> torch.Tensor:
             return MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(torch.bfloat16)
 
-        report.add("torchao eager mxfp4, time over a copy", device_seconds(torchao) / copy_seconds)
+        different = count_different(torchao(x), triton_kernels.fake_quantize(x, FORMATS["mxfp4"], "floor"))
+        report.add("torchao, values that differ from ours", different)
+        report.add("torchao eager mxfp4, time over a copy", device_seconds(lambda: torchao(x)) / copy_seconds)
+        compiled = torch.compile(torchao, dynamic=False)
+        report.add("torchao compiled mxfp4, time over a copy", device_seconds(lambda: compiled(x)) / copy_seconds)
     except Exception as error:  # a prototype whose interface moves
         report.note(f"torchao: {type(error).__name__}: {error}")
 
@@ -142,50 +149,36 @@ def time_steps(
         peaks[scheme] = torch.cuda.max_memory_allocated() - others
         steps[scheme] = step
         del model, step
-    seconds = {scheme: [] for scheme in steps}
-    for _ in range(repeats):
-        for scheme, step in steps.items():
-            seconds[scheme].append(wall_seconds(step))
-    base = median(seconds[None])
-    report.add(f"BF16 step, {label}", base * 1e3, unit="ms")
+    seconds = median_seconds(steps, repeats, "cuda")
+    report.add(f"BF16 step, {label}", seconds[None] * 1e3, unit="ms")
     for scheme in ("MXFP4", "MXFP8"):
-        report.add(f"{scheme} step over BF16, {label}", median(seconds[scheme]) / base, "1.10")
+        report.add(f"{scheme} step over BF16, {label}", seconds[scheme] / seconds[None], "1.10")
         report.add(
             f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90"
         )
     report.add(f"BF16 peak memory, {label}", peaks[None] / 2**30, unit="GiB")
     if not compiled and not checkpointing:
-        forward = {
-            scheme: median(wall_seconds(step.evaluate) for _ in range(repeats)) for scheme, step in steps.items()
-        }
+        forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, repeats, "cuda")
         report.add("MXFP4 forward without gradients over BF16", forward["MXFP4"] / forward[None], "1.15")
-        time_distillation(report, steps["MXFP4"], base, repeats)
+        time_distillation(report, steps, make_model(shape, None, layers, "cuda"), repeats)
+        time_fp8_step(report, steps, repeats)
 
 
-def time_distillation(report: Report, student: TrainingStep, base: float, repeats: int) -> None:
-    """A distillation step (BF16 teacher, forward KL on every token) over the BF16 step."""
-    import copy
-
-    teacher = copy.deepcopy(student.model).bfloat16().eval().requires_grad_(False)
-    for module in teacher.modules():
-        for quantizer in ("weight_quantizer", "input_quantizer"):
-            if hasattr(module, quantizer):
-                getattr(module, quantizer).disable()
-    ids = student.batch["input_ids"]
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            with torch.no_grad():
-                target = teacher(input_ids=ids).logits
-            logits = student.run(input_ids=ids).logits
-        loss = forward_kl(logits.flatten(0, 1), target.flatten(0, 1)).mean()
-        loss.backward()
-        student.optimizer.step()
-        student.optimizer.zero_grad()
-
-    for _ in range(2):
-        step()
-    report.add("distillation step over BF16, eager", median(wall_seconds(step) for _ in range(repeats)) / base, "1.45")
+def time_distillation(
+    report: Report, steps: dict[str | None, TrainingStep], model: torch.nn.Module, repeats: int
+) -> None:
+    """A distillation step (a BF16 copy of `model` as teacher) over the BF16 step, and what chunks cost."""
+    student = steps["MXFP4"]
+    teacher = FrozenTeacher(load_teacher(model, None), student.model.device)
+    candidates = {
+        "BF16": steps[None],
+        "distilled": TrainingStep(student.model, student.batch, teacher=teacher),
+        "whole": TrainingStep(steps[None].model, student.batch, whole_logits=True),
+    }
+    candidates["distilled"].optimizer, candidates["whole"].optimizer = student.optimizer, steps[None].optimizer
+    seconds = median_seconds(candidates, repeats, "cuda")
+    report.add("distillation step over BF16, eager", seconds["distilled"] / seconds["BF16"], "1.45")
+    report.add("BF16 step, loss in chunks over whole logits", seconds["BF16"] / seconds["whole"])
 
 
 def time_fp8_forward(report: Report) -> None:
@@ -193,24 +186,47 @@ def time_fp8_forward(report: Report) -> None:
     tokens, features, outputs = 8192, 4096, 14336
     x, w = (torch.randn(n, features, device="cuda").bfloat16() for n in (tokens, outputs))
     xq, wq = (triton_kernels.fake_quantize(t, FORMATS["mxfp4"], "floor") for t in (x, w))
-
-    def to_fp8(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # The row's largest value lands in [256, 512) * 0.75: all scaling is by powers of two.
-        scale = torch.exp2(torch.floor(torch.log2(q.abs().amax(-1, keepdim=True).float())) - 7)
-        return (q.float() / scale).to(torch.float8_e4m3fn), scale
-
     (x8, sx), (w8, sw) = to_fp8(xq), to_fp8(wq)
     exact = [float((v.float() * s == q.float()).float().mean()) for v, s, q in ((x8, sx, xq), (w8, sw, wq))]
-
-    def fp8() -> torch.Tensor:
-        return torch._scaled_mm(x8, w8.t(), scale_a=sx, scale_b=sw.t(), out_dtype=torch.bfloat16, use_fast_accum=False)
-
-    bf16_seconds, fp8_seconds = device_seconds(lambda: xq @ wq.t()), device_seconds(fp8)
+    bf16_seconds, fp8_seconds = device_seconds(lambda: xq @ wq.t()), device_seconds(lambda: fp8_product(x8, sx, w8, sw))
     expected = xq.double() @ wq.double().t()
-    errors = [float((y.double() - expected).norm() / expected.norm()) for y in (xq @ wq.t(), fp8())]
+    errors = [
+        float((y.double() - expected).norm() / expected.norm()) for y in (xq @ wq.t(), fp8_product(x8, sx, w8, sw))
+    ]
     report.add("FP8 forward product over BF16, time", fp8_seconds / bf16_seconds)
     report.add("share of values exact in E4M3", min(exact))
     report.note(f"relative error of the product: BF16 {errors[0]:.2e}, FP8 {errors[1]:.2e}")
+
+
+def to_fp8(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP4 values [n, K] -> E4M3 [n, K], and FP32 [n, 1] powers of two: the row's largest becomes 256 or 384."""
+    field = q.abs().amax(-1, keepdim=True).float().view(torch.int32) >> 23
+    scale = (field.clamp(min=9) - 8 << 23).view(torch.float32)
+    return (q.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+def fp8_product(x8: torch.Tensor, sx: torch.Tensor, w8: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
+    """[n, K] and [m, K] with a scale a row each -> [n, m] in BF16."""
+    return torch._scaled_mm(x8, w8.t(), scale_a=sx, scale_b=sw.t(), out_dtype=torch.bfloat16, use_fast_accum=False)
+
+
+def time_fp8_step(report: Report, steps: dict[str | None, TrainingStep], repeats: int) -> None:
+    """The MXFP4 step with forward products in FP8, made from the rounded BF16 values by compiled code. An experiment:
+    a row whose values span more than E4M3's range would lose its smallest ones.
+    """
+    convert = torch.compile(to_fp8, dynamic=False)
+
+    def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = fp8_product(*convert(x.flatten(0, -2)), *convert(w)).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
+
+    def step() -> None:
+        with patch.object(linear_function, "F", SimpleNamespace(linear=linear)):
+            steps["MXFP4"]()
+
+    seconds = median_seconds({"BF16": steps[None], "MXFP4": steps["MXFP4"], "FP8": step}, repeats, "cuda")
+    report.add("MXFP4 step with FP8 forward products over BF16, eager", seconds["FP8"] / seconds["BF16"], "1.00")
+    report.add("the same over the MXFP4 step", seconds["FP8"] / seconds["MXFP4"])
 
 
 def saved_bytes(report: Report) -> None:
@@ -223,15 +239,6 @@ def saved_bytes(report: Report) -> None:
         free_memory()
     for scheme in ("MXFP4", "MXFP8"):
         report.add(f"bytes saved for backward by a block, {scheme} over BF16", sizes[scheme] / sizes[None], "0.85")
-
-
-def wall_seconds(run: Callable[[], object]) -> float:
-    """Time of one call, the device's work included."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def free_memory() -> None:

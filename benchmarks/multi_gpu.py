@@ -1,6 +1,7 @@
-"""Is training on two GPUs the training on one? main.py in its BF16 and QAT stages, in one process and by each backend.
+"""Is training on two GPUs the training on one? main.py fine-tunes, trains with quantization and distils, in one process
+and by each backend.
 
-    python benchmarks/multi_gpu.py --out benchmarks/results                 # two GPUs, about four minutes
+    python benchmarks/multi_gpu.py --out benchmarks/results                 # two GPUs, about six minutes
     python benchmarks/multi_gpu.py --device cpu --backends ddp,fsdp2        # two gloo processes
 
 The reference is one process that accumulates over as many batches as the others have processes, so that all see the
@@ -34,6 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 from benchmarks.report import environment  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
+STAGES["distilled"] = (*STAGES["MXFP4"], "--distill", "True", "--distill_ce_weight", "0.2")
 BACKENDS = ("ddp", "fsdp1", "fsdp2")
 COLUMNS = (
     "stage",
@@ -188,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of ddp, fsdp1, fsdp2")
-    parser.add_argument("--stages", default=",".join(STAGES), help="of BF16, MXFP4")
+    parser.add_argument("--stages", default=",".join(STAGES), help="of BF16, MXFP4, distilled")
     parser.add_argument("--resume", default="MXFP4", help="stages in which each backend is resumed as well")
     parser.add_argument("--model", help="a local model folder; default: a small random Llama")
     parser.add_argument("--processes", type=int, default=2)

@@ -1,7 +1,8 @@
 """Models, batches and training steps that the benchmarks share.
 
-The BF16 step is what `main.py` does without a scheme: FP32 master weights, BF16 autocast, AdamW. The QAT step is the
-same with a prepared model. Weights are random: speed and memory do not depend on them.
+The BF16 step is what `main.py` does without a scheme: FP32 master weights, BF16 autocast, the loss from hidden states
+in chunks, AdamW. The QAT step is the same with a prepared model. Weights are random: speed and memory do not depend on
+them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import prepare_qat
+from training.chunked_loss import attach, find_head
+from training.distillation import Objective
+from training.teachers import FrozenTeacher
 
 # name -> (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
 SHAPES = {
@@ -48,17 +52,35 @@ def make_batch(model: LlamaForCausalLM, batch: int, length: int) -> dict[str, to
 
 
 class TrainingStep:
-    """Forward, backward and AdamW on one batch, over and over."""
+    """Forward, backward and AdamW on one batch, over and over.
 
-    def __init__(self, model: LlamaForCausalLM, batch: dict[str, torch.Tensor], compiled: bool = False) -> None:
-        self.model, self.batch = model, batch
+    Args:
+        teacher: learn its distributions (forward KL) instead of the labels.
+        whole_logits: compute the loss as transformers does, from the logits of the whole batch.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        batch: dict[str, torch.Tensor],
+        compiled: bool = False,
+        teacher: FrozenTeacher | None = None,
+        whole_logits: bool = False,
+    ) -> None:
+        self.model, self.batch, self.teacher, self.whole_logits = model, batch, teacher, whole_logits
+        attach(model, find_head(model))
         self.run = torch.compile(model) if compiled else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def loss(self) -> torch.Tensor:
         """Forward in BF16 autocast."""
         with torch.autocast(self.model.device.type, torch.bfloat16):
-            return self.run(**self.batch).loss
+            if self.whole_logits:
+                return self.run(**self.batch).loss
+            teacher = None if self.teacher is None else self.teacher.rows(self.batch)
+            objective = Objective(self.batch["labels"], teacher, {"ce": 1.0} if teacher is None else {"kl": 1.0})
+            losses = self.run(input_ids=self.batch["input_ids"], objective=objective)
+            return losses["loss"] / len(objective.targets)
 
     def __call__(self) -> None:
         self.loss().backward()

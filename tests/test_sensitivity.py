@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 
 import pytest
 import torch
-from helpers import make_llama, save_llama, write_conversations
+from helpers import make_llama, make_tokenizer, save_llama, write_conversations
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import main
-from qat import QATConfig, get_scheme, prepare_qat
+from data.supervised import make_supervised_data_module
+from qat import QATConfig, get_scheme, is_quantlinear, prepare_qat
 from qat.export import export_checkpoint
 from qat.mapping import load_mapping
 from qat.verify import verify
 from training import sensitivity
+from training.arguments import QuantizationArguments
 from training.bits_budget import Unit, average_bits, find_units, propose
-from training.sensitivity import Sensitivity, SensitivityArguments, propose_mapping
+from training.calibration import smooth_with_data
+from training.sensitivity import Sensitivity, SensitivityArguments, propose_mapping, round_weights
 
 NARROW, WIDE = get_scheme("MXFP4"), get_scheme("MXFP8")
 
@@ -49,6 +53,98 @@ def test_layers_that_engines_fuse_are_one_unit():
     assert [unit.weights for unit in units] == [64 * 128, 64 * 64, 2 * 64 * 96, 64 * 96]
     (block,) = find_units(model, by_block=True)
     assert block.name == "model.layers.0" and len(block.layers) == 7
+
+
+def outlier_llama() -> nn.Module:
+    """Its MLPs read two channels that stick out, whose weights make up for it."""
+    model = sharp_llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight[[3, 40]] *= 64
+            for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                linear.weight[:, [3, 40]] /= 64
+    return model
+
+
+def divergence(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Of `model` under autocast from the unquantized, unsmoothed outlier_llama, nats a token."""
+    kl = []
+    for inputs in map(dict, batches):
+        labels = inputs.pop("labels")
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            rows = [m(**inputs).logits[:, :-1][labels[:, 1:] != -100].double() for m in (outlier_llama(), model)]
+        reference, quantized = (row.log_softmax(-1) for row in rows)
+        kl.append((reference.exp() * (reference - quantized)).sum(-1))
+    return torch.cat(kl).mean().item()
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory):
+    """A folder with a model that smoothing helps and samples, and the mappings proposed for it by alpha."""
+    folder = tmp_path_factory.mktemp("outliers")
+    outlier_llama().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_conversations(folder / "data.jsonl")
+    flags = ["--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl"), "--eval_size", "6"]
+    flags += ["--weight_scale_rule", "search", "--bits_budget", "6"]
+    for alpha in ("0", "0.7"):
+        sensitivity.main([*flags, "--smooth_alpha", alpha, "--output_dir", str(folder / alpha)])
+    return folder, {alpha: json.loads((folder / alpha / "mapping.json").read_text()) for alpha in ("0", "0.7")}
+
+
+def test_the_smoothed_model_is_measured_against_the_unsmoothed_unquantized_one(outliers):
+    folder, results = outliers
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 512
+    data = make_supervised_data_module(str(folder / "data.jsonl"), tokenizer, eval_size=6)
+    batches = [data["data_collator"](list(data["eval_dataset"]))]
+    for alpha, result in results.items():
+        assert result["smooth_alpha"] == float(alpha)
+        model = prepare_qat(outlier_llama(), {nn.Linear: "MXFP4"}, weight_scale_rule="search")
+        if float(alpha):
+            smooth_with_data(model, data, float(alpha), torch.device("cpu"))
+        assert result["kl"]["MXFP4"] == pytest.approx(divergence(model, batches), rel=0.03)
+        measured = Sensitivity(model, batches)  # with every weight in FP32
+        all_narrow = dict.fromkeys(measured.layers, get_scheme("MXFP4", "search"))
+        assert result["kl"]["MXFP4"] == pytest.approx(measured.measure([all_narrow])[0], rel=1e-6)
+    assert results["0.7"]["kl"]["MXFP4"] < 0.8 * results["0"]["kl"]["MXFP4"]
+
+
+def test_weights_kept_in_bfloat16_are_measured_as_training_computes_with_masters():
+    case = dict.fromkeys((f"model.layers.{i}.mlp.{name}" for i in (0, 1) for name in ("up_proj", "down_proj")), NARROW)
+    kl = []
+    for ignore in (("lm_head",), ()):  # without it, lm_head is quantized and shares the embedding's weight
+        model, rounded = (prepare_qat(outlier_llama(), {nn.Linear: "MXFP4"}, ignore) for _ in range(2))
+        round_weights(rounded)
+        kl += [Sensitivity(m, [batch()]).measure([case])[0] for m in (model, rounded)]
+        assert {m.weight.dtype for n, m in rounded.named_modules() if is_quantlinear(m) and n != "lm_head"} == {
+            torch.bfloat16
+        }
+        assert rounded.model.embed_tokens.weight.dtype == rounded.model.norm.weight.dtype == torch.float32
+    assert kl[0] == kl[1] and kl[2] == kl[3] and min(kl) > 0
+
+
+def test_a_mapping_measured_under_other_settings_is_warned_of(outliers, caplog, tmp_path):
+    def warnings(path, **settings):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "training"):
+            QuantizationArguments(quant_mapping=str(path), **settings).layers()
+        return caplog.messages
+
+    path = outliers[0] / "0.7/mapping.json"
+    assert warnings(path, smooth_alpha=0.7, weight_scale_rule="search") == []
+    (message,) = warnings(path, smooth_alpha=0.5, weight_scale_rule="search")
+    assert "measured with --smooth_alpha 0.7, and this run has --smooth_alpha 0.5" in message
+    messages = warnings(path, smooth_alpha=0.7)  # one for each scheme
+    assert len(messages) == 2 and all(
+        "{'weight': 'search'" in m and "run has {'weight': 'floor'" in m for m in messages
+    ), messages
+    hand_made = tmp_path / "mapping.json"
+    hand_made.write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}}')
+    assert warnings(hand_made, smooth_alpha=0.7, weight_scale_rule="search") == []
+    hand_made.write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}, "smooth_alpha": "much"}')
+    with pytest.raises(ValueError, match="records {'smooth_alpha': 'much'}; expected"):
+        QuantizationArguments(quant_mapping=str(hand_made))
 
 
 def test_a_single_layers_divergence_is_that_of_a_model_with_only_this_layer_quantized():
@@ -116,7 +212,7 @@ def test_layers_outside_of_numbered_blocks_are_measured_and_drawn(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_proposed_mapping_trains_exports_and_is_verified(tmp_path, capsys):
+def test_the_proposed_mapping_trains_exports_and_is_verified(tmp_path, capsys, caplog):
     save_llama(tmp_path / "model")
     write_conversations(tmp_path / "data.jsonl")
     model = ["--model_name_or_path", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl")]
@@ -128,6 +224,7 @@ def test_the_proposed_mapping_trains_exports_and_is_verified(tmp_path, capsys):
     flags += ["--do_train", "True", "--max_steps", "2", "--eval_size", "6", "--report_to", "none"]
     main.main([*model, *flags, "--output_dir", str(tmp_path / "qat"), "--export_format", "none"])
     assert QATConfig.load(tmp_path / "qat").mapping == mapping
+    assert "measured with the scale rules {'weight': 'floor', 'input': 'floor'} of MXFP4" in caplog.text
     export_checkpoint(tmp_path / "qat", tmp_path / "packed")
     assert verify(tmp_path / "packed", tmp_path / "qat", with_logits=False)["verified"]
     groups = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["config_groups"]
@@ -165,6 +262,7 @@ def test_a_bare_mapping_is_a_mapping_file_too(tmp_path):
         (("--narrow_scheme", "MXFP8"), "--wide_scheme MXFP8 is not wider"),
         (("--wide_scheme", "MXFP9"), "'MXFP9' is unknown"),
         (("--units", "neuron"), "invalid choice"),
+        (("--smooth_alpha", "1.5"), "--smooth_alpha 1.5 is out of range; choose 0 (off) to 1"),
     ],
 )
 def test_wrong_arguments_are_named_before_a_model_is_loaded(capsys, flags, message):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
-from qat import SCHEMES
+from qat import SCHEMES, get_scheme
 from qat.formats import SCALE_RULES
-from qat.mapping import DEFAULT_IGNORE, load_mapping
+from qat.mapping import DEFAULT_IGNORE, load_mapping, load_measurement
 from qat.packed_config import EXPORT_FORMATS
 from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
+
+logger = logging.getLogger(__name__)
+
+
+def check_smooth_alpha(alpha: float) -> None:
+    """Raises ValueError unless `alpha` is 0, for no smoothing, or at most 1."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"--smooth_alpha {alpha} is out of range; choose 0 (off) to 1, such as 0.7")
 
 
 @dataclass
@@ -96,8 +105,7 @@ class QuantizationArguments:
             raise ValueError(
                 f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
             )
-        if not 0 <= self.smooth_alpha <= 1:
-            raise ValueError(f"--smooth_alpha {self.smooth_alpha} is out of range; choose 0 (off) to 1, such as 0.7")
+        check_smooth_alpha(self.smooth_alpha)
         for name, choices in (("weight_scale_rule", SCALE_RULES), ("input_scale_rule", INPUT_SCALE_RULES)):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
@@ -110,6 +118,7 @@ class QuantizationArguments:
             if self.quant_scheme is not None:
                 raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
             load_mapping(self.quant_mapping)
+            load_measurement(self.quant_mapping)
             return
         if self.quant_scheme is None:
             if self.weight_scale_rule or self.input_scale_rule:
@@ -122,8 +131,29 @@ class QuantizationArguments:
     def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
         """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
         if self.quant_mapping is not None:
+            self._warn_if_measured_otherwise()
             return load_mapping(self.quant_mapping)
         return None if self.quant_scheme is None else ({"torch.nn.Linear": self.quant_scheme}, DEFAULT_IGNORE)
+
+    def _warn_if_measured_otherwise(self) -> None:
+        """Layers that suffer least under other settings may not be those that suffer least under these."""
+        measured = load_measurement(self.quant_mapping)
+        alpha = measured.get("smooth_alpha", self.smooth_alpha)
+        if alpha != self.smooth_alpha:
+            logger.warning(
+                "--quant_mapping %s was measured with --smooth_alpha %s, and this run has --smooth_alpha %s, so "
+                "that other layers may suffer; give both the same", self.quant_mapping, alpha, self.smooth_alpha,
+            )  # fmt: skip
+        rules = measured.get("scale_rules", {})
+        for name in sorted(set(load_mapping(self.quant_mapping)[0].values()) & set(rules)):
+            scheme = get_scheme(name, self.weight_scale_rule, self.input_scale_rule)
+            own = {"weight": scheme.weight.scale_rule, "input": scheme.input.scale_rule}
+            if rules[name] != own:
+                logger.warning(
+                    "--quant_mapping %s was measured with the scale rules %s of %s, and this run has %s, so that other "
+                    "layers may suffer; give both the same --weight_scale_rule and --input_scale_rule",
+                    self.quant_mapping, rules[name], name, own,
+                )  # fmt: skip
 
     def training_options(self) -> dict[str, str | bool | float]:
         """Arguments of `prepare_qat` about how weights are trained."""

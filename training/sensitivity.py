@@ -8,6 +8,10 @@ wide scheme, and the divergence KL(unquantized || quantized) of the next-token d
 samples. What a unit saves by the wide scheme decides who gets it (`bits_budget.py`). At the end the narrow, the
 proposed and the wide model are measured as wholes, since divergences of single layers only about add up.
 
+With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes: give both the same value,
+or the ranking is that of a model which is never trained. Measured is what training computes: FP32 masters under
+autocast.
+
 Written are `mapping.json` (for --quant_mapping and `prepare_qat`, with all figures) and `sensitivity.png`.
 """
 
@@ -32,9 +36,11 @@ from qat.schemes import INPUT_SCALE_RULES, LayerScheme
 
 from .arguments import DataArguments, ModelArguments
 from .bits_budget import Unit, average_bits, bits_per_weight, find_units, propose
+from .calibration import smooth_with_data
 from .cpu_bfloat16 import is_needed, use_fast_bfloat16
 from .distillation import forward_kl, labelled_rows
 from .loading import load_model, load_tokenizer
+from .quantization_arguments import check_smooth_alpha
 from .sensitivity_plot import draw
 
 logger = logging.getLogger(__name__)
@@ -57,6 +63,9 @@ class SensitivityArguments:
     input_scale_rule: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(INPUT_SCALE_RULES)}; default: the schemes' own."}
     )
+    smooth_alpha: float = field(
+        default=0.0, metadata={"help": "Smooth the model first, as main.py does with the same value. 0: off."}
+    )
     units: str = field(
         default="projection",
         metadata={
@@ -72,6 +81,7 @@ class SensitivityArguments:
     model_max_length: int = field(default=512, metadata={"help": "Samples are cut at this many tokens."})
 
     def __post_init__(self) -> None:
+        check_smooth_alpha(self.smooth_alpha)
         schemes = [get_scheme(name, self.weight_scale_rule, self.input_scale_rule) for name in self.schemes]
         self.narrow_scheme, self.wide_scheme = (scheme.name for scheme in schemes)
         low, high = map(bits_per_weight, schemes)
@@ -154,6 +164,7 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
         "bits_per_weight": average_bits(units, chosen, narrow, wide),
         "bits_budget": args.bits_budget,
         "kl": dict(zip((narrow.name, "mixed", wide.name), whole, strict=True)),
+        "smooth_alpha": args.smooth_alpha,
         "scale_rules": {s.name: {"weight": s.weight.scale_rule, "input": s.input.scale_rule} for s in (narrow, wide)},
         "units": [
             {"name": u.name, "layers": list(u.layers), "weights": u.weights, "kl": u.kl, "wide": u in chosen}
@@ -173,11 +184,15 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if device.type == "cpu" and is_needed():
         use_fast_bfloat16()
-    model = load_model(model_args).to(torch.bfloat16).to(device).eval()
+    model = load_model(model_args).eval()
     tokenizer = load_tokenizer(model_args, args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=model, **{**vars(data_args), "streaming": False})
     mapping = {torch.nn.Linear: args.narrow_scheme}
     prepare_qat(model, mapping, args.ignore, args.weight_scale_rule, args.input_scale_rule)
+    if args.smooth_alpha:
+        smooth_with_data(model, data, args.smooth_alpha, device)
+    round_weights(model)
+    model.to(device)
     batches = DataLoader(data["eval_dataset"], args.per_device_eval_batch_size, collate_fn=data["data_collator"])
     result = propose_mapping(Sensitivity(model, batches), args)
     folder = Path(args.output_dir)
@@ -185,6 +200,18 @@ def main(argv: list[str] | None = None) -> None:
     (folder / "mapping.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(result, folder / "sensitivity.png")
     report(result, args, folder)
+
+
+def round_weights(model: PreTrainedModel) -> None:
+    """Keep the weights of quantized layers in BF16: half the memory, and the numbers that autocast makes of FP32 ones.
+
+    Everything else stays FP32, as in training: norms, whose weights autocast does not round, buffers, and the
+    embedding, whose dtype is that of the residual stream.
+    """
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if is_quantlinear(module) and module.weight is not embedding:
+            module.to(torch.bfloat16)
 
 
 def report(result: dict, args: SensitivityArguments, folder: Path) -> None:
@@ -198,7 +225,9 @@ def report(result: dict, args: SensitivityArguments, folder: Path) -> None:
     print(f"\n{widened} units in {wide}: {result['bits_per_weight']:.3f} bits a weight (budget {args.bits_budget})")
     for name, kl in result["kl"].items():
         print(f"  KL of the whole model, {name:<12} {kl:.5f}")
-    print(f"\n{folder / 'mapping.json'}   (main.py --quant_mapping)\n{folder / 'sensitivity.png'}")
+    same = [name for name in ("smooth_alpha", "weight_scale_rule", "input_scale_rule") if getattr(args, name)]
+    flags = "".join(f" --{name} {getattr(args, name)}" for name in same)
+    print(f"\n{folder / 'sensitivity.png'}\nmain.py --quant_mapping {folder / 'mapping.json'}{flags}")
 
 
 if __name__ == "__main__":
