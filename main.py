@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qat import QATConfig, prepare_qat
 from training.arguments import (
+    Arguments,
     DataArguments,
     DistillationArguments,
     ModelArguments,
@@ -23,7 +24,7 @@ from training.arguments import (
     TrainingArguments,
     parse_arguments,
 )
-from training.atomic import prepare_output
+from training.atomic import prepared_output
 from training.calibration import smooth_with_data
 from training.checkpoints import find_checkpoint
 from training.loading import load_model, load_teacher, load_tokenizer
@@ -38,14 +39,20 @@ logger = logging.getLogger("main")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one stage: parse, seed, load, quantize, read data, train, evaluate, save."""
-    model_args, training_args, data_args, quant_args, distill_args = parse_arguments(argv)
+    """Run one stage: parse, seed, and keep the output folder for this run while it lasts."""
+    arguments = parse_arguments(argv)
+    _, training_args, *_ = arguments
     set_up(training_args)
     if not training_args.do_train:
         training_args.output_dir = unused_folder(training_args.output_dir)
     writers = Writers.of(training_args)
-    prepare_output(training_args.output_dir, writers)
+    with prepared_output(training_args.output_dir, writers):
+        run(arguments, writers)
 
+
+def run(arguments: Arguments, writers: Writers) -> None:
+    """Load, quantize, read data, train, evaluate, save."""
+    model_args, training_args, data_args, quant_args, distill_args = arguments
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
     teacher = None

@@ -31,11 +31,11 @@ import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
+from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import is_quantlinear, prepare_qat  # noqa: E402
 from training.arguments import ModelArguments, TrainingArguments  # noqa: E402
 from training.calibration import smooth_with_data  # noqa: E402
-from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.metrics import token_loss_sums  # noqa: E402
@@ -244,8 +244,7 @@ def main() -> None:
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and is_needed():
-        use_fast_bfloat16()
+    use_device(device)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.row == "finetune":
         return finetune(args.model, args.gguf_file, args.out, device)

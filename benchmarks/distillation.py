@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,20 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks.arguments import RETURN_FREED, add_workload, make_parser, peak_memory, use_device  # noqa: E402
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from benchmarks.workloads import SHAPES, make_batch, make_model  # noqa: E402
+from benchmarks.workloads import make_batch, make_model  # noqa: E402
 from data.supervised import make_supervised_data_module  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from training.arguments import ModelArguments  # noqa: E402
 from training.chunked_loss import attach, find_head  # noqa: E402
-from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 from training.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.sampled_tokens import CacheSettings, as_rows, bytes_of_a_token, sample_rows  # noqa: E402
 from training.teachers import FrozenTeacher, SelfTeacher  # noqa: E402
 
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: tensors of 128 KiB and more are mapped one by one
 LOSSES = ("cross-entropy, whole logits", "cross-entropy", "distillation, whole logits", "distillation")
 CACHES = ((0, 32), (8, 8), (16, 16), (32, 32), (64, 64))
 
@@ -91,19 +89,8 @@ class Losses:
         self.student.zero_grad()
 
 
-def peak_memory(name: str, args: argparse.Namespace) -> float:
-    """GiB that forward and backward of a loss add, in a process of its own."""
-    own = ["--shape", args.shape, "--layers", args.layers, "--batch", args.batch, "--length", args.length]
-    command = [sys.executable, __file__, *map(str, own), "--device", args.device, "--memory_of", name]
-    environment = {**os.environ, **RETURN_FREED}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        raise RuntimeError(result.stderr[-2000:])
-    return float(result.stdout.split()[-1])
-
-
 def print_peak_memory(args: argparse.Namespace) -> None:
-    """The child of `peak_memory`."""
+    """The child of `peak_memory`: GiB that forward and backward of a loss add."""
     losses = Losses(args)
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -175,21 +162,14 @@ def measure_caches(args: argparse.Namespace, report: Report) -> None:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers, 0 for all of the shape")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = make_parser(__doc__, repeats=5)
+    add_workload(parser)
     parser.add_argument("--model", help="folder of a real model, for the noise of caches")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--samples", type=int, default=16, help="samples of python-docs for that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--memory_of", choices=LOSSES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.device == "cpu" and is_needed():
-        use_fast_bfloat16()
+    use_device(args.device)
     if args.memory_of:
         return print_peak_memory(args)
     report = Report("distillation_cache" if args.model else f"distillation_{args.shape}", args.device)
@@ -197,7 +177,7 @@ def main() -> None:
         measure_caches(args, report)
     else:
         for name in LOSSES:
-            report.add(f"{name}, memory of forward and backward", peak_memory(name, args), unit="GiB")
+            report.add(f"{name}, memory of forward and backward", peak_memory(args, name, RETURN_FREED), unit="GiB")
         measure_steps(args, report)
     report.write(args.out)
 

@@ -8,16 +8,15 @@ weights is spread over more tokens as they grow; that of rounding inputs over mo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import workloads  # noqa: E402
+from benchmarks.arguments import make_parser, use_device  # noqa: E402
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
 
 BASE = {"tokens": 1024, "width": 512, "depth": 4}
 VARIATIONS = {"tokens": (128, 512, 2048), "width": (256, 512, 1024), "depth": (2, 4, 8)}
@@ -56,12 +55,8 @@ def draw(points: dict[str, list[tuple[int, float]]], path: Path) -> None:
 
 def main() -> None:
     """Measure, report and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    if is_needed():
-        use_fast_bfloat16()
+    args = make_parser(__doc__, repeats=7).parse_args()
+    use_device()
     report, points = Report("scaling"), {}
     for name, values in VARIATIONS.items():
         points[name] = []

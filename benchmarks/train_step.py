@@ -11,45 +11,22 @@ second time with a heap that gives large freed tensors back to the system at onc
 from __future__ import annotations
 
 import argparse
-import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.arguments import RETURN_FREED, add_workload, make_parser, peak_memory, use_device  # noqa: E402
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
-from training.cpu_bfloat16 import is_needed, use_fast_bfloat16  # noqa: E402
+from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 
 SCHEMES = ("MXFP4", "MXFP8")
 
 
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: tensors of 128 KiB and more are mapped one by one
-
-
-def peak_memory(scheme: str | None, args: argparse.Namespace, environment: dict[str, str] | None = None) -> float:
-    """Peak resident GiB of a fresh process that trains five steps."""
-    command = [
-        sys.executable,
-        __file__,
-        "--shape",
-        args.shape,
-        "--batch",
-        str(args.batch),
-        "--length",
-        str(args.length),
-    ]
-    command += ["--layers", str(args.layers), "--memory_of", scheme or "BF16"]
-    environment = {**os.environ, **(environment or {})}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return float(result.stdout.split()[-1])
-
-
 def print_peak_memory(args: argparse.Namespace) -> None:
-    """The child of `peak_memory`."""
+    """The child of `peak_memory`: peak resident GiB of five training steps."""
     import utils  # noqa: F401  main.py loads it, and with it `datasets` (60 MiB), for both kinds of runs
 
     model = make_model(args.shape, None if args.memory_of == "BF16" else args.memory_of, args.layers)
@@ -61,23 +38,16 @@ def print_peak_memory(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure and report one shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers, 0 for all of the shape")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sample")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
+    parser = make_parser(__doc__, repeats=5)
+    add_workload(parser)
     args = parser.parse_args()
-    if is_needed():
-        use_fast_bfloat16()
+    use_device()
     if args.memory_of:
         return print_peak_memory(args)
 
     report = Report(f"train_step_{args.shape}")
-    memory = {scheme: peak_memory(scheme, args) for scheme in (None, *SCHEMES)}
-    in_use = {scheme: peak_memory(scheme, args, RETURN_FREED) for scheme in (None, *SCHEMES)}
+    memory = {scheme: peak_memory(args, scheme or "BF16") for scheme in (None, *SCHEMES)}
+    in_use = {scheme: peak_memory(args, scheme or "BF16", RETURN_FREED) for scheme in (None, *SCHEMES)}
     steps = {}
     for scheme in (None, *SCHEMES):
         model = make_model(args.shape, scheme, args.layers)

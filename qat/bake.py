@@ -21,12 +21,12 @@ from torch import nn
 
 from . import gradients, ops
 from .config import QATConfig
+from .names import original_name
 from .quant_linear import is_quantlinear
 
 OFFSET_SUFFIX = ".weight_quantizer.exponent_offset"
 BAKED_RULE = "rceil"
 _VIEW_DTYPE = torch.bfloat16  # that of the forward pass under autocast, and of export
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def bake_exponents(
     offsets = [name for name in state_dict if name.endswith(OFFSET_SUFFIX)]
     if not offsets:
         return state_dict
-    schemes = {_plain_name(name): module.scheme for name, module in model.named_modules() if is_quantlinear(module)}
+    schemes = {original_name(name): module.scheme for name, module in model.named_modules() if is_quantlinear(module)}
     result = {name: tensor for name, tensor in state_dict.items() if name not in offsets}
     for name in offsets:
         layer = name.removesuffix(OFFSET_SUFFIX)
@@ -72,9 +72,3 @@ def check_baked(names: Iterable[str], folder: str | Path) -> None:
             f"{folder} is a checkpoint to resume from: its block exponents are learned and lie beside FP32 masters. "
             "Resume the run (--resume_from_checkpoint), or use the folder that the finished run saved"
         )
-
-
-def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

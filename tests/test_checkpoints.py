@@ -11,7 +11,7 @@ from helpers import make_tokenizer, write_conversations
 
 from qat import QATConfig
 from training.arguments import TrainingArguments
-from training.atomic import checkpoints_in, delete_older_checkpoints, model_written_whole, prepare_output
+from training.atomic import checkpoints_in, delete_older_checkpoints, model_written_whole, prepared_output
 from training.checkpoints import find_checkpoint
 from training.manifest import describe, problems, write_manifest
 from training.run_record import RunRecord
@@ -95,7 +95,8 @@ def test_what_killed_runs_left_is_cleared_and_what_they_were_replacing_is_given_
     for name in (".checkpoint-6.partial", ".checkpoint-2.deleted", ".model.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / "all_results.json").write_text('{"eval')
-    prepare_output(tmp_path, Writers())
+    with prepared_output(tmp_path, Writers()):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     assert find_checkpoint(str(tmp_path), None, None) == str(tmp_path / "checkpoint-4")
 

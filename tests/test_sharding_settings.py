@@ -13,7 +13,8 @@ from helpers import make_llama
 from torch.distributed.fsdp import StateDictType
 
 from qat import prepare_qat
-from training.sharding import full_state_dict, initialize_state, original_name, round_parameters, set_precision
+from qat.names import original_name
+from training.sharding import full_state_dict, initialize_state, round_parameters, set_precision
 from training.trainer import QATTrainer
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_config"

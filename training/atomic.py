@@ -21,6 +21,7 @@ from qat.checkpoint_folder import CONFIG_NAME
 from qat.config import QAT_CONFIG_NAME
 
 from .manifest import describe, write_manifest
+from .output_lock import locked
 from .writers import Writers
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,12 @@ def step_of(checkpoint: str | Path) -> int:
     return int(match[1]) if match else -1
 
 
-def prepare_output(folder: str | Path, writers: Writers) -> None:
-    """Make `folder` if it is missing, try to write to it, and clear what killed runs left in it.
+@contextmanager
+def prepared_output(folder: str | Path, writers: Writers) -> Iterator[None]:
+    """Keep `folder` for this run alone: made if it is missing, tried, locked, and cleared of what killed runs left.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: nothing can be written there, or another run is writing there.
     """
     folder = Path(folder)
     try:
@@ -61,10 +63,10 @@ def prepare_output(folder: str | Path, writers: Writers) -> None:
         raise ValueError(
             f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); name a folder that can"
         ) from error
-    if not writers.leads:
-        return
-    for path in sorted(folder.iterdir()):
-        _clear(path)
+    with locked(folder, writers):
+        for path in sorted(folder.iterdir()) if writers.leads else ():
+            _clear(path)
+        yield
 
 
 def _clear(path: Path) -> None:

@@ -41,6 +41,11 @@ class StepGuard(TrainerCallback):
         self.interrupted = self._signalled = False
         self._seen: list[torch.Tensor] = []
 
+    @property
+    def withholds(self) -> bool:
+        """Whether the current step is not applied; known once the optimizer is about to step."""
+        return self.nan_steps > 0
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGTERM as a wish to stop after the step; only a main thread can."""

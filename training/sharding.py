@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from qat.names import original_name
+
 GATHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def set_precision(plugin, gather_dtype: str = "float32") -> None:
@@ -74,13 +75,6 @@ def initialize_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def original_name(name: str) -> str:
-    """The name that a parameter had before FSDP, activation checkpointing and torch.compile wrapped modules."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 @torch.no_grad()

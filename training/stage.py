@@ -17,6 +17,7 @@ from qat.verify import verify
 
 from .arguments import DataArguments, ModelArguments, QuantizationArguments, TrainingArguments
 from .cpu_bfloat16 import is_needed, use_fast_bfloat16
+from .output_lock import LOCK_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def _set_up_logging(training_args: TrainingArguments) -> None:
 def unused_folder(folder: str) -> str:
     """`folder` if it is free, else a new folder inside it: an evaluation overwrites nothing."""
     path, number = Path(folder), 0
-    while path.exists() and any(path.iterdir()):
+    while path.exists() and any(child.name != LOCK_NAME for child in path.iterdir()):
         number += 1
         path = Path(folder, f"evaluation-{number}")
     return str(path)

@@ -75,7 +75,7 @@ class QATTrainer(FaultTolerantTrainer):
     def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         if damping := model.qat_config.training.get("oscillation_damping", 0.0):
-            self.add_callback(OscillationDamping(model, damping, dtype))
+            self.add_callback(OscillationDamping(model, damping, dtype, self._guard))
         if log_quantization:
             self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
             self.add_callback(self.monitor)

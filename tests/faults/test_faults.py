@@ -6,6 +6,8 @@ import json
 import pickle
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -99,15 +101,41 @@ def test_the_only_complete_checkpoint_outlives_a_kill_while_the_next_is_written(
     assert not list(job.output.rglob("*.bin"))  # training_args.json, no pickle
 
 
-def test_a_nan_step_that_may_pass_changes_no_weight_and_more_of_them_end_the_run(workspace):
-    flags = ("--max_nan_steps", "2", "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "9")
-    job = Job(workspace, "nan-steps", flags)
+def test_a_second_run_in_the_folder_is_refused_by_all_its_processes_and_the_first_can_be_continued(reference):
+    job = reference.job("twice")
+    first = job.start(AtStep(13, signal.SIGSTOP))
+    while not job.checkpoints:
+        assert first.processes[0].is_alive(), first.text()
+        time.sleep(0.05)
+    job.count = 2
+    second = job.start()
+    assert second.wait() == [1, 1] and "in use by another run (process" in second.text()
+    assert "Loading weights" not in second.text()
+    first.processes[0].kill()
+    first.processes[0].join()
+    job.count = 1
+    assert "Resuming from" in job.finish()
+    reference.check(job)
+
+
+NAN_STEPS = ("--max_nan_steps", "2", "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "9")
+MOVES_WEIGHTS = (
+    "--quant_scheme", "MXFP4", "--learn_exponent", "True", "--oscillation_damping", "0.2", "--weight_decay", "0.1",
+)  # fmt: skip
+
+
+def test_a_nan_step_that_may_pass_changes_no_weight(workspace):
+    job = Job(workspace, "nan-steps", (*NAN_STEPS, *MOVES_WEIGHTS))
     run = job.start(NanLoss(3))
     assert run.wait() == [0] and "step 2 is not applied" in run.text()
-    weights = [load_file(path / "model.safetensors") for path in job.checkpoints]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
-    run = Job(workspace, "nan-end", (*flags, "--max_nan_steps", "0")).start(NanLoss(3))
+    first, second, third = (load_file(path / "model.safetensors") for path in job.checkpoints)
+    assert any(name.endswith("exponent_offset") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(second[name], third[name]) for name in first)
+
+
+def test_more_nan_steps_than_may_pass_end_the_run(workspace):
+    run = Job(workspace, "nan-end", (*NAN_STEPS, "--max_nan_steps", "0")).start(NanLoss(3))
     assert run.wait() == [1]
     assert "step 2: loss and gradient norm are" in run.text() and "nan-end/checkpoint-1" in run.text()
 

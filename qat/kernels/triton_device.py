@@ -1,0 +1,293 @@
+"""What runs on the GPU: the Triton kernels that `triton_kernels.py` launches, and the functions they are made of.
+
+Quantization does some twenty instructions per value and needs no matrix unit, so a GPU is limited by its memory; each
+kernel reads its input once and writes its output once. A program takes a tile of [ROWS, 32] values, a row being one MX
+block: memory is contiguous, so a thread loads 16 bytes at a time, and four threads share a block and find its largest
+magnitude by exchanging registers.
+
+The arithmetic is that of reference.py, explained there: FP32, exact multiplications by powers of two, and rounding by
+adding and subtracting 1.5 * 2^(23 + k). Exponents are handled as FP32 bit patterns.
+
+Without Triton, `triton` and `tl` are None and the kernels plain functions that cannot be launched.
+"""
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+
+def _jit(function):
+    return triton.jit(function) if triton is not None else function
+
+
+@_jit
+def _bits(value):
+    return value.to(tl.int32, bitcast=True)
+
+
+@_jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@_jit
+def _to_fp32(value):
+    if value.dtype == tl.int16:
+        value = _float(value.to(tl.int32) << 16)
+    return value.to(tl.float32)
+
+
+@_jit
+def _to_view(value, VIEW: tl.constexpr):
+    """FP32 -> VIEW, to nearest even."""
+    if tl.int16 == VIEW:
+        bits = _bits(value)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        value = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+    return value.to(VIEW)
+
+
+@_jit
+def _tile(blocks, ROWS: tl.constexpr):
+    """This program's blocks [ROWS], 64 bits wide for tensors of more than 2^31 values, and which of them exist."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return rows, rows < blocks
+
+
+@_jit
+def _offsets(rows, COLUMNS: tl.constexpr):
+    return rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@_jit
+def _scale_value(code):
+    """2^(code - 127) for biased exponents; 2^-127 is subnormal, 255 means NaN."""
+    bits = tl.where(code == 0, 1 << 22, code << 23)
+    return _float(tl.where(code == 255, 0x7FC00000, bits))
+
+
+@_jit
+def _to_scaled_units(code):
+    """2^(127 - code); for the NaN scale any number."""
+    return _float(tl.maximum(254 - code, 1) << 23)
+
+
+@_jit
+def _shared_exponent(x, EMAX: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Biased exponents [ROWS] of the blocks in the rows of x (FP32 [ROWS, 32])."""
+    # Compared as integers, NaN and infinity come out on top.
+    amax = tl.max(_bits(x) & 0x7FFFFFFF, axis=1)
+    field = amax >> 23
+    rounds_up = ((amax & 0x7FFFFF) >= THRESHOLD).to(tl.int32)
+    return tl.where(field == 255, 255, tl.maximum(field - EMAX + rounds_up, 0))
+
+
+@_jit
+def _magic(magnitude_bits, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """1.5 * 2^(23 + k) as FP32 bits, with 2^k the step of the element format at these magnitudes (scaled units).
+
+    No magnitude reaches 2^(emax + 1), because the scale comes from the block's maximum.
+    """
+    field = tl.maximum(magnitude_bits, (127 + EMIN) << 23) & 0x7F800000
+    return field + (((23 - MANTISSA_BITS) << 23) + (1 << 22))
+
+
+@_jit
+def _sign(scaled):
+    """Sign bits of elements; zero, and what underflows to zero in scaled units, is positive."""
+    return _bits(scaled + 0.0) & -0x80000000
+
+
+@_jit
+def _round(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_NORMAL: tl.constexpr):
+    """Nearest elements, in scaled units."""
+    magnitude = _bits(scaled) & 0x7FFFFFFF
+    magic = _float(_magic(magnitude, EMIN, MANTISSA_BITS))
+    rounded = tl.minimum((_float(magnitude) + magic) - magic, MAX_NORMAL)
+    return _float(_bits(rounded) | _sign(scaled))
+
+
+@_jit
+def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr):
+    """Codes of the nearest elements (int32).
+
+    The low bits of the sum with the magic number count steps from zero; each binade above the smallest starts one
+    mantissa's range later.
+    """
+    magnitude = _bits(scaled) & 0x7FFFFFFF
+    magic = _magic(magnitude, EMIN, MANTISSA_BITS)
+    steps = _bits(_float(magnitude) + _float(magic)) - magic
+    first_magic = ((127 + EMIN + 23 - MANTISSA_BITS) << 23) + (1 << 22)
+    binade = (magic - first_magic) >> (23 - MANTISSA_BITS)
+    sign = (_bits(scaled + 0.0) >> 31) & (1 << (BITS - 1))  # an arithmetic shift: all ones where negative
+    return tl.minimum(steps + binade, MAX_CODE) | sign
+
+
+@_jit
+def _add_neighbours(x, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+    return tl.sum(tl.reshape(x, (ROWS, PAIRS, 2)), axis=2)
+
+
+@_jit
+def _block_error(difference, ROWS: tl.constexpr):
+    """Sums of squares [ROWS]; neighbours are added in pairs, as in reference.py."""
+    total = _add_neighbours(difference * difference, ROWS, 16)
+    total = _add_neighbours(total, ROWS, 8)
+    total = _add_neighbours(total, ROWS, 4)
+    total = _add_neighbours(total, ROWS, 2)
+    return tl.sum(total, axis=1)
+
+
+@_jit
+def _find_scale(
+    x,
+    ROWS: tl.constexpr,
+    EMAX: tl.constexpr,
+    EMIN: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MAX_NORMAL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    """Biased exponents [ROWS] under the scale rule."""
+    code = _shared_exponent(x, EMAX, THRESHOLD)
+    if SEARCH:
+        code_up = tl.where(code < 254, code + 1, code)
+        scaled = x * _to_scaled_units(code)[:, None]
+        scaled_up = x * _to_scaled_units(code_up)[:, None]
+        error = _block_error(scaled - _round(scaled, EMIN, MANTISSA_BITS, MAX_NORMAL), ROWS)
+        error_up = _block_error(scaled - 2.0 * _round(scaled_up, EMIN, MANTISSA_BITS, MAX_NORMAL), ROWS)
+        code = tl.where(error_up < error, code_up, code)
+    return code
+
+
+@_jit
+def _store_codes(packed_ptr, codes, scale_code, rows, exists, ROWS: tl.constexpr, BITS: tl.constexpr):
+    codes = tl.where(scale_code[:, None] == 255, 0, codes)
+    # Four bytes at a time: the codes of a word lie in one thread, so putting them together moves no data.
+    in_word: tl.constexpr = 32 // BITS
+    words = tl.sum(tl.reshape(codes, (ROWS, BITS, in_word)) << (tl.arange(0, in_word) * BITS)[None, None, :], axis=2)
+    tl.store(packed_ptr + _offsets(rows, BITS), words, mask=exists[:, None])
+
+
+@_jit
+def fake_quantize_kernel(
+    x_ptr,
+    out_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    EMAX: tl.constexpr,
+    EMIN: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MAX_NORMAL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SEARCH: tl.constexpr,
+    VIEW: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    offsets = _offsets(rows, 32)
+    x = _to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0))
+    x = _to_fp32(_to_view(x, VIEW))
+    code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
+    elements = _round(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, MAX_NORMAL)
+    out = elements * _scale_value(code)[:, None]  # a NaN scale makes its whole block NaN
+    tl.store(out_ptr + offsets, _to_view(out, VIEW), mask=exists[:, None])
+
+
+@_jit
+def quantize_kernel(
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    EMAX: tl.constexpr,
+    EMIN: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MAX_NORMAL: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SEARCH: tl.constexpr,
+    BITS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    VIEW: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
+    if x_ptr.dtype.element_ty != VIEW:
+        x = _to_fp32(_to_view(x, VIEW))
+    code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
+    tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
+    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
+    _store_codes(packed_ptr, codes, code, rows, exists, ROWS, BITS)
+
+
+@_jit
+def quantize_to_scale_kernel(
+    x_ptr,
+    scale_ptr,
+    packed_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    EMIN: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    MAX_NORMAL: tl.constexpr,
+    BITS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    VIEW: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
+    x = _to_fp32(_to_view(x, VIEW))
+    code = tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)
+    # Elements may exceed the largest one by far here, so they are cut off before rounding. 2^-127, for the largest
+    # scale of all, which no rule gives, is subnormal.
+    to_scaled = tl.where(code == 254, _scale_value(code * 0), _to_scaled_units(code))
+    scaled = x * to_scaled[:, None]
+    scaled = tl.minimum(tl.maximum(scaled, -MAX_NORMAL), MAX_NORMAL)
+    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_CODE)
+    _store_codes(packed_ptr, codes, code, rows, exists, ROWS, BITS)
+
+
+@_jit
+def saturation_kernel(
+    x_ptr, scale_ptr, mask_ptr, blocks, ROWS: tl.constexpr, MAX_NORMAL: tl.constexpr, VIEW: tl.constexpr
+):
+    rows, exists = _tile(blocks, ROWS)
+    x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
+    x = _to_fp32(_to_view(x, VIEW))
+    limit = _scale_value(tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)) * MAX_NORMAL
+    saturated = (tl.abs(x) > limit[:, None]).to(tl.int32)  # false for the NaN scale
+    tl.store(mask_ptr + rows, tl.sum(saturated << tl.arange(0, 32)[None, :], axis=1), mask=exists)
+
+
+@_jit
+def dequantize_kernel(
+    packed_ptr,
+    scale_ptr,
+    out_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    BIAS_FACTOR: tl.constexpr,
+    BITS: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    VIEW: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    codes = tl.load(packed_ptr + _offsets(rows, 4 * BITS), mask=exists[:, None], other=0).to(tl.int32)
+    if BITS == 4:
+        codes = tl.reshape(tl.join(codes & 0xF, codes >> 4), (ROWS, 32))
+    magnitude = codes & ((1 << (BITS - 1)) - 1)
+    # An element's exponent and mantissa, put where FP32 has its own, differ from it by the two biases only; subnormal
+    # elements become subnormal FP32 numbers, and one exact multiplication makes up for the biases of both.
+    element = _float(magnitude << (23 - MANTISSA_BITS)) * BIAS_FACTOR
+    element = tl.where(magnitude > MAX_CODE, float("nan"), element)
+    # The sign bit is set, not the value negated: Triton negates by subtracting from zero, which has no -0.0.
+    value = _float(_bits(element) | (codes >> (BITS - 1)) << 31)
+    scale = _scale_value(tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32))
+    out = _to_view(value * scale[:, None], VIEW)
+    tl.store(out_ptr + _offsets(rows, 32), out, mask=exists[:, None])
