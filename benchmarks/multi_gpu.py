@@ -68,7 +68,7 @@ class Runs:
         self.args, self.work = args, work
         self.model = Path(args.model).resolve() if args.model else make_model(work / "model")
         self.data = write_conversations(work / "data.jsonl", 400)
-        self.port = 20000 + os.getpid() % 20000
+        self.port = 20000 + os.getpid() * 16 % 20000
 
     def command(self, backend: str) -> list[str]:
         """The launcher's part of the command line."""
