@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import make_llama, make_tokenizer
 
 from training import distillation
-from training.distillation import check_teacher, forward_kl, labelled_rows
+from training.distillation import check_teacher, forward_kl, labelled_rows, sparse_cross_entropy
 
 
 def direct_kl(student, teacher, temperature):
@@ -35,6 +35,39 @@ def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient():
     kl = forward_kl(logits, logits.detach())
     kl.sum().backward()
     assert kl.abs().max() < 1e-6 and logits.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_sparse_cross_entropy_and_its_gradient_equal_those_with_whole_targets(monkeypatch, temperature, chunk):
+    monkeypatch.setattr(distillation, "CHUNK", chunk)
+    logits, weights = torch.randn(10, 17), torch.rand(10, 4)
+    ids = torch.randint(0, 17, (10, 4))
+    ids[:, 1] = ids[:, 0]  # a token that occurs twice
+    whole = torch.zeros(10, 17).scatter_add(1, ids, weights)
+    sparse, direct = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    ours = sparse_cross_entropy(sparse, ids, weights, temperature)
+    expected = F.cross_entropy(direct / temperature, whole, reduction="none") * temperature**2
+    torch.testing.assert_close(ours, expected)
+    (ours * logits[:, 0]).sum().backward()
+    (expected * logits[:, 0]).sum().backward()
+    torch.testing.assert_close(sparse.grad, direct.grad)
+
+
+@pytest.mark.parametrize("weight", [0.2, 0.7])
+def test_a_term_counts_by_its_weight_and_not_by_that_rounded_to_bfloat16(weight):
+    logits, targets = torch.zeros(64, 3).bfloat16().requires_grad_(), torch.zeros(64, 1, dtype=torch.long)
+    (sparse_cross_entropy(logits, targets, torch.ones(64, 1)) * torch.tensor(weight)).sum().backward()
+    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3]).bfloat16().float() * weight
+    torch.testing.assert_close(logits.grad[0], expected.bfloat16(), rtol=0, atol=0)
+
+
+def test_a_gradient_that_is_scaled_in_place_is_not_given_twice():
+    logits = torch.randn(4, 9, requires_grad=True)
+    loss = forward_kl(logits, torch.randn(4, 9)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_rows_are_those_before_a_labelled_token():

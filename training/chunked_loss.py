@@ -1,4 +1,4 @@
-"""The loss from hidden states: logits exist for `CHUNK` tokens at a time, forward and backward.
+"""The loss from hidden states: logits exist for some tokens at a time, forward and backward.
 
 A batch's logits are its largest tensor: 8,192 tokens x 128,256 x 4 bytes = 4.2 GB, and a plain loss holds several of
 that size (accelerate converts a model's BF16 output to FP32 as a whole, the softmax is kept for backward, the gradient
@@ -161,6 +161,15 @@ def chunked_loss(
     return {"loss": loss, "token_losses": token_losses}
 
 
+def _chunk_size(device: torch.device) -> int | None:
+    """Tokens whose logits, in the model's dtype, exist at a time.
+
+    Each chunk adds its part to the FP32 gradient of the head. A GPU multiplies so much faster than it moves memory that
+    this took, with 512 tokens, longer than the head's products (`benchmarks/gpu.py`).
+    """
+    return None if device.type == "cpu" else 4096
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, objective, head, *parameters):
@@ -169,7 +178,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         gradient = torch.zeros_like(rows) if needs_rows else None
         parts = []
-        for part in chunks(len(rows)):
+        for part in chunks(len(rows), _chunk_size(rows.device)):
             with torch.set_grad_enabled(needs_rows or bool(wanted)):
                 inputs = rows[part].detach().requires_grad_(needs_rows)
                 losses = objective.token_losses(head(inputs), part)

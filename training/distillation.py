@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -22,9 +21,10 @@ from data.formatting import IGNORE_INDEX
 CHUNK = 512  # tokens whose FP32 logits exist at one time: 512 x 50,000 x 4 bytes = 100 MB for each of a few tensors
 
 
-def chunks(count: int) -> list[slice]:
-    """`count` tokens in slices of at most CHUNK."""
-    return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+def chunks(count: int, size: int | None = None) -> list[slice]:
+    """`count` tokens in slices of at most `size`, CHUNK by default."""
+    size = size or CHUNK
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def label_mask(labels: torch.Tensor) -> torch.Tensor:
@@ -74,8 +74,49 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad[:, None].to(gradient.dtype), None, None
+        return _scaled(ctx.saved_tensors[0], grad), None, None
+
+
+def sparse_cross_entropy(
+    student: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy of each row with a few weighted tokens, -sum_k w_k log softmax(s / T)[id_k], times T^2, in nats.
+
+    Args:
+        student: logits [n, V], any float dtype.
+        ids, weights: int and float [n, K]; a token may occur several times.
+
+    Returns:
+        [n] in FP32, or in FP64 for FP64 logits.
+    """
+    return _SparseCrossEntropy.apply(student, ids, weights, temperature)
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, ids, weights, temperature):
+        wide = _at_least_fp32(student.dtype)
+        result = torch.empty(len(student), dtype=wide, device=student.device)
+        gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        for rows in chunks(len(student)):
+            log_p = (student[rows].to(wide) / temperature).log_softmax(-1)
+            tokens, w = ids[rows].long(), weights[rows].to(wide)
+            result[rows] = -(w * log_p.gather(1, tokens)).sum(-1) * temperature**2
+            if gradient is not None:
+                p = log_p.exp_().mul_(w.sum(-1, keepdim=True)).scatter_add_(1, tokens, -w)
+                gradient[rows] = p.mul_(temperature).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _scaled(ctx.saved_tensors[0], grad), None, None, None
+
+
+def _scaled(gradient: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """In place, since there is one such tensor: autograd refuses a second backward pass. Products are FP32."""
+    return gradient.mul_(grad[:, None])
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -115,9 +156,8 @@ class SampledRows:
 
     def divergence(self, student: torch.Tensor, rows: slice, temperature: float) -> torch.Tensor:
         """An unbiased estimate of KL [c] of the student's logits [c, V]; single values may be negative."""
-        log_p = (student.to(_at_least_fp32(student.dtype)) / temperature).log_softmax(-1)
-        cross = -(self.weights[rows] * log_p.gather(1, self.ids[rows].long())).sum(-1)
-        return (cross - self.entropy[rows]) * temperature**2
+        cross = sparse_cross_entropy(student, self.ids[rows], self.weights[rows], temperature)
+        return cross - self.entropy[rows] * temperature**2
 
 
 # ---- The objective ----
@@ -151,7 +191,8 @@ class Objective:
         return torch.stack([terms[name](logits, rows) for name in self.weights], dim=-1)
 
     def _cross_entropy(self, logits, rows):
-        return F.cross_entropy(logits.to(_at_least_fp32(logits.dtype)), self.targets[rows], reduction="none")
+        targets = self.targets[rows, None]
+        return sparse_cross_entropy(logits, targets, torch.ones_like(targets, dtype=torch.float32))
 
     def _divergence(self, logits, rows):
         return self.teacher.divergence(logits, rows, self.temperature)
