@@ -63,11 +63,11 @@ class _ForwardKL(torch.autograd.Function):
         result = torch.empty(len(student), dtype=wide, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for rows in chunks(len(student)):
-            log_p, log_q = ((x[rows].to(wide) / temperature).log_softmax(-1) for x in (student, teacher))
+            log_p, log_q = (_log_softmax(x[rows], temperature) for x in (student, teacher))
             q = log_q.exp()
             result[rows] = log_q.sub_(log_p).mul_(q).sum(-1) * temperature**2
             if gradient is not None:  # of sum q (log q - log softmax(s / T)) * T^2: (p - q) * T
-                gradient[rows] = log_p.exp_().sub_(q).mul_(temperature).to(gradient.dtype)
+                gradient[rows] = _times(log_p.exp_().sub_(q), temperature)
         ctx.save_for_backward(gradient)
         return result
 
@@ -78,13 +78,13 @@ class _ForwardKL(torch.autograd.Function):
 
 
 def sparse_cross_entropy(
-    student: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, temperature: float = 1.0
+    student: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor | None = None, temperature: float = 1.0
 ) -> torch.Tensor:
     """Cross-entropy of each row with a few weighted tokens, -sum_k w_k log softmax(s / T)[id_k], times T^2, in nats.
 
     Args:
         student: logits [n, V], any float dtype.
-        ids, weights: int and float [n, K]; a token may occur several times.
+        ids, weights: int and float [n, K]; a token may occur several times. Without weights, K is 1.
 
     Returns:
         [n] in FP32, or in FP64 for FP64 logits.
@@ -99,12 +99,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
         result = torch.empty(len(student), dtype=wide, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for rows in chunks(len(student)):
-            log_p = (student[rows].to(wide) / temperature).log_softmax(-1)
-            tokens, w = ids[rows].long(), weights[rows].to(wide)
+            log_p, tokens = _log_softmax(student[rows], temperature), ids[rows].long()
+            w = torch.ones_like(tokens, dtype=wide) if weights is None else weights[rows].to(wide)
             result[rows] = -(w * log_p.gather(1, tokens)).sum(-1) * temperature**2
             if gradient is not None:
-                p = log_p.exp_().mul_(w.sum(-1, keepdim=True)).scatter_add_(1, tokens, -w)
-                gradient[rows] = p.mul_(temperature).to(gradient.dtype)
+                p = log_p.exp_() if weights is None else log_p.exp_().mul_(w.sum(-1, keepdim=True))
+                gradient[rows] = _times(p.scatter_add_(1, tokens, -w), temperature)
         ctx.save_for_backward(gradient)
         return result
 
@@ -112,6 +112,16 @@ class _SparseCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         return _scaled(ctx.saved_tensors[0], grad), None, None, None
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """In FP32 at least, without a copy of the logits in FP32 where none is needed."""
+    wide = _at_least_fp32(logits.dtype)
+    return logits.log_softmax(-1, dtype=wide) if temperature == 1 else (logits.to(wide) / temperature).log_softmax(-1)
+
+
+def _times(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return x if factor == 1 else x.mul_(factor)
 
 
 def _scaled(gradient: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -191,8 +201,7 @@ class Objective:
         return torch.stack([terms[name](logits, rows) for name in self.weights], dim=-1)
 
     def _cross_entropy(self, logits, rows):
-        targets = self.targets[rows, None]
-        return sparse_cross_entropy(logits, targets, torch.ones_like(targets, dtype=torch.float32))
+        return sparse_cross_entropy(logits, self.targets[rows, None])
 
     def _divergence(self, logits, rows):
         return self.teacher.divergence(logits, rows, self.temperature)
