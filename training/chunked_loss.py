@@ -164,9 +164,9 @@ def chunked_loss(
 def _chunk_size(device: torch.device) -> int | None:
     """Tokens whose logits, in the model's dtype, exist at a time.
 
-    Each chunk adds its part to the FP32 gradient of the head, whatever its size. A GPU multiplies so much faster than it
-    moves memory that this would take longer than the head's products with 512 tokens; 2,048 take no more memory than
-    the gradient's own parts do.
+    Each chunk adds its part to the FP32 gradient of the head, whatever its size. A GPU multiplies so much faster than
+    it moves memory that this would take longer than the head's products with 512 tokens; 2,048 take no more memory
+    than the gradient's own parts do.
     """
     return None if device.type == "cpu" else 2048
 
