@@ -33,7 +33,7 @@ from transformers import set_seed  # noqa: E402
 from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
-from qat import is_quantlinear, prepare_qat  # noqa: E402
+from qat import prepare_qat  # noqa: E402
 from training.arguments import ModelArguments, TrainingArguments  # noqa: E402
 from training.calibration import smooth_with_data  # noqa: E402
 from training.distillation import forward_kl, labelled_rows  # noqa: E402
@@ -127,11 +127,6 @@ def prepare(model, row: Row, data: dict) -> None:
         return
     mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
     quantize(model, mapping, row, data, **row.prepare_options)
-    for layer in filter(is_quantlinear, model.modules()):
-        if row.only == "weights":
-            layer.input_quantizer.disable()
-        elif row.only == "inputs":
-            layer.weight_quantizer.disable()
 
 
 def quantize(model, mapping: dict, row: Row, data: dict, **options) -> None:
