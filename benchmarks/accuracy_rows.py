@@ -72,8 +72,6 @@ ROWS |= {
     "lr-8e-4": default("default, lr 8e-4", lr=8e-4),
     "mxfp8-50": default("MXFP8, default, 50 steps, lr 1e-4", scheme="MXFP8", steps=50, lr=1e-4),
 }
-    ),
-}
 
 
 _CLIPPED = {"weight_gradient_estimator": "clipped_ste"}, {"input_gradient_estimator": "clipped_ste"}
