@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 from qat import QATConfig, prepare_qat
 from training.arguments import (
@@ -31,6 +30,7 @@ from training.loading import load_model, load_teacher, load_tokenizer
 from training.report import run_settings, write_report
 from training.safeguards import INTERRUPTED
 from training.stage import export, set_up, unused_folder
+from training.start import check_start, saved_config
 from training.teachers import make_cached_teacher
 from training.writers import Writers
 from utils import QATTrainer, make_supervised_data_module
@@ -55,6 +55,7 @@ def run(arguments: Arguments, writers: Writers) -> None:
     model_args, training_args, data_args, quant_args, distill_args = arguments
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
+    check_start(model, model_args, quant_args, distill_args)
     teacher = None
     if distill_args.distill_teacher == "self":
         teacher = "self"
@@ -62,7 +63,7 @@ def run(arguments: Arguments, writers: Writers) -> None:
         teacher = load_teacher(
             model, distill_args.teacher_model_name_or_path, training_args.cache_dir, model_args.trust_remote_code
         )
-    quantize(model, model_args, quant_args)
+    quantize(model, saved_config(model, model_args.model_name_or_path), quant_args)
     checkpoint = None
     if training_args.do_train:
         wanted, qat_config = training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
@@ -79,8 +80,6 @@ def run(arguments: Arguments, writers: Writers) -> None:
         settings, folder = distill_args.cache_settings, distill_args.distill_cache_dir
         teacher = make_cached_teacher(teacher, training_args, data_module, settings, folder)
     if quant_args.smooth_alpha and checkpoint is None:
-        if getattr(model, "qat_config", None) is None:
-            raise ValueError("--smooth_alpha needs a model to quantize: give --quant_scheme")
         smooth_with_data(model, data_module, quant_args.smooth_alpha, training_args.device)
 
     trainer = QATTrainer(
@@ -125,18 +124,17 @@ def run(arguments: Arguments, writers: Writers) -> None:
             export(model, model_args, training_args, data_args, quant_args)
 
 
-def quantize(model, model_args: ModelArguments, quant_args: QuantizationArguments) -> None:
-    """Prepare `model` for the scheme asked for, else for the one its folder was trained with, else not at all."""
-    saved = getattr(model, "packed_qat_config", None)
-    if saved is None and Path(model_args.model_name_or_path).is_dir():
-        saved = QATConfig.load(model_args.model_name_or_path)
+def quantize(model, saved: QATConfig | None, quant_args: QuantizationArguments) -> None:
+    """Prepare `model` for the scheme asked for, else for the one it was trained for or packed in, else not at all."""
     if (layers := quant_args.layers()) is not None:
         rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
         prepare_qat(model, *layers, *rules, **quant_args.training_options())
     elif saved is not None:
-        logger.info("%s was trained with %s; so is this run", model_args.model_name_or_path, saved.summary)
+        logger.info("The model was trained with %s; so is this run", saved.summary)
         rules = saved.weight_scale_rule, saved.input_scale_rule
         prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
+    else:
+        quant_args.check_unused()
 
 
 __all__ = [

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import main
 from qat import QATConfig, prepare_qat
+from qat.export import export_checkpoint
 from training.distillation import labelled_rows
 from utils import QATTrainer, make_supervised_data_module
 
@@ -148,8 +149,6 @@ def test_smoothing_changes_what_is_quantized_but_not_the_model(workspace, bf16_s
     mxfp8 = ("--do_eval", "True", "--quant_scheme", "MXFP8")
     plain, smoothed = (run(workspace, "smooth", *mxfp8, *f, model="bf16") for f in ((), ("--smooth_alpha", "0.7")))
     assert plain["eval_loss"] != smoothed["eval_loss"] == pytest.approx(bf16_stage["eval_loss"], rel=0.02)
-    with pytest.raises(ValueError, match="--smooth_alpha needs a model to quantize"):
-        run(workspace, "smooth", "--do_eval", "True", "--smooth_alpha", "0.7", model="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +208,15 @@ def test_a_single_file_of_arguments_works(workspace, suffix):
         (("--quant_scheme", "MXFP4", "--input_scale_rule", "search"), "--input_scale_rule 'search'"),
         (("--distill_temperature", "0"), "--distill_temperature 0"),
         (("--distill_ce_weight", "2"), "--distill_ce_weight 2"),
+        (("--distill", "True", "--distill_ce_weight", "1"), "--distill_ce_weight 1.0 must lie between"),
+        (("--distill_ce_weight", "0.2"), "--distill_ce_weight 0.2 has no effect without --distill True"),
+        (("--distill_temperature", "inf"), "--distill_temperature inf"),
+        (
+            ("--distill", "True", "--distill_top_k", "8"),
+            "--distill_top_k 8 has no effect without --distill_teacher cache",
+        ),
+        (("--metric_for_best_model", "kl"), "--metric_for_best_model kl is the divergence from a teacher"),
+        (("--learn_exponent", "True", "--bf16", "False"), "--learn_exponent True: weights are saved"),
         (("--gguf_file", "no.gguf"), "--gguf_file 'no.gguf'"),
         (("--eval_strategy", "sometimes"), "eval_strategy"),
         (("missing.yaml",), "missing.yaml"),
@@ -219,6 +227,40 @@ def test_wrong_arguments_are_named(workspace, capsys, flags, message):
     with pytest.raises((SystemExit, ValueError)) as error:
         main.parse_arguments([*flags] if len(flags) == 1 else ["--output_dir", str(workspace / "x"), *flags])
     assert message in capsys.readouterr().err + str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--smooth_alpha", "0.7"), "--smooth_alpha 0.7 needs a model to quantize: give --quant_scheme"),
+        (("--oscillation_damping", "0.1"), "--oscillation_damping 0.1 needs a model"),
+        (("--learn_exponent", "True"), "--learn_exponent True needs a model"),
+        (("--distill_teacher", "cache", "--distill_top_k", "1000"), "--distill_top_k 1000 is more than the 260 tokens"),
+    ],
+)
+def test_settings_that_the_model_cannot_use_are_refused_before_data_is_read(workspace, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(workspace, "refused", "--do_eval", "True", *flags)
+
+
+@pytest.fixture(scope="module")
+def packed(workspace, qat_stage) -> str:
+    export_checkpoint(workspace / "qat-stage", workspace / "packed")
+    return "packed"
+
+
+@pytest.mark.parametrize("start", ["qat-stage", "packed"])
+def test_a_model_that_is_quantized_already_does_not_teach_itself(workspace, packed, start):
+    flags = ("--quant_scheme", "MXFP4", "--do_eval", "True")
+    with pytest.raises(ValueError, match="is quantized already .* with --teacher_model_name_or_path"):
+        run(workspace, "refused", *flags, "--distill", "True", model=start)
+    taught = run(workspace, "taught", *flags, "--teacher_model_name_or_path", str(workspace / "model"), model=start)
+    assert taught["eval_kl"] > 0
+
+
+def test_smoothing_does_not_undo_the_rounding_of_a_packed_model(workspace, packed):
+    with pytest.raises(ValueError, match="would undo the rounding"):
+        run(workspace, "refused", "--do_eval", "True", "--smooth_alpha", "0.7", model=packed)
 
 
 def test_every_argument_has_help(capsys):

@@ -116,6 +116,21 @@ class TrainingArguments(transformers.TrainingArguments):
 Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments]
 
 
+def _check_together(_, training_args, __, quant_args, distill_args) -> None:
+    """Raises ValueError for settings of two groups that exclude each other."""
+    metric = training_args.metric_for_best_model
+    if metric in ("kl", "eval_kl") and not distill_args.distill:
+        raise ValueError(
+            f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
+            "True, or choose loss or perplexity"
+        )
+    if quant_args.learn_exponent and not training_args.bf16:
+        raise ValueError(
+            "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
+            "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
+        )
+
+
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Parse flags, or a single .yaml or .json file of them; a wrong value ends the program with one clear line."""
     argv = sys.argv[1:] if argv is None else argv
@@ -127,6 +142,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
             arguments = parser.parse_json_file(argv[0])
         else:
             arguments = parser.parse_args_into_dataclasses(argv)
+        _check_together(*arguments)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     return arguments

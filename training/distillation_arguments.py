@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from .sampled_tokens import CacheSettings
@@ -56,8 +57,21 @@ class DistillationArguments:
                 f"--distill_teacher self and --teacher_model_name_or_path {self.teacher_model_name_or_path!r} name two "
                 "teachers; give one of them"
             )
-        if not self.distill_temperature > 0:
-            raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0")
-        if not 0 <= self.distill_ce_weight <= 1:
-            raise ValueError(f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1 (no KL)")
+        if not 0 < self.distill_temperature < math.inf:
+            raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0, and finite")
+        if not 0 <= self.distill_ce_weight < 1:
+            raise ValueError(
+                f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1, at which nothing is "
+                "learned from a teacher: leave --distill out then"
+            )
+        self._check_unused()
         self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
+
+    def _check_unused(self) -> None:
+        """Settings that have no effect without a teacher, or without a cache."""
+        needs = {"distill_temperature": "--distill True", "distill_ce_weight": "--distill True"}
+        needs |= dict.fromkeys(("distill_cache_dir", "distill_top_k", "distill_samples"), "--distill_teacher cache")
+        for name, wanted in needs.items():
+            value, there = getattr(self, name), self.distill if "True" in wanted else self.distill_teacher == "cache"
+            if not there and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 from qat import SCHEMES, get_scheme
@@ -110,8 +111,10 @@ class QuantizationArguments:
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
                 raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
-        if not self.exponent_learning_rate > 0:
-            raise ValueError(f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0")
+        if not 0 < self.exponent_learning_rate < math.inf:
+            raise ValueError(
+                f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0, and finite"
+            )
         if not 0 <= self.oscillation_damping <= 1:
             raise ValueError(f"--oscillation_damping {self.oscillation_damping} must lie between 0 (none) and 1")
         if self.quant_mapping is not None:
@@ -154,6 +157,16 @@ class QuantizationArguments:
                     "layers may suffer; give both the same --weight_scale_rule and --input_scale_rule",
                     self.quant_mapping, rules[name], name, own,
                 )  # fmt: skip
+
+    def check_unused(self) -> None:
+        """Raises ValueError for a setting that has no effect where nothing is quantized."""
+        names = (*self.training_options(), "exponent_learning_rate", "smooth_alpha")
+        for name in names:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
+                    "--quant_mapping, or leave it out"
+                )
 
     def training_options(self) -> dict[str, str | bool | float]:
         """Arguments of `prepare_qat` about how weights are trained."""
