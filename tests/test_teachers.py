@@ -35,8 +35,8 @@ def make_data(folder: Path, count: int = 12) -> dict:
 def make_trainer(folder: Path, model, data, teacher, **kwargs) -> QATTrainer:
     options = {name: kwargs.pop(name) for name in ("distill_ce_weight", "distill_temperature") if name in kwargs}
     args = TrainingArguments(
-        str(folder / "out"), report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
-        **{"max_steps": 2, "per_device_train_batch_size": 3, "save_strategy": "no", **kwargs},
+        str(folder / "out"), report_to="none", use_cpu=True, disable_tqdm=True,
+        **{"max_steps": 2, "per_device_train_batch_size": 3, "save_strategy": "no", "logging_steps": 1, **kwargs},
     )  # fmt: skip
     return QATTrainer(model=model, args=args, processing_class=make_tokenizer(), teacher=teacher, **options, **data)
 
