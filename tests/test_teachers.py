@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import make_llama, make_tokenizer, write_conversations
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from data.packing import PackedDataset
 from data.supervised import make_supervised_data_module
@@ -207,6 +209,52 @@ def test_cross_entropy_training_equals_that_of_transformers(tmp_path, monkeypatc
         assert trainer.state.log_history[1]["labelled_tokens"] > trainer.state.log_history[0]["labelled_tokens"] > 0
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
+
+
+class _WithoutKwargs(LlamaForCausalLM):
+    """A model whose forward takes no `num_items_in_batch`, as some of remote code do not."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, position_ids, labels=labels, use_cache=use_cache)
+
+
+def test_a_model_that_takes_no_loss_arguments_counts_the_tokens_of_the_whole_step(tmp_path):
+    data, results = make_data(tmp_path), []
+    rows = data["train_dataset"].select(range(4)).to_list()
+    for row, labelled in zip(rows, (1, 9, 3, 5), strict=True):
+        row["labels"] = [-100] * (len(row["labels"]) - labelled) + row["input_ids"][-labelled:]
+    data["train_dataset"] = Dataset.from_list(rows)
+    for batch in (1, 2, 4):
+        model = make_llama()
+        model.__class__ = _WithoutKwargs
+        trainer = make_trainer(
+            tmp_path, model, data, None, bf16=False, max_steps=1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.log_history[0]["labelled_tokens"] == 18
+        results.append((trainer.state.log_history[0]["loss"], dict(model.named_parameters())))
+    whole = make_llama()
+    batch = data["data_collator"](rows)
+    loss = whole(**batch).loss  # transformers' own, of one big batch
+    loss.backward()
+    assert [logged for logged, _ in results] == pytest.approx([loss.item()] * 3, rel=1e-5)
+    stepped = {name: (p - 0.1 * p.grad).detach() for name, p in whole.named_parameters()}
+    for _, parameters in results:
+        torch.testing.assert_close({n: p.detach() for n, p in parameters.items()}, stepped, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_takes_no_loss_arguments_is_evaluated_by_metrics_of_the_user(tmp_path):
+    data, losses = make_data(tmp_path), []
+    for own in (True, False):
+        model = make_llama()
+        model.__class__ = _WithoutKwargs
+        trainer = make_trainer(tmp_path, model, data, None, bf16=False, per_device_eval_batch_size=1)
+        if not own:
+            trainer._own_metrics, trainer.compute_metrics = False, lambda p: {"rows": len(p.predictions)}
+        losses.append(trainer.evaluate())
+    assert losses[1]["eval_rows"] == 3 and losses[1]["eval_loss"] == pytest.approx(losses[0]["eval_loss"], rel=0.02)
 
 
 def test_a_head_of_unknown_form_gives_the_same_loss_from_whole_logits(tmp_path, caplog):

@@ -73,8 +73,10 @@ class QATTrainer(FaultTolerantTrainer):
         self.head = self._attach_head()
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
         ce_weight = 1.0 if teacher is None else distill_ce_weight
-        self._term_weights = {"ce": ce_weight, "kl": 1 - ce_weight}
-        terms = [name for name, weight in self._term_weights.items() if weight] if self._computes_loss() else []
+        self._term_weights, terms = {"ce": ce_weight, "kl": 1 - ce_weight}, []
+        if self._computes_loss():
+            self.model_accepts_loss_kwargs = True  # whatever its forward takes: our loss counts a whole step's tokens
+            terms = [name for name, weight in self._term_weights.items() if weight]
         self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
 
     def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
@@ -120,7 +122,6 @@ class QATTrainer(FaultTolerantTrainer):
         return head
 
     def _prepare_teacher(self, teacher: PreTrainedModel | CachedTeacher | str):
-        self.model_accepts_loss_kwargs = True  # the loss below is ours, and counts the tokens of a whole step
         if isinstance(teacher, CachedTeacher):
             self.data_collator = teacher.collator(self.data_collator, "train")
             return teacher
