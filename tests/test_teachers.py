@@ -271,6 +271,45 @@ def test_a_head_of_unknown_form_gives_the_same_loss_from_whole_logits(tmp_path, 
     assert "the logits of a whole batch will be held in memory" in caplog.text
 
 
+class _Wrapper(nn.Module):
+    """In place of a PeftModel: passes on what it is asked, and is no PreTrainedModel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):
+        return self.model(input_ids, attention_mask, position_ids, labels=labels, **kwargs)
+
+
+def test_a_wrapped_model_distils_from_whole_logits_and_says_so_once(tmp_path, caplog):
+    data, losses = make_data(tmp_path), []
+    for wrap in (lambda model: model, _Wrapper):
+        trainer = make_trainer(tmp_path, wrap(make_llama()), data, load_teacher(other_llama(), None), bf16=False)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    said = [record.getMessage() for record in caplog.records if "logits of a whole batch" in record.getMessage()]
+    assert len(said) == 1 and "tokens x vocabulary x 4 bytes" in said[0] and "the head of a _Wrapper is not" in said[0]
+    with pytest.raises(ValueError, match="_Wrapper's is not; choose copy"):
+        make_trainer(tmp_path, _Wrapper(prepare_qat(make_llama(), {nn.Linear: "MXFP4"})), data, "self")
+
+
+@pytest.mark.parametrize(
+    "gpus,deepspeed,message",
+    [
+        (2, False, "torch.nn.DataParallel splits each batch over 2 GPUs; start one process a GPU"),
+        (1, True, "DeepSpeed wraps the model; FSDP"),
+    ],
+)
+def test_a_backend_that_needs_whole_logits_is_named(tmp_path, caplog, monkeypatch, gpus, deepspeed, message):
+    trainer = make_trainer(tmp_path, make_llama(), make_data(tmp_path), None)
+    assert trainer.head is not None and "whole batch" not in caplog.text
+    monkeypatch.setattr(TrainingArguments, "n_gpu", gpus)
+    trainer.is_deepspeed_enabled = deepspeed
+    assert trainer._attach_head() is None and message in caplog.text
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [

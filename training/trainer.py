@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from .sharding import full_state_dict, initialize_state, round_parameters, set_p
 from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
 from .term_means import TermMeans
 from .weightless import give_storage
+
+logger = logging.getLogger(__name__)
 
 
 class QATTrainer(FaultTolerantTrainer):
@@ -113,13 +116,31 @@ class QATTrainer(FaultTolerantTrainer):
 
     def _attach_head(self):
         """The model's head, taught to compute losses; None where a batch's logits are needed after all."""
-        splits_batches = self.args.n_gpu > 1 or self.is_deepspeed_enabled
-        if splits_batches or not isinstance(self.model, PreTrainedModel):
+        if reason := self._why_whole_logits():
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "losses are computed from the logits of a whole batch, several tensors of tokens x vocabulary x 4 "
+                    "bytes, because %s",
+                    reason,
+                )
             return None
         head = agreed_head(self.model, self.accelerator)
         if head is not None:
             attach(self.model, head)
         return head
+
+    def _why_whole_logits(self) -> str | None:
+        """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
+        if not isinstance(self.model, PreTrainedModel):
+            return f"the head of a {type(self.model).__name__} is not known: it is no transformers.PreTrainedModel"
+        if self.args.n_gpu > 1:
+            return (
+                f"torch.nn.DataParallel splits each batch over {self.args.n_gpu} GPUs; start one process a GPU "
+                "(accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed wraps the model; FSDP (accelerate_config) shards it with losses in chunks"
+        return None
 
     def _prepare_teacher(self, teacher: PreTrainedModel | CachedTeacher | str):
         if isinstance(teacher, CachedTeacher):
