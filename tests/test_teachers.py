@@ -233,7 +233,7 @@ def test_a_model_that_takes_no_loss_arguments_counts_the_tokens_of_the_whole_ste
             train_sampling_strategy="sequential",
         )  # fmt: skip
         trainer.train()
-        assert trainer.state.log_history[0]["labelled_tokens"] == 18
+        assert trainer.state.log_history[0]["labelled_tokens"] == trainer.labelled_tokens == 18
         results.append((trainer.state.log_history[0]["loss"], dict(model.named_parameters())))
     whole = make_llama()
     batch = data["data_collator"](rows)

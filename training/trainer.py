@@ -160,6 +160,11 @@ class QATTrainer(FaultTolerantTrainer):
         self._term_means.clear()
         return super().train(*args, **kwargs)
 
+    @property
+    def labelled_tokens(self) -> int:
+        """Those trained on so far, on all processes, those before a restart included."""
+        return round(float(self._labelled_tokens or 0))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's own; counts the labelled tokens of a step, on all processes, without waiting for the device."""
         if self._labelled_tokens is None:  # those that a resumed run has logged
@@ -179,7 +184,7 @@ class QATTrainer(FaultTolerantTrainer):
         Training losses are logged by all processes together, as Trainer does: the terms are summed over them.
         """
         if "loss" in logs:
-            tokens = {"labelled_tokens": round(float(self._labelled_tokens))} if self._labelled_tokens else {}
+            tokens = {"labelled_tokens": self.labelled_tokens} if self._labelled_tokens else {}
             figures = self.monitor.metrics() if self.monitor is not None else {}
             logs = {**logs, **self._term_means.take(), **tokens, **figures}
         super().log(logs, start_time)
