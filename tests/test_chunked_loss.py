@@ -170,3 +170,18 @@ def test_a_model_whose_logits_are_made_in_another_way_is_not_taken_for_a_known_o
         find_head(model)
     with pytest.raises(UnknownHead, match="no output embedding on top of a base model"):
         find_head(make_llama().model)
+
+
+def test_an_evaluation_computes_no_gradient_of_the_head():
+    head, modes = nn.Linear(4, 7), []
+
+    def watched(hidden):
+        modes.append(torch.is_grad_enabled())
+        return head(hidden)
+
+    rows, objective = torch.randn(5, 4, requires_grad=True), Objective(torch.randint(7, (1, 6)))
+    with torch.no_grad():
+        evaluated = chunked_loss(rows, objective, watched, [*head.parameters()])
+    trained = chunked_loss(rows, objective, watched, [*head.parameters()])
+    assert modes == [False, False, True, True]
+    assert not evaluated["loss"].requires_grad and torch.equal(evaluated["loss"], trained["loss"])

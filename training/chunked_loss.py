@@ -157,6 +157,8 @@ def chunked_loss(
         "loss": scalar, the weighted sum over tokens and terms; its gradient may be taken once. "token_losses":
         [n, terms], detached, in the order of `objective.weights`.
     """
+    if not torch.is_grad_enabled():  # a Function is told that parameters need gradients all the same
+        rows, parameters = rows.detach(), None
     loss, token_losses = _ChunkedLoss.apply(rows, objective, head, *(parameters or ()))
     return {"loss": loss, "token_losses": token_losses}
 

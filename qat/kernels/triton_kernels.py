@@ -27,7 +27,7 @@ from .triton_device import (
     triton,
 )
 
-# Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200 (see gpu.py).
+# Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
 _TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "under_scale": (64, 1)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
