@@ -2,11 +2,11 @@
 
     python benchmarks/accuracy.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --workers 4
 
-SmolLM2-135M-Instruct is fine-tuned in BF16 on python-docs (200 steps of 4 x 256 tokens); every row starts from that
+SmolLM2-135M-Instruct is fine-tuned in BF16 on python-docs (200 steps of 4 samples); every row starts from that
 checkpoint, with the same data order and seed, through the product's own Trainer. Columns: perplexity on the held-out
 split, perplexity on text from elsewhere (the descriptions of installed Python packages), KL to the BF16 model and
-agreement of the most likely token with it on the held-out split, steps, time. Share recovered is of the loss that FLOOR
-rounding costs: (ln FLOOR - ln row) / (ln FLOOR - ln BF16).
+agreement of the most likely token with it on the held-out split, steps, labelled tokens trained on, time. Share
+recovered is of the loss that FLOOR rounding costs: (ln FLOOR - ln row) / (ln FLOOR - ln BF16).
 """
 
 from __future__ import annotations
@@ -154,22 +154,24 @@ def run_row(key: str, out: Path, device: str) -> None:
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device, row.packing)
     teacher = load_teacher(model, None).to(device)
-    start, steps = time.perf_counter(), row.steps
+    start, steps, tokens = time.perf_counter(), row.steps, 0
     if row.first:
         stage = replace(row, **row.first, first={})
         prepare(model, stage, data)
         trainer = train(model, tokenizer, data, out / "runs" / f"{key}-first", stage, teacher if row.distill else None)
         trainer.save_model(str(out / "runs" / f"{key}-first"))
-        model, steps = load(str(out / "runs" / f"{key}-first"), None, device, row.packing)[0], steps + stage.steps
+        model = load(str(out / "runs" / f"{key}-first"), None, device, row.packing)[0]
+        steps, tokens = steps + stage.steps, trainer.labelled_tokens
     prepare(model, row, data)
     if row.steps:
-        train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
+        trainer = train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
+        tokens += trainer.labelled_tokens
     seconds = time.perf_counter() - start
     figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
     figures |= {
         "title": row.title,
         "steps": steps,
-        "tokens": steps * BATCH * LENGTH,
+        "labelled_tokens": tokens,
         "seconds": seconds,
         "seed": row.seed,
     }
@@ -217,7 +219,7 @@ def write_csv(rows: list[dict], path: Path, workers: int, device: str) -> None:
     about = environment(device)
     about["device"] += f", {workers} rows at a time"
     names = ["row", "title", "seed", "perplexity", "recovered", "foreign_perplexity", "kl", "agreement", "steps",
-             "tokens", "seconds", *about]  # fmt: skip
+             "labelled_tokens", "seconds", *about]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")

@@ -48,7 +48,8 @@ def test_two_processes_distil_as_one_does(tmp_path):
             *launcher, str(processes), "main.py", "--use_cpu", "True", "--bf16", "False", "--report_to", "none",
             "--save_strategy", "no", "--eval_size", "6",
             "--model_name_or_path", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl"),
-            "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--do_train", "True", "--do_eval", "True",
+            "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--distill_ce_weight", "0.2",
+            "--do_train", "True", "--do_eval", "True",
             "--max_steps", "2", "--logging_steps", "1", "--gradient_accumulation_steps", "2",
             "--per_device_train_batch_size", str(4 // processes), "--train_sampling_strategy", "sequential",
             "--data_cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / f"out-{processes}"),
@@ -57,6 +58,6 @@ def test_two_processes_distil_as_one_does(tmp_path):
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
         state = json.loads((tmp_path / f"out-{processes}" / "trainer_state.json").read_text())
-        names = ("loss", "grad_norm", "eval_loss", "eval_kl", "labelled_tokens")
+        names = ("loss", "grad_norm", "kl", "ce", "perplexity", "labelled_tokens", "eval_loss", "eval_kl")
         logs.append([entry[name] for entry in state["log_history"] for name in names if name in entry])
-    assert len(logs[0]) == 8 and logs[1] == pytest.approx(logs[0], rel=1e-4)
+    assert len(logs[0]) == 14 and logs[1] == pytest.approx(logs[0], rel=1e-4)

@@ -86,7 +86,7 @@ def outliers(tmp_path_factory):
     make_tokenizer().save_pretrained(folder / "model")
     write_conversations(folder / "data.jsonl")
     flags = ["--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl"), "--eval_size", "6"]
-    flags += ["--weight_scale_rule", "search", "--bits_budget", "6"]
+    flags += ["--weight_scale_rule", "search", "--bits_budget", "6", "--samples", "8"]
     for alpha in ("0", "0.7"):
         sensitivity.main([*flags, "--smooth_alpha", alpha, "--output_dir", str(folder / alpha)])
     return folder, {alpha: json.loads((folder / alpha / "mapping.json").read_text()) for alpha in ("0", "0.7")}
@@ -97,9 +97,9 @@ def test_the_smoothed_model_is_measured_against_the_unsmoothed_unquantized_one(o
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 512
     data = make_supervised_data_module(str(folder / "data.jsonl"), tokenizer, eval_size=6)
-    batches = [data["data_collator"](list(data["eval_dataset"]))]
+    batches = [data["data_collator"]([data["train_dataset"][i] for i in range(8)])]
     for alpha, result in results.items():
-        assert result["smooth_alpha"] == float(alpha)
+        assert result["smooth_alpha"] == float(alpha) and result["samples"] == 8
         model = prepare_qat(outlier_llama(), {nn.Linear: "MXFP4"}, weight_scale_rule="search")
         if float(alpha):
             smooth_with_data(model, data, float(alpha), torch.device("cpu"))
@@ -231,6 +231,31 @@ def test_the_proposed_mapping_trains_exports_and_is_verified(tmp_path, capsys, c
     assert {group["weights"]["num_bits"] for group in groups.values()} == {4, 8}
 
 
+@pytest.mark.parametrize("flags,expected", [((), 14), (("--samples", "3"), 3), (("--packing", "True"), None)])
+def test_the_first_training_samples_choose_and_evaluation_samples_do_not(tmp_path, monkeypatch, flags, expected):
+    save_llama(tmp_path / "model", layers=1)
+    write_conversations(tmp_path / "data.jsonl", 20)
+    modules, seen = [], []
+
+    def make(**kwargs):
+        modules.append(make_supervised_data_module(**kwargs))
+        return modules[-1]
+
+    def propose(measured, args):
+        seen.extend(row[row != 1].tolist() for batch in measured.batches for row in batch["input_ids"])
+        raise KeyboardInterrupt  # before anything is measured
+
+    monkeypatch.setattr(sensitivity, "make_supervised_data_module", make)
+    monkeypatch.setattr(sensitivity, "propose_mapping", propose)
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl")]
+    arguments += ["--eval_size", "6", "--model_max_length", "128", "--data_cache_dir", str(tmp_path / "cache")]
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.main([*arguments, *flags])
+    training = modules[0]["train_dataset"]
+    rows = [[i for i in training[n]["input_ids"] if i != 1] for n in range(len(training))]  # 1 pads
+    assert seen == rows[:expected] and len(seen) == (expected or len(training)) > 0
+
+
 @pytest.mark.parametrize(
     "content,message",
     [
@@ -262,6 +287,7 @@ def test_a_bare_mapping_is_a_mapping_file_too(tmp_path):
         (("--narrow_scheme", "MXFP8"), "--wide_scheme MXFP8 is not wider"),
         (("--wide_scheme", "MXFP9"), "'MXFP9' is unknown"),
         (("--units", "neuron"), "invalid choice"),
+        (("--samples", "0"), "--samples 0: at least 1 training sample"),
         (("--smooth_alpha", "1.5"), "--smooth_alpha 1.5 is out of range; choose 0 (off) to 1"),
     ],
 )

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import make_llama, make_tokenizer, write_conversations
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from data.packing import PackedDataset
 from data.supervised import make_supervised_data_module
@@ -35,8 +37,8 @@ def make_data(folder: Path, count: int = 12) -> dict:
 def make_trainer(folder: Path, model, data, teacher, **kwargs) -> QATTrainer:
     options = {name: kwargs.pop(name) for name in ("distill_ce_weight", "distill_temperature") if name in kwargs}
     args = TrainingArguments(
-        str(folder / "out"), report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
-        **{"max_steps": 2, "per_device_train_batch_size": 3, "save_strategy": "no", **kwargs},
+        str(folder / "out"), report_to="none", use_cpu=True, disable_tqdm=True,
+        **{"max_steps": 2, "per_device_train_batch_size": 3, "save_strategy": "no", "logging_steps": 1, **kwargs},
     )  # fmt: skip
     return QATTrainer(model=model, args=args, processing_class=make_tokenizer(), teacher=teacher, **options, **data)
 
@@ -209,6 +211,52 @@ def test_cross_entropy_training_equals_that_of_transformers(tmp_path, monkeypatc
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-6)
 
 
+class _WithoutKwargs(LlamaForCausalLM):
+    """A model whose forward takes no `num_items_in_batch`, as some of remote code do not."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, position_ids, labels=labels, use_cache=use_cache)
+
+
+def test_a_model_that_takes_no_loss_arguments_counts_the_tokens_of_the_whole_step(tmp_path):
+    data, results = make_data(tmp_path), []
+    rows = data["train_dataset"].select(range(4)).to_list()
+    for row, labelled in zip(rows, (1, 9, 3, 5), strict=True):
+        row["labels"] = [-100] * (len(row["labels"]) - labelled) + row["input_ids"][-labelled:]
+    data["train_dataset"] = Dataset.from_list(rows)
+    for batch in (1, 2, 4):
+        model = make_llama()
+        model.__class__ = _WithoutKwargs
+        trainer = make_trainer(
+            tmp_path, model, data, None, bf16=False, max_steps=1, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=4 // batch,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.log_history[0]["labelled_tokens"] == trainer.labelled_tokens == 18
+        results.append((trainer.state.log_history[0]["loss"], dict(model.named_parameters())))
+    whole = make_llama()
+    batch = data["data_collator"](rows)
+    loss = whole(**batch).loss  # transformers' own, of one big batch
+    loss.backward()
+    assert [logged for logged, _ in results] == pytest.approx([loss.item()] * 3, rel=1e-5)
+    stepped = {name: (p - 0.1 * p.grad).detach() for name, p in whole.named_parameters()}
+    for _, parameters in results:
+        torch.testing.assert_close({n: p.detach() for n, p in parameters.items()}, stepped, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_takes_no_loss_arguments_is_evaluated_by_metrics_of_the_user(tmp_path):
+    data, losses = make_data(tmp_path), []
+    for own in (True, False):
+        model = make_llama()
+        model.__class__ = _WithoutKwargs
+        trainer = make_trainer(tmp_path, model, data, None, bf16=False, per_device_eval_batch_size=1)
+        if not own:
+            trainer._own_metrics, trainer.compute_metrics = False, lambda p: {"rows": len(p.predictions)}
+        losses.append(trainer.evaluate())
+    assert losses[1]["eval_rows"] == 3 and losses[1]["eval_loss"] == pytest.approx(losses[0]["eval_loss"], rel=0.02)
+
+
 def test_a_head_of_unknown_form_gives_the_same_loss_from_whole_logits(tmp_path, caplog):
     data, losses = make_data(tmp_path), []
     for known in (True, False):
@@ -221,6 +269,45 @@ def test_a_head_of_unknown_form_gives_the_same_loss_from_whole_logits(tmp_path, 
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert "the logits of a whole batch will be held in memory" in caplog.text
+
+
+class _Wrapper(nn.Module):
+    """In place of a PeftModel: passes on what it is asked, and is no PreTrainedModel."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, **kwargs):
+        return self.model(input_ids, attention_mask, position_ids, labels=labels, **kwargs)
+
+
+def test_a_wrapped_model_distils_from_whole_logits_and_says_so_once(tmp_path, caplog):
+    data, losses = make_data(tmp_path), []
+    for wrap in (lambda model: model, _Wrapper):
+        trainer = make_trainer(tmp_path, wrap(make_llama()), data, load_teacher(other_llama(), None), bf16=False)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    said = [record.getMessage() for record in caplog.records if "logits of a whole batch" in record.getMessage()]
+    assert len(said) == 1 and "tokens x vocabulary x 4 bytes" in said[0] and "the head of a _Wrapper is not" in said[0]
+    with pytest.raises(ValueError, match="_Wrapper's is not; choose copy"):
+        make_trainer(tmp_path, _Wrapper(prepare_qat(make_llama(), {nn.Linear: "MXFP4"})), data, "self")
+
+
+@pytest.mark.parametrize(
+    "gpus,deepspeed,message",
+    [
+        (2, False, "torch.nn.DataParallel splits each batch over 2 GPUs; start one process a GPU"),
+        (1, True, "DeepSpeed wraps the model; FSDP"),
+    ],
+)
+def test_a_backend_that_needs_whole_logits_is_named(tmp_path, caplog, monkeypatch, gpus, deepspeed, message):
+    trainer = make_trainer(tmp_path, make_llama(), make_data(tmp_path), None)
+    assert trainer.head is not None and "whole batch" not in caplog.text
+    monkeypatch.setattr(TrainingArguments, "n_gpu", gpus)
+    trainer.is_deepspeed_enabled = deepspeed
+    assert trainer._attach_head() is None and message in caplog.text
 
 
 @pytest.mark.parametrize(

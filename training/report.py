@@ -2,7 +2,8 @@
 
 Everything comes from the Trainer's log history, which is also what checkpoints keep, so a resumed run reports the whole
 of itself, and a callback that logs a figure finds it drawn. Figures whose names differ in "eval_" or after a slash
-share a panel: `loss` and `eval_loss` (where both are cross-entropies), `saturated/mlp` and `saturated/attention`.
+share a panel: `loss` and `eval_loss` (where both are cross-entropies; else `ce` and `eval_loss`), `saturated/mlp` and
+`saturated/attention`.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _draw(path: Path, curves: Curves, title: str) -> None:
     groups: dict[str, list[str]] = {}
     for name in sorted(curves, key=lambda n: (_rank(n), n)):
         if name not in _COUNTS:
-            distilled = name == "loss" and "eval_kl" in curves  # a divergence: not what eval_loss is
+            distilled = name == "loss" and not curves.keys().isdisjoint(("kl", "eval_kl"))  # not what eval_loss is
             groups.setdefault("training loss" if distilled else _base(name), []).append(name)
     columns = min(3, len(groups)) or 1
     rows = math.ceil(len(groups) / columns) or 1
@@ -152,8 +153,8 @@ def _draw(path: Path, curves: Curves, title: str) -> None:
 
 
 def _base(name: str) -> str:
-    """The panel of a figure: "eval_loss" and "train_loss" belong to "loss", "saturated/mlp" to "saturated"."""
-    return name.removeprefix("eval_").removeprefix("train_").partition("/")[0]
+    """The panel of a figure: "eval_loss", "train_loss" and "ce" belong to "loss", "saturated/mlp" to "saturated"."""
+    return "loss" if name == "ce" else name.removeprefix("eval_").removeprefix("train_").partition("/")[0]
 
 
 def _rank(name: str) -> int:

@@ -4,9 +4,10 @@
     python main.py --model_name_or_path M --quant_mapping sensitivity/mapping.json --dataset D --do_train True ...
 
 Each unit (a layer, or layers that engines fuse into one matrix) is quantized alone, first in the narrow and then in the
-wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on evaluation
-samples. What a unit saves by the wide scheme decides who gets it (`bits_budget.py`). At the end the narrow, the
-proposed and the wide model are measured as wholes, since divergences of single layers only about add up.
+wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on the first
+`--samples` training samples (rows, when packed): the evaluation set, on which `main.py` reports, must not choose. What
+a unit saves by the wide scheme decides who gets it (`bits_budget.py`). At the end the narrow, the proposed and the wide
+model are measured as wholes, since divergences of single layers only about add up.
 
 With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes: give both the same value,
 or the ranking is that of a model which is never trained. Measured is what training computes: FP32 masters under
@@ -22,6 +23,7 @@ import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -77,11 +79,19 @@ class SensitivityArguments:
     ignore: list[str] = field(
         default_factory=lambda: ["lm_head"], metadata={"help": "Layers to leave unquantized, names or globs."}
     )
+    samples: int = field(
+        default=64,
+        metadata={
+            "help": "Training samples to measure on, the first ones (rows with --packing); all if there are fewer."
+        },
+    )
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Samples computed at once."})
     model_max_length: int = field(default=512, metadata={"help": "Samples are cut at this many tokens."})
 
     def __post_init__(self) -> None:
         check_smooth_alpha(self.smooth_alpha)
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples}: at least 1 training sample is needed to measure on")
         schemes = [get_scheme(name, self.weight_scale_rule, self.input_scale_rule) for name in self.schemes]
         self.narrow_scheme, self.wide_scheme = (scheme.name for scheme in schemes)
         low, high = map(bits_per_weight, schemes)
@@ -193,8 +203,9 @@ def main(argv: list[str] | None = None) -> None:
         smooth_with_data(model, data, args.smooth_alpha, device)
     round_weights(model)
     model.to(device)
-    batches = DataLoader(data["eval_dataset"], args.per_device_eval_batch_size, collate_fn=data["data_collator"])
-    result = propose_mapping(Sensitivity(model, batches), args)
+    samples = list(islice(iter(data["train_dataset"]), args.samples))
+    batches = DataLoader(samples, args.per_device_eval_batch_size, collate_fn=data["data_collator"])
+    result = propose_mapping(Sensitivity(model, batches), args) | {"samples": len(samples)}
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mapping.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -217,7 +228,10 @@ def round_weights(model: PreTrainedModel) -> None:
 def report(result: dict, args: SensitivityArguments, folder: Path) -> None:
     """The figures that matter, on standard output."""
     narrow, wide = args.schemes
-    print(f"\nKL to the unquantized model when only one unit is quantized, nats a token (of {len(result['units'])})")
+    print(
+        f"\nKL to the unquantized model when only one unit is quantized, nats a token (of {len(result['units'])}), "
+        f"on {result['samples']} training samples"
+    )
     for unit in result["units"][:10]:
         mark = f"  -> {wide}" if unit["wide"] else ""
         print(f"  {unit['name']:<50} {narrow} {unit['kl'][narrow]:.5f}   {wide} {unit['kl'][wide]:.5f}{mark}")

@@ -80,7 +80,7 @@ class SelfTeacher:
     """The student itself with its quantizers off: no memory, one more forward.
 
     What it says moves with the weights. It is the unquantized model that the stage starts from only as long as those
-    do not: in evaluations, and when only adapters or scales train. Otherwise the student could lower the divergence by
+    do not: in evaluations, and when only learned scales train. Otherwise the student could lower the divergence by
     moving its teacher, so the data's tokens must hold the two (`ce_weight` above 0): online self-distillation.
 
     Raises:

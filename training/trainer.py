@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -33,7 +34,10 @@ from .metrics import loss_over_tokens, sum_by_sample
 from .monitor import QuantizationMonitor
 from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
 from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
+from .term_means import TermMeans
 from .weightless import give_storage
+
+logger = logging.getLogger(__name__)
 
 
 class QATTrainer(FaultTolerantTrainer):
@@ -71,6 +75,12 @@ class QATTrainer(FaultTolerantTrainer):
             give_storage(self.model)
         self.head = self._attach_head()
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+        ce_weight = 1.0 if teacher is None else distill_ce_weight
+        self._term_weights, terms = {"ce": ce_weight, "kl": 1 - ce_weight}, []
+        if self._computes_loss():
+            self.model_accepts_loss_kwargs = True  # whatever its forward takes: our loss counts a whole step's tokens
+            terms = [name for name, weight in self._term_weights.items() if weight]
+        self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
 
     def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
@@ -106,16 +116,33 @@ class QATTrainer(FaultTolerantTrainer):
 
     def _attach_head(self):
         """The model's head, taught to compute losses; None where a batch's logits are needed after all."""
-        splits_batches = self.args.n_gpu > 1 or self.is_deepspeed_enabled
-        if splits_batches or not isinstance(self.model, PreTrainedModel):
+        if reason := self._why_whole_logits():
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "losses are computed from the logits of a whole batch, several tensors of tokens x vocabulary x 4 "
+                    "bytes, because %s",
+                    reason,
+                )
             return None
         head = agreed_head(self.model, self.accelerator)
         if head is not None:
             attach(self.model, head)
         return head
 
+    def _why_whole_logits(self) -> str | None:
+        """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
+        if not isinstance(self.model, PreTrainedModel):
+            return f"the head of a {type(self.model).__name__} is not known: it is no transformers.PreTrainedModel"
+        if self.args.n_gpu > 1:
+            return (
+                f"torch.nn.DataParallel splits each batch over {self.args.n_gpu} GPUs; start one process a GPU "
+                "(accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES)"
+            )
+        if self.is_deepspeed_enabled:
+            return "DeepSpeed wraps the model; FSDP (accelerate_config) shards it with losses in chunks"
+        return None
+
     def _prepare_teacher(self, teacher: PreTrainedModel | CachedTeacher | str):
-        self.model_accepts_loss_kwargs = True  # the loss below is ours, and counts the tokens of a whole step
         if isinstance(teacher, CachedTeacher):
             self.data_collator = teacher.collator(self.data_collator, "train")
             return teacher
@@ -130,13 +157,21 @@ class QATTrainer(FaultTolerantTrainer):
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.check_training(self.distill_ce_weight)
         self._labelled_tokens = None
+        self._term_means.clear()
         return super().train(*args, **kwargs)
+
+    @property
+    def labelled_tokens(self) -> int:
+        """Those trained on so far, on all processes, those before a restart included."""
+        return round(float(self._labelled_tokens or 0))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's own; counts the labelled tokens of a step, on all processes, without waiting for the device."""
         if self._labelled_tokens is None:  # those that a resumed run has logged
             logged = [entry["labelled_tokens"] for entry in self.state.log_history if "labelled_tokens" in entry]
             self._labelled_tokens = logged[-1] if logged else 0
+            if sums := self._progress.get("loss_terms"):
+                self._term_means.restore(sums)
         if num_items_in_batch is not None:
             self._labelled_tokens = (
                 self._labelled_tokens + num_items_in_batch / self.current_gradient_accumulation_steps
@@ -144,32 +179,38 @@ class QATTrainer(FaultTolerantTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, with the labelled tokens so far and the figures of quantization beside each training loss."""
+        """Trainer's log; beside each training loss its terms, the labelled tokens so far and figures of quantization.
+
+        Training losses are logged by all processes together, as Trainer does: the terms are summed over them.
+        """
         if "loss" in logs:
-            tokens = {"labelled_tokens": round(float(self._labelled_tokens))} if self._labelled_tokens else {}
+            tokens = {"labelled_tokens": self.labelled_tokens} if self._labelled_tokens else {}
             figures = self.monitor.metrics() if self.monitor is not None else {}
-            logs = {**logs, **tokens, **figures}
+            logs = {**logs, **self._term_means.take(), **tokens, **figures}
         super().log(logs, start_time)
 
     # ---- Losses ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, or with a teacher the forward KL (and a share of cross-entropy), a mean over tokens."""
-        if self.teacher is None and (return_outputs or not self._is_plain_cross_entropy()):
+        if not self._computes_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
-        ce_weight = 1.0 if self.teacher is None else self.distill_ce_weight
         teacher = self._teacher_rows(model, inputs)
-        objective = Objective(
-            inputs.pop("labels"), teacher, {"ce": ce_weight, "kl": 1 - ce_weight}, self.distill_temperature
-        )
+        objective = Objective(inputs.pop("labels"), teacher, self._term_weights, self.distill_temperature)
         losses, outputs = self._losses(model, inputs, objective, return_outputs)
+        if model.training:
+            self._term_means.add(losses["token_losses"])
         if num_items_in_batch is None:
             loss = losses["loss"] / max(len(objective.targets), 1)
         else:  # labelled tokens of the whole step, on all processes, whose gradients DDP and FSDP will average
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = losses["loss"] / num_items_in_batch * processes
         return (loss, outputs) if return_outputs else loss
+
+    def _computes_loss(self) -> bool:
+        """Whether the loss is ours and not transformers'."""
+        return self.teacher is not None or self._is_plain_cross_entropy()
 
     def _is_plain_cross_entropy(self) -> bool:
         """Whether the model's own loss is the mean cross-entropy of labelled tokens and nothing else."""
@@ -248,6 +289,9 @@ class QATTrainer(FaultTolerantTrainer):
             self.processing_class.save_pretrained(output_dir)
         if (qat_config := getattr(model, "qat_config", None)) is not None:
             qat_config.save(output_dir)
+
+    def _progress_now(self) -> dict:
+        return {**super()._progress_now(), "loss_terms": self._writers.gather(self._term_means.state())}
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._keep_masters = True
