@@ -2,7 +2,8 @@
 # Stage 2: quantization-aware training of what stage 1 saved, by the recipe that comes nearest to the BF16 model in
 # benchmarks/accuracy.py: smoothed activations, searched weight scales, distillation with a fifth of cross-entropy, packed
 # rows. Its rate there is 2e-4, for 135 M parameters; 1e-5 is for billions, and was not measured. Settings are
-# environment variables; further arguments are main.py's own and win. qat_mxfp4.sh and qat_mxfp8.sh call this with their
+# environment variables; further arguments are main.py's own and win (without a teacher: --distill False
+# --distill_ce_weight 0 --metric_for_best_model loss). qat_mxfp4.sh and qat_mxfp8.sh call this with their
 # scheme. INPUT_SCALE_RULE is the rule of the engine that will serve: even for transformers, rceil for Blackwell.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -172,6 +172,26 @@ def test_a_model_whose_logits_are_made_in_another_way_is_not_taken_for_a_known_o
         find_head(make_llama().model)
 
 
+@pytest.mark.parametrize("width,tokens", [(64, 512), (576, 512), (2048, 1024), (4096, 2048), (8192, 2048)])
+def test_chunks_on_other_devices_grow_with_the_head_whose_gradient_they_cost(monkeypatch, width, tokens):
+    monkeypatch.undo()  # the small chunks of this file
+    rows = torch.empty(5000, width, device="meta", requires_grad=True)
+    seen = []
+
+    def head(hidden):
+        seen.append(len(hidden))
+        return hidden
+
+    objective = Objective(torch.zeros(1, 5001, dtype=torch.long))
+    objective.token_losses = lambda logits, part: logits[:, :1]
+    parameter = torch.empty(1, device="meta", requires_grad=True)
+    chunked_loss(rows, objective, lambda hidden: head(hidden) * parameter, [parameter])
+    assert max(seen) == tokens
+    seen.clear()
+    chunked_loss(rows, objective, head, [])  # a frozen head has no gradient to gather
+    assert max(seen) == 512
+
+
 def test_an_evaluation_computes_no_gradient_of_the_head():
     head, modes = nn.Linear(4, 7), []
 

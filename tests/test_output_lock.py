@@ -61,6 +61,13 @@ def test_a_killed_run_leaves_the_folder_free_and_a_finished_one_leaves_it_clean(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_whose_lock_was_taken_away_leaves_that_of_its_successor(tmp_path):
+    with prepared_output(tmp_path, Writers()):
+        (tmp_path / LOCK_NAME).unlink()
+        (tmp_path / LOCK_NAME).write_text("another run")
+    assert (tmp_path / LOCK_NAME).read_text() == "another run"
+
+
 def test_processes_that_do_not_lead_hold_nothing_and_are_refused_with_the_one_that_does(tmp_path, holder, monkeypatch):
     follower = Writers(index=1, count=2, leads=False)
     with prepared_output(tmp_path, follower):

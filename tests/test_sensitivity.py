@@ -231,8 +231,12 @@ def test_the_proposed_mapping_trains_exports_and_is_verified(tmp_path, capsys, c
     assert {group["weights"]["num_bits"] for group in groups.values()} == {4, 8}
 
 
-@pytest.mark.parametrize("flags,expected", [((), 14), (("--samples", "3"), 3), (("--packing", "True"), None)])
-def test_the_first_training_samples_choose_and_evaluation_samples_do_not(tmp_path, monkeypatch, flags, expected):
+@pytest.mark.parametrize(
+    "flags,expected", [((), range(14)), (("--samples", "3"), (0, 4, 9)), (("--packing", "True"), None)]
+)
+def test_training_samples_at_even_distances_choose_and_evaluation_samples_do_not(
+    tmp_path, monkeypatch, flags, expected
+):
     save_llama(tmp_path / "model", layers=1)
     write_conversations(tmp_path / "data.jsonl", 20)
     modules, seen = [], []
@@ -253,7 +257,7 @@ def test_the_first_training_samples_choose_and_evaluation_samples_do_not(tmp_pat
         sensitivity.main([*arguments, *flags])
     training = modules[0]["train_dataset"]
     rows = [[i for i in training[n]["input_ids"] if i != 1] for n in range(len(training))]  # 1 pads
-    assert seen == rows[:expected] and len(seen) == (expected or len(training)) > 0
+    assert seen == [rows[n] for n in expected or range(len(rows))] and len(seen) > 0
 
 
 @pytest.mark.parametrize(

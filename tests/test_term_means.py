@@ -74,7 +74,7 @@ def test_terms_not_yet_logged_outlive_a_restart(tmp_path):
     trainer = make_trainer(tmp_path, make_llama(), make_data(tmp_path), other_llama(), **FLAGS, **flags)
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     resumed = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for name in ("loss", "ce", "kl"):
+    for name in ("loss", "ce", "kl", "labelled_tokens"):
         assert [entry[name] for entry in resumed] == pytest.approx([entry[name] for entry in whole], rel=1e-6)
 
 

@@ -22,7 +22,8 @@ SAMPLES, TOKENS = 32, 512  # more samples, and more tokens of each, change the m
 
 
 def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: torch.device) -> None:
-    """`qat.smoothing.smooth` over the beginnings of the first training samples (rows, when packed), without padding.
+    """`qat.smoothing.smooth` over the beginnings of the first training samples (rows, when packed: those are the ones
+    of the longest samples), without padding.
 
     Every process does the same. Under FSDP with `cpu_ram_efficient_loading` only the first one has weights; the others
     are given its smoothed ones when the model is sharded.

@@ -25,7 +25,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from .distillation import Objective, chunks, labelled_rows
+from .distillation import CHUNK, Objective, chunks, labelled_rows
 
 # What models do to the head's output, by the name of the setting in their config: Gemma 2; Granite; Cohere; Falcon-H1.
 _TRANSFORMS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
@@ -163,14 +163,14 @@ def chunked_loss(
     return {"loss": loss, "token_losses": token_losses}
 
 
-def _chunk_size(device: torch.device) -> int | None:
-    """Tokens whose logits, in the model's dtype, exist at a time.
+def _chunk_size(rows: torch.Tensor) -> int | None:
+    """Tokens whose logits, in the model's dtype, exist at a time in training, for hidden states [n, H].
 
     Each chunk adds its part to the FP32 gradient of the head, whatever its size. A GPU multiplies so much faster than
-    it moves memory that this would take longer than the head's products with 512 tokens; 2,048 take no more memory
-    than the gradient's own parts do.
+    it moves memory that this would take longer than the head's products with 512 tokens; half of H, up to 2,048, take
+    hardly more memory than the gradient's own parts do.
     """
-    return None if device.type == "cpu" else 2048
+    return None if rows.device.type == "cpu" else min(2048, max(CHUNK, rows.shape[-1] // 2))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -181,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         gradient = torch.zeros_like(rows) if needs_rows else None
         parts = []
-        for part in chunks(len(rows), _chunk_size(rows.device)):
+        for part in chunks(len(rows), _chunk_size(rows) if wanted else None):
             with torch.set_grad_enabled(needs_rows or bool(wanted)):
                 inputs = rows[part].detach().requires_grad_(needs_rows)
                 losses = objective.token_losses(head(inputs), part)

@@ -1,6 +1,7 @@
 """A lock on an output folder: of two runs that would write to the same one, the second is refused at once.
 
 The kernel holds it for a process: it is gone when the process is, however that ended, and children do not inherit it.
+(It is gone, too, when that process opens and closes the file once more: nothing here does.)
 It reaches over machines where the locks of their file system do. The file `_run.lock` says who holds it; one that a
 killed run left means nothing. Trainer sends no file whose name begins with _ to the Hub.
 """
@@ -90,7 +91,8 @@ class _Lock:
         """Free the folder, if this process holds it."""
         if self.descriptor is not None:
             with suppress(OSError):
-                self.path.unlink()
+                if _is_at(self.descriptor, self.path):  # else it was removed, and what is there is another's
+                    self.path.unlink()
             os.close(self.descriptor)
             self.descriptor = None
 

@@ -4,10 +4,10 @@
     python main.py --model_name_or_path M --quant_mapping sensitivity/mapping.json --dataset D --do_train True ...
 
 Each unit (a layer, or layers that engines fuse into one matrix) is quantized alone, first in the narrow and then in the
-wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on the first
-`--samples` training samples (rows, when packed): the evaluation set, on which `main.py` reports, must not choose. What
-a unit saves by the wide scheme decides who gets it (`bits_budget.py`). At the end the narrow, the proposed and the wide
-model are measured as wholes, since divergences of single layers only about add up.
+wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on `--samples`
+training samples (rows, when packed), evenly spread: the evaluation set, on which `main.py` reports, must not choose.
+What a unit saves by the wide scheme decides who gets it (`bits_budget.py`). At the end the narrow, the proposed and the
+wide model are measured as wholes, since divergences of single layers only about add up.
 
 With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes: give both the same value,
 or the ranking is that of a model which is never trained. Measured is what training computes: FP32 masters under
@@ -23,7 +23,6 @@ import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -82,7 +81,7 @@ class SensitivityArguments:
     samples: int = field(
         default=64,
         metadata={
-            "help": "Training samples to measure on, the first ones (rows with --packing); all if there are fewer."
+            "help": "Training samples to measure on, evenly spread (rows with --packing); all if there are fewer."
         },
     )
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Samples computed at once."})
@@ -203,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         smooth_with_data(model, data, args.smooth_alpha, device)
     round_weights(model)
     model.to(device)
-    samples = list(islice(iter(data["train_dataset"]), args.samples))
+    samples = spread_samples(data["train_dataset"], args.samples)
     batches = DataLoader(samples, args.per_device_eval_batch_size, collate_fn=data["data_collator"])
     result = propose_mapping(Sensitivity(model, batches), args) | {"samples": len(samples)}
     folder = Path(args.output_dir)
@@ -211,6 +210,12 @@ def main(argv: list[str] | None = None) -> None:
     (folder / "mapping.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(result, folder / "sensitivity.png")
     report(result, args, folder)
+
+
+def spread_samples(dataset, count: int) -> list[dict]:
+    """At most `count` samples at even distances: the first rows, when packed, are those of the longest samples."""
+    count = min(count, len(dataset))
+    return [dataset[i * len(dataset) // count] for i in range(count)]
 
 
 def round_weights(model: PreTrainedModel) -> None:

@@ -167,15 +167,13 @@ class QATTrainer(FaultTolerantTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's own; counts the labelled tokens of a step, on all processes, without waiting for the device."""
-        if self._labelled_tokens is None:  # those that a resumed run has logged
-            logged = [entry["labelled_tokens"] for entry in self.state.log_history if "labelled_tokens" in entry]
-            self._labelled_tokens = logged[-1] if logged else 0
+        if self._labelled_tokens is None:  # a resumed run has those of its checkpoint
+            self._labelled_tokens = self._progress.get("labelled_tokens", 0)
             if sums := self._progress.get("loss_terms"):
                 self._term_means.restore(sums)
-        if num_items_in_batch is not None:
-            self._labelled_tokens = (
-                self._labelled_tokens + num_items_in_batch / self.current_gradient_accumulation_steps
-            )
+        if num_items_in_batch is not None:  # DataParallel is given one copy for each GPU
+            tokens = num_items_in_batch.flatten()[0] if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+            self._labelled_tokens = self._labelled_tokens + tokens / self.current_gradient_accumulation_steps
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -291,7 +289,11 @@ class QATTrainer(FaultTolerantTrainer):
             qat_config.save(output_dir)
 
     def _progress_now(self) -> dict:
-        return {**super()._progress_now(), "loss_terms": self._writers.gather(self._term_means.state())}
+        counted = {
+            "loss_terms": self._writers.gather(self._term_means.state()),
+            "labelled_tokens": self.labelled_tokens,
+        }
+        return {**super()._progress_now(), **counted}
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         self._keep_masters = True
