@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data.cache import default_root
+from qat.bake import OFFSET_SUFFIX
 from qat.quant_linear import is_quantlinear
 
 from .chunked_loss import Head, Rows, UnknownHead, find_head, head_with
@@ -102,12 +103,14 @@ class SelfTeacher:
 
     def check_training(self, ce_weight: float) -> None:
         """Raises ValueError if training would move the teacher and nothing would hold it."""
-        moving = [layer for layer in self.layers if layer.weight.requires_grad]
+        parameters = self.model.named_parameters()
+        moving = [name for name, p in parameters if p.requires_grad and not name.endswith(OFFSET_SUFFIX)]
         if moving and not ce_weight:
             raise ValueError(
-                f"--distill_teacher self: the weights of {len(moving)} quantized layers train, so the teacher moves "
-                "with the student and nothing holds both to the model that the stage starts from. Freeze the weights, "
-                "hold them by the data (--distill_ce_weight above 0), or choose --distill_teacher copy or cache"
+                f"--distill_teacher self: {len(moving)} parameters train ({moving[0]}, ...), so the teacher moves with "
+                "the student and nothing holds both to the model that the stage starts from. Freeze all but learned "
+                "exponents, hold them by the data (--distill_ce_weight above 0), or choose --distill_teacher copy or "
+                "cache"
             )
 
     @torch.no_grad()
