@@ -30,7 +30,7 @@ from training.loading import load_model, load_teacher, load_tokenizer
 from training.report import run_settings, write_report
 from training.safeguards import INTERRUPTED
 from training.stage import export, set_up, unused_folder
-from training.start import check_start, saved_config
+from training.start import check_start, check_vocabulary, saved_config
 from training.teachers import make_cached_teacher
 from training.writers import Writers
 from utils import QATTrainer, make_supervised_data_module
@@ -53,9 +53,10 @@ def main(argv: list[str] | None = None) -> None:
 def run(arguments: Arguments, writers: Writers) -> None:
     """Load, quantize, read data, train, evaluate, save."""
     model_args, training_args, data_args, quant_args, distill_args = arguments
+    check_start(model_args, quant_args, distill_args)
     model = load_model(model_args, training_args.cache_dir)
     tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
-    check_start(model, model_args, quant_args, distill_args)
+    check_vocabulary(model, distill_args)
     teacher = None
     if distill_args.distill_teacher == "self":
         teacher = "self"
@@ -133,8 +134,6 @@ def quantize(model, saved: QATConfig | None, quant_args: QuantizationArguments) 
         logger.info("The model was trained with %s; so is this run", saved.summary)
         rules = saved.weight_scale_rule, saved.input_scale_rule
         prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
-    else:
-        quant_args.check_unused()
 
 
 __all__ = [

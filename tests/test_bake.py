@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers import make_llama, save_llama, write_conversations
+from helpers import make_llama, make_tokenizer, save_llama, write_conversations
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,6 +15,8 @@ from qat import QATConfig, ops, prepare_qat
 from qat.bake import OFFSET_SUFFIX, bake_exponents, baked_config
 from qat.export import export_checkpoint
 from qat.verify import verify
+from training.arguments import TrainingArguments
+from utils import QATTrainer, make_supervised_data_module
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8"])
@@ -36,6 +38,20 @@ def test_baked_weights_are_those_of_the_forward_pass_and_survive_rounding_again(
             assert not torch.equal(tensor, before[name])
             again = ops.fake_quantize(tensor.bfloat16(), scheme.lower(), rule, torch.bfloat16)
             assert torch.equal(again.float(), tensor), name
+
+
+def test_a_trainer_that_computes_in_another_dtype_than_what_is_baked_is_refused(tmp_path):
+    path = write_conversations(tmp_path / "data.jsonl", 12)
+    data = make_supervised_data_module(str(path), make_tokenizer(), eval_size=2)
+    for learns in (False, True):
+        model = prepare_qat(make_llama(), {nn.Linear: "MXFP4"}, learn_exponent=learns)
+        args = TrainingArguments(str(tmp_path / "out"), report_to="none", bf16=False, max_steps=1, save_strategy="no")
+        trainer = QATTrainer(model=model, args=args, processing_class=make_tokenizer(), **data)
+        if learns:
+            with pytest.raises(ValueError, match="--learn_exponent True: weights are saved .* in bfloat16"):
+                trainer.train()
+        else:
+            assert trainer.train().global_step == 1
 
 
 def run(folder, output: str, *flags: str, model: str = "model") -> dict:
@@ -78,7 +94,7 @@ def test_a_run_with_learned_exponents_resumes_exports_and_is_verified(tmp_path, 
     ends = [load_file(tmp_path / f / "model.safetensors") for f in ("whole", "resumed")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     with pytest.raises(ValueError, match="cannot resume.*learn_exponent True"):
-        run(tmp_path, "whole", *flags, "--learn_exponent", "False")
+        run(tmp_path, "whole", *flags, "--learn_exponent", "False", "--exponent_learning_rate", "1e-2")
 
     # What still needs its offsets is not taken for a model.
     for use in (

@@ -8,6 +8,7 @@ from helpers import make_llama
 
 from data.collating import SupervisedCollator
 from qat import prepare_qat
+from qat.smoothing import smooth
 from training import calibration
 from training.calibration import smooth_with_data
 
@@ -44,41 +45,63 @@ def test_no_more_than_the_beginning_of_each_sample_is_read(monkeypatch):
 
 @pytest.fixture
 def sharded(monkeypatch):
-    """As in the first process under FSDP, with a device beside the CPU; yields where the model was moved."""
+    """As under FSDP, with a device beside the CPU; yields where the model was moved. Each move gives its tensors new
+    memory, as a move to a GPU does."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     moves = []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moves.append(device) or self)
+
+    def move(self, device):
+        moves.append(device)
+        return self._apply(torch.clone)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
     return moves
+
+
+def bytes_needed() -> int:
+    tensors = [*make_llama().parameters(), *make_llama().buffers()]
+    return 2 * 1024**3 + sum(4 * tensor.numel() for tensor in tensors)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_model_to_be_sharded_computes_where_it_fits_and_comes_back(sharded, monkeypatch, fails):
-    monkeypatch.setattr(calibration, "_free_bytes", lambda device: 1 << 30)
-    data = make_data(samples=0) if fails else make_data()  # without samples there is nothing to smooth by
-    model = make_model()
-    before = list(model.parameters())
+    monkeypatch.setattr(calibration, "_free_bytes", lambda device: bytes_needed())
+    data, model = make_data(), make_model()
+    before, addresses = list(model.parameters()), [p.data_ptr() for p in model.parameters()]
     if fails:
+        data["train_dataset"] = [{"input_ids": [10**6] * 3, "labels": [0] * 3}]  # tokens that the model does not have
         with pytest.raises(IndexError):
             smooth_with_data(model, data, 0.7, ELSEWHERE)
     else:
         smooth_with_data(model, data, 0.7, ELSEWHERE)
+        expected = make_model()
+        smooth(expected, list(calibration._batches(data, CPU)), 0.7)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
     assert sharded == [ELSEWHERE, CPU]
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert addresses != [p.data_ptr() for p in model.parameters()]
 
 
-def test_a_model_that_does_not_fit_is_smoothed_on_the_cpu_with_all_cores_and_a_warning(sharded, monkeypatch, caplog):
+@pytest.mark.parametrize("processes,loads_alone,cores", [("1", False, 3), ("2", True, 3), ("2", False, 1)])
+def test_a_model_that_does_not_fit_is_smoothed_on_the_cpu_with_a_warning_and_all_cores_that_are_free(
+    sharded, monkeypatch, caplog, processes, loads_alone, cores
+):
     seen = []
-    monkeypatch.setattr(calibration, "_free_bytes", lambda device: 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(calibration, "first_process_loads", lambda: loads_alone)
+    monkeypatch.setattr(calibration, "_free_bytes", lambda device: bytes_needed() - 1)
     monkeypatch.setattr(calibration, "smooth", lambda *_args: seen.append(torch.get_num_threads()))
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5}, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         smooth_with_data(make_model(), make_data(), 0.7, ELSEWHERE)
-        assert (seen, torch.get_num_threads(), sharded) == ([3], 1, [CPU])
+        assert (seen, torch.get_num_threads()) == ([cores], 1) and ELSEWHERE not in sharded
     finally:
         torch.set_num_threads(threads)
-    assert "smoothing runs on the CPU and may take long" in caplog.text and "--smooth_alpha 0" in caplog.text
+    assert f"smoothing runs on the CPU, on {cores} cores" in caplog.text and "2.0 GiB free" in caplog.text
+    assert "raise --ddp_timeout" in caplog.text and "--smooth_alpha 0" in caplog.text
 
 
 def test_flash_attention_is_replaced_while_smoothing_computes_in_fp32(monkeypatch):

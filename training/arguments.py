@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from .data_arguments import DataArguments
 from .distillation_arguments import DistillationArguments
+from .exponents import check_compute_dtype
 from .quantization_arguments import QuantizationArguments
 from .sharding import GATHER_DTYPES
 
@@ -124,11 +125,8 @@ def _check_together(_, training_args, __, quant_args, distill_args) -> None:
             f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
             "True, or choose loss or perplexity"
         )
-    if quant_args.learn_exponent and not training_args.bf16:
-        raise ValueError(
-            "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
-            "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
-        )
+    if quant_args.learn_exponent:
+        check_compute_dtype(training_args.bf16)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:

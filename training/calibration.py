@@ -19,6 +19,7 @@ from .weightless import first_process_loads
 logger = logging.getLogger(__name__)
 
 SAMPLES, TOKENS = 32, 512  # more samples, and more tokens of each, change the maxima of channels little
+_WORKSPACE = 2 << 30  # bytes beside the weights: a few logits of TOKENS x 256,000 in FP32, 0.5 GiB each
 
 
 def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: torch.device) -> None:
@@ -51,27 +52,37 @@ def _computing_on(model: nn.Module, device: torch.device) -> Iterator[None]:
         if home.type != device.type and (needed := _bytes(model)) <= (free := _free_bytes(device)):
             model.to(device)
         elif home.type != device.type:
-            processes = 1 if first_process_loads() else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(max(threads, (os.cpu_count() or 1) // processes))
+            if first_process_loads() or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":  # no other process computes
+                torch.set_num_threads(_cores())
             logger.warning(
-                "smoothing runs on the CPU and may take long: the model takes %.1f GiB in FP32, and %s has %.1f GiB "
-                "free. Take a device with more memory, or --smooth_alpha 0",
-                needed / 2**30, device, free / 2**30,
+                "smoothing runs on the CPU, on %d cores, and may take long: it needs %.1f GiB in FP32, and %s has %.1f "
+                "GiB free. Take a device with more memory; raise --ddp_timeout, for which other processes wait; or "
+                "leave it off with --smooth_alpha 0",
+                torch.get_num_threads(), needed / 2**30, device, free / 2**30,
             )  # fmt: skip
         yield
     finally:
         model.to(home)
         torch.set_num_threads(threads)
+        if home.type != device.type:
+            torch.cuda.empty_cache()  # for what allocates beside torch, such as NCCL
 
 
 def _bytes(model: nn.Module) -> int:
-    """Parameters and buffers, and a tenth of it for what is computed."""
-    return int(1.1 * sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
+    """Parameters, buffers and room to compute in."""
+    return _WORKSPACE + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Of a GPU's memory; 0 where that is not known."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """Of a device's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return torch.accelerator.get_memory_info(device)[0]
+
+
+def _cores() -> int:
+    """Those that this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

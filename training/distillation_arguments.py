@@ -64,8 +64,8 @@ class DistillationArguments:
                 f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1, at which nothing is "
                 "learned from a teacher: leave --distill out then"
             )
-        self._check_unused()
         self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
+        self._check_unused()
 
     def _check_unused(self) -> None:
         """Settings that have no effect without a teacher, or without a cache."""
@@ -73,5 +73,5 @@ class DistillationArguments:
         needs |= dict.fromkeys(("distill_cache_dir", "distill_top_k", "distill_samples"), "--distill_teacher cache")
         for name, wanted in needs.items():
             value, there = getattr(self, name), self.distill if "True" in wanted else self.distill_teacher == "cache"
-            if not there and value != type(self).__dataclass_fields__[name].default:
+            if not there and value != getattr(type(self), name):
                 raise ValueError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")

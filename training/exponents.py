@@ -8,6 +8,15 @@ from torch import nn
 from qat.bake import OFFSET_SUFFIX
 
 
+def check_compute_dtype(bf16: bool) -> None:
+    """Raises ValueError unless a run that learns exponents computes in BF16."""
+    if not bf16:
+        raise ValueError(
+            "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
+            "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
+        )
+
+
 def separate_exponents(optimizer: torch.optim.Optimizer, model: nn.Module, learning_rate: float) -> None:
     """Move the exponent offsets of `model` into a group of `optimizer` with this learning rate and no weight decay.
 

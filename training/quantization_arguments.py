@@ -115,6 +115,11 @@ class QuantizationArguments:
             raise ValueError(
                 f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0, and finite"
             )
+        if self.exponent_learning_rate != type(self).exponent_learning_rate and not self.learn_exponent:
+            raise ValueError(
+                f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
+                "give that too, or leave it out"
+            )
         if not 0 <= self.oscillation_damping <= 1:
             raise ValueError(f"--oscillation_damping {self.oscillation_damping} must lie between 0 (none) and 1")
         if self.quant_mapping is not None:
@@ -160,9 +165,8 @@ class QuantizationArguments:
 
     def check_unused(self) -> None:
         """Raises ValueError for a setting that has no effect where nothing is quantized."""
-        names = (*self.training_options(), "exponent_learning_rate", "smooth_alpha")
-        for name in names:
-            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+        for name in (*self.training_options(), "smooth_alpha"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
                     "--quant_mapping, or leave it out"

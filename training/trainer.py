@@ -28,7 +28,7 @@ from qat.bake import bake_exponents, baked_config
 from .chunked_loss import attach, chunked_loss
 from .damping import OscillationDamping
 from .distillation import HiddenRows, Objective, SampledRows, labelled_rows
-from .exponents import separate_exponents
+from .exponents import check_compute_dtype, separate_exponents
 from .fault_tolerance import FaultTolerantTrainer
 from .metrics import loss_over_tokens, sum_by_sample
 from .monitor import QuantizationMonitor
@@ -156,6 +156,8 @@ class QATTrainer(FaultTolerantTrainer):
         """Trainer's own, refused where the teacher would move with the student (see `SelfTeacher`)."""
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.check_training(self.distill_ce_weight)
+        if (config := getattr(self.model, "qat_config", None)) is not None and config.training.get("learn_exponent"):
+            check_compute_dtype(self.args.bf16)
         self._labelled_tokens = None
         self._term_means.clear()
         return super().train(*args, **kwargs)
