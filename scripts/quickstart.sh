@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job on a real model, from nothing: SmolLM2-135M-Instruct, fine-tuned in BF16 on Python's own documentation,
-# rounded to MXFP4, trained with quantization by distillation from itself, packed and evaluated as packed. About 8 minutes
+# rounded to MXFP4, trained with quantization by distillation from itself, packed and evaluated as packed. 8 to 10 minutes
 # on 2 CPU cores. Whatever is finished is reused; what was interrupted continues from its last checkpoint.
 #   BF16_STEPS, QAT_STEPS, EVAL_SAMPLES, OUT change the size of the job and where it goes.
 set -euo pipefail
