@@ -69,9 +69,13 @@ class DistillationArguments:
 
     def _check_unused(self) -> None:
         """Settings that have no effect without a teacher, or without a cache."""
-        needs = {"distill_temperature": "--distill True", "distill_ce_weight": "--distill True"}
-        needs |= dict.fromkeys(("distill_cache_dir", "distill_top_k", "distill_samples"), "--distill_teacher cache")
-        for name, wanted in needs.items():
-            value, there = getattr(self, name), self.distill if "True" in wanted else self.distill_teacher == "cache"
-            if not there and value != getattr(type(self), name):
+        unused = {}
+        if not self.distill:
+            unused |= dict.fromkeys(("distill_temperature", "distill_ce_weight"), "--distill True")
+        if self.distill_teacher != "cache":
+            unused |= dict.fromkeys(
+                ("distill_cache_dir", "distill_top_k", "distill_samples"), "--distill_teacher cache"
+            )
+        for name, wanted in unused.items():
+            if (value := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")
