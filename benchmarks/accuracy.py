@@ -110,8 +110,6 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
     )  # fmt: skip
     if row.teacher == "cache":
         teacher = make_cached_teacher(teacher, arguments, data, CacheSettings(), str(folder / "teacher"))
-    elif row.teacher == "self":
-        teacher = "self"
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=arguments, teacher=teacher, **row.distill_options,
         **row.trainer_options, **data,

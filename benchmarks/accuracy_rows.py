@@ -23,7 +23,7 @@ class Row:
     smooth_alpha: float = 0.0
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
-    teacher: str = "copy"  # or "cache", "self", as --distill_teacher says
+    teacher: str = "copy"  # or "cache", as --distill_teacher says
     first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
     bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
 
@@ -58,7 +58,6 @@ ROWS |= {
         "default, 600 steps, 40 % cross-entropy", steps=600, distill_options={"distill_ce_weight": 0.4}
     ),
     "cached-teacher": default("default, teacher from a cache", teacher="cache"),
-    "self-teacher": default("default, the student without quantizers as teacher", teacher="self"),
     "no-smoothing": default("default without smoothing", smooth_alpha=0.0),
     "no-packing": default("default without packing", packing=False),
     "no-ce": default("default without cross-entropy", distill_options={}),
@@ -73,22 +72,11 @@ ROWS |= {
     "mxfp8-50": default("MXFP8, default, 50 steps, lr 1e-4", scheme="MXFP8", steps=50, lr=1e-4),
 }
 
-
-_CLIPPED = {"weight_gradient_estimator": "clipped_ste"}, {"input_gradient_estimator": "clipped_ste"}
-ROWS |= {
-    "clipped-weights": default("default, clipped gradients of weights", prepare_options=_CLIPPED[0]),
-    "clipped-inputs": default("default, clipped gradients of inputs", prepare_options=_CLIPPED[1]),
-    "clipped": default("default, clipped gradients of both", prepare_options=_CLIPPED[0] | _CLIPPED[1]),
-}
 for _lr in ("3e-3", "1e-2", "3e-2"):
     ROWS[f"learned-{_lr}"] = default(
         f"default, learned exponents at lr {_lr}",
         prepare_options={"learn_exponent": True},
         trainer_options={"exponent_learning_rate": float(_lr)},
-    )
-for _strength in (0.01, 0.05):
-    ROWS[f"damping-{_strength}"] = default(
-        f"default, oscillation damping {_strength}", prepare_options={"oscillation_damping": _strength}
     )
 ROWS |= {
     "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),

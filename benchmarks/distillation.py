@@ -34,7 +34,7 @@ from training.chunked_loss import attach, find_head  # noqa: E402
 from training.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
 from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
 from training.sampled_tokens import CacheSettings, as_rows, bytes_of_a_token, sample_rows  # noqa: E402
-from training.teachers import FrozenTeacher, SelfTeacher  # noqa: E402
+from training.teachers import FrozenTeacher  # noqa: E402
 
 LOSSES = ("cross-entropy, whole logits", "cross-entropy", "distillation, whole logits", "distillation")
 CACHES = ((0, 32), (8, 8), (16, 16), (32, 32), (64, 64))
@@ -51,7 +51,6 @@ class Losses:
         prepare_qat(self.student, {nn.Linear: "MXFP4"})
         self.head = find_head(self.student)
         attach(self.student, self.head)
-        self.itself = SelfTeacher(self.student, self.head)
         self.labels = self.batch["labels"]
         self.inputs = {"input_ids": self.batch["input_ids"]}
 
@@ -119,7 +118,6 @@ def measure_steps(args: argparse.Namespace, report: Report) -> None:
         "teacher copy, whole logits": lambda: losses.run("distillation, whole logits"),
         "teacher copy": lambda: losses.run("distillation"),
         "teacher cache": lambda: backward(losses.chunked(cached)),
-        "teacher self": lambda: backward(losses.chunked(losses.itself.rows(losses.batch, losses.student))),
     }
     seconds = median_seconds(steps, args.repeats, args.device)
     report.add("cross-entropy, forward and backward", seconds["cross-entropy"], unit="s")

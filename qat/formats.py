@@ -87,13 +87,6 @@ def mantissa_threshold(fmt: MXFormat, rule: str) -> int:
     raise ValueError(f"scale rule {rule!r} is unknown; choose one of {', '.join(SCALE_RULES)}")
 
 
-def can_saturate(fmt: MXFormat, rule: str) -> bool:
-    """Whether under `rule` a block maximum may exceed the largest element: if the largest mantissa that the rule does
-    not round up stands for more than max_normal. (E2M1 under floor, even and search; E4M3 under floor and search.)"""
-    largest_kept = 1 + (mantissa_threshold(fmt, rule) - 1) / (1 << FP32_MANTISSA_BITS)
-    return largest_kept * 2**fmt.emax > fmt.max_normal
-
-
 def get_format(name: str) -> MXFormat:
     """The format called `name` ("mxfp4" or "mxfp8")."""
     if name not in FORMATS:

@@ -1,15 +1,12 @@
 """The quantized linear layer as one autograd function that keeps almost nothing for backward.
 
-For y = q(x) q(w)^T with straight-through gradients,
+For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3432),
 
     dw = dy^T q(x)      needs the quantized input only: its codes are saved, 4.25 or 8.25 bits a value, not BF16;
     dx = dy q(w)        needs the quantized weight only: it is computed again from the parameter, which exists anyway.
 
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
 is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit.
-
-The clipped estimator (see gradients.py) keeps one more bit for each input value; what it needs of the weight, and what
-learned exponents need, is computed again from the parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import gradients, ops
-from .caches import InputCache, WeightCache
+from .caches import InputCache
 from .schemes import TensorSpec
 
 _inputs = InputCache()
@@ -32,7 +29,6 @@ def quantized_linear(
     input_spec: TensorSpec,
     weight_spec: TensorSpec,
     dtype: torch.dtype,
-    cache: WeightCache,
     exponent_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] and weight [N, K], both rounded to their grids as seen in `dtype` -> [..., N] in `dtype`.
@@ -42,55 +38,46 @@ def quantized_linear(
     """
     learns_exponent = exponent_offset is not None and exponent_offset.requires_grad
     keeps_codes = torch.is_grad_enabled() and (weight.requires_grad or learns_exponent)
-    keeps_mask = torch.is_grad_enabled() and x.requires_grad and input_spec.clips_gradients
     with torch.no_grad():
         packed, scale = _inputs.codes(x, input_spec, dtype) if keeps_codes else (None, None)
         values = _inputs.values(x, input_spec, dtype)
-        mask = _inputs.saturation(x, input_spec, dtype) if keeps_mask else None
     return _QuantizedLinear.apply(
-        x, weight, bias, exponent_offset, values, packed, scale, mask, input_spec, weight_spec, dtype, cache
+        x, weight, bias, exponent_offset, values, packed, scale, input_spec, weight_spec, dtype
     )
 
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, offset, values, packed, scale, mask, input_spec, weight_spec, dtype, cache):
-        ctx.specs = input_spec, weight_spec, dtype, cache
+    def forward(ctx, x, weight, bias, offset, values, packed, scale, input_spec, weight_spec, dtype):
+        ctx.specs = input_spec, weight_spec, dtype
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        looks_at_weight = needs_x or offset is not None or weight_spec.clips_gradients
         ctx.save_for_backward(
-            weight if looks_at_weight else None,
+            weight if needs_x or offset is not None else None,
             offset,
             packed if needs_weight else None,
             scale if needs_weight else None,
-            mask,
         )
-        quantized = cache.values(weight, weight_spec, dtype, offset)
+        quantized = gradients.fake_quantize_weight(weight, weight_spec, dtype, offset)
         return F.linear(values, quantized, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, offset, packed, scale, mask = ctx.saved_tensors
-        input_spec, weight_spec, dtype, cache = ctx.specs
+        weight, offset, packed, scale = ctx.saved_tensors
+        input_spec, weight_spec, dtype = ctx.specs
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = grad_offset = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ cache.values_for_backward(weight, weight_spec, dtype, offset)
+            grad_x = grad_rows @ gradients.fake_quantize_weight(weight, weight_spec, dtype, offset)
             grad_x = grad_x.reshape(*grad.shape[:-1], -1).to(x_dtype)
-            if mask is not None:
-                grad_x = gradients.clip(grad_x, mask)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             values = ops.dequantize(packed, scale, input_spec.format_name, dtype)
             grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])
-            if offset is not None or weight_spec.clips_gradients:
-                codes = cache.codes_for_backward(weight, weight_spec, dtype, offset)
-                grad_weight, grad_offset = gradients.weight_gradients(
-                    grad_weight, weight, codes, weight_spec, dtype, learns_exponent=offset is not None
-                )
+            if offset is not None:
+                grad_offset = gradients.exponent_gradient(grad_weight, weight, offset, weight_spec, dtype)
             grad_weight = grad_weight.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_offset, *[None] * 8
+        return grad_x, grad_weight, grad_bias, grad_offset, *[None] * 6

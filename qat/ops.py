@@ -8,8 +8,6 @@ Formats and rules travel as strings, because operator schemas know no Python obj
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from . import reference
@@ -81,14 +79,6 @@ def _(packed, scale_e8m0_biased, fmt, dtype):
     return packed.new_empty((*rows, blocks * BLOCK_SIZE), dtype=dtype)
 
 
-def fingerprint(x: torch.Tensor) -> int:
-    """64 bits of all of x's bytes, for contiguous tensors on the CPU; equal bytes, equal fingerprint on one machine."""
-    if cpu.is_available():
-        return cpu.fingerprint(x)
-    data = x.detach().flatten().view(torch.uint8).numpy()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
 @torch.library.custom_op("mx_qat::quantize_to_scale", mutates_args=())
 def quantize_to_scale(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """Packed codes, as of `quantize`, of x [..., K], seen in `dtype`, under given scales (uint8 [..., K / 32])."""
@@ -99,14 +89,3 @@ def quantize_to_scale(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: str
 def _(x, scale_e8m0_biased, fmt, dtype):
     *rows, columns = x.shape
     return x.new_empty((*rows, columns * get_format(fmt).bits // 8), dtype=torch.uint8)
-
-
-@torch.library.custom_op("mx_qat::saturation_mask", mutates_args=())
-def saturation_mask(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """Which values of x [..., K], seen in `dtype`, exceed their block's largest element: bits, uint8 [..., K / 8]."""
-    return _backend(x).saturation_mask(x, scale_e8m0_biased, get_format(fmt), dtype)
-
-
-@saturation_mask.register_fake
-def _(x, scale_e8m0_biased, fmt, dtype):
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 8), dtype=torch.uint8)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import QATConfig
 from .quant_linear import QuantLinear, check_convertible, convert, is_quantlinear
-from .schemes import LayerScheme, get_scheme, with_gradient_estimators
+from .schemes import LayerScheme, get_scheme
 
 DEFAULT_SCHEME = "MXFP8"
 _LINEAR_KEY = "torch.nn.Linear"
@@ -23,10 +23,7 @@ def prepare_qat(
     ignore: Iterable[str] = ("lm_head",),
     weight_scale_rule: str | None = None,
     input_scale_rule: str | None = None,
-    weight_gradient_estimator: str = "ste",
-    input_gradient_estimator: str = "ste",
     learn_exponent: bool = False,
-    oscillation_damping: float = 0.0,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place.
 
@@ -39,10 +36,7 @@ def prepare_qat(
             covers "model.lm_head".
         weight_scale_rule: "floor", "even", "rceil" or "search" in place of the presets' own, for every scheme.
         input_scale_rule: the same for inputs, which cannot be searched; must be the rule of the engine that will serve.
-        weight_gradient_estimator: "ste" (gradients pass straight through) or "clipped_ste" (not where they saturate).
-        input_gradient_estimator: the same for inputs.
         learn_exponent: train the block exponents of weights along with them, see gradients.py.
-        oscillation_damping: recorded for the trainer, which pulls weights to their grid by it; nothing in the layers.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -54,11 +48,7 @@ def prepare_qat(
     mapping = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or {nn.Linear: DEFAULT_SCHEME}).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     rules = weight_scale_rule, input_scale_rule
-    estimators = weight_gradient_estimator, input_gradient_estimator
-    schemes = {
-        name: with_gradient_estimators(get_scheme(name, *rules), *estimators)
-        for name in dict.fromkeys(mapping.values())
-    }
+    schemes = {name: get_scheme(name, *rules) for name in dict.fromkeys(mapping.values())}
 
     chosen, left_alone = _choose_layers(model, mapping, ignore)
     for name, (module, _) in chosen.items():
@@ -75,12 +65,7 @@ def prepare_qat(
             name: {"weight": scheme.weight.scale_rule, "input": scheme.input.scale_rule}
             for name, scheme in schemes.items()
         },
-        training=_not_default(
-            weight_gradient_estimator=weight_gradient_estimator,
-            input_gradient_estimator=input_gradient_estimator,
-            learn_exponent=learn_exponent,
-            oscillation_damping=oscillation_damping,
-        ),
+        training={"learn_exponent": True} if learn_exponent else {},
     )
     _print_summary(model.qat_config, chosen, left_alone)
     return model
@@ -115,10 +100,6 @@ def _layer_format(layer: QuantLinear) -> str | None:
     if weight or input_:
         return f"{layer.scheme.name} {'weight' if weight else 'input'} only"
     return None
-
-
-def _not_default(**settings: str | bool | float) -> dict[str, str | bool | float]:
-    return {name: value for name, value in settings.items() if value not in ("ste", 0)}
 
 
 def _check_untied(model: nn.Module, chosen: dict[str, tuple[nn.Linear, str]]) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .caches import WeightCache
 from .formats import BLOCK_SIZE
 from .linear_function import quantized_linear
 from .schemes import LayerScheme
@@ -24,7 +23,6 @@ class QuantLinear(nn.Linear):
     input_quantizer: TensorQuantizer
     output_quantizer: TensorQuantizer
     scheme: LayerScheme
-    weight_cache: WeightCache
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], both operands fake-quantized in the dtype of the matmul.
@@ -35,7 +33,7 @@ class QuantLinear(nn.Linear):
         dtype = _compute_dtype(input)
         if self._is_plain_w_and_a():
             output = quantized_linear(
-                input, self.weight, self.bias, self.scheme.input, self.scheme.weight, dtype, self.weight_cache,
+                input, self.weight, self.bias, self.scheme.input, self.scheme.weight, dtype,
                 self.weight_quantizer.exponent_offset,
             )  # fmt: skip
             return self.output_quantizer(output)
@@ -73,7 +71,6 @@ def convert(module: nn.Linear, scheme: LayerScheme, name: str = "", learn_expone
     check_convertible(module, name)
     module.__class__ = QuantLinear
     module.scheme = scheme
-    module.weight_cache = WeightCache()
     module.weight_quantizer = _make_quantizer(scheme.weight)
     if learn_exponent:
         module.weight_quantizer.learn_exponents(module.weight.shape, module.weight.device)
@@ -100,6 +97,4 @@ def is_quantlinear(module: nn.Module) -> bool:
 
 
 def _make_quantizer(spec, if_quant: bool = True) -> TensorQuantizer:
-    return TensorQuantizer(
-        spec.data_type, spec.bits, spec.block_size, spec.sym, if_quant, gradient_estimator=spec.gradient_estimator
-    )
+    return TensorQuantizer(spec.data_type, spec.bits, spec.block_size, spec.sym, if_quant)

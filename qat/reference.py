@@ -60,31 +60,11 @@ def quantize_to_scale(
     return encode(_in_blocks(elements.nan_to_num(0.0)), fmt).flatten(-2)
 
 
-def saturation_mask(
-    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Which values exceed the largest element of their block: |x| > max_normal * 2^(scale - 127).
-
-    Args:
-        x: [..., K], seen in `dtype`.
-        scale_e8m0_biased: uint8 [..., K / 32]; blocks with the NaN scale have no such values.
-
-    Returns:
-        One bit a value, uint8 [..., K / 8]: value 8 j + i is bit i of byte j.
-    """
+def saturates(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat) -> torch.Tensor:
+    """Which values of x [..., K] exceed the largest element of their block, |x| > max_normal * 2^(scale - 127): bool
+    [..., K]. Blocks with the NaN scale have no such values."""
     limit = fmt.max_normal * _power_of_two(scale_e8m0_biased.int() - E8M0_BIAS)
-    saturated = _in_blocks(x.to(dtype or x.dtype).float()).abs() > limit[..., None]
-    bits = saturated.unflatten(-1, (BLOCK_SIZE // 8, 8)) * _bit_values(x.device)
-    return bits.sum(-1, dtype=torch.uint8).flatten(-2)
-
-
-def unpack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Bits uint8 [..., K / 8], as `saturation_mask` packs them -> bool [..., K]."""
-    return (mask[..., None] & _bit_values(mask.device)).bool().flatten(-2)
-
-
-def _bit_values(device: torch.device) -> torch.Tensor:
-    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
+    return (_in_blocks(x.float()).abs() > limit[..., None]).flatten(-2)
 
 
 def _in_blocks(x: torch.Tensor) -> torch.Tensor:

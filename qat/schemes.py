@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .formats import BLOCK_SIZE, FORMATS, SCALE_RULES, can_saturate, get_format
+from .formats import BLOCK_SIZE, FORMATS, SCALE_RULES
 
-# How a gradient passes a quantizer (see gradients.py): straight through everywhere, or not through what saturates.
-GRADIENT_ESTIMATORS = ("ste", "clipped_ste")
 # Engines quantize activations themselves, and none of them searches.
 INPUT_SCALE_RULES = tuple(rule for rule in SCALE_RULES if rule != "search")
 SCHEMES = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")
@@ -18,25 +16,16 @@ SCHEMES = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor is quantized: AutoRound's `data_type` and `bits`, the block size and whether it is symmetric.
-
-    And how its gradient passes: `gradient_estimator` is one of `GRADIENT_ESTIMATORS`.
-    """
+    """How one tensor is quantized: AutoRound's `data_type` and `bits`, the block size and whether it is symmetric."""
 
     data_type: str
     bits: int
     block_size: int = BLOCK_SIZE
     sym: bool = True
-    gradient_estimator: str = "ste"
 
     def __post_init__(self) -> None:
         _format_name(self.data_type, self.bits)
         _scale_rule(self.data_type)
-        if self.gradient_estimator not in GRADIENT_ESTIMATORS:
-            raise ValueError(
-                f"gradient estimator {self.gradient_estimator!r} is unknown; "
-                f"choose one of {', '.join(GRADIENT_ESTIMATORS)}"
-            )
         if self.block_size != BLOCK_SIZE:
             raise ValueError(f"block_size={self.block_size} is not an MX block size; the only choice is {BLOCK_SIZE}")
         if not self.sym:
@@ -51,11 +40,6 @@ class TensorSpec:
     def scale_rule(self) -> str:
         """One of `formats.SCALE_RULES`."""
         return _scale_rule(self.data_type)
-
-    @property
-    def clips_gradients(self) -> bool:
-        """Whether the estimator is the clipped one and the scale rule lets values saturate at all."""
-        return self.gradient_estimator == "clipped_ste" and can_saturate(get_format(self.format_name), self.scale_rule)
 
 
 @dataclass(frozen=True)
@@ -98,14 +82,6 @@ def with_scale_rule(spec: TensorSpec, rule: str, choices: tuple[str, ...] = SCAL
     for suffix in SCALE_RULES:
         base = base.removesuffix(f"_{suffix}")
     return replace(spec, data_type=base if rule == "floor" else f"{base}_{rule}")
-
-
-def with_gradient_estimators(scheme: LayerScheme, weight: str, input: str) -> LayerScheme:
-    """`scheme` with these estimators for the gradients of its weight and of its input."""
-    weight_spec, input_spec = (
-        replace(spec, gradient_estimator=name) for spec, name in ((scheme.weight, weight), (scheme.input, input))
-    )
-    return replace(scheme, weight=weight_spec, input=input_spec)
 
 
 # AutoRound writes the rule as a suffix of the data type: "mx_fp" and "mx_fp4" round the exponent down, "mx_fp_rceil"

@@ -26,7 +26,6 @@ class TensorQuantizer(nn.Module):
         scale_shape: shape (N, K) of a weight whose E8M0 scales shall be kept in the buffer `scale`
             (uint8 [N, K / block_size], exponent + 127) at every forward pass and saved with the model.
         device: where they live.
-        gradient_estimator: "ste" (straight through) or "clipped_ste" (not through values that saturate).
 
     Raises:
         ValueError: an argument has no meaning in MX formats.
@@ -42,12 +41,11 @@ class TensorQuantizer(nn.Module):
         learn_exponent: bool = False,
         scale_shape: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
-        gradient_estimator: str = "ste",
     ) -> None:
         super().__init__()
         if learn_exponent and scale_shape is None:
             raise ValueError("learn_exponent=True needs the shape of a weight; give scale_shape=(N, K)")
-        self.spec = TensorSpec(data_type, bits, block_size, sym, gradient_estimator)
+        self.spec = TensorSpec(data_type, bits, block_size, sym)
         self.if_quant = if_quant
         self._enabled = True
         self.register_parameter("exponent_offset", None)

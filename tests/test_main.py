@@ -78,7 +78,7 @@ def test_perplexity_reaches_tensorboard(workspace, bf16_stage):
 def test_quantization_figures_reach_tensorboard_and_the_settings_that_shaped_training_the_config(workspace, bf16_stage):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = ("--oscillation_damping", "0.02", "--input_gradient_estimator", "clipped_ste", "--report_to", "tensorboard")
+    flags = ("--learn_exponent", "True", "--report_to", "tensorboard")
     run(workspace, "figures", *TRAIN, "--quant_scheme", "MXFP4", *flags, model="bf16")
     event_files = sorted((workspace / "figures").rglob("events.out.tfevents*"))
     events = EventAccumulator(str(event_files[0]))  # of the training; evaluation writes another
@@ -90,9 +90,7 @@ def test_quantization_figures_reach_tensorboard_and_the_settings_that_shaped_tra
     assert events.Scalars("train/flips/mlp")[0].value > 0
     history = json.loads((workspace / "figures" / "trainer_state.json").read_text())["log_history"]
     assert "oscillation/mlp" in history[0]
-    assert QATConfig.load(workspace / "figures").training == {
-        "input_gradient_estimator": "clipped_ste", "oscillation_damping": 0.02,
-    }  # fmt: skip
+    assert QATConfig.load(workspace / "figures").training == {"learn_exponent": True}
 
 
 def test_ptq_evaluation_overwrites_nothing_and_quantizes(workspace, bf16_stage):
@@ -201,9 +199,8 @@ def test_a_single_file_of_arguments_works(workspace, suffix):
         (("--weight_scale_rule", "even"), "need --quant_scheme"),
         (("--quant_mapping", "none.json"), "mapping file 'none.json' cannot be read"),
         (("--quant_scheme", "MXFP4", "--quant_mapping", "m.json"), "give either it or --quant_scheme"),
-        (("--weight_gradient_estimator", "hard"), "invalid choice: 'hard'"),
         (("--exponent_learning_rate", "0"), "--exponent_learning_rate 0"),
-        (("--oscillation_damping", "2"), "--oscillation_damping 2"),
+        (("--distill_teacher", "self", "--do_train", "True"), "--distill_teacher self is for evaluation"),
         (("--quant_scheme", "MXFP4", "--input_scale_rule", "search"), "--input_scale_rule 'search'"),
         (("--distill_temperature", "0"), "--distill_temperature 0"),
         (("--distill_ce_weight", "2"), "--distill_ce_weight 2"),

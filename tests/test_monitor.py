@@ -1,4 +1,4 @@
-"""Oscillation, saturation and damping: figures against hand-made histories of weights."""
+"""Oscillation and saturation: figures against hand-made histories of weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 from helpers import make_llama
 from torch import nn
 
-from qat import ops, prepare_qat
-from training.damping import OscillationDamping
+from qat import prepare_qat
 from training.layer_groups import evenly_spaced, group_of
 from training.monitor import MOMENTUM, QuantizationMonitor
-from training.safeguards import StepGuard
 
 STATE = SimpleNamespace(global_step=0, max_steps=10, logging_steps=1)
 
@@ -102,37 +100,3 @@ def test_a_model_is_sampled_in_every_group():
              for group in ("attention", "mlp")}  # fmt: skip
     assert set(figures) == names and figures["flips/mlp"] > 0 and figures["flips/attention"] == 0
     assert all(0 <= figure <= 1 for figure in figures.values())
-
-
-def test_damping_moves_weights_to_their_grid_by_its_growing_fraction():
-    model = prepare_qat(nn.Sequential(nn.Linear(64, 8), nn.Linear(32, 8)), {nn.Linear: "MXFP4"})
-    frozen = model[1].weight.requires_grad_(False).clone()
-    before = model[0].weight.detach().clone()
-    damping = OscillationDamping(model, 0.5, torch.float32)
-    damping.on_train_begin(None, STATE, None)
-    damping.on_optimizer_step(None, SimpleNamespace(global_step=3, max_steps=10), None)
-    grid = ops.fake_quantize(before, "mxfp4", "floor", torch.float32)
-    torch.testing.assert_close(model[0].weight.detach(), before + 0.5 * 0.4 * (grid - before))
-    assert torch.equal(model[1].weight, frozen)
-    assert torch.equal(ops.fake_quantize(model[0].weight.detach(), "mxfp4", "floor", torch.float32), grid)
-
-
-@pytest.mark.parametrize("nan_steps,skipped", [(1, False), (0, True)], ids=["guard", "gradient scaler"])
-def test_damping_leaves_weights_alone_in_a_step_that_is_not_applied(nan_steps, skipped):
-    model = prepare_qat(nn.Sequential(nn.Linear(64, 8)), {nn.Linear: "MXFP4"})
-    before, guard = model[0].weight.detach().clone(), StepGuard(max_nan_steps=1)
-    damping = OscillationDamping(model, 0.5, torch.float32, guard)
-    guard.nan_steps = nan_steps
-    damping.on_optimizer_step(None, STATE, None, optimizer=SimpleNamespace(step_was_skipped=skipped))
-    assert torch.equal(model[0].weight, before)
-    guard.nan_steps = 0
-    damping.on_optimizer_step(None, STATE, None, optimizer=SimpleNamespace(step_was_skipped=False))
-    assert not torch.equal(model[0].weight, before)
-
-
-def test_damping_refuses_weights_that_are_no_matrices():
-    model = prepare_qat(nn.Sequential(nn.Linear(64, 8)), {nn.Linear: "MXFP4"})
-    damping = OscillationDamping(model, 0.5, torch.float32)
-    model[0].weight = nn.Parameter(torch.zeros(100))  # as FSDP1 leaves it
-    with pytest.raises(ValueError, match="--oscillation_damping needs whole rows.*fsdp2.yaml"):
-        damping.on_train_begin(None, STATE, None)

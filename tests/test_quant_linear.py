@@ -110,7 +110,6 @@ def test_in_features_that_no_block_divides_are_refused_with_the_layers_name():
         ({"block_size": 16}, "block_size=16"),
         ({"sym": False}, "sym=False"),
         ({"learn_exponent": True}, "learn_exponent=True.*scale_shape"),
-        ({"gradient_estimator": "clip"}, "'clip' is unknown; choose one of ste, clipped_ste"),
     ],
 )
 def test_arguments_without_meaning_in_mx_formats_are_refused(arguments, message):

@@ -1,4 +1,4 @@
-"""Learned exponents, damping and figures under FSDP2: as without it, though no module holds a whole weight."""
+"""Learned exponents and figures under FSDP2: as without it, though no module holds a whole weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from qat import prepare_qat
 from qat.bake import bake_exponents
-from training.damping import OscillationDamping
 from training.exponents import separate_exponents
 from training.monitor import QuantizationMonitor
 
@@ -29,29 +28,26 @@ def process_group(tmp_path):
 
 def train(sharded: bool) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Three steps with every option; the baked weights and the figures."""
-    clipped = {"weight_gradient_estimator": "clipped_ste", "input_gradient_estimator": "clipped_ste"}
-    model = prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4"}, learn_exponent=True, **clipped)
+    model = prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4"}, learn_exponent=True)
     if sharded:
         for layer in (*model.model.layers, model):
             fully_shard(layer)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     separate_exponents(optimizer, model, 0.4)
-    callbacks = OscillationDamping(model, 0.5, torch.float32), QuantizationMonitor(model, torch.float32)
+    monitor = QuantizationMonitor(model, torch.float32)
     state = SimpleNamespace(global_step=0, max_steps=3, logging_steps=1)
     ids = torch.arange(40).reshape(2, 20)
-    for callback in callbacks:
-        callback.on_train_begin(None, state, None)
+    monitor.on_train_begin(None, state, None)
     for state.global_step in range(3):
-        callbacks[1].on_step_begin(None, state, None)
+        monitor.on_step_begin(None, state, None)
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        for callback in callbacks:
-            callback.on_optimizer_step(None, state, None)
-        callbacks[1].on_step_end(None, state, None)
+        monitor.on_optimizer_step(None, state, None)
+        monitor.on_step_end(None, state, None)
     state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return bake_exponents(model, state_dict, {}), callbacks[1].metrics()
+    return bake_exponents(model, state_dict, {}), monitor.metrics()
 
 
 def test_a_sharded_model_trains_to_the_same_bits(process_group):

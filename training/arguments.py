@@ -19,6 +19,7 @@ from .distillation_arguments import DistillationArguments
 from .exponents import check_compute_dtype
 from .quantization_arguments import QuantizationArguments
 from .sharding import GATHER_DTYPES
+from .teachers import SELF_IN_TRAINING
 
 
 @dataclass
@@ -127,6 +128,8 @@ def _check_together(_, training_args, __, quant_args, distill_args) -> None:
         )
     if quant_args.learn_exponent:
         check_compute_dtype(training_args.bf16)
+    if distill_args.distill_teacher == "self" and training_args.do_train:
+        raise ValueError(SELF_IN_TRAINING)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qat import QuantLinear, gradients, ops
-from qat.reference import unpack_mask
+from qat.formats import get_format
+from qat.reference import saturates
 from qat.schemes import TensorSpec
 
 from .layer_groups import evenly_spaced, grouped_layers, local_rows
@@ -77,7 +78,7 @@ class WeightSample:
         """Share of the weights beyond their block's largest element."""
         weights, offsets = self.rows()
         codes = gradients.quantize(weights, self.spec, self.dtype, offsets)
-        return unpack_mask(ops.saturation_mask(weights, codes[1], self.spec.format_name, self.dtype)).float().mean()
+        return _share_saturated(weights, codes[1], self.spec, self.dtype)
 
 
 class QuantizationMonitor(TrainerCallback):
@@ -151,10 +152,13 @@ class QuantizationMonitor(TrainerCallback):
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
             scale = ops.quantize(rows, spec.format_name, spec.scale_rule, self.dtype)[1]
-            mask = ops.saturation_mask(rows, scale, spec.format_name, self.dtype)
-            self.input_shares.setdefault(group, []).append(unpack_mask(mask).float().mean())
+            self.input_shares.setdefault(group, []).append(_share_saturated(rows, scale, spec, self.dtype))
 
         return look
+
+
+def _share_saturated(x: torch.Tensor, scale: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    return saturates(x.to(dtype), scale, get_format(spec.format_name)).float().mean()
 
 
 def _samples(layers: list[QuantLinear], dtype: torch.dtype) -> list[WeightSample]:

@@ -10,7 +10,7 @@ from qat import SCHEMES, get_scheme
 from qat.formats import SCALE_RULES
 from qat.mapping import DEFAULT_IGNORE, load_mapping, load_measurement
 from qat.packed_config import EXPORT_FORMATS
-from qat.schemes import GRADIENT_ESTIMATORS, INPUT_SCALE_RULES
+from qat.schemes import INPUT_SCALE_RULES
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +61,6 @@ class QuantizationArguments:
             "python -m training.sensitivity proposes one."
         },
     )
-    weight_gradient_estimator: str = field(
-        default="ste",
-        metadata={
-            "help": "Gradients of weights pass their quantizer: ste (straight through), or clipped_ste (not where the "
-            "weight saturates).",
-            "choices": list(GRADIENT_ESTIMATORS),
-        },
-    )
-    input_gradient_estimator: str = field(
-        default="ste",
-        metadata={"help": "The same for gradients of activations.", "choices": list(GRADIENT_ESTIMATORS)},
-    )
     learn_exponent: bool = field(
         default=False,
         metadata={
@@ -81,13 +69,6 @@ class QuantizationArguments:
     )
     exponent_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the exponents, which move in whole steps; no weight decay."}
-    )
-    oscillation_damping: float = field(
-        default=0.0,
-        metadata={
-            "help": "After each step move weights by this fraction, reached linearly at the end of the training, to "
-            "the values they are quantized to; 0 does not."
-        },
     )
     log_quantization: bool = field(
         default=True,
@@ -120,8 +101,6 @@ class QuantizationArguments:
                 f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
                 "give that too, or leave it out"
             )
-        if not 0 <= self.oscillation_damping <= 1:
-            raise ValueError(f"--oscillation_damping {self.oscillation_damping} must lie between 0 (none) and 1")
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
@@ -174,5 +153,4 @@ class QuantizationArguments:
 
     def training_options(self) -> dict[str, str | bool | float]:
         """Arguments of `prepare_qat` about how weights are trained."""
-        names = ("weight_gradient_estimator", "input_gradient_estimator", "learn_exponent", "oscillation_damping")
-        return {name: getattr(self, name) for name in names}
+        return {"learn_exponent": self.learn_exponent}

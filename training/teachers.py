@@ -20,7 +20,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data.cache import default_root
-from qat.bake import OFFSET_SUFFIX
 from qat.quant_linear import is_quantlinear
 
 from .chunked_loss import Head, Rows, UnknownHead, find_head, head_with
@@ -32,6 +31,11 @@ from .teacher_cache import CachedTeacher, build_cache
 logger = logging.getLogger(__name__)
 
 TEACHERS = ("copy", "cache", "self")
+SELF_IN_TRAINING = (
+    "--distill_teacher self is for evaluation (--do_eval without --do_train): while weights train, the teacher changes "
+    "with the student, and nothing holds both to the model that the stage starts from. Choose --distill_teacher copy "
+    "or cache"
+)
 
 __all__ = ["TEACHERS", "CacheSettings", "CachedTeacher", "FrozenTeacher", "SelfTeacher", "make_cached_teacher"]
 
@@ -80,9 +84,8 @@ class FrozenTeacher:
 class SelfTeacher:
     """The student itself with its quantizers off: no memory, one more forward.
 
-    What it says moves with the weights. It is the unquantized model that the stage starts from only as long as those
-    do not: in evaluations, and when only learned scales train. Otherwise the student could lower the divergence by
-    moving its teacher, so the data's tokens must hold the two (`ce_weight` above 0): online self-distillation.
+    Its distributions change with the weights, so it is the unquantized model that the stage starts from in evaluations
+    only. In training the student could lower the divergence by changing its teacher; that is refused.
 
     Raises:
         ValueError: the model has no quantized layer, or its head is not known.
@@ -100,18 +103,6 @@ class SelfTeacher:
                 f"--distill_teacher self needs a head of known form, {type(model).__name__}'s is not; choose copy"
             )
         self.model, self.head = model, head
-
-    def check_training(self, ce_weight: float) -> None:
-        """Raises ValueError if training would move the teacher and nothing would hold it."""
-        parameters = self.model.named_parameters()
-        moving = [name for name, p in parameters if p.requires_grad and not name.endswith(OFFSET_SUFFIX)]
-        if moving and not ce_weight:
-            raise ValueError(
-                f"--distill_teacher self: {len(moving)} parameters train ({moving[0]}, ...), so the teacher moves with "
-                "the student and nothing holds both to the model that the stage starts from. Freeze all but learned "
-                "exponents, hold them by the data (--distill_ce_weight above 0), or choose --distill_teacher copy or "
-                "cache"
-            )
 
     @torch.no_grad()
     def rows(self, inputs: dict[str, torch.Tensor], student: nn.Module) -> HiddenRows:

@@ -26,14 +26,13 @@ from data.formatting import IGNORE_INDEX
 from qat.bake import bake_exponents, baked_config
 
 from .chunked_loss import attach, chunked_loss
-from .damping import OscillationDamping
 from .distillation import HiddenRows, Objective, SampledRows, labelled_rows
 from .exponents import check_compute_dtype, separate_exponents
 from .fault_tolerance import FaultTolerantTrainer
 from .metrics import loss_over_tokens, sum_by_sample
 from .monitor import QuantizationMonitor
 from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
-from .teachers import CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
+from .teachers import SELF_IN_TRAINING, CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
 from .term_means import TermMeans
 from .weightless import give_storage
 
@@ -84,8 +83,6 @@ class QATTrainer(FaultTolerantTrainer):
 
     def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        if damping := model.qat_config.training.get("oscillation_damping", 0.0):
-            self.add_callback(OscillationDamping(model, damping, dtype, self._guard))
         if log_quantization:
             self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
             self.add_callback(self.monitor)
@@ -133,11 +130,6 @@ class QATTrainer(FaultTolerantTrainer):
         """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
         if not isinstance(self.model, PreTrainedModel):
             return f"the head of a {type(self.model).__name__} is not known: it is no transformers.PreTrainedModel"
-        if self.args.n_gpu > 1:
-            return (
-                f"torch.nn.DataParallel splits each batch over {self.args.n_gpu} GPUs; start one process a GPU "
-                "(accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES)"
-            )
         if self.is_deepspeed_enabled:
             return "DeepSpeed wraps the model; FSDP (accelerate_config) shards it with losses in chunks"
         return None
@@ -153,9 +145,9 @@ class QATTrainer(FaultTolerantTrainer):
         return SelfTeacher(self.model, self.head)
 
     def train(self, *args, **kwargs):
-        """Trainer's own, refused where the teacher would move with the student (see `SelfTeacher`)."""
+        """Trainer's own, refused where the teacher would change with the student (see `SelfTeacher`)."""
         if isinstance(self.teacher, SelfTeacher):
-            self.teacher.check_training(self.distill_ce_weight)
+            raise ValueError(SELF_IN_TRAINING)
         if (config := getattr(self.model, "qat_config", None)) is not None and config.training.get("learn_exponent"):
             check_compute_dtype(self.args.bf16)
         self._labelled_tokens = None
@@ -173,9 +165,9 @@ class QATTrainer(FaultTolerantTrainer):
             self._labelled_tokens = self._progress.get("labelled_tokens", 0)
             if sums := self._progress.get("loss_terms"):
                 self._term_means.restore(sums)
-        if num_items_in_batch is not None:  # DataParallel is given one copy for each GPU
-            tokens = num_items_in_batch.flatten()[0] if torch.is_tensor(num_items_in_batch) else num_items_in_batch
-            self._labelled_tokens = self._labelled_tokens + tokens / self.current_gradient_accumulation_steps
+        if num_items_in_batch is not None:
+            tokens = num_items_in_batch / self.current_gradient_accumulation_steps
+            self._labelled_tokens = self._labelled_tokens + tokens
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -126,39 +126,20 @@ def dequantize(
     return out
 
 
-def fingerprint(x: torch.Tensor) -> int:
-    """64 bits that change when x's memory (a contiguous tensor on the CPU) does, a third of the time of rounding it."""
-    run = _loaded().mx_fingerprint
-    run.restype = ctypes.c_uint64
-    return run(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes), torch.get_num_threads())
-
-
 def quantize_to_scale(
     x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Codes of x under given scales; same bytes as `reference.quantize_to_scale` where NaN has the NaN scale."""
-    return _under_scale("mx_quantize_to_scale", x, scale_e8m0_biased, fmt, dtype, x.shape[-1] * fmt.bits // 8)
-
-
-def saturation_mask(
-    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Bits of the values that saturate, uint8 [..., K / 8]; same bytes as `reference.saturation_mask`."""
-    return _under_scale("mx_saturation", x, scale_e8m0_biased, fmt, dtype, x.shape[-1] // 8)
-
-
-def _under_scale(verb: str, x, scale_e8m0_biased, fmt: MXFormat, dtype, columns: int) -> torch.Tensor:
-    """A function of x and given scales, uint8 [..., columns]."""
     x, dtype = _prepare(x, dtype)
     _check_tensor(scale_e8m0_biased, (torch.uint8,))
     check_scale_shape(x, scale_e8m0_biased)
     scale_e8m0_biased = scale_e8m0_biased.contiguous()
-    out = _empty((*x.shape[:-1], columns), torch.uint8)
-    run = _function(verb, x.dtype, dtype)
+    packed = _empty((*x.shape[:-1], x.shape[-1] * fmt.bits // 8), torch.uint8)
+    run = _function("mx_quantize_to_scale", x.dtype, dtype)
     if blocks := scale_e8m0_biased.numel():
-        pointers = x.data_ptr(), scale_e8m0_biased.data_ptr(), out.data_ptr()
+        pointers = x.data_ptr(), scale_e8m0_biased.data_ptr(), packed.data_ptr()
         run(*pointers, blocks, _format(fmt, "floor"), torch.get_num_threads())
-    return out
+    return packed
 
 
 def _prepare(x: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:

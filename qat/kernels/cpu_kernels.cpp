@@ -393,23 +393,6 @@ void quantize_to_scale_range(const typename Stored::Word* x, const uint8_t* scal
     }
 }
 
-// One bit for each value: whether its magnitude exceeds the block's largest element (comparing with NaN says no).
-template <class Stored, class View>
-void saturation_range(const typename Stored::Word* x, const uint8_t* scales, uint8_t* mask, int64_t blocks, Grid grid) {
-    for (int64_t block = 0; block < blocks; ++block, x += kBlock, mask += kBlock / 8) {
-        float values[kBlock];
-        read_values<Stored, View>(x, values);
-        const float limit = as_float(grid.max_bits) * scale_value(scales[block]);
-        uint32_t bits = 0;
-        for (int i = 0; i < kHalf; ++i) {
-            uint32_t even = as_float(as_bits(values[i]) & kMagnitude) > limit;
-            uint32_t odd = as_float(as_bits(values[kHalf + i]) & kMagnitude) > limit;
-            bits |= (even | odd << 1) << 2 * i;
-        }
-        for (int i = 0; i < kBlock / 8; ++i) mask[i] = static_cast<uint8_t>(bits >> 8 * i);
-    }
-}
-
 // (Nibbles become bytes a tile at a time, because 16 bytes fill only half a SIMD register.)
 template <class View, int kBits>
 void dequantize_range(const uint8_t* packed, const uint8_t* scales, typename View::Word* y, int64_t blocks, Grid grid) {
@@ -457,30 +440,6 @@ void in_parallel(int64_t blocks, int threads, const Work& work) {
         work(piece * kPiece, min_of(kPiece, blocks - piece * kPiece));
 }
 
-// A 64-bit fingerprint of memory: 64 lanes of 32 bits, so that it runs at the speed of reading. Each step maps a lane's
-// state one to one, so a change of one value always shows; the shift carries changes of high bits, such as signs, down.
-uint64_t fingerprint_of_piece(const uint8_t* memory, int64_t bytes) {
-    constexpr int kLanes = 64;
-    uint32_t lanes[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<uint32_t>(i);
-    const auto* words = reinterpret_cast<const Pair32*>(memory);
-    int64_t rest = bytes;
-    for (; rest >= kLanes * 4; rest -= kLanes * 4, words += kLanes) {
-        for (int i = 0; i < kLanes; ++i) {
-            uint32_t mixed = (lanes[i] ^ words[i]) * 0x9E3779B1u;
-            lanes[i] = mixed ^ mixed >> 15;
-        }
-    }
-    uint64_t hash = 0;
-    const auto mix = [&hash](uint64_t value) {
-        hash = (hash ^ value) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 32;
-    };
-    for (uint32_t lane : lanes) mix(lane);
-    for (; rest > 0; --rest) mix(memory[bytes - rest] + 1u);
-    return hash;
-}
-
 template <class Stored, class View>
 void fake_quantize(const void* x_in, void* y_out, int64_t blocks, const MxFormat& format, int threads) {
     const auto* x = static_cast<const typename Stored::Word*>(x_in);
@@ -520,16 +479,6 @@ void quantize_to_scale(const void* x_in, const uint8_t* scales, uint8_t* packed,
     });
 }
 
-template <class Stored, class View>
-void saturation(const void* x_in, const uint8_t* scales, uint8_t* mask, int64_t blocks, const MxFormat& format,
-                int threads) {
-    const auto* x = static_cast<const typename Stored::Word*>(x_in);
-    const Grid grid(format);
-    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
-        saturation_range<Stored, View>(x + first * kBlock, scales + first, mask + first * kBlock / 8, count, grid);
-    });
-}
-
 template <class View, int kBits>
 void dequantize(const uint8_t* packed, const uint8_t* scales, void* y_out, int64_t blocks, const MxFormat& format,
                 int threads) {
@@ -563,10 +512,6 @@ void dequantize(const uint8_t* packed, const uint8_t* scales, void* y, int64_t b
     extern "C" void mx_quantize_to_scale_##name(const void* x, const uint8_t* scales, uint8_t* packed,               \
                                                 int64_t blocks, const MxFormat* format, int threads) {               \
         quantize_to_scale<Stored, View>(x, scales, packed, blocks, *format, threads);                                \
-    }                                                                                                                \
-    extern "C" void mx_saturation_##name(const void* x, const uint8_t* scales, uint8_t* mask, int64_t blocks,        \
-                                         const MxFormat* format, int threads) {                                      \
-        saturation<Stored, View>(x, scales, mask, blocks, *format, threads);                                         \
     }
 
 #define MX_DEFINE_DEQUANTIZE(name, View)                                                                             \
@@ -574,19 +519,6 @@ void dequantize(const uint8_t* packed, const uint8_t* scales, void* y, int64_t b
                                          const MxFormat* format, int threads) {                                      \
         dequantize<View>(packed, scales, y, blocks, *format, threads);                                               \
     }
-
-extern "C" uint64_t mx_fingerprint(const uint8_t* memory, int64_t bytes, int threads) {
-    constexpr int64_t kPiece = 1 << 16;
-    const int64_t pieces = (bytes + kPiece - 1) / kPiece;
-    threads = static_cast<int>(min_of<int64_t>(threads, pieces));
-    uint64_t sum = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sum) if (threads > 1)
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t first = piece * kPiece;
-        sum += fingerprint_of_piece(memory + first, min_of(kPiece, bytes - first)) * static_cast<uint64_t>(2 * piece + 1);
-    }
-    return sum;
-}
 
 // Asks for 2 MiB pages under memory that is about to be written for the first time. Filling 4 KiB pages one fault at a
 // time costs several times what quantization costs.

@@ -253,18 +253,6 @@ def quantize_to_scale_kernel(
 
 
 @_jit
-def saturation_kernel(
-    x_ptr, scale_ptr, mask_ptr, blocks, ROWS: tl.constexpr, MAX_NORMAL: tl.constexpr, VIEW: tl.constexpr
-):
-    rows, exists = _tile(blocks, ROWS)
-    x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
-    x = _to_fp32(_to_view(x, VIEW))
-    limit = _scale_value(tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)) * MAX_NORMAL
-    saturated = (tl.abs(x) > limit[:, None]).to(tl.int32)  # false for the NaN scale
-    tl.store(mask_ptr + rows, tl.sum(saturated << tl.arange(0, 32)[None, :], axis=1), mask=exists)
-
-
-@_jit
 def dequantize_kernel(
     packed_ptr,
     scale_ptr,

@@ -22,13 +22,12 @@ from .triton_device import (
     fake_quantize_kernel,
     quantize_kernel,
     quantize_to_scale_kernel,
-    saturation_kernel,
     tl,
     triton,
 )
 
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
-_TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "under_scale": (64, 1)}
+_TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "quantize_to_scale": (64, 1)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,31 +100,16 @@ def quantize_to_scale(
     x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Codes of x under given scales; same bytes as `reference.quantize_to_scale` where NaN has the NaN scale."""
-    x, dtype, scale = _prepare_under_scale(x, scale_e8m0_biased, dtype)
+    x, dtype = _prepare(x, dtype)
+    _check_tensor(scale_e8m0_biased, (torch.uint8,))
+    check_scale_shape(x, scale_e8m0_biased)
+    scale = scale_e8m0_biased.contiguous()
     packed = torch.empty((*x.shape[:-1], x.shape[-1] * fmt.bits // 8), dtype=torch.uint8, device=x.device)
     options = {"EMIN": fmt.emin, "MANTISSA_BITS": fmt.mantissa_bits, "MAX_NORMAL": fmt.max_normal}
     options |= {"BITS": fmt.bits, "MAX_CODE": _max_code(fmt), "VIEW": _triton_dtype(dtype)}
     tensors = (x, scale, packed.view(torch.int32))
-    _launch("under_scale", quantize_to_scale_kernel, tensors, scale.numel(), options)
+    _launch("quantize_to_scale", quantize_to_scale_kernel, tensors, scale.numel(), options)
     return packed
-
-
-def saturation_mask(
-    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Bits of the values that saturate, uint8 [..., K / 8]; same bytes as `reference.saturation_mask`."""
-    x, dtype, scale = _prepare_under_scale(x, scale_e8m0_biased, dtype)
-    mask = torch.empty((*x.shape[:-1], x.shape[-1] // 8), dtype=torch.uint8, device=x.device)
-    options = {"MAX_NORMAL": fmt.max_normal, "VIEW": _triton_dtype(dtype)}
-    _launch("under_scale", saturation_kernel, (x, scale, mask.view(torch.int32)), scale.numel(), options)
-    return mask
-
-
-def _prepare_under_scale(x, scale_e8m0_biased, dtype):
-    x, dtype = _prepare(x, dtype)
-    _check_tensor(scale_e8m0_biased, (torch.uint8,))
-    check_scale_shape(x, scale_e8m0_biased)
-    return x, dtype, scale_e8m0_biased.contiguous()
 
 
 def _prepare(x: torch.Tensor, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.dtype]:

@@ -119,9 +119,7 @@ def test_a_second_run_in_the_folder_is_refused_by_all_its_processes_and_the_firs
 
 
 NAN_STEPS = ("--max_nan_steps", "2", "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "9")
-MOVES_WEIGHTS = (
-    "--quant_scheme", "MXFP4", "--learn_exponent", "True", "--oscillation_damping", "0.2", "--weight_decay", "0.1",
-)  # fmt: skip
+MOVES_WEIGHTS = ("--quant_scheme", "MXFP4", "--learn_exponent", "True", "--weight_decay", "0.1")
 
 
 def test_a_nan_step_that_may_pass_changes_no_weight(workspace):
