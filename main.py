@@ -14,25 +14,23 @@ import logging
 import sys
 
 from qat import QATConfig, prepare_qat
-from training.arguments import (
-    Arguments,
-    DataArguments,
-    DistillationArguments,
-    ModelArguments,
-    QuantizationArguments,
-    TrainingArguments,
-    parse_arguments,
-)
-from training.atomic import prepared_output
-from training.calibration import smooth_with_data
-from training.checkpoints import find_checkpoint
-from training.loading import load_model, load_teacher, load_tokenizer
-from training.report import run_settings, write_report
-from training.safeguards import INTERRUPTED
-from training.stage import export, set_up, unused_folder
-from training.start import check_start, check_vocabulary, saved_config
-from training.teachers import make_cached_teacher
-from training.writers import Writers
+from training.arguments.data import DataArguments
+from training.arguments.distillation import DistillationArguments
+from training.arguments.model import ModelArguments
+from training.arguments.parse import Arguments, parse_arguments
+from training.arguments.quantization import QuantizationArguments
+from training.arguments.training import TrainingArguments
+from training.backends.writers import Writers
+from training.monitoring.report import run_settings, write_report
+from training.resume.checkpoints import find_checkpoint
+from training.resume.output import prepared_output
+from training.resume.safeguards import INTERRUPTED
+from training.start.checks import check_start, check_vocabulary, saved_config
+from training.start.loading import load_model, load_tokenizer
+from training.start.smoothing import smooth_with_data
+from training.start.stage import export, set_up, unused_folder
+from training.teachers.frozen import make_cached_teacher
+from training.teachers.load import load_teacher
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")

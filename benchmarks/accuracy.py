@@ -34,14 +34,16 @@ from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
-from training.arguments import ModelArguments, TrainingArguments  # noqa: E402
-from training.calibration import smooth_with_data  # noqa: E402
-from training.distillation import forward_kl, labelled_rows  # noqa: E402
-from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
-from training.metrics import token_loss_sums  # noqa: E402
-from training.sampled_tokens import CacheSettings  # noqa: E402
-from training.sensitivity import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
-from training.teachers import make_cached_teacher  # noqa: E402
+from training.arguments.distillation import CacheSettings  # noqa: E402
+from training.arguments.model import ModelArguments  # noqa: E402
+from training.arguments.training import TrainingArguments  # noqa: E402
+from training.losses.distillation import forward_kl, labelled_rows  # noqa: E402
+from training.losses.metrics import token_loss_sums  # noqa: E402
+from training.sensitivity.measure import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
+from training.start.loading import load_model, load_tokenizer  # noqa: E402
+from training.start.smoothing import smooth_with_data  # noqa: E402
+from training.teachers.frozen import make_cached_teacher  # noqa: E402
+from training.teachers.load import load_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
 FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.workloads import SHAPES
-from training.cpu_bfloat16 import is_needed, use_fast_bfloat16
+from training.backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: tensors of 128 KiB and more are mapped one by one
 _WORKLOAD = ("shape", "layers", "batch", "length", "device")

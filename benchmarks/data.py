@@ -32,13 +32,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from data.bad_samples import BadSamplePolicy  # noqa: E402
-from data.building import build, cores  # noqa: E402
-from data.formatting import Formatter  # noqa: E402
-from data.packing import plan_packing  # noqa: E402
-from data.python_docs import read_python_docs  # noqa: E402
-from data.readers import parse_sources  # noqa: E402
-from data.selection import Chosen, collect  # noqa: E402
-from data.summary import padding_share  # noqa: E402
+from data.conversations.formatting import Formatter  # noqa: E402
+from data.sets.building import build, cores  # noqa: E402
+from data.sets.packing import plan_packing  # noqa: E402
+from data.sets.selection import Chosen, collect  # noqa: E402
+from data.sets.summary import padding_share  # noqa: E402
+from data.sources.python_docs import read_python_docs  # noqa: E402
+from data.sources.readers import parse_sources  # noqa: E402
 
 
 def main() -> None:

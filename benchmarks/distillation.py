@@ -29,12 +29,14 @@ from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch, make_model  # noqa: E402
 from data.supervised import make_supervised_data_module  # noqa: E402
 from qat import prepare_qat  # noqa: E402
-from training.arguments import ModelArguments  # noqa: E402
-from training.chunked_loss import attach, find_head  # noqa: E402
-from training.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
-from training.loading import load_model, load_teacher, load_tokenizer  # noqa: E402
-from training.sampled_tokens import CacheSettings, as_rows, bytes_of_a_token, sample_rows  # noqa: E402
-from training.teachers import FrozenTeacher  # noqa: E402
+from training.arguments.distillation import CacheSettings  # noqa: E402
+from training.arguments.model import ModelArguments  # noqa: E402
+from training.losses.chunked import attach, find_head  # noqa: E402
+from training.losses.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
+from training.start.loading import load_model, load_tokenizer  # noqa: E402
+from training.teachers.frozen import FrozenTeacher  # noqa: E402
+from training.teachers.load import load_teacher  # noqa: E402
+from training.teachers.sampled_tokens import as_rows, bytes_of_a_token, sample_rows  # noqa: E402
 
 LOSSES = ("cross-entropy, whole logits", "cross-entropy", "distillation, whole logits", "distillation")
 CACHES = ((0, 32), (8, 8), (16, 16), (32, 32), (64, 64))

@@ -86,10 +86,10 @@ def export_once(source: str, target: str, scheme: str) -> None:
     """Print the seconds of an export and the bytes by which it raised the peak of the resident set."""
     import torch
 
-    from qat import ops
-    from qat.checkpoint_folder import CheckpointFolder
-    from qat.export import export_checkpoint
-    from qat.skeleton import prepared_skeleton
+    from qat.checkpoints.folder import CheckpointFolder
+    from qat.checkpoints.pack import export_checkpoint
+    from qat.checkpoints.skeleton import prepared_skeleton
+    from qat.numerics import ops
 
     ops.quantize(torch.zeros(32, 32), scheme.lower(), "floor", torch.bfloat16)
     prepared_skeleton(CheckpointFolder.open(source), scheme)
@@ -111,7 +111,7 @@ def copy_through_safetensors(source: Path, packed: Path) -> float:
     """Seconds to load all tensors of `source` into memory and to save those of `packed`, shard by shard."""
     from safetensors.torch import load_file, save_file
 
-    from qat.aside import flush_path
+    from qat.files.atomic import flush_path
 
     seconds = 0.0
     for path in sorted(source.glob("*.safetensors")):
@@ -128,7 +128,7 @@ def copy_through_safetensors(source: Path, packed: Path) -> float:
 
 def copy_raw(source: Path, target: Path, bytes_to_write: int) -> float:
     """Seconds to read all weights of `source` and to write `bytes_to_write` bytes."""
-    from qat.aside import flush_path
+    from qat.files.atomic import flush_path
 
     start = time.perf_counter()
     with target.open("wb", buffering=0) as out:

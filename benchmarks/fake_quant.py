@@ -23,9 +23,9 @@ import torch  # noqa: E402
 
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from qat import reference  # noqa: E402
-from qat.formats import FORMATS, SCALE_RULES, MXFormat  # noqa: E402
-from qat.kernels import cpu, triton_kernels  # noqa: E402
+from qat.numerics import mx as reference  # noqa: E402
+from qat.numerics.formats import FORMATS, SCALE_RULES, MXFormat  # noqa: E402
+from qat.numerics.kernels import cpu, triton_kernels  # noqa: E402
 
 VIEW = torch.bfloat16
 INPUTS = {"BF16": torch.bfloat16, "FP32 seen as BF16": torch.float32}

@@ -25,11 +25,12 @@ import torch  # noqa: E402
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
-from qat import linear_function, reference  # noqa: E402
-from qat.formats import FORMATS, SCALE_RULES  # noqa: E402
-from qat.kernels import triton_kernels  # noqa: E402
-from training.loading import load_teacher  # noqa: E402
-from training.teachers import FrozenTeacher  # noqa: E402
+from qat.layers import linear_function  # noqa: E402
+from qat.numerics import mx as reference  # noqa: E402
+from qat.numerics.formats import FORMATS, SCALE_RULES  # noqa: E402
+from qat.numerics.kernels import triton_kernels  # noqa: E402
+from training.teachers.frozen import FrozenTeacher  # noqa: E402
+from training.teachers.load import load_teacher  # noqa: E402
 
 SHAPES = ((8192, 8192), (4096, 14336))
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import prepare_qat
-from training.chunked_loss import attach, find_head
-from training.distillation import Objective
-from training.teachers import FrozenTeacher
+from training.losses.chunked import attach, find_head
+from training.losses.distillation import Objective
+from training.teachers.frozen import FrozenTeacher
 
 # name -> (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
 SHAPES = {

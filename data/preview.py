@@ -18,9 +18,9 @@ from itertools import groupby
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from .bad_samples import POLICIES
-from .formatting import IGNORE_INDEX, TRAIN_ON
-from .packing import PackedDataset
-from .readers import HELP
+from .conversations.formatting import IGNORE_INDEX, TRAIN_ON
+from .sets.packing import PackedDataset
+from .sources.readers import HELP
 from .supervised import make_supervised_data_module
 
 COLORS = ("auto", "always", "never")

@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .bad_samples import BadSamplePolicy
-from .building import build
-from .cache import build_once, default_root, fingerprint
-from .collating import SupervisedCollator
-from .formatting import Formatter, set_chat_template
-from .packing import PackedDataset, check_packing, needs_one_row
-from .readers import Source, parse_sources
-from .selection import collect, split_pools
-from .streaming import make_stream
-from .summary import describe_set
+from .conversations.formatting import Formatter, set_chat_template
+from .sets.building import build
+from .sets.cache import build_once, default_root, fingerprint
+from .sets.collating import SupervisedCollator
+from .sets.packing import PackedDataset, check_packing, needs_one_row
+from .sets.selection import collect, split_pools
+from .sets.streaming import make_stream
+from .sets.summary import describe_set
+from .sources.readers import Source, parse_sources
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,10 @@
 """Quantization-aware training in MX formats: prepare a model, train it as usual, export what was trained."""
 
-from .config import QATConfig
-from .prepare import get_quantization_format, prepare_qat, replace_with_quant_linear
-from .quant_linear import QuantLinear, convert, is_quantlinear
-from .schemes import SCHEMES, get_scheme
-from .tensor_quantizer import TensorQuantizer
+from .layers.prepare import get_quantization_format, prepare_qat, replace_with_quant_linear
+from .layers.quant_linear import QuantLinear, convert, is_quantlinear
+from .layers.tensor_quantizer import TensorQuantizer
+from .schemes.config import QATConfig
+from .schemes.spec import SCHEMES, get_scheme
 
 __all__ = [
     "QATConfig",

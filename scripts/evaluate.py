@@ -21,10 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 
-from qat.config import QATConfig  # noqa: E402
-from qat.rules import prepare_as_saved, set_input_rule  # noqa: E402
-from qat.schemes import INPUT_SCALE_RULES  # noqa: E402
-from qat.unpack import is_packed, load_packed  # noqa: E402
+from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
+from qat.layers.restore import prepare_as_saved, set_input_rule  # noqa: E402
+from qat.schemes.config import QATConfig  # noqa: E402
+from qat.schemes.spec import INPUT_SCALE_RULES  # noqa: E402
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qat import SCHEMES  # noqa: E402
-from qat.export import export_checkpoint  # noqa: E402
-from qat.model_card import CardFacts  # noqa: E402
-from qat.packed_config import EXPORT_FORMATS  # noqa: E402
-from qat.verify import VerificationError, verify  # noqa: E402
+from qat.checkpoints.dialects.compressed_tensors import EXPORT_FORMATS  # noqa: E402
+from qat.checkpoints.model_card import CardFacts  # noqa: E402
+from qat.checkpoints.pack import export_checkpoint  # noqa: E402
+from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

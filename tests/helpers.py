@@ -10,6 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qat import prepare_qat
+
+ROOT = Path(__file__).parent.parent
+MIXED = {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, and two special ones; ids 0 to 257."""
@@ -36,6 +41,15 @@ def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, **kwargs) -> P
     """A checkpoint with tokenizer, as a user has it on disk."""
     make_llama(**kwargs).to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_qat(folder: Path, mapping: dict[str, str], **kwargs) -> Path:
+    """A tiny QAT checkpoint, as a run leaves it."""
+    model = prepare_qat(make_llama(**kwargs).bfloat16(), mapping)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    model.qat_config.save(folder)
     return folder
 
 

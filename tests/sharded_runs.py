@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parent.parent
 
 
 class Workspace:

@@ -1,65 +1,126 @@
-"""The rules of the house: imports run one way, and `qat` knows nothing of trainers."""
+"""The rules of the house: every file is in a room, imports run one way, and `qat` knows nothing of trainers."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-ALLOWED = {
-    "qat": {"qat"},
-    "data": {"data", "qat"},
-    "training": {"training", "data", "qat"},
-    "utils": {"data", "training", "qat"},
-    "main": {"utils", "training", "data", "qat"},
-}
-# Only these load whole models, to export, compare and unpack them; training code never imports them through `qat`.
-READERS_OF_CHECKPOINTS = {"skeleton.py", "logits.py", "verify.py", "unpack.py"}
-LAYERS = ["formats", "packing", "reference", "kernels", "ops", "schemes", "tensor_quantizer", "quant_linear", "prepare"]
+# Which rooms a room may import. A room is a folder; the files beside the rooms of a package are its faces.
+ROOMS = {
+    "qat/files": set(),
+    "qat/numerics": set(),
+    "qat/schemes": {"qat/numerics"},
+    "qat/layers": {"qat/numerics", "qat/schemes"},
+    "qat/transforms": {"qat/numerics", "qat/schemes", "qat/layers"},
+    "qat/checkpoints": {"qat/files", "qat/numerics", "qat/schemes", "qat/layers"},
+    "data/bad_samples.py": set(),
+    "data/sources": {"data/bad_samples.py"},
+    "data/conversations": {"data/bad_samples.py"},
+    "data/sets": {"data/bad_samples.py", "data/sources", "data/conversations", "qat/files"},
+    "data/supervised.py": {"data/*"},
+    "data/preview.py": {"data/*"},
+    "training/arguments": {"qat/*", "data/*"},
+    "training/backends": {"qat/*"},
+    "training/losses": {"data/*"},
+    "training/monitoring": {"qat/*"},
+    "training/teachers": {"qat/*", "data/*", "training/arguments", "training/backends", "training/losses"},
+    "training/resume": {"qat/*", "training/backends"},
+    "training/start": {"qat/*", "data/*", "training/arguments", "training/backends"},
+    "training/sensitivity": {
+        "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
+        "training/start",
+    },
+    "training/trainer.py": {
+        "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
+        "training/resume",
+        "training/teachers",
+    },
+    "utils.py": {"data/*", "training/*"},
+    "main.py": {"utils.py", "data/*", "training/*", "qat/*"},
+}  # fmt: skip
+FLOORS = {"qat": 4, "data": 5, "training": 3}  # rooms in the longest chain of imports
+LOADS_MODELS = "qat/checkpoints"  # the only room of qat that imports transformers
+FACES = {"qat/__init__.py", "data/__init__.py", "training/__init__.py"}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Absolute names that a file imports; relative imports are resolved against its package."""
+@cache
+def files() -> dict[str, str]:
+    """Every file of the product by its path, and the room it is in."""
+    paths = [p for top in ("qat", "data", "training") for p in sorted((ROOT / top).rglob("*.py"))]
+    names = [str(path.relative_to(ROOT)) for path in (*paths, ROOT / "main.py", ROOT / "utils.py")]
+    return {name: room_of(name) for name in names if name not in FACES}
+
+
+def room_of(name: str) -> str:
+    """ "qat/numerics" for "qat/numerics/kernels/cpu.py"; a face is a room of its own."""
+    return name if name in ROOMS else "/".join(name.split("/")[:2])
+
+
+def imported(path: Path) -> Iterable[str]:
+    """Dotted names of modules that a file imports, relative ones resolved against its package."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(
-                [*package[: len(package) - node.level + 1], node.module or ""] if node.level else [node.module]
-            )
-            names.update({base.strip(".")} if node.module else {f"{base.strip('.')}.{a.name}" for a in node.names})
-    return names
+            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            base = base if node.level else node.module
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def files_of(unit: str) -> list[Path]:
-    return sorted((ROOT / unit).rglob("*.py")) if (ROOT / unit).is_dir() else [ROOT / f"{unit}.py"]
+@cache
+def edges() -> dict[str, set[str]]:
+    """The rooms that each room imports."""
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for name, room in files().items():
+        for module in imported(ROOT / name):
+            target = module.replace(".", "/")
+            hit = next((f for f in (f"{target}.py", f"{target}/__init__.py") if f in files()), None)
+            if hit is not None and files()[hit] != room:
+                found[room].add(files()[hit])
+    return found
 
 
-@pytest.mark.parametrize("unit", ALLOWED)
-def test_imports_run_one_way(unit):
-    own = {name.split(".")[0] for path in files_of(unit) for name in imported_modules(path)} & set(ALLOWED)
-    assert own <= ALLOWED[unit]
+def test_every_file_is_in_a_room_and_every_room_has_files():
+    homeless = [name for name, room in files().items() if room not in ROOMS]
+    assert not homeless
+    assert set(files().values()) == set(ROOMS)
 
 
-def test_the_core_knows_no_trainer_and_auto_round_in_schemes_only():
-    users = {}
-    for path in files_of("qat"):
-        for name in imported_modules(path):
-            users.setdefault(name.split(".")[0], set()).add(path.name)
-    assert not {"accelerate", "datasets"} & set(users)
-    assert users.get("transformers", set()) <= READERS_OF_CHECKPOINTS
-    assert users["auto_round"] == {"schemes.py"}
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_it_may(room):
+    allowed = ROOMS[room]
+    wrong = {r for r in edges()[room] if r not in allowed and f"{r.split('/')[0]}/*" not in allowed}
+    assert not wrong
 
 
-def test_within_the_core_lower_layers_do_not_import_higher_ones():
-    for path in files_of("qat"):
-        unit = path.relative_to(ROOT / "qat").parts[0].removesuffix(".py")
-        if unit not in LAYERS:
-            continue
-        used = {name.split(".")[1] for name in imported_modules(path) if name.startswith("qat.")}
-        higher = set(LAYERS[LAYERS.index(unit) + 1 :])
-        assert not used & higher, f"{path.name} imports {used & higher}"
+def test_of_qat_the_data_sees_files_alone():
+    seen = {r for room, targets in edges().items() if room.startswith("data/") for r in targets}
+    assert {room for room in seen if room.startswith("qat/")} <= {"qat/files"}
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_longest_chain_of_imports_is_as_short_as_it_is_said_to_be(package):
+    def floor(room: str, above: tuple[str, ...] = ()) -> int:
+        assert room not in above, f"a circle: {' -> '.join((*above, room))}"
+        below = [r for r in edges()[room] if r.startswith(f"{package}/")]
+        return 1 + max((floor(r, (*above, room)) for r in below), default=0)
+
+    assert max(floor(room) for room in ROOMS if room.startswith(f"{package}/")) == FLOORS[package]
+
+
+def test_the_core_knows_no_trainer_and_loads_models_in_one_room_only():
+    users: dict[str, set[str]] = {}
+    for name, room in files().items():
+        for module in imported(ROOT / name) if name.startswith("qat/") else ():
+            users.setdefault(module.split(".")[0], set()).add(room)
+    assert not {"accelerate", "datasets", "data", "training", "utils", "main"} & set(users)
+    assert users["transformers"] == {LOADS_MODELS}
+    assert users["auto_round"] == {"qat/schemes"}
+    assert "qat/numerics" not in set().union(*(rooms for name, rooms in users.items() if name in ("numpy", "tqdm")))

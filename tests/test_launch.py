@@ -6,13 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_llama, make_tokenizer, save_llama, write_conversations
-
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, make_llama, make_tokenizer, save_llama, write_conversations
 
 
 def test_accelerate_launch_trains_on_the_cpu(tmp_path):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import main
 from qat import QATConfig, prepare_qat
-from training.distillation import labelled_rows
+from training.losses.distillation import labelled_rows
 from utils import QATTrainer, make_supervised_data_module
 
 

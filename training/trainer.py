@@ -22,19 +22,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from data.formatting import IGNORE_INDEX
-from qat.bake import bake_exponents, baked_config
+from data.conversations.formatting import IGNORE_INDEX
+from qat.layers.finish import bake_exponents, baked_config, check_compute_dtype
 
-from .chunked_loss import attach, chunked_loss
-from .distillation import HiddenRows, Objective, SampledRows, labelled_rows
-from .exponents import check_compute_dtype, separate_exponents
-from .fault_tolerance import FaultTolerantTrainer
-from .metrics import loss_over_tokens, sum_by_sample
-from .monitor import QuantizationMonitor
-from .sharding import full_state_dict, initialize_state, round_parameters, set_precision
-from .teachers import SELF_IN_TRAINING, CachedTeacher, FrozenTeacher, SelfTeacher, agreed_head
-from .term_means import TermMeans
-from .weightless import give_storage
+from .arguments.distillation import SELF_IN_TRAINING
+from .backends.exponents import separate_exponents
+from .backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
+from .backends.weightless import give_storage
+from .losses.chunked import attach, chunked_loss
+from .losses.distillation import HiddenRows, Objective, SampledRows, labelled_rows
+from .losses.metrics import loss_over_tokens, sum_by_sample
+from .losses.term_means import TermMeans
+from .monitoring.monitor import QuantizationMonitor
+from .resume.fault_tolerance import FaultTolerantTrainer
+from .teachers.cache import CachedTeacher
+from .teachers.frozen import FrozenTeacher, SelfTeacher, agreed_head
 
 logger = logging.getLogger(__name__)
 

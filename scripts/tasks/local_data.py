@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 import datasets
 
 from data.bad_samples import BadSamplePolicy
-from data.readers import parse_sources
-from data.selection import Chosen, collect, split_pools
+from data.sets.selection import Chosen, collect, split_pools
+from data.sources.readers import parse_sources
 
 HELD_OUT = 256  # samples that training on python-docs never sees, when its --eval_size is at most this
 CHOICES = 4

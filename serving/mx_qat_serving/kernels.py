@@ -17,7 +17,7 @@ from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
 from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
 from vllm.platforms import PlatformEnum
 
-from qat import ops
+from qat.numerics import ops
 
 logger = init_logger(f"vllm.{__name__}")
 

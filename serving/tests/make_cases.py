@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qat import is_quantlinear, prepare_qat
-from qat.export import export_checkpoint
-from qat.rules import prepare_as_saved, set_input_rule
+from qat.checkpoints.pack import export_checkpoint
+from qat.layers.restore import prepare_as_saved, set_input_rule
 
 MIXED = {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}
 # name -> (scheme, export format, rule of the activations in the engine)

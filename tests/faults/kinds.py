@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.safeguards import INTERRUPTED
+from training.resume.safeguards import INTERRUPTED
 
 from .injected import AfterSeconds, AtOperation, AtStep, CountOperations, FileSizeLimit, NanLoss, Unprivileged
 from .runs import STEPS, Job, difference

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.manifest import describe, write_manifest
+from qat.files.manifest import describe, write_manifest
 
 from .injected import AtOperation, AtStep, NanLoss
 from .kinds import KINDS, Reference

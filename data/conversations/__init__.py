@@ -1,0 +1,1 @@
+"""From a row to labelled tokens: schemas, chat templates, formatting."""

@@ -1,0 +1,1 @@
+"""From samples to batches: selection, building, caching, packing, streaming, collating."""

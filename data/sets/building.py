@@ -1,0 +1,155 @@
+"""Tokenize chosen samples in parallel into one Arrow file, a batch at a time, so that memory stays flat."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from tqdm.auto import tqdm
+
+from ..bad_samples import BadSample, BadSamplePolicy
+from ..conversations.formatting import IGNORE_INDEX, Encoded, Formatter
+
+SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())])
+BATCH_SAMPLES = 128
+_MIN_SAMPLES_PER_WORKER = 1024  # below this, starting a process takes longer than it saves
+_MAX_WORKERS = 16
+
+
+@dataclass
+class Totals:
+    """What was built: numbers of samples and tokens."""
+
+    samples: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    truncated_samples: int = 0
+
+    def add(self, encoded: Encoded) -> None:
+        """Count one sample."""
+        self.samples += 1
+        self.tokens += len(encoded.input_ids)
+        self.labelled_tokens += int((encoded.labels != IGNORE_INDEX).sum())
+        self.truncated_samples += encoded.was_truncated
+
+    def as_dict(self) -> dict[str, int]:
+        """Names and numbers, for JSON."""
+        return asdict(self)
+
+
+def build(
+    rows: datasets.Dataset,
+    path: Path,
+    formatter: Formatter,
+    policy: BadSamplePolicy,
+    description: str,
+    workers: int = 0,
+) -> Totals:
+    """Tokenize `rows` (columns `sample`, `place`) into the Arrow stream `path`, in their order.
+
+    Args:
+        workers: processes that tokenize; 0 for one per core, at most 16, and fewer for small sets. With one, the
+            tokenizer's own threads share the work.
+
+    Raises:
+        ValueError: the first bad sample (policy "error"), an inexact template, or nothing left.
+    """
+    if workers == 0:
+        workers = min(cores(), _MAX_WORKERS, max(1, len(rows) // _MIN_SAMPLES_PER_WORKER))
+    totals = Totals()
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+        tqdm(total=len(rows), desc=f"Tokenizing {description}", unit=" samples") as bar,
+    ):
+        for batch in _encode_batches(rows, formatter, workers):
+            good = []
+            for place, encoded in batch:
+                if isinstance(encoded, BadSample):
+                    policy.handle(encoded.at(place))
+                else:
+                    good.append(encoded)
+                    totals.add(encoded)
+            if good:
+                writer.write_batch(to_record_batch(good))
+            bar.update(len(batch))
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{totals.tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
+    if not totals.samples:
+        raise ValueError(f"no usable sample is left among the {len(rows)} {description}. {policy.report()}")
+    return totals
+
+
+def to_record_batch(samples: list[Encoded]) -> pa.RecordBatch:
+    """Columns `input_ids`, `labels` (lists of int32) and `length`."""
+    lengths = np.array([len(sample.input_ids) for sample in samples], dtype=np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+    def column(name: str) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([getattr(s, name) for s in samples])))
+
+    return pa.record_batch([column("input_ids"), column("labels"), pa.array(lengths)], schema=SCHEMA)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- Batches, in order, by this process or by several ----
+
+Batch = list[tuple[str, "Encoded | BadSample"]]
+
+
+def _encode_batches(rows: datasets.Dataset, formatter: Formatter, workers: int) -> Iterator[Batch]:
+    batches = ((b["place"], b["sample"]) for b in rows.iter(batch_size=BATCH_SAMPLES))
+    if workers == 1:
+        for places, texts in batches:
+            yield _encode_batch(places, texts, formatter)
+        return
+    # Forked, as `datasets.map` does: a spawned worker would import the main program again.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(formatter,)) as pool:
+        yield from _in_order(pool, batches, ahead=3 * workers)
+
+
+def _in_order(pool: ProcessPoolExecutor, batches: Iterable, ahead: int) -> Iterator[Batch]:
+    """Results in the order of `batches`, at most `ahead` of them under way, so that a slow writer is not flooded."""
+    waiting: deque = deque()
+    try:
+        for places, texts in batches:
+            waiting.append(pool.submit(_encode_in_worker, places, texts))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _encode_batch(places: list[str], texts: list[str], formatter: Formatter) -> Batch:
+    return list(zip(places, formatter.encode([json.loads(text) for text in texts]), strict=True))
+
+
+_formatter: Formatter | None = None  # of this worker process
+
+
+def _start_worker(formatter: Formatter) -> None:
+    global _formatter
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _formatter = formatter
+
+
+def _encode_in_worker(places: list[str], texts: list[str]) -> Batch:
+    return _encode_batch(places, texts, _formatter)

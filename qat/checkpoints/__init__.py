@@ -1,0 +1,1 @@
+"""Packed checkpoints: written, read and proven equal to what was trained."""

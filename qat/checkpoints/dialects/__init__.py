@@ -1,0 +1,1 @@
+"""The formats in which engines read packed checkpoints, one class each."""

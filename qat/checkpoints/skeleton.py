@@ -1,0 +1,125 @@
+"""The skeleton of a checkpoint: its model without weights, prepared as the training prepared it.
+
+From it an exporter learns which tensors are packed under which scheme, without holding a single weight; transformers
+builds it, so tensors that were renamed, tied or left out on purpose are told apart from missing ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..layers.finish import check_baked
+from ..layers.prepare import prepare_qat
+from ..layers.quant_linear import is_quantlinear
+from ..layers.restore import prepare_as_saved
+from ..schemes.config import QATConfig
+from ..schemes.spec import LayerScheme
+from .folder import CONFIG_NAME, CheckpointFolder
+
+logger = logging.getLogger(__name__)
+
+# Engines fuse these into one matrix, so layers of one group must have one scheme.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def prepared_skeleton(
+    checkpoint: CheckpointFolder,
+    scheme: str | Mapping[str, str] | None = None,
+    ignore: Iterable[str] = ("lm_head",),
+    saved: QATConfig | None = None,
+) -> tuple[PreTrainedModel, QATConfig]:
+    """The model of `checkpoint` on the meta device, prepared for `scheme`, and the configuration that says so.
+
+    Args:
+        scheme: a name or a mapping as in `prepare_qat`; None for what the checkpoint was trained with, whose own
+            `ignore` then counts.
+        saved: how the checkpoint was trained; default: what its own `qat_config.json` says.
+
+    Raises:
+        ValueError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
+    """
+    saved = saved or QATConfig.load(checkpoint.path)
+    if scheme is None and saved is None:
+        raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
+    check_baked(checkpoint.names, checkpoint.path)
+    model = load_skeleton(checkpoint)
+    with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
+        if scheme is None:
+            prepare_as_saved(model, saved)
+            model.qat_config = saved
+        else:
+            prepare_qat(model, {"torch.nn.Linear": scheme} if isinstance(scheme, str) else scheme, ignore)
+    if saved is not None and not saved.same_training(model.qat_config):
+        logger.warning("%s was trained with %s and is exported with %s", checkpoint.path, saved.summary, scheme)
+    _check_layers(model, checkpoint)
+    return model, model.qat_config
+
+
+def quantized_layers(model: nn.Module) -> dict[str, LayerScheme]:
+    """The schemes of a prepared model's layers by module name."""
+    return {name: module.scheme for name, module in model.named_modules() if is_quantlinear(module)}
+
+
+def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[str]:
+    """Linear layers left alone: the model's own, and matrices (of experts, say) that files call by other names."""
+    modules = dict(model.named_modules())
+    own = [n for n, module in modules.items() if isinstance(module, nn.Linear) and not is_quantlinear(module)]
+    stored = {name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight")}
+    return own + sorted(stored - set(modules))
+
+
+def load_skeleton(checkpoint: CheckpointFolder) -> PreTrainedModel:
+    """The model that transformers makes of `checkpoint`, on the meta device.
+
+    Raises:
+        ValueError: a parameter of the model is missing in the files, or has another shape there.
+    """
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, device_map="meta", output_loading_info=True, local_files_only=True
+        )
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{checkpoint.path} does not fit the model of its {CONFIG_NAME}: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{checkpoint.path} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {missing[0]}; "
+            "copy or save the checkpoint again"
+        )
+    return model
+
+
+def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
+    layers, names = quantized_layers(model), checkpoint.names
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    for name in layers:
+        if any(model.get_submodule(name).weight is weight for weight in embeddings):
+            raise ValueError(f"{name} shares its weight with the embedding, which stays BF16; add {name!r} to `ignore`")
+        if f"{name}.weight" not in names:
+            raise ValueError(
+                f"{checkpoint.path} has no tensor {name}.weight, the weight of a quantized layer; load and save it "
+                "with transformers, so that its tensors have the model's names"
+            )
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        for group in FUSED:
+            fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
+            if len({scheme and scheme.weight for scheme in fused}) > 1:
+                logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))
+
+
+def describe_layers(layers: Mapping[str, LayerScheme]) -> str:
+    """For example "30 linear layers in MXFP4, 6 linear layers in MXFP8"."""
+    counts = Counter(scheme.name for scheme in layers.values())
+    return ", ".join(f"{count} linear layers in {name}" for name, count in counts.items())

@@ -1,0 +1,169 @@
+"""Verify: prove that a packed folder holds the model that was trained.
+
+Two proofs, both with code that took no part in packing:
+
+* every packed weight, decompressed by the compressed-tensors library, against the weight that the forward pass computes
+  with, element by element; and every other tensor against its source;
+* the logits of the folder as transformers loads it, in a fresh process, against those of the fake-quantized model, bit
+  by bit, both in BF16 on the CPU and with activations under the rule that this engine applies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from ..numerics.formats import BLOCK_SIZE
+from ..schemes.config import QATConfig
+from ..schemes.spec import LayerScheme
+from .dialects.compressed_tensors import engine_input_rule, export_format_of
+from .folder import CONFIG_NAME, CheckpointFolder
+from .skeleton import prepared_skeleton, quantized_layers
+from .verify_logits import fake_quantized_logits, packed_logits
+from .verify_weights import WeightCount, compare_weights
+
+logger = logging.getLogger(__name__)
+
+VERDICT_NAME = "verification.json"
+
+
+class VerificationError(RuntimeError):
+    """A packed checkpoint is not the model it was made of."""
+
+
+def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 128, with_logits: bool = True) -> dict:
+    """Compare the packed checkpoint in `folder` with the BF16 one in `source`; write the verdict into `folder`.
+
+    Args:
+        folder: a folder written by `export_checkpoint`.
+        source: the checkpoint it was made of; default: the one that an earlier verdict names.
+        tokens: length of the text whose logits are compared.
+        with_logits: False compares weights only (no model is loaded), which the verdict then says.
+
+    Returns:
+        The verdict, as in `verification.json`.
+
+    Raises:
+        ValueError: one of the folders is no checkpoint, or no source is known.
+        VerificationError: something differs; the message names the first tensor.
+    """
+    packed = CheckpointFolder.open(folder)
+    export_format = export_format_of(packed.quantization_config, packed.path)
+    checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path))
+    qat_config = QATConfig.load(packed.path)
+    if qat_config is None:
+        raise ValueError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
+    model, _ = prepared_skeleton(checkpoint, saved=qat_config)
+    layers = quantized_layers(model)
+    count = compare_weights(packed, checkpoint, layers)
+    verdict = {
+        "verified": count.elements_that_differ == 0,
+        "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
+        "export_format": export_format,
+        "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(model, layers, count)},
+        "logits": None,
+        "versions": _versions(),
+    }
+    if with_logits and verdict["verified"]:
+        verdict["logits"] = compare_logits(packed, checkpoint, layers, export_format, tokens)
+        verdict["verified"] = verdict["logits"]["bit_equal"]
+    (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
+    _raise_unless_verified(verdict, packed.path)
+    return verdict
+
+
+def compare_logits(
+    packed: CheckpointFolder,
+    checkpoint: CheckpointFolder,
+    layers: dict[str, LayerScheme],
+    export_format: str,
+    tokens: int = 128,
+) -> dict:
+    """The logits part of the verdict: transformers on the packed folder against the fake-quantized model."""
+    text_name, input_ids = _real_text(packed, tokens)
+    engine_rules = {scheme.name: engine_input_rule(export_format, scheme) for scheme in layers.values()}
+    served = packed_logits(packed.path, input_ids)
+    expected, as_trained = fake_quantized_logits(checkpoint.path, packed.path, input_ids, engine_rules)
+    finite = bool(served.isfinite().all() and expected.isfinite().all())
+    return {
+        "text": text_name,
+        "tokens": input_ids.numel(),
+        "engine": f"transformers, {export_format}",
+        "engine_activation_rules": engine_rules,
+        "trained_activation_rules": {scheme.name: scheme.input.scale_rule for scheme in layers.values()},
+        "bit_equal": finite and torch.equal(served, expected),
+        "largest_difference": float((served.float() - expected.float()).abs().max()),
+        "mean_log_probability_difference_to_trained_rule": _log_probability_difference(served, as_trained, input_ids),
+    }
+
+
+def _bytes_over_nominal(model, layers: dict[str, LayerScheme], count: WeightCount) -> float:
+    """Packed bytes over 4.25 (8.25) bits for each value: 1.0 when nothing is padded or stored twice."""
+    bits = sum(model.get_submodule(n).weight.numel() * (s.weight.bits + 8 / BLOCK_SIZE) for n, s in layers.items())
+    return count.packed_bytes * 8 / bits
+
+
+def _recorded_source(folder: Path) -> Path:
+    path = folder / VERDICT_NAME
+    if path.is_file():
+        recorded = folder / json.loads(path.read_text(encoding="utf-8"))["source"]
+        if (recorded / CONFIG_NAME).is_file():
+            return recorded.resolve()
+        raise ValueError(f"{path} names {recorded} as the source, which is not there; give --source")
+    raise ValueError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")
+
+
+def _real_text(packed: CheckpointFolder, tokens: int) -> tuple[str, torch.Tensor]:
+    """`tokens` token ids [1, tokens] of Python's language reference; its bytes where there is no tokenizer."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name].strip() for name in sorted(topics))[: 32 * tokens]
+    if (packed.path / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(packed.path, local_files_only=True)
+        ids = tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+        return "Python's language reference", torch.tensor([ids])
+    vocabulary = packed.config.get("vocab_size", 256)
+    ids = [byte % vocabulary for byte in text.encode()]
+    return "bytes of Python's language reference (there is no tokenizer)", torch.tensor([ids[:tokens]])
+
+
+def _log_probability_difference(a: torch.Tensor, b: torch.Tensor, input_ids: torch.Tensor) -> float:
+    """Mean absolute difference (nats) of the log-probabilities of the text's own tokens."""
+    targets = input_ids[:, 1:, None]
+    own = [logits[:, :-1].float().log_softmax(-1).gather(-1, targets) for logits in (a, b)]
+    return float((own[0] - own[1]).abs().mean())
+
+
+def _versions() -> dict[str, str]:
+    import compressed_tensors
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "compressed-tensors": compressed_tensors.__version__,
+    }
+
+
+def _raise_unless_verified(verdict: dict, folder: Path) -> None:
+    weights, logits = verdict["weights"], verdict["logits"]
+    if weights["elements_that_differ"]:
+        raise VerificationError(
+            f"{folder} is not the model in {verdict['source']}: {weights['elements_that_differ']:,} elements differ, "
+            f"first in {weights['first_difference']}; export it again"
+        )
+    if logits is not None and not logits["bit_equal"]:
+        raise VerificationError(
+            f"{folder}: all weights are equal, but the logits of {logits['engine']} differ from the fake-quantized "
+            f"model's by up to {logits['largest_difference']}; see {VERDICT_NAME}"
+        )
+    rules = "" if logits is None else f"; logits of {logits['tokens']} tokens are bit-equal"
+    logger.info(
+        "Verified %s: %d weights, %d elements, none differs%s", folder, weights["packed_weights"],
+        weights["elements_compared"], rules,
+    )  # fmt: skip

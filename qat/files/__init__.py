@@ -1,0 +1,1 @@
+"""Folders written whole and read safely. The ground floor: imports nothing of this project."""

@@ -1,0 +1,1 @@
+"""Modules and autograd: what can be quantized in a model, and how it trains."""

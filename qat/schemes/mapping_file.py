@@ -1,0 +1,60 @@
+"""A file that says which layers get which scheme: what `training.sensitivity` writes and `prepare_qat` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .spec import SCHEMES
+
+DEFAULT_IGNORE = ("lm_head",)
+
+
+def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Read a JSON file: {"mapping": {KEY: SCHEME, ...}, "ignore": [PATTERN, ...]}, or the inner mapping alone.
+
+    Other keys beside these two, such as how the mapping came about, are left alone. Later entries of the mapping win.
+
+    Returns:
+        The mapping and the layers to ignore (default: lm_head), as `prepare_qat` takes them.
+
+    Raises:
+        ValueError: there is no such file, it is no JSON, or it holds something else.
+    """
+    content = _read(path)
+    expected = 'expected {"mapping": {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}, "ignore": ["lm_head"]}'
+    mapping = content.get("mapping", content) if isinstance(content, dict) else None
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(value, str) for value in mapping.values()):
+        raise ValueError(f"the mapping file {str(path)!r} holds no mapping from layers to schemes; {expected}")
+    if unknown := sorted({value for value in mapping.values() if value.upper() not in SCHEMES}):
+        raise ValueError(f"the mapping file {str(path)!r} names {unknown[0]!r}; choose one of {', '.join(SCHEMES)}")
+    ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
+    if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
+        raise ValueError(f'the mapping file {str(path)!r}: "ignore" is no list of patterns; {expected}')
+    return {key: scheme.upper() for key, scheme in mapping.items()}, tuple(ignore)
+
+
+def load_measurement(path: str | Path) -> dict[str, object]:
+    """Under which settings the mapping of a file that `load_mapping` accepts was measured.
+
+    Returns:
+        "smooth_alpha", a number, and "scale_rules", {SCHEME: {"weight": RULE, "input": RULE}}, each if the file records
+        it; one that was written by hand need not.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+    content = _read(path)
+    found = {key: content[key] for key in ("smooth_alpha", "scale_rules") if "mapping" in content and key in content}
+    if not isinstance(found.get("smooth_alpha", 0), int | float) or not isinstance(found.get("scale_rules", {}), dict):
+        expected = '"smooth_alpha": 0.7, "scale_rules": {"MXFP4": {"weight": "search", "input": "even"}}'
+        raise ValueError(f"the mapping file {str(path)!r} records {found}; expected {expected}, or neither")
+    return found
+
+
+def _read(path: str | Path):
+    """Whatever JSON the file holds; ValueError if none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the mapping file {str(path)!r} cannot be read: {error}") from error

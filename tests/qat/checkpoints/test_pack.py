@@ -1,0 +1,295 @@
+"""Packed export: bytes, files, refusals; nothing half is ever left behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from signal import SIGKILL
+
+import pytest
+import torch
+from helpers import make_llama, make_tokenizer, save_llama
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qat import prepare_qat
+from qat.checkpoints import pack as export_module
+from qat.checkpoints.model_card import CardFacts
+from qat.checkpoints.pack import export_checkpoint, pack_weight
+from qat.checkpoints.verify import verify
+from qat.checkpoints.verify_weights import decompress
+from qat.numerics import ops
+from qat.numerics.formats import SCALE_RULES
+from qat.schemes.config import QATConfig
+from qat.schemes.spec import TensorSpec
+
+MIXED = {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A tiny QAT checkpoint, mixed precision, one layer ignored, with biases."""
+    folder = tmp_path_factory.mktemp("export") / "source"
+    model = prepare_qat(make_llama(attention_bias=True).bfloat16(), MIXED, ("lm_head", "layers.0.self_attn.o_proj"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    model.qat_config.save(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "optimizer.pt").write_text("not part of a served model")
+    (folder / "all_results.json").write_text(json.dumps({"eval_perplexity": 12.5}))
+    return folder
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weight(rows: int = 48, columns: int = 96) -> torch.Tensor:
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
+    return (values * torch.logspace(-6, 3, rows)[:, None]).bfloat16()
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_decompress_to_what_the_forward_pass_computes_with(bits, rule):
+    spec = TensorSpec("mx_fp" if rule == "floor" else f"mx_fp_{rule}", bits)
+    packed, scale = pack_weight(weight(), spec)
+    expected = ops.fake_quantize(weight(), f"mxfp{bits}", rule, torch.bfloat16)
+    assert torch.equal(decompress(packed, scale, bits), expected)
+    assert (packed.nbytes + scale.nbytes) * 8 == weight().numel() * (bits + 0.25)
+
+
+@pytest.mark.parametrize(("data_type", "bits"), [("mx_fp", 4), ("mx_fp", 8), ("mx_fp_rceil", 4), ("mx_fp_rceil", 8)])
+def test_packed_bytes_equal_auto_rounds(data_type, bits):
+    from auto_round.data_type.utils import get_quant_func
+    from auto_round.export.export_to_autoround.qlinear_fp import QuantLinear
+
+    linear = torch.nn.Linear(96, 48, bias=False, dtype=torch.bfloat16)
+    linear.weight.data = weight()
+    quantize, _ = get_quant_func(data_type, bits, True)
+    values, exponent, _ = quantize(tensor=linear.weight.data.clone(), bits=bits, group_size=32)
+    linear.weight.data = values
+    theirs = QuantLinear(bits, 32, 96, 48, False, data_type=data_type, act_bits=bits)
+    theirs.pack(linear, exponent.reshape(48, 3), device="cpu")
+
+    packed, scale = pack_weight(weight(), TensorSpec(data_type, bits))
+    their_codes = theirs.weight_packed if bits == 4 else theirs.weight
+    assert torch.equal(packed.view(torch.uint8), their_codes.view(torch.uint8))
+    assert torch.equal(scale, theirs.weight_scale)
+
+
+def test_slabs_change_nothing(monkeypatch):
+    spec = TensorSpec("mx_fp", 4)
+    whole = pack_weight(weight(), spec)
+    monkeypatch.setattr(export_module, "_SLAB_VALUES", 5 * 96)
+    assert all(map(torch.equal, pack_weight(weight(), spec), whole))
+
+
+@pytest.mark.parametrize("export_format", ["compressed-tensors", "auto_round"])
+def test_everything_but_packed_weights_is_copied_bit_for_bit(source, tmp_path, export_format):
+    packed = load_file(export_checkpoint(source, tmp_path / "packed", export_format) / "model.safetensors")
+    plain = load_file(source / "model.safetensors")
+    assert packed["model.layers.0.mlp.up_proj.weight_packed"].shape == (96, 32)
+    assert packed["model.layers.0.mlp.down_proj.weight"].dtype == torch.float8_e4m3fn
+    assert packed["model.layers.0.mlp.down_proj.weight_scale"].dtype == torch.uint8
+    kept = {name for name in plain if f"{name.removesuffix('.weight')}.weight_scale" not in packed}
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"} <= kept
+    assert any(name.endswith("q_proj.bias") for name in kept) and "lm_head.weight" not in packed
+    assert all(torch.equal(packed[name], plain[name]) for name in kept)
+
+
+def test_the_folder_is_complete_and_the_card_tells_where_it_comes_from(source, tmp_path):
+    facts = CardFacts("meta-llama/Llama-3.2-1B", "python-docs")
+    folder = export_checkpoint(source, tmp_path / "MX", facts=facts)
+    files = {path.name for path in folder.iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "qat_config.json"} <= files
+    assert "optimizer.pt" not in files
+    card = (folder / "README.md").read_text()
+    assert "base_model: meta-llama/Llama-3.2-1B\n" in card
+    for said in ("*.down_proj: MXFP8", "python-docs", "FLOOR", "12.5", "vllm serve"):
+        assert said in card, said
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    assert {tuple(g["targets"]) for g in config["quantization_config"]["config_groups"].values()} >= {
+        ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    }
+    assert config["quantization_config"]["ignore"] == ["model.layers.0.self_attn.o_proj", "lm_head"]
+
+
+def test_a_sharded_checkpoint_stays_sharded(source, tmp_path):
+    sharded = tmp_path / "sharded"
+    shutil.copytree(source, sharded)
+    (sharded / "model.safetensors").unlink()
+    model = make_llama(attention_bias=True).bfloat16()
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    folder = export_checkpoint(sharded, tmp_path / "packed")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    for file in set(index.values()):
+        assert set(load_file(folder / file)) == {name for name, where in index.items() if where == file}
+    assert verify(folder, sharded, with_logits=False)["weights"]["elements_that_differ"] == 0
+
+
+def test_a_plain_checkpoint_in_fp32_is_packed_from_its_bf16_view(tmp_path):
+    plain = save_llama(tmp_path / "plain", dtype=torch.float32)
+    folder = export_checkpoint(plain, tmp_path / "packed", scheme="MXFP8")
+    tensors, original = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
+    layer = "model.layers.1.mlp.gate_proj"
+    expected = ops.fake_quantize(original[f"{layer}.weight"].bfloat16(), "mxfp8", "floor", torch.bfloat16)
+    assert torch.equal(decompress(tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"], 8), expected)
+    assert tensors["model.norm.weight"].dtype == torch.bfloat16
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---- Refusals ----
+
+
+def damaged(source: Path, folder: Path, damage: str) -> Path:
+    """A copy of `source` with one thing wrong."""
+    shutil.copytree(source, folder)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    if damage == "no config":
+        (folder / "config.json").unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "garbage":
+        weights.write_bytes(b"\xff" * 1000)
+    elif damage == "missing tensor":
+        save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, weights, {"format": "pt"})
+    elif damage == "wrong shape":
+        save_file(tensors | {"model.norm.weight": torch.ones(3)}, weights, {"format": "pt"})
+    elif damage == "missing shard":
+        index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif damage == "nan":
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 40] = torch.nan
+        save_file(tensors, weights, {"format": "pt"})
+    elif damage == "no scheme":
+        (folder / "qat_config.json").unlink()
+    elif damage == "tied head":
+        config = QATConfig.load(folder)
+        QATConfig(config.mapping, (), config.scale_rules).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no config", "no Hugging Face checkpoint"),
+        ("no weights", "has neither model.safetensors nor"),
+        ("truncated", "model.safetensors is truncated or corrupted"),
+        ("garbage", "model.safetensors is truncated or corrupted"),
+        ("missing tensor", "lacks 1 tensors of LlamaForCausalLM, e.g. model.norm.weight"),
+        ("wrong shape", "does not fit the model"),
+        ("missing shard", "model-00001-of-00001.safetensors is missing"),
+        ("nan", "model.layers.1.mlp.up_proj.weight holds NaN or infinity in 1 blocks"),
+        ("no scheme", "give --quant_scheme"),
+        ("tied head", "lm_head shares its weight with the embedding"),
+    ],
+)
+def test_a_bad_source_is_named_and_leaves_nothing(source, tmp_path, damage, message):
+    bad = damaged(source, tmp_path / "bad", damage)
+    before = fingerprint(bad)
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(bad, tmp_path / "deep" / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+    assert fingerprint(bad) == before
+
+
+def test_what_is_no_folder_or_packed_already_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="'nowhere' is not a folder"):
+        export_checkpoint("nowhere", tmp_path / "packed")
+    packed = export_checkpoint(source, tmp_path / "packed")
+    with pytest.raises(ValueError, match="already quantized .compressed-tensors."):
+        export_checkpoint(packed, tmp_path / "again")
+    with pytest.raises(ValueError, match="choose one of compressed-tensors, auto_round"):
+        export_checkpoint(source, tmp_path / "again", "gguf")
+
+
+def test_auto_rounds_format_cannot_hold_rule_even(source, tmp_path):
+    even = damaged(source, tmp_path / "even", "")
+    QATConfig({"torch.nn.Linear": "MXFP4"}, scale_rules={"MXFP4": {"weight": "search", "input": "even"}}).save(even)
+    with pytest.raises(ValueError, match="rule 'even', which AutoRound's format cannot hold"):
+        export_checkpoint(even, tmp_path / "packed", "auto_round")
+    folder = export_checkpoint(even, tmp_path / "packed")
+    assert verify(folder, even, with_logits=False)["verified"]
+
+
+def test_an_existing_target_is_replaced_only_when_asked_and_a_checkpoint(source, tmp_path):
+    target = export_checkpoint(source, tmp_path / "packed")
+    (target / "stale").write_text("")
+    with pytest.raises(ValueError, match="--overwrite"):
+        export_checkpoint(source, target)
+    export_checkpoint(source, target, overwrite=True)
+    assert not (target / "stale").exists() and [p.name for p in tmp_path.iterdir()] == ["packed"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        export_checkpoint(source, tmp_path / "photos", overwrite=True)
+    for target in (source, source.parent):
+        with pytest.raises(ValueError, match="would replace the source"):
+            export_checkpoint(source, target, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_leaves_the_old_export_and_nothing_else(source, tmp_path, monkeypatch, error):
+    target = export_checkpoint(source, tmp_path / "packed")
+    before = fingerprint(target)
+
+    def disk_full(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(export_module, "save_file", disk_full)
+    with pytest.raises(OSError, match="the disk is full, nothing was left"):
+        export_checkpoint(source, target, overwrite=True)
+    assert fingerprint(target) == before and [p.name for p in tmp_path.iterdir()] == ["packed"]
+
+
+def test_too_little_disk_is_known_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(OSError, match="needs [0-9,]+ bytes and 1 are free"):
+        export_checkpoint(source, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_killed_at_once_leaves_no_target_and_the_source_as_it_was(source, tmp_path):
+    before, target = fingerprint(source), tmp_path / "packed"
+    child = os.fork()  # a process of its own, which nobody can ask to clean up
+    if child == 0:
+        export_module.save_file = lambda tensors, path, **_: (path.write_bytes(b"half"), os.kill(os.getpid(), SIGKILL))
+        try:
+            export_checkpoint(source, target)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == SIGKILL and fingerprint(source) == before
+    assert [path.name for path in tmp_path.iterdir()] == [".packed.partial"]
+    export_checkpoint(source, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(source, tmp_path, caplog):
+    (tmp_path / ".packed.partial").mkdir()
+    (tmp_path / ".packed.partial" / "half").write_text("")
+    export_checkpoint(source, tmp_path / "packed")
+    assert [p.name for p in tmp_path.iterdir()] == ["packed"]
+    assert "left by a process that was killed" in caplog.text

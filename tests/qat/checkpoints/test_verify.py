@@ -1,0 +1,119 @@
+"""The proof of equality: it holds for what export writes, and it notices a single changed bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MIXED, save_qat
+from safetensors.torch import load_file, save_file
+
+from qat.checkpoints import verify
+from qat.checkpoints import verify_logits as logits
+from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.verify import VerificationError
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    """A source and its packed folder."""
+    folder = tmp_path_factory.mktemp("verify")
+    source = save_qat(folder / "source", MIXED)
+    return source, export_checkpoint(source, source / "packed")
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Start no process for logits: the same program, called."""
+
+    def run(arguments, input_ids):
+        save_file({"input_ids": input_ids}, "inputs.safetensors")
+        logits.main([*arguments, "--inputs", "inputs.safetensors", "--outputs", "outputs.safetensors"])
+        return load_file("outputs.safetensors")
+
+    monkeypatch.setattr(logits, "_in_fresh_process", run)
+
+
+def test_a_packed_model_in_fresh_processes_equals_the_fake_quantized_one(pair):
+    source, packed = pair
+    verdict = verify.verify(packed, source, tokens=48)
+    assert verdict["verified"] and verdict == json.loads((packed / "verification.json").read_text())
+    weights, compared = verdict["weights"], verdict["logits"]
+    assert weights["packed_weights"] == 14
+    assert weights["elements_compared"] == 2 * 64 * (3 * 96 + 2 * 64 + 2 * 32)
+    assert (weights["elements_that_differ"], weights["bytes_over_nominal"]) == (0, 1.0)
+    assert compared["bit_equal"] and compared["tokens"] == 48
+    assert compared["engine_activation_rules"] == {"MXFP4": "even", "MXFP8": "even"}
+    assert compared["mean_log_probability_difference_to_trained_rule"] > 0  # EVEN is not FLOOR, and the verdict says so
+
+
+@pytest.mark.parametrize(
+    ("mapping", "export_format", "kwargs"),
+    [
+        ({"torch.nn.Linear": "MXFP4"}, "auto_round", {"tie_word_embeddings": False}),
+        ({"torch.nn.Linear": "MXFP8_RCEIL"}, "auto_round", {}),
+        (MIXED, "auto_round", {"attention_bias": True}),
+        ({"torch.nn.Linear": "MXFP8"}, "compressed-tensors", {"tie_word_embeddings": False, "attention_bias": True}),
+    ],
+)
+def test_logits_are_bit_equal_in_both_formats(tmp_path, monkeypatch, same_process, mapping, export_format, kwargs):
+    monkeypatch.chdir(tmp_path)
+    source = save_qat(tmp_path / "source", mapping, **kwargs)
+    compared = verify.verify(export_checkpoint(source, tmp_path / "packed", export_format), source, 32)["logits"]
+    assert compared["bit_equal"]
+    if export_format == "auto_round":  # its engine applies the rule of the training
+        assert compared["mean_log_probability_difference_to_trained_rule"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("model.layers.1.mlp.up_proj.weight_packed", "1 elements differ, first in model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.0.self_attn.k_proj.weight_scale", r"\d+ elements differ, first in .*0.self_attn.k_proj.weight"),
+        ("model.norm.weight", "1 elements differ, first in model.norm.weight"),
+    ],
+)
+def test_one_changed_bit_is_found_and_named(pair, tmp_path, tensor, said):
+    source, packed = pair
+    changed = Path(shutil.copytree(packed, tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors[tensor].view(torch.uint8).flatten()[0] ^= 1
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=said):
+        verify.verify(changed, source, with_logits=False)
+    assert json.loads((changed / "verification.json").read_text())["verified"] is False
+
+
+def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
+    source, packed = pair
+    changed = Path(shutil.copytree(packed, tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors["surplus"] = tensors.pop("model.layers.0.mlp.gate_proj.weight_scale")
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=r"2 elements differ, first in .*gate_proj.weight_scale \(missing\)"):
+        verify.verify(changed, source, with_logits=False)
+
+
+def test_wrong_logits_are_an_error_though_all_weights_agree(pair, monkeypatch, tmp_path):
+    source, packed = pair
+    changed = Path(shutil.copytree(packed, tmp_path / "changed"))
+    served, expected = torch.zeros(1, 8, 260), torch.zeros(1, 8, 260)
+    served[0, 3, 5] = 2.0**-20
+    monkeypatch.setattr(verify, "packed_logits", lambda *_: served)
+    monkeypatch.setattr(verify, "fake_quantized_logits", lambda *_: (expected, expected))
+    with pytest.raises(VerificationError, match="all weights are equal, but the logits of transformers"):
+        verify.verify(changed, source, tokens=8)
+
+
+def test_the_source_is_found_again_or_asked_for(pair, tmp_path):
+    source, packed = pair
+    verify.verify(packed, source, with_logits=False)
+    assert verify.verify(packed, with_logits=False)["source"] == ".."
+    lonely = Path(shutil.copytree(packed, tmp_path / "lonely"))
+    with pytest.raises(ValueError, match="give --source"):
+        verify.verify(lonely, with_logits=False)
+    with pytest.raises(ValueError, match="is no packed checkpoint"):
+        verify.verify(source, source, with_logits=False)

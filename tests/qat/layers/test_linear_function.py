@@ -1,0 +1,163 @@
+"""The fused quantized linear: exact gradients, little memory, an input cache that is never stale."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import make_llama
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qat import convert, get_scheme, prepare_qat
+from qat.numerics import ops
+
+SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL"])
+
+
+def make_layer(scheme: str = "MXFP4", bias: bool = True):
+    torch.manual_seed(0)
+    return convert(nn.Linear(64, 48, bias=bias), get_scheme(scheme), "layer")
+
+
+def plain(layer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same computation as a composition of plain operators."""
+    spec_x, spec_w = layer.scheme.input, layer.scheme.weight
+    values = ops.fake_quantize(x, spec_x.format_name, spec_x.scale_rule, dtype)
+    weight = ops.fake_quantize(layer.weight, spec_w.format_name, spec_w.scale_rule, dtype)
+    return torch.nn.functional.linear(values, weight, None if layer.bias is None else layer.bias.to(dtype))
+
+
+class CountedOps:
+    """How often each operator of `qat.ops` ran."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls: list[str] = []
+        for name in ("quantize", "dequantize", "fake_quantize"):
+            monkeypatch.setattr(ops, name, self._counting(name, getattr(ops, name)))
+
+    def _counting(self, name, operator):
+        def call(*args):
+            self.calls.append(name)
+            return operator(*args)
+
+        return call
+
+
+@SCHEMES
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_equal_the_plain_composition_bit_for_bit(scheme, autocast, bias):
+    layer = make_layer(scheme, bias)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    results = []
+    for forward in (layer, lambda x: plain(layer, x, dtype)):
+        x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = forward(x)
+        gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+        inputs = [x, *layer.parameters()]
+        results.append([y, *torch.autograd.grad(y, inputs, gradient)])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
+
+
+def test_backward_keeps_packed_codes_and_the_parameter_only():
+    layer, saved = make_layer(), []
+    x = torch.randn(10, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    codes = [t for t in saved if t is not layer.weight]
+    assert any(t is layer.weight for t in saved)
+    assert [(t.dtype, t.numel()) for t in codes] == [(torch.uint8, 10 * 64 // 2), (torch.uint8, 10 * 64 // 32)]
+
+
+def test_layers_that_share_an_input_quantize_it_once_and_save_it_once(monkeypatch):
+    layers, counted, saved = [make_layer() for _ in range(3)], CountedOps(monkeypatch), []
+    x = torch.randn(10, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outputs = [layer(x) for layer in layers]
+    # One quantize and one dequantize for x; each weight is rounded once.
+    assert counted.calls.count("quantize") == 1 and counted.calls.count("dequantize") == 1
+    assert counted.calls.count("fake_quantize") == 3
+    assert len({t.data_ptr() for t in saved if t.dtype == torch.uint8}) == 2
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
+
+
+def test_an_input_changed_in_place_is_quantized_again():
+    layer, x = make_layer(), torch.randn(4, 64)
+    before = layer(x)
+    x.mul_(3.0)
+    assert torch.equal(layer(x), layer(x.clone())) and not torch.equal(layer(x), before)
+
+
+def test_the_cached_input_dies_with_the_input():
+    from qat.layers.linear_function import _inputs
+
+    layer, x = make_layer(), torch.randn(4, 64)
+    layer(x)
+    assert _inputs.entry is not None
+    del x
+    assert _inputs.entry is None
+
+
+def test_a_changed_weight_is_rounded_again_and_a_copy_has_its_own():
+    layer, x = make_layer(), torch.randn(4, 64)
+    before, twin = layer(x), copy.deepcopy(layer)
+    layer.weight.data.neg_()
+    assert torch.equal(layer(x), plain(layer, x, torch.float32)) and not torch.equal(layer(x), before)
+    assert torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    model = nn.Sequential(nn.Linear(64, 64), *[nn.Sequential(make_layer(), nn.Linear(48, 64)) for _ in range(2)])
+    gradients = []
+    for checkpointed in (False, True):
+        x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        hidden = x
+        for block in model:
+            hidden = checkpoint(block, hidden, use_reentrant=use_reentrant) if checkpointed else block(hidden)
+        model.zero_grad()
+        hidden.square().sum().backward()
+        gradients.append([x.grad, *[p.grad.clone() for p in model.parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_checkpointed_llama_trains_as_without_checkpointing():
+    losses = []
+    for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = prepare_qat(make_llama(), {nn.Linear: "MXFP4"}).train()
+        if kwargs is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+            model.enable_input_require_grads()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ids = torch.arange(40).reshape(2, 20)
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_frozen_weights_keep_no_codes(monkeypatch):
+    layer, counted = make_layer(bias=False), CountedOps(monkeypatch)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and "quantize" not in counted.calls  # the input needs values only
+
+
+def test_fullgraph_compilation_gives_the_same_loss_and_gradients():
+    ids = torch.arange(40).reshape(2, 20)
+    results = []
+    for compiled in (False, True):
+        model = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"})
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *[p.grad for p in model.parameters()]])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,264 @@
+"""The fast kernels against the executable specification, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from qat.numerics import mx as reference
+from qat.numerics.formats import MXFP4, MXFP8, SCALE_RULES
+from qat.numerics.kernels import cpu, triton_kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMATS = pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda f: f.name)
+RULES = pytest.mark.parametrize("rule", SCALE_RULES)
+needs_cpu_kernels = pytest.mark.skipif(not cpu.is_available(), reason="the CPU kernels need a C++ compiler")
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Same dtype, shape and bits; NaNs may carry any payload and sign."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    actual, expected = actual.cpu().contiguous(), expected.contiguous()
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
+    different = actual.view(integer) != expected.view(integer)
+    if actual.is_floating_point():
+        different &= ~(actual.isnan() & expected.isnan())
+    where = different.nonzero()
+    assert len(where) == 0, f"{len(where)} elements differ, first at {where[0].tolist()}"
+
+
+def hard_blocks(dtype: torch.dtype) -> torch.Tensor:
+    """Blocks [N, 32] for every branch: all magnitudes, midpoints, thresholds, subnormals, zeros, NaN and infinity."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    # Every multiple of 1/128 up to 4: grid points, midpoints and thresholds of both formats, under random exponents.
+    steps = (random(-512, 513, 1024, 32) / 128.0) * torch.exp2(random(-150, 127, 1024, 1).float())
+    beside = torch.cat((steps, steps.nextafter(torch.zeros(())), steps.nextafter(torch.tensor(torch.inf)))).to(dtype)
+    if dtype == torch.float32:
+        patterns = random(-(2**31), 2**31, 32768).to(torch.int32).view(dtype)
+    else:
+        patterns = torch.arange(65536)[torch.randperm(65536, generator=generator)].to(torch.int16).view(dtype)
+    finite = patterns[patterns.isfinite()]
+    # Neighbours in magnitude, so that not all but one of a block's values round to zero.
+    alike = finite[finite.abs().argsort()][: len(finite) // 320 * 320].view(-1, 320)
+    alike = alike[:, torch.randperm(320, generator=generator)].reshape(-1, 32)
+    return torch.cat((beside, patterns.view(-1, 32), alike, torch.full((1, 32), -0.0, dtype=dtype)))
+
+
+def assert_equals_reference(backend, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
+    """All functions, on the CPU or on x's GPU."""
+    host = x.cpu()
+    assert_same_bits(backend.fake_quantize(x, fmt, rule, dtype), reference.fake_quantize(host, fmt, rule, dtype))
+    packed, scale = backend.quantize(x, fmt, rule, dtype)
+    expected_packed, expected_scale = reference.quantize(host, fmt, rule, dtype)
+    assert_same_bits(packed, expected_packed)
+    assert_same_bits(scale, expected_scale)
+    back = backend.dequantize(packed, scale, fmt, dtype or x.dtype)
+    assert_same_bits(back, reference.dequantize(expected_packed, expected_scale, fmt, dtype or x.dtype))
+    assert_equals_reference_under_scales(backend, x, expected_scale, fmt, dtype)
+
+
+def assert_equals_reference_under_scales(backend, x: torch.Tensor, scale, fmt, dtype: torch.dtype | None) -> None:
+    """Codes under the rule's own scales and under others, from far too small to far too large."""
+    offsets = torch.randint(-12, 5, scale.shape, generator=torch.Generator().manual_seed(3))
+    for offset in (0, offsets):
+        scales = torch.where(scale == 255, 255, (scale.int() + offset).clamp(0, 254)).to(torch.uint8)
+        actual = backend.quantize_to_scale(x, scales.to(x.device), fmt, dtype)
+        assert_same_bits(actual, reference.quantize_to_scale(x.cpu(), scales, fmt, dtype))
+
+
+@needs_cpu_kernels
+@FORMATS
+@RULES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_kernels_equal_the_reference(dtype, rule, fmt):
+    assert_equals_reference(cpu, hard_blocks(dtype), fmt, rule)
+
+
+@needs_cpu_kernels
+@FORMATS
+@pytest.mark.parametrize("rule", ["rceil", "search"])
+@pytest.mark.parametrize("view", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_kernels_quantize_the_view_of_another_dtype(dtype, view, rule, fmt):
+    if dtype != view:
+        assert_equals_reference(cpu, hard_blocks(dtype), fmt, rule, view)
+
+
+@needs_cpu_kernels
+@FORMATS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_kernels_dequantize_every_code_under_every_scale(dtype, fmt):
+    scale = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 256 // fmt.packed_bytes_per_block)
+    packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
+    assert_same_bits(cpu.dequantize(packed, scale, fmt, dtype), reference.dequantize(packed, scale, fmt, dtype))
+
+
+@needs_cpu_kernels
+@FORMATS
+def test_cpu_kernels_take_any_shape_stride_and_alignment(fmt):
+    x = torch.randn(3 * 5 * 7 * 96 + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    unaligned = x[1:].view(3, 5, 7, 96)
+    for tensor in (unaligned, unaligned.transpose(0, 2), unaligned[:, ::2, :, 32:64], unaligned[0, 0, 0]):
+        assert_equals_reference(cpu, tensor, fmt, "floor")
+        assert_equals_reference(cpu, tensor, fmt, "floor", torch.float32)
+    for shape in ((0,), (0, 64), (4, 0), (2, 0, 32)):
+        assert_equals_reference(cpu, x.new_empty(shape), fmt, "search")
+
+
+@needs_cpu_kernels
+def test_large_tensors_on_many_threads_equal_small_ones():
+    x = torch.randn(999, 32, generator=torch.Generator().manual_seed(0))
+    many = 4 * cpu._LARGE_BYTES // x.nbytes
+    expected = cpu.fake_quantize(x, MXFP4, "even", torch.bfloat16)
+    actual = cpu.fake_quantize(x.repeat(many, 1), MXFP4, "even", torch.bfloat16)
+    assert actual.nbytes > cpu._LARGE_BYTES
+    assert torch.equal(actual.view(many, *expected.shape), expected.expand(many, -1, -1))
+
+
+@needs_cpu_kernels
+def test_cpu_kernels_leave_their_input_alone():
+    x = hard_blocks(torch.bfloat16)
+    before = x.clone()
+    cpu.fake_quantize(x, MXFP8, "search")
+    assert_same_bits(x, before)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("x", "dtype", "message"),
+    [
+        (torch.zeros(2, 33), None, "multiple of 32"),
+        (torch.zeros(()), None, "multiple of 32"),
+        (torch.zeros(32, dtype=torch.float64), torch.float32, "float64"),
+        (torch.zeros(32), torch.float64, "dtype is torch.float64"),
+        (torch.zeros(32, device="meta"), None, "meta"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_an_error_that_names_it(x, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        cpu.fake_quantize(x, MXFP4, "floor", dtype)
+
+
+def test_scales_that_do_not_fit_the_codes_are_an_error():
+    with pytest.raises(ValueError, match="need"):
+        cpu.dequantize(torch.zeros(2, 16).byte(), torch.zeros(2, 2).byte(), MXFP4, torch.float32)
+    with pytest.raises(ValueError, match="need \\(2, 1\\)"):
+        cpu.quantize_to_scale(torch.zeros(2, 32), torch.zeros(2, 2).byte(), MXFP4)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """The CPU backend as in a fresh process, before and after the test."""
+    monkeypatch.delenv(cpu.SWITCH, raising=False)
+    for cached in (cpu._library, cpu._function):
+        cached.cache_clear()
+    yield
+    for cached in (cpu._library, cpu._function):
+        cached.cache_clear()
+
+
+def test_without_a_compiler_one_warning_names_the_remedy(unloaded, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler found.*Install g\\+\\+") as caught:
+        assert not cpu.is_available()
+        assert not cpu.is_available()
+    assert len(caught) == 1
+    with pytest.raises(RuntimeError, match="qat.reference"):
+        cpu.fake_quantize(torch.zeros(32), MXFP4, "floor")
+
+
+def test_a_compiler_that_fails_is_quoted(unloaded, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", f"{sys.executable} -W ignore -c pass")  # runs, and makes no file
+    with pytest.warns(UserWarning, match="could not be built"):
+        assert not cpu.is_available()
+
+
+def test_the_kernels_can_be_switched_off_without_a_warning(monkeypatch):
+    monkeypatch.setenv(cpu.SWITCH, "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not cpu.is_available()
+
+
+@needs_cpu_kernels
+def test_builds_that_race_all_succeed_and_leave_one_library(monkeypatch, tmp_path):
+    source = tmp_path / "source.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(cpu, "_SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+
+    def build() -> None:
+        built.append(cpu._build(cpu._find_compiler(), ("-fPIC",)))
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 3
+    assert [*(tmp_path / "mx-qat").iterdir()] == [built[0]] and len(set(built)) == 1
+    source.write_text('extern "C" int two() { return 2; }')
+    build()
+    assert built[3] != built[0]
+
+
+@needs_cpu_kernels
+def test_the_library_brings_no_openmp_runtime_of_its_own():
+    assert b"libgomp" not in Path(cpu._library()._name).read_bytes()
+
+
+def compare_triton_with_reference(device: str, blocks: int) -> None:
+    """Some of the hard blocks through the Triton kernels; run by the two tests below."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, view, rule in (
+        (torch.bfloat16, None, "floor"),
+        (torch.float32, torch.bfloat16, "search"),
+        (torch.float32, None, "rceil"),
+        (torch.float16, None, "even"),
+    ):
+        x = hard_blocks(dtype)
+        some = torch.randperm(len(x), generator=generator)[:blocks]
+        x = torch.cat((x[some], x[-1:]))  # the last one is all -0.0
+        for fmt in (MXFP4, MXFP8):
+            assert_equals_reference(triton_kernels, x.to(device), fmt, rule, view)
+    assert_equals_reference(triton_kernels, torch.empty(0, 64, device=device), MXFP4, "floor")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_kernels_equal_the_reference_in_tritons_interpreter():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    script = "import test_kernels; test_kernels.compare_triton_with_reference('cpu', 130)"
+    result = subprocess.run(  # a process of its own, because Triton reads the variable when kernels are defined
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_triton_kernels_equal_the_reference_on_the_gpu():
+    compare_triton_with_reference("cuda", 1_000_000)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="Triton is installed")
+def test_without_triton_its_backend_says_so():
+    assert not triton_kernels.is_available()

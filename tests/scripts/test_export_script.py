@@ -1,0 +1,51 @@
+"""scripts/export.py: the command line around export and verify."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+
+import pytest
+from helpers import ROOT, save_llama
+
+SCRIPT = ROOT / "scripts" / "export.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("export_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_any_bf16_checkpoint_is_packed_verified_and_verified_again(script, tmp_path):
+    source, target = str(save_llama(tmp_path / "source")), str(tmp_path / "packed")
+    assert script.main([source, target, "--quant_scheme", "mxfp4", "--weights_only"]) == 0
+    assert script.main(["--verify", target, "--weights_only"]) == 0  # the source is recorded
+
+
+def test_an_error_is_one_line_and_exit_status_1(script, tmp_path, capsys):
+    source = str(save_llama(tmp_path / "source"))
+    assert script.main([source, str(tmp_path / "packed")]) == 1
+    assert "error: " in capsys.readouterr().err and not (tmp_path / "packed").exists()
+
+
+def test_a_terminated_export_removes_what_it_had_written(script, tmp_path, monkeypatch):
+    source = str(save_llama(tmp_path / "source"))
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("qat.checkpoints.pack.save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            script.main([source, str(tmp_path / "deep" / "packed"), "--quant_scheme", "mxfp4"])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert stopped.value.code == 143 and [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("argv", [[], ["only-source"], ["source", "target", "--verify", "target"]])
+def test_half_a_command_is_refused(script, argv, capsys):
+    with pytest.raises(SystemExit):
+        script.parse(argv)
+    assert "give SRC and DST to export, or --verify DIR" in capsys.readouterr().err

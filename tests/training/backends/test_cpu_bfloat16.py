@@ -1,0 +1,57 @@
+"""The FP32 route for BF16 products gives what BF16 hardware gives: FP32 accumulation, one rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training.backends.cpu_bfloat16 import use_fast_bfloat16
+
+
+@pytest.fixture(autouse=True)
+def fast_bfloat16():
+    use_fast_bfloat16()
+
+
+def close(actual: torch.Tensor, expected_fp64: torch.Tensor) -> None:
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), expected_fp64, rtol=2**-8, atol=1e-3)
+
+
+def test_products_of_bf16_tensors_are_rounded_once():
+    a, b, c = torch.randn(2, 8, 64).bfloat16(), torch.randn(2, 64, 6).bfloat16(), torch.randn(6).bfloat16()
+    close(a[0] @ b[0], a[0].double() @ b[0].double())
+    close(torch.bmm(a, b), a.double() @ b.double())
+    close(F.linear(a, b[0].T, c), a.double() @ b[0].double() + c.double())
+    close(torch.baddbmm(c.expand(2, 8, 6), a, b, beta=0.5), a.double() @ b.double() + 0.5 * c.double())
+
+
+def test_fp32_products_are_untouched():
+    a, b = torch.randn(8, 64), torch.randn(64, 6)
+    out = torch.empty(8, 6)
+    torch.mm(a, b, out=out)
+    assert torch.equal(a @ b, out) and torch.equal(torch.addmm(torch.zeros(6), a, b), out)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "float"])
+def test_attention_gradients_equal_those_of_plain_attention(heads, mask):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 10, 8, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
+    keep = torch.ones(2, 1, 10, 10, dtype=torch.bool).tril()
+    keep[1, ..., 7:] = False
+    keep[1, ..., 0] = True
+    attn_mask = {"padding": keep, "float": torch.zeros(2, 1, 10, 10).masked_fill(~keep, -1e4)}.get(mask)
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=mask == "causal", enable_gqa=True)
+    gradient = torch.randn_like(output)
+    actual = torch.autograd.grad(output, (q, k, v), gradient)
+
+    repeat = heads[0] // heads[1]
+    scores = q @ k.repeat_interleave(repeat, 1).transpose(-1, -2) / 8**0.5
+    if mask != "none":
+        keep = torch.ones(10, 10, dtype=torch.bool).tril() if mask == "causal" else keep
+        scores = scores.masked_fill(~keep, -torch.inf)
+    plain = scores.softmax(-1) @ v.repeat_interleave(repeat, 1)
+    torch.testing.assert_close(output, plain)
+    torch.testing.assert_close(actual, torch.autograd.grad(plain, (q, k, v), gradient))

@@ -1,0 +1,102 @@
+"""Oscillation and saturation: figures against hand-made histories of weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import make_llama
+from torch import nn
+
+from qat import prepare_qat
+from training.monitoring.layer_groups import evenly_spaced, group_of
+from training.monitoring.monitor import MOMENTUM, QuantizationMonitor
+
+STATE = SimpleNamespace(global_step=0, max_steps=10, logging_steps=1)
+
+
+@pytest.mark.parametrize(
+    "name,group",
+    [
+        ("model.layers.0.self_attn.q_proj", "attention"),
+        ("model.layers.3.mlp.down_proj", "mlp"),
+        ("model.layers.3.mlp.experts.5.w1", "experts"),
+        ("model.layers.3.mlp.shared_expert.up_proj", "experts"),
+        ("transformer.h.0.attention.dense", "attention"),
+        ("model.layers.0.mamba.in_proj", "other"),
+    ],
+)
+def test_layers_are_grouped_by_name(name, group):
+    assert group_of(name) == group
+
+
+def test_samples_reach_from_the_first_to_the_last():
+    assert evenly_spaced(list(range(30)), 4) == [0, 10, 19, 29] and evenly_spaced([1, 2], 4) == [1, 2]
+
+
+def make_monitor() -> tuple[nn.Module, QuantizationMonitor]:
+    model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False)})
+    nn.init.constant_(model["mlp"].weight, 4.0)  # FLOOR's scale is 1, so is the step below 2
+    prepare_qat(model, {nn.Linear: "MXFP4"})
+    monitor = QuantizationMonitor(model, torch.float32)
+    monitor.on_train_begin(None, STATE, None)
+    return model, monitor
+
+
+def test_only_changes_that_turn_back_are_oscillations():
+    model, monitor = make_monitor()
+    weight = model["mlp"].weight.detach()
+    # By row: 0 goes up twice, 1 goes up and comes back, 2 does so without crossing a border; nothing else moves.
+    for row0, row1, row2 in ((4.9, 5.2, 4.2), (5.2, 4.8, 4.0)):
+        weight[0, 1], weight[1, 1], weight[2, 1] = row0, row1, row2
+        monitor.on_optimizer_step(None, STATE, None)
+    (sample,) = monitor.samples["mlp"]
+    assert sample.frequency.nonzero().tolist() == [[1, 1]] and sample.frequency[1, 1].item() == pytest.approx(MOMENTUM)
+    figures = monitor.metrics()
+    assert figures["oscillation/mlp"] == pytest.approx(1 / 1024, abs=1e-6)
+    assert figures["flips/mlp"] == pytest.approx(1.5 / 1024, abs=1e-6)  # row 1 twice, row 0 once, in two steps
+    for _ in range(80):
+        monitor.on_optimizer_step(None, STATE, None)
+    assert monitor.metrics()["oscillation/mlp"] == 0.0
+
+
+def test_saturated_weights_and_inputs_are_counted():
+    model, monitor = make_monitor()
+    with torch.no_grad():
+        model["mlp"].weight[:, 0] = 7.0
+    monitor.on_optimizer_step(None, STATE, None)
+    monitor.on_step_begin(None, STATE, None)
+    x = torch.full((3, 64), 4.0)
+    x[0, 0] = x[0, 1] = 6.5
+    x[1, 0] = 6.0
+    model["mlp"](x)
+    monitor.on_step_end(None, STATE, None)
+    model["mlp"](torch.full((3, 64), 7.9))  # no longer watched
+    figures = monitor.metrics()
+    assert figures["saturation_weights/mlp"] == pytest.approx(1 / 64, abs=1e-6)
+    assert figures["saturation_inputs/mlp"] == pytest.approx(2 / 192, abs=1e-6)
+    assert not model["mlp"]._forward_pre_hooks and "saturation_inputs/mlp" not in monitor.metrics()
+
+
+def test_steps_that_are_not_logged_run_without_hooks():
+    model, monitor = make_monitor()
+    monitor.on_step_begin(None, SimpleNamespace(global_step=0, logging_steps=2), None)
+    assert not model["mlp"]._forward_pre_hooks
+
+
+def test_a_model_is_sampled_in_every_group():
+    model = prepare_qat(make_llama(), {nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}, learn_exponent=True)
+    monitor = QuantizationMonitor(model, torch.bfloat16)
+    monitor.on_train_begin(None, STATE, None)
+    monitor.on_step_begin(None, STATE, None)
+    model(input_ids=torch.arange(40).reshape(2, 20))
+    monitor.on_step_end(None, STATE, None)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight_quantizer.exponent_offset.add_(4)  # MXFP8: small values are lost
+    monitor.on_optimizer_step(None, STATE, None)
+    figures = monitor.metrics()
+    names = {f"{kind}/{group}" for kind in ("flips", "oscillation", "saturation_weights", "saturation_inputs")
+             for group in ("attention", "mlp")}  # fmt: skip
+    assert set(figures) == names and figures["flips/mlp"] > 0 and figures["flips/attention"] == 0
+    assert all(0 <= figure <= 1 for figure in figures.values())

@@ -1,0 +1,166 @@
+"""Which checkpoint is continued from, and what makes a run another one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_tokenizer, write_conversations
+
+from qat import QATConfig
+from qat.files.manifest import describe, problems, write_manifest
+from training.arguments.training import TrainingArguments
+from training.backends.writers import Writers
+from training.resume.checkpoints import find_checkpoint
+from training.resume.output import checkpoints_in, delete_older_checkpoints, model_written_whole, prepared_output
+from training.resume.run_record import RunRecord
+from training.resume.sampling import EpochSampler
+from utils import make_supervised_data_module
+
+
+def make_checkpoint(output: Path, step: int) -> Path:
+    folder = output / f"checkpoint-{step}"
+    (folder / "optimizer_0").mkdir(parents=True)
+    for name in ("model.safetensors", "trainer_state.json", "optimizer_0/a.distcp"):
+        (folder / name).write_text(f"{name} of step {step}")
+    write_manifest(folder, describe(folder))
+    return folder
+
+
+def test_processes_share_the_reading_and_find_every_fault_once(tmp_path):
+    folder = make_checkpoint(tmp_path, 2)
+    parts = [describe(folder, i, 2) for i in range(2)]
+    assert {**parts[0], **parts[1]} == describe(folder) and not parts[0].keys() & parts[1].keys()
+    (folder / "model.safetensors").write_text("model.safetensors of step 3")
+    (folder / "trainer_state.json").write_text("short")
+    (folder / "optimizer_0" / "a.distcp").unlink()
+    found = problems(folder, 0, 2) + problems(folder, 1, 2)
+    assert len(found) == 3 and set(found) == set(problems(folder))
+    assert any("model.safetensors has changed" in p for p in found) and any("5 bytes instead of" in p for p in found)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"format_version": 1, "files": {"../x": {"bytes": 1, "xxh3_128": ""}}}']
+)
+def test_a_damaged_manifest_vouches_for_nothing(tmp_path, content):
+    folder = make_checkpoint(tmp_path, 2)
+    (folder / "manifest.json").write_text(content)
+    assert "manifest.json is damaged" in problems(folder)[0]
+
+
+def test_the_newest_complete_checkpoint_is_taken_and_the_others_are_named(tmp_path, caplog):
+    for step in (4, 8, 12, 16):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-16" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-12" / "model.safetensors").write_text("")
+    assert find_checkpoint(str(tmp_path), None, None) == str(tmp_path / "checkpoint-8")
+    assert "checkpoint-16: it has no manifest.json" in caplog.text
+    assert "checkpoint-12: model.safetensors has 0 bytes" in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-12.*is not complete: model.safetensors has 0 bytes"):
+        find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-12"), None)
+
+
+def test_a_run_does_not_start_anew_in_silence_where_no_checkpoint_is_complete(tmp_path):
+    (make_checkpoint(tmp_path, 4) / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="none of the 1 checkpoints.*--resume_from_checkpoint False"):
+        find_checkpoint(str(tmp_path), None, None)
+    assert find_checkpoint(str(tmp_path), "False", None) is None
+
+
+def test_other_scale_rules_are_refused_naming_both_sides(tmp_path):
+    folder = make_checkpoint(tmp_path, 4)
+    configs = [
+        QATConfig({"Linear": "MXFP4"}, scale_rules={"MXFP4": {"weight": r, "input": "even"}})
+        for r in ("floor", "search")
+    ]
+    configs[0].save(folder)
+    with pytest.raises(ValueError, match="weights floor, inputs even.*this run is .*weights search, inputs even"):
+        find_checkpoint(str(tmp_path), None, configs[1])
+
+
+def test_rotation_keeps_the_newest_the_best_and_at_most_the_limit(tmp_path):
+    folders = [make_checkpoint(tmp_path, step) for step in (2, 4, 10, 12)]
+    delete_older_checkpoints(tmp_path, None, {folders[3]})
+    assert checkpoints_in(tmp_path) == folders
+    delete_older_checkpoints(tmp_path, 2, {folders[3], folders[0]})
+    assert checkpoints_in(tmp_path) == [folders[0], folders[3]]
+    delete_older_checkpoints(tmp_path, 1, {folders[3]})
+    assert checkpoints_in(tmp_path) == [folders[3]] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_runs_left_is_cleared_and_what_they_were_replacing_is_given_back(tmp_path):
+    make_checkpoint(tmp_path, 4).rename(tmp_path / ".checkpoint-4.replaced")
+    for name in (".checkpoint-6.partial", ".checkpoint-2.deleted", ".model.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "all_results.json").write_text('{"eval')
+    with prepared_output(tmp_path, Writers()):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert find_checkpoint(str(tmp_path), None, None) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_model_replaces_another_whole_or_not_at_all(tmp_path):
+    for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "qat_config.json"):
+        (tmp_path / name).write_text("old")
+    make_checkpoint(tmp_path, 4)
+    old = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ZeroDivisionError), model_written_whole(tmp_path, True) as aside:
+        (aside / "config.json").write_text("new")
+        raise ZeroDivisionError
+    assert {path.name for path in tmp_path.iterdir()} == old and (tmp_path / "config.json").read_text() == "old"
+    with model_written_whole(tmp_path, True) as aside:
+        for name in ("config.json", "model.safetensors"):
+            (aside / name).write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "checkpoint-4"}
+    assert (tmp_path / "config.json").read_text() == "new"
+
+
+def make_record(
+    folder: Path, count: int = 40, samples_per_step: int = 4, data: dict | None = None, **kwargs
+) -> RunRecord:
+    path = write_conversations(folder / f"{count}.jsonl", count)
+    dataset = make_supervised_data_module(str(path), make_tokenizer(), eval_size=4)["train_dataset"]
+    args = TrainingArguments(str(folder / "out"), use_cpu=True, report_to="none", **kwargs)
+    return RunRecord.of(args, dataset, samples_per_step, 9, data or {"dataset": "a"}, {})
+
+
+def test_other_data_another_batch_or_another_seed_is_refused_by_name(tmp_path, caplog):
+    record = make_record(tmp_path)
+    record.save(tmp_path, {"tr_loss": [0.5]})
+    assert record.check(tmp_path) == {"tr_loss": [0.5]}
+    for other, message in (
+        (make_record(tmp_path, seed=7), "seed: 42 in the checkpoint, 7 now"),
+        (make_record(tmp_path, samples_per_step=8), "samples per step: 4 in the checkpoint, 8 now"),
+        (make_record(tmp_path, data={"dataset": "b"}), "dataset: 'a' in the checkpoint, 'b' now"),
+        (make_record(tmp_path, count=41), "training data: '36 samples, checksum"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.check(tmp_path)
+        other.check(tmp_path, ignore_data_skip=True)
+        assert message in caplog.text
+
+
+def test_what_else_is_learned_is_said_by_name(tmp_path, caplog):
+    make_record(tmp_path).save(tmp_path, {})
+    make_record(tmp_path, learning_rate=0.5, max_steps=7).check(tmp_path)
+    assert "learning_rate: 5e-05 in the checkpoint, 0.5 now (the optimizer's state keeps" in caplog.text
+    assert "max_steps: -1 in the checkpoint, 7 now" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make_record(tmp_path).check(tmp_path)
+    assert not caplog.text
+
+
+def test_the_order_of_samples_depends_on_seed_and_epoch_alone():
+    lengths = [i * 7 % 50 for i in range(400)]
+    for kwargs in ({}, {"lengths": lengths, "group": 4}):
+        one, other = EpochSampler(400, 3, **kwargs), EpochSampler(400, 3, **kwargs)
+        first, _ = list(one), torch.rand(5)
+        one.set_epoch(2)
+        other.set_epoch(2)
+        assert list(one) == list(other) != first and sorted(first) == list(range(400))
+        assert first != list(EpochSampler(400, 4, **kwargs))
+    groups = [[lengths[i] for i in first[start : start + 4]] for start in range(0, 400, 4)]
+    assert sum(max(group) - min(group) for group in groups) / 100 < 5  # of lengths up to 50

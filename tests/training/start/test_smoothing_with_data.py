@@ -1,0 +1,115 @@
+"""Smoothing by training samples: how much of them is read, and where the model is meanwhile."""
+
+import os
+
+import pytest
+import torch
+from helpers import make_llama
+
+from data.sets.collating import SupervisedCollator
+from qat import prepare_qat
+from qat.transforms.smoothing import smooth
+from training.start import smoothing as calibration
+from training.start.smoothing import smooth_with_data
+
+CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # "meta" stands for a GPU
+
+
+def make_data(samples: int = 3, tokens: int = 20) -> dict:
+    ids = torch.randint(0, 50, (samples, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "labels": row, "length": tokens} for row in ids]
+    return {"train_dataset": rows, "data_collator": SupervisedCollator(0)}
+
+
+def make_model():
+    model = make_llama()
+    prepare_qat(model, {torch.nn.Linear: "MXFP4"})
+    return model
+
+
+def smoothed(data: dict) -> dict[str, torch.Tensor]:
+    model = make_model()
+    smooth_with_data(model, data, 0.7, CPU)
+    return model.state_dict()
+
+
+def test_no_more_than_the_beginning_of_each_sample_is_read(monkeypatch):
+    monkeypatch.setattr(calibration, "TOKENS", 8)
+    whole, short = make_data(), make_data()
+    short["train_dataset"] = [{k: v[:8] for k, v in row.items() if k != "length"} for row in short["train_dataset"]]
+    ours, expected = smoothed(whole), smoothed(short)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    monkeypatch.setattr(calibration, "TOKENS", 20)
+    assert any(not torch.equal(value, ours[name]) for name, value in smoothed(whole).items())
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """As under FSDP, with a device beside the CPU; yields where the model was moved. Each move gives its tensors new
+    memory, as a move to a GPU does."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    moves = []
+
+    def move(self, device):
+        moves.append(device)
+        return self._apply(torch.clone)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    return moves
+
+
+def bytes_needed() -> int:
+    tensors = [*make_llama().parameters(), *make_llama().buffers()]
+    return 2 * 1024**3 + sum(4 * tensor.numel() for tensor in tensors)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_to_be_sharded_computes_where_it_fits_and_comes_back(sharded, monkeypatch, fails):
+    monkeypatch.setattr(calibration, "_free_bytes", lambda device: bytes_needed())
+    data, model = make_data(), make_model()
+    before, addresses = list(model.parameters()), [p.data_ptr() for p in model.parameters()]
+    if fails:
+        data["train_dataset"] = [{"input_ids": [10**6] * 3, "labels": [0] * 3}]  # tokens that the model does not have
+        with pytest.raises(IndexError):
+            smooth_with_data(model, data, 0.7, ELSEWHERE)
+    else:
+        smooth_with_data(model, data, 0.7, ELSEWHERE)
+        expected = make_model()
+        smooth(expected, list(calibration._batches(data, CPU)), 0.7)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert sharded == [ELSEWHERE, CPU]
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert addresses != [p.data_ptr() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("processes,loads_alone,cores", [("1", False, 3), ("2", True, 3), ("2", False, 1)])
+def test_a_model_that_does_not_fit_is_smoothed_on_the_cpu_with_a_warning_and_all_cores_that_are_free(
+    sharded, monkeypatch, caplog, processes, loads_alone, cores
+):
+    seen = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setattr(calibration, "first_process_loads", lambda: loads_alone)
+    monkeypatch.setattr(calibration, "_free_bytes", lambda device: bytes_needed() - 1)
+    monkeypatch.setattr(calibration, "smooth", lambda *_args: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5}, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        smooth_with_data(make_model(), make_data(), 0.7, ELSEWHERE)
+        assert (seen, torch.get_num_threads()) == ([cores], 1) and ELSEWHERE not in sharded
+    finally:
+        torch.set_num_threads(threads)
+    assert f"smoothing runs on the CPU, on {cores} cores" in caplog.text and "2.0 GiB free" in caplog.text
+    assert "raise --ddp_timeout" in caplog.text and "--smooth_alpha 0" in caplog.text
+
+
+def test_flash_attention_is_replaced_while_smoothing_computes_in_fp32(monkeypatch):
+    model, seen = make_model(), []
+    model.config._attn_implementation = "flash_attention_2"
+    monkeypatch.setattr(calibration, "smooth", lambda model, *_args: seen.append(model.config._attn_implementation))
+    monkeypatch.setattr(
+        type(model), "set_attn_implementation", lambda self, name: setattr(self.config, "_attn_implementation", name)
+    )
+    smooth_with_data(model, make_data(), 0.7, CPU)
+    assert (seen, model.config._attn_implementation) == (["sdpa"], "flash_attention_2")

@@ -1,0 +1,1 @@
+"""The command line: groups of arguments, each checked before anything slow begins."""

@@ -1,0 +1,110 @@
+"""Arguments of main.py: whether to learn from an unquantized teacher, and from which."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+TEACHERS = ("copy", "cache", "self")
+SELF_IN_TRAINING = (
+    "--distill_teacher self is for evaluation (--do_eval without --do_train): while weights train, the teacher changes "
+    "with the student, and nothing holds both to the model that the stage starts from. Choose --distill_teacher copy "
+    "or cache"
+)
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What is kept of a distribution.
+
+    Args:
+        top_k: tokens kept with their probability.
+        samples: tokens drawn from the rest.
+        temperature: of the distribution.
+        seed: of the draws.
+    """
+
+    top_k: int = 16
+    samples: int = 16
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise ValueError(f"--distill_top_k {self.top_k} is negative; 0 keeps sampled tokens only")
+        if self.samples < 1:
+            raise ValueError(
+                f"--distill_samples {self.samples}: at least 1 token must stand for the rest of the distribution"
+            )
+
+
+@dataclass
+class DistillationArguments:
+    """Whether to learn from an unquantized teacher instead of from the data's own tokens."""
+
+    distill: bool = field(
+        default=False,
+        metadata={"help": "Learn the token distributions of the model that this stage starts from, unquantized."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Another teacher: hub id or local folder; implies --distill True."}
+    )
+    distill_teacher: str = field(
+        default="copy",
+        metadata={
+            "help": "How the teacher is there: copy keeps a frozen model in memory; cache computes its distributions "
+            "once and keeps a sample of each on disk; self is the student with its quantizers off. See "
+            "docs/distillation.md.",
+            "choices": list(TEACHERS),
+        },
+    )
+    distill_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where --distill_teacher cache keeps distributions. Default: beside the data's."},
+    )
+    distill_top_k: int = field(
+        default=16, metadata={"help": "Most likely tokens of each distribution that are cached with their probability."}
+    )
+    distill_samples: int = field(
+        default=16, metadata={"help": "Tokens drawn from the rest of each distribution for the cache, at least 1."}
+    )
+    distill_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of both distributions; above 1 flattens them."}
+    )
+    distill_ce_weight: float = field(
+        default=0.0, metadata={"help": "Share of the loss that is cross-entropy with the data's tokens, from 0 to 1."}
+    )
+
+    def __post_init__(self) -> None:
+        self.distill = self.distill or self.teacher_model_name_or_path is not None or self.distill_teacher != "copy"
+        if self.distill_teacher not in TEACHERS:
+            raise ValueError(
+                f"--distill_teacher {self.distill_teacher!r} is unknown; choose one of {', '.join(TEACHERS)}"
+            )
+        if self.distill_teacher == "self" and self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                f"--distill_teacher self and --teacher_model_name_or_path {self.teacher_model_name_or_path!r} name two "
+                "teachers; give one of them"
+            )
+        if not 0 < self.distill_temperature < math.inf:
+            raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0, and finite")
+        if not 0 <= self.distill_ce_weight < 1:
+            raise ValueError(
+                f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1, at which nothing is "
+                "learned from a teacher: leave --distill out then"
+            )
+        self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
+        self._check_unused()
+
+    def _check_unused(self) -> None:
+        """Settings that have no effect without a teacher, or without a cache."""
+        unused = {}
+        if not self.distill:
+            unused |= dict.fromkeys(("distill_temperature", "distill_ce_weight"), "--distill True")
+        if self.distill_teacher != "cache":
+            unused |= dict.fromkeys(
+                ("distill_cache_dir", "distill_top_k", "distill_samples"), "--distill_teacher cache"
+            )
+        for name, wanted in unused.items():
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")

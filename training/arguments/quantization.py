@@ -1,0 +1,156 @@
+"""Arguments of main.py: how to quantize, and how to train what is quantized."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+from qat import SCHEMES, get_scheme
+from qat.checkpoints.dialects.compressed_tensors import EXPORT_FORMATS
+from qat.numerics.formats import SCALE_RULES
+from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
+from qat.schemes.spec import INPUT_SCALE_RULES
+
+logger = logging.getLogger(__name__)
+
+
+def check_smooth_alpha(alpha: float) -> None:
+    """Raises ValueError unless `alpha` is 0, for no smoothing, or at most 1."""
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"--smooth_alpha {alpha} is out of range; choose 0 (off) to 1, such as 0.7")
+
+
+@dataclass
+class QuantizationArguments:
+    """How to quantize."""
+
+    quant_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Quantization scheme, one of {', '.join(SCHEMES)}. With --do_train: quantization-aware training; "
+            "without: evaluation after plain rounding (PTQ). Default: none, or the scheme of a QAT folder."
+        },
+    )
+
+    weight_scale_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scale rule of weights, one of {', '.join(SCALE_RULES)}; default: the scheme's own. "
+            "search picks the better of two exponents for each block."
+        },
+    )
+    input_scale_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Scale rule of activations, one of {', '.join(INPUT_SCALE_RULES)}; default: the scheme's own. "
+            "Choose the rule of the engine that will serve the model."
+        },
+    )
+    smooth_alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Smooth activations before training: move this share of their outliers into the weights, exactly "
+            "and at no cost in serving (SmoothQuant). 0: off; 0.7 is a good start for MXFP4."
+        },
+    )
+    quant_mapping: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mixed precision: a JSON file of schemes by layer name or glob, in place of --quant_scheme; "
+            "python -m training.sensitivity proposes one."
+        },
+    )
+    learn_exponent: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the block exponents of weights too; what is saved is a plain checkpoint all the same."
+        },
+    )
+    exponent_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the exponents, which move in whole steps; no weight decay."}
+    )
+    log_quantization: bool = field(
+        default=True,
+        metadata={"help": "Log how many codes flip and oscillate and how many values saturate, by group of layers."},
+    )
+    export_format: str = field(
+        default="compressed-tensors",
+        metadata={
+            "help": "After quantization-aware training, pack the model into output_dir/SCHEME: "
+            f"{', '.join(EXPORT_FORMATS)}, or none."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.export_format not in (*EXPORT_FORMATS, "none"):
+            raise ValueError(
+                f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
+            )
+        check_smooth_alpha(self.smooth_alpha)
+        for name, choices in (("weight_scale_rule", SCALE_RULES), ("input_scale_rule", INPUT_SCALE_RULES)):
+            rule = getattr(self, name)
+            if rule is not None and rule not in choices:
+                raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
+        if not 0 < self.exponent_learning_rate < math.inf:
+            raise ValueError(
+                f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0, and finite"
+            )
+        if self.exponent_learning_rate != type(self).exponent_learning_rate and not self.learn_exponent:
+            raise ValueError(
+                f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
+                "give that too, or leave it out"
+            )
+        if self.quant_mapping is not None:
+            if self.quant_scheme is not None:
+                raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
+            load_mapping(self.quant_mapping)
+            load_measurement(self.quant_mapping)
+            return
+        if self.quant_scheme is None:
+            if self.weight_scale_rule or self.input_scale_rule:
+                raise ValueError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
+            return
+        if self.quant_scheme.upper() not in SCHEMES:
+            raise ValueError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        self.quant_scheme = self.quant_scheme.upper()
+
+    def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
+        """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
+        if self.quant_mapping is not None:
+            self._warn_if_measured_otherwise()
+            return load_mapping(self.quant_mapping)
+        return None if self.quant_scheme is None else ({"torch.nn.Linear": self.quant_scheme}, DEFAULT_IGNORE)
+
+    def _warn_if_measured_otherwise(self) -> None:
+        """Layers that suffer least under other settings may not be those that suffer least under these."""
+        measured = load_measurement(self.quant_mapping)
+        alpha = measured.get("smooth_alpha", self.smooth_alpha)
+        if alpha != self.smooth_alpha:
+            logger.warning(
+                "--quant_mapping %s was measured with --smooth_alpha %s, and this run has --smooth_alpha %s, so "
+                "that other layers may suffer; give both the same", self.quant_mapping, alpha, self.smooth_alpha,
+            )  # fmt: skip
+        rules = measured.get("scale_rules", {})
+        for name in sorted(set(load_mapping(self.quant_mapping)[0].values()) & set(rules)):
+            scheme = get_scheme(name, self.weight_scale_rule, self.input_scale_rule)
+            own = {"weight": scheme.weight.scale_rule, "input": scheme.input.scale_rule}
+            if rules[name] != own:
+                logger.warning(
+                    "--quant_mapping %s was measured with the scale rules %s of %s, and this run has %s, so that other "
+                    "layers may suffer; give both the same --weight_scale_rule and --input_scale_rule",
+                    self.quant_mapping, rules[name], name, own,
+                )  # fmt: skip
+
+    def check_unused(self) -> None:
+        """Raises ValueError for a setting that has no effect where nothing is quantized."""
+        for name in (*self.training_options(), "smooth_alpha"):
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(
+                    f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
+                    "--quant_mapping, or leave it out"
+                )
+
+    def training_options(self) -> dict[str, str | bool | float]:
+        """Arguments of `prepare_qat` about how weights are trained."""
+        return {"learn_exponent": self.learn_exponent}

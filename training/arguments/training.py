@@ -1,0 +1,80 @@
+"""Arguments of main.py: Hugging Face's own training arguments, with defaults for this job and a few more."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import transformers
+from accelerate import PartialState
+
+GATHER_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Hugging Face's own training arguments, with defaults for this job."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models are cached."})
+    model_max_length: int = field(
+        default=2048, metadata={"help": "Samples are cut at this many tokens; batches are padded to their longest."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={"help": "Drop the last incomplete training batch. Evaluation always uses every sample."},
+    )
+    bf16: bool = field(
+        default=True,
+        metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
+    )
+
+    report: bool = field(
+        default=True, metadata={"help": "After training, write report.md and report.png with curves and final figures."}
+    )
+    fsdp_gather_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype in which FSDP gathers parameters: float32 computes what one process does; bfloat16 halves "
+            "the traffic and computes norms, embeddings and the residual stream in BF16. See docs/distributed.md.",
+            "choices": list(GATHER_DTYPES),
+        },
+    )
+    group_by_length: bool = field(
+        default=False,
+        metadata={"help": "Batch samples of about the same length together (same as --train_sampling_strategy)."},
+    )
+    max_nan_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps in a row whose loss or gradient may be NaN or infinite; they are not applied. One more ends "
+            "the run, whose checkpoints stay good."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        if self.max_nan_steps < 0:
+            raise ValueError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")
+        if self.model_max_length < 2:
+            raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.fp16:
+            self.bf16 = False
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric.endswith(("kl", "perplexity")) and self.greater_is_better is None:
+            self.greater_is_better = False  # as transformers has it for losses only
+        if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+        super().__post_init__()
+        if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
+            self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one GPU a process: transformers would spread a single process over all with torch's DataParallel,
+        which multiplies the batch and copies the model at every step. `accelerate launch` is for several."""
+        return min(super().n_gpu, 1)

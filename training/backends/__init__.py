@@ -1,0 +1,1 @@
+"""What devices and process groups need so that training is the same on all of them."""

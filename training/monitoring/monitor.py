@@ -1,0 +1,188 @@
+"""What quantization does to a model while it trains, for the log: oscillating codes and saturated values.
+
+A weight near the border between two grid values can be pushed across and back by every other step, and its code with it
+(Nagel et al., arXiv:2203.11086). An oscillation is a change of the quantized value whose direction is opposite to that
+of the value's last change; its frequency is a running mean with momentum 0.01, as in that paper, and a weight counts as
+oscillating while the frequency exceeds 0.005: for about 70 steps after an oscillation.
+
+Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 layers, spread over
+the depth of the model, and 16 rows of each, joined into one matrix, so that a step costs a few dozen small operations
+whatever the model's size. Inputs are looked at in steps that are logged, in at most 4 layers of each group, 64 tokens
+of each. Under FSDP2 these are rows that the logging process holds. A resumed run starts its histories anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from qat import QuantLinear
+from qat.layers import learned_scales as gradients
+from qat.numerics import ops
+from qat.numerics.formats import get_format
+from qat.numerics.mx import saturates
+from qat.schemes.spec import TensorSpec
+
+from .layer_groups import evenly_spaced, grouped_layers, local_rows
+
+logger = logging.getLogger(__name__)
+
+MOMENTUM, OSCILLATING = 0.01, 0.005
+LAYERS_PER_GROUP, ROWS_PER_LAYER = 8, 16
+INPUTS_PER_GROUP, TOKENS_PER_INPUT = 4, 64
+
+
+@dataclass
+class WeightSample:
+    """Rows of layers that share scheme and width, and the history of their quantized values [n, K]."""
+
+    layers: list[QuantLinear]
+    spec: TensorSpec
+    dtype: torch.dtype
+    values: torch.Tensor | None = None
+    direction: torch.Tensor | None = None  # of each value's last change: -1, 0 (none yet), 1
+    frequency: torch.Tensor | None = None
+    changed: torch.Tensor | float = 0.0  # share of values, summed over steps
+    steps: int = 0
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights [n, K] and learned offsets [n, K / 32], where there are any."""
+        parts = [
+            (local_rows(layer.weight), local_rows(layer.weight_quantizer.exponent_offset)) for layer in self.layers
+        ]
+        weights, offsets = zip(*((_some(weight), _some(offset)) for weight, offset in parts), strict=True)
+        return torch.cat(weights), None if offsets[0] is None else torch.cat(offsets)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Compare the values with those of the step before."""
+        weights, offsets = self.rows()
+        codes = gradients.quantize(weights, self.spec, self.dtype, offsets)
+        values = ops.dequantize(*codes, self.spec.format_name, self.dtype)
+        if self.values is None:
+            self.direction = torch.zeros_like(values, dtype=torch.int8)
+            self.frequency = torch.zeros_like(values, dtype=torch.float32)
+        else:
+            change = (values - self.values).sign().to(torch.int8)
+            oscillated = (change * self.direction) < 0
+            self.frequency.lerp_(oscillated.float(), MOMENTUM)
+            self.direction = torch.where(change == 0, self.direction, change)
+            self.changed = self.changed + (change != 0).float().mean()
+            self.steps += 1
+        self.values = values
+
+    @torch.no_grad()
+    def saturated(self) -> torch.Tensor:
+        """Share of the weights beyond their block's largest element."""
+        weights, offsets = self.rows()
+        codes = gradients.quantize(weights, self.spec, self.dtype, offsets)
+        return _share_saturated(weights, codes[1], self.spec, self.dtype)
+
+
+class QuantizationMonitor(TrainerCallback):
+    """Gathers figures while a prepared model trains; `metrics` gives them to the trainer's log.
+
+    Args:
+        model: prepared by `prepare_qat`.
+        dtype: that the forward pass computes in.
+        watch_inputs: False where hooks on layers would not run, under torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, watch_inputs: bool = True) -> None:
+        self.dtype = dtype
+        self.groups = grouped_layers(model)
+        self.samples: dict[str, list[WeightSample]] = {}
+        self.inputs = {group: _distinct_inputs(layers) if watch_inputs else [] for group, layers in self.groups.items()}
+        self.input_shares: dict[str, list[torch.Tensor]] = {}
+        self.hooks: list = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Choose the weights; only now are they where they will be while training."""
+        self.samples = {group: _samples(list(layers.values()), self.dtype) for group, layers in self.groups.items()}
+        if not any(self.samples.values()):
+            logger.warning("oscillation and saturation of weights are not logged: FSDP1 holds no whole rows of them")
+        for sample in self._all_samples():
+            sample.update()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """In a step that is going to be logged, look at the inputs of some layers."""
+        if (state.global_step + 1) % max(1, int(state.logging_steps)) == 0:
+            for group, layers in self.inputs.items():
+                self.hooks += [layer.register_forward_pre_hook(self._watch(group)) for layer in layers]
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """The weights have changed."""
+        for sample in self._all_samples():
+            sample.update()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Hooks are gone before anything else runs the model."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    def metrics(self) -> dict[str, float]:
+        """Shares since the last call, as "KIND/GROUP".
+
+        flips: of quantized weights that changed in a step; oscillation: of weights that oscillate; saturation_weights
+        and saturation_inputs: of values beyond the largest element of their block.
+        """
+        shares: dict[str, torch.Tensor] = {}
+        for group, samples in self.samples.items():
+            sizes = [sample.values.numel() for sample in samples if sample.steps]
+            if sizes:
+                shares[f"flips/{group}"] = _mean([s.changed / s.steps for s in samples], sizes)
+                frequencies = [(s.frequency > OSCILLATING).float().mean() for s in samples]
+                shares[f"oscillation/{group}"] = _mean(frequencies, sizes)
+                shares[f"saturation_weights/{group}"] = _mean([s.saturated() for s in samples], sizes)
+            for sample in samples:
+                sample.changed, sample.steps = 0.0, 0
+        for group, seen in self.input_shares.items():
+            shares[f"saturation_inputs/{group}"] = torch.stack(seen).mean()
+        self.input_shares = {}
+        return {name: round(share.item(), 6) for name, share in sorted(shares.items())}
+
+    def _all_samples(self) -> list[WeightSample]:
+        return [sample for samples in self.samples.values() for sample in samples]
+
+    def _watch(self, group: str):
+        def look(layer: QuantLinear, args: tuple) -> None:
+            spec, x = layer.input_quantizer.spec, args[0].detach()
+            rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
+            scale = ops.quantize(rows, spec.format_name, spec.scale_rule, self.dtype)[1]
+            self.input_shares.setdefault(group, []).append(_share_saturated(rows, scale, spec, self.dtype))
+
+        return look
+
+
+def _share_saturated(x: torch.Tensor, scale: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    return saturates(x.to(dtype), scale, get_format(spec.format_name)).float().mean()
+
+
+def _samples(layers: list[QuantLinear], dtype: torch.dtype) -> list[WeightSample]:
+    """Some layers of a group, in lots that can be joined into a matrix."""
+    lots: dict[tuple, list[QuantLinear]] = {}
+    present = [layer for layer in layers if (rows := local_rows(layer.weight)) is not None and len(rows)]
+    for layer in evenly_spaced(present, LAYERS_PER_GROUP):
+        learned = layer.weight_quantizer.learn_exponent
+        lots.setdefault((layer.weight_quantizer.spec, layer.in_features, learned), []).append(layer)
+    return [WeightSample(lot, key[0], dtype) for key, lot in lots.items()]
+
+
+def _distinct_inputs(layers: dict[str, QuantLinear]) -> list[QuantLinear]:
+    """Some layers of a group, one of those that share a parent and a width, and so in most models their input."""
+    distinct = {(name.rpartition(".")[0], layer.in_features): layer for name, layer in layers.items()}
+    return evenly_spaced(list(distinct.values()), INPUTS_PER_GROUP)
+
+
+def _some(rows: torch.Tensor | None, count: int = ROWS_PER_LAYER) -> torch.Tensor | None:
+    return None if rows is None else rows[:: max(1, len(rows) // count)][:count]
+
+
+def _mean(shares: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+    """The mean of shares of samples of these sizes."""
+    return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

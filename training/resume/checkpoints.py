@@ -1,0 +1,97 @@
+"""Which checkpoint a run continues from, and whether it may."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from qat import QATConfig
+from qat.files.manifest import MANIFEST_NAME, problems
+from qat.files.trust import check_checkpoint
+
+from ..backends.writers import Writers
+from .output import checkpoints_in, step_of
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(
+    output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None, writers: Writers | None = None
+) -> str | None:
+    """The checkpoint to resume from: the one named, else the newest complete one in `output_dir`, else None.
+
+    All processes call this and get the same answer; they share the reading.
+
+    Args:
+        resume_from_checkpoint: a checkpoint folder; "True" for the newest in `output_dir` (an error if there is none),
+            "False" for a fresh start.
+        qat_config: of the model about to be trained; None in the BF16 stage.
+
+    Raises:
+        ValueError: no such checkpoint, none that is complete, or it belongs to another stage or scheme.
+    """
+    writers = writers or Writers()
+    wanted = str(resume_from_checkpoint or "").lower()
+    if wanted == "false":
+        return None
+    if wanted in ("", "true"):
+        checkpoint = _newest_complete(output_dir, writers)
+        if checkpoint is None and wanted == "true":
+            raise ValueError(f"--resume_from_checkpoint True: --output_dir {output_dir!r} holds no checkpoint")
+    else:
+        checkpoint = resume_from_checkpoint
+        _check_named(checkpoint, writers)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+        _check_same_training(checkpoint, QATConfig.load(checkpoint), qat_config)
+    return checkpoint
+
+
+def _newest_complete(output_dir: str, writers: Writers) -> str | None:
+    """The newest checkpoint without a fault on any process; those passed over are named."""
+    steps = {step for part in writers.gather([step_of(p) for p in checkpoints_in(output_dir)]) for step in part}
+    for step in sorted(steps, reverse=True):
+        path = Path(output_dir, f"checkpoint-{step}")
+        faults = _faults(path, writers)
+        if not faults:
+            return str(path)
+        logger.warning("passing over %s: %s", path, "; ".join(faults))
+    if steps:
+        raise ValueError(
+            f"none of the {len(steps)} checkpoints in --output_dir {output_dir!r} is complete (checkpoint-{step}: "
+            f"{'; '.join(faults)}). Name one that you trust, --resume_from_checkpoint PATH, or start anew, "
+            "--resume_from_checkpoint False"
+        )
+    return None
+
+
+def _check_named(checkpoint: str, writers: Writers) -> None:
+    if not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint!r} is no checkpoint (it has no trainer_state.json); "
+            "name a checkpoint-N folder, or leave the argument away to take the newest in --output_dir"
+        )
+    if not Path(checkpoint, MANIFEST_NAME).is_file():
+        logger.warning("%s has no %s: whether it is complete is not known", checkpoint, MANIFEST_NAME)
+    elif faults := _faults(Path(checkpoint), writers):
+        raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is not complete: {'; '.join(faults)}")
+
+
+def _faults(path: Path, writers: Writers) -> list[str]:
+    own = problems(path, writers.index, writers.count)
+    if not any(path.glob("optimizer*")):
+        own.append("it has no state of the optimizer (--save_only_model?)")
+    return list(dict.fromkeys(fault for part in writers.gather(own) for fault in part))
+
+
+def _check_same_training(checkpoint: str, saved: QATConfig | None, current: QATConfig | None) -> None:
+    if (saved is None) == (current is None) and (saved is None or saved.same_training(current)):
+        return
+    raise ValueError(
+        f"cannot resume from {checkpoint}: it was written by {_describe(saved)}, this run is {_describe(current)}. "
+        "Use the same --quant_scheme, or another --output_dir, or --resume_from_checkpoint False to start anew"
+    )
+
+
+def _describe(config: QATConfig | None) -> str:
+    return f"a QAT run ({config.summary}, ignoring {list(config.ignore)})" if config else "a run without quantization"

@@ -1,0 +1,239 @@
+"""FaultTolerantTrainer: Hugging Face's Trainer, of which no fault costs more than the steps since the last checkpoint.
+
+* Checkpoints and the final model appear whole or not at all (atomic.py); the newest complete one is continued from.
+* A run that is continued has the same samples, losses, learning rates and weights as one that was never interrupted:
+  the order of samples depends on seed and epoch alone (sampling.py), evaluation leaves training's random numbers alone,
+  and sums not yet logged are kept. Settings that would break this are refused (run_record.py).
+* SIGTERM, and losses and gradients that are no numbers, end a run between two steps (safeguards.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import has_length
+
+from qat.files.manifest import problems
+
+from ..backends.writers import Writers
+from .checkpoints import find_checkpoint
+from .output import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
+from .run_record import RunRecord
+from .safeguards import StepGuard, check_weights
+from .sampling import EpochSampler, lengths_of
+
+logger = logging.getLogger(__name__)
+
+
+class FaultTolerantTrainer(Trainer):
+    """A Trainer that can be killed at any moment; arguments are Trainer's own.
+
+    Args:
+        data_settings: by name, what decides which samples there are; with other values a run is not continued.
+        learning_settings: by name, what decides what is learned from them; other values are said.
+    """
+
+    def __init__(
+        self, *args, data_settings: dict | None = None, learning_settings: dict | None = None, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = {"data": data_settings, "learning": learning_settings}
+        self._writers = Writers.of(self.args)
+        self._aside: Path | None = None  # where a checkpoint is being written
+        self._record: RunRecord | None = None
+        self._progress: dict = {}
+        self._train_sampler: Sampler | None = None
+        self._guard = StepGuard(getattr(self.args, "max_nan_steps", 0))
+        self.add_callback(self._guard)
+        self.add_callback(_ProgressRestorer(self))
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether SIGTERM ended the training before its last step; there is a checkpoint then."""
+        return self._guard.interrupted and self.state.global_step < self.state.max_steps
+
+    # ---- Training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trainer's own; True resumes from the newest complete checkpoint."""
+        if resume_from_checkpoint is True:
+            config = getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir, "True", config, self._writers)
+        with self._guard.listening():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """Trainer's own, whose loss the guard sees."""
+        loss = super().training_step(*args, **kwargs)
+        self._guard.see(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16:  # there the gradient scaler skips steps that overflow, as it should
+            self._guard.see(norm)
+        return norm
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if dataset is None or not has_length(dataset) or strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        lengths = lengths_of(dataset, self.args.length_column_name) if strategy == "group_by_length" else None
+        group = self.get_total_train_batch_size(self.args)
+        self._train_sampler = EpochSampler(len(dataset), seed, lengths, group)
+        return self._train_sampler
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # transformers 5.23 would train a step too many
+            self.control.should_training_stop = True
+            return
+        if self._train_sampler is not None:  # accelerate 1.15 loses it behind skipped batches of several processes
+            self._train_sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Trainer's own; training draws the same random numbers whether and how often it is called."""
+        kind = self.args.device.type
+        devices = [] if kind == "cpu" else [torch.accelerator.current_device_index()]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            return super().evaluate(*args, **kwargs)
+
+    # ---- Continuing ----
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        epoch, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        is_stream = not has_length(self.train_dataset)
+        steps = None if is_stream else num_update_steps_per_epoch
+        samples = self.get_total_train_batch_size(self.args)
+        self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, **self._settings)
+        self._progress = {}
+        if checkpoint is None:
+            return epoch, batches
+        self._progress = self._record.check(checkpoint, self.args.ignore_data_skip)
+        self._find_best_checkpoint(trial)
+        if is_stream and "max_steps" in self._progress and not self.args.ignore_data_skip:
+            # transformers counts a stream's epochs by max_steps, though it may have begun again before
+            epoch = int(self.state.epoch)
+            batches_in_epoch = self._progress["max_steps"] * self.args.gradient_accumulation_steps
+            batches = round((self.state.epoch - epoch) * batches_in_epoch)
+        return epoch, batches
+
+    def _find_best_checkpoint(self, trial) -> None:
+        """The state says where the best checkpoint lies; only a folder of this run's own is believed."""
+        if self.state.best_global_step is None:
+            self.state.best_model_checkpoint = None
+            return
+        best = Path(self._get_output_dir(trial), f"checkpoint-{self.state.best_global_step}")
+        if best in checkpoints_in(best.parent):
+            self.state.best_model_checkpoint = str(best)
+            return
+        logger.warning("the best checkpoint so far, %s, is gone; the best of the steps to come is kept", best)
+        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        faults = self._writers.gather(problems(best, self._writers.index, self._writers.count))
+        if any(faults):
+            logger.warning("the best checkpoint is not loaded, the last weights stay: %s: %s", best, sum(faults, []))
+            return
+        super()._load_best_model()
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer's own, over all steps of the run, and without deleting the newest checkpoint."""
+        counted_from = getattr(self, "_initial_global_step", 0)  # transformers 5.17 counts all steps itself
+        first = 0 if self._progress else counted_from
+        if first != counted_from:
+            total = self._total_loss_scalar + self._tr_loss.item()
+            mean = total / max(self.state.global_step - first, 1)
+            self._tr_loss.zero_()
+            self._total_loss_scalar = mean * max(self.state.global_step - counted_from, 0.001)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    # ---- Saving ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model to `output_dir` (default: `args.output_dir`), whole or not at all."""
+        if self._aside is not None:  # into a checkpoint, which is written aside itself
+            super().save_model(output_dir, _internal_call)
+            return
+        with model_written_whole(output_dir or self.args.output_dir, self.args.should_save) as aside:
+            super().save_model(str(aside), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        check_weights(self.model, self.args)
+        target = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        best = self._best_of(target)
+        progress = self._progress_now()
+        with checkpoint_written_whole(target, self._writers) as aside:
+            self._aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            self.state.best_model_checkpoint = None if best is None else str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / target.name / TRAINER_STATE_NAME))
+                if self._record is not None:
+                    self._record.save(aside / target.name, progress)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self._writers.leads:
+            delete_older_checkpoints(target.parent, self.args.save_total_limit, {target} | ({best} if best else set()))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # else it is called again once the folder has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _best_of(self, target: Path) -> Path | None:
+        """The best checkpoint once `target` is there."""
+        best = target.with_name(f"checkpoint-{self.state.best_global_step}")
+        return best if best == target or best in checkpoints_in(target.parent) else None
+
+    def _progress_now(self) -> dict:
+        """Sums that the log has not shown yet, and counts."""
+        return {
+            "tr_loss": self._writers.gather(self._tr_loss.item()), "total_loss": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged, "nan_steps": self._guard.nan_steps,
+            "max_steps": self.state.max_steps,
+        }  # fmt: skip
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's own; the arguments are written as JSON, not pickled."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            pickled = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
+            pickled.unlink(missing_ok=True)
+            pickled.with_suffix(".json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+
+class _ProgressRestorer(TrainerCallback):
+    def __init__(self, trainer: FaultTolerantTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        trainer, progress = self.trainer, self.trainer._progress
+        if progress:
+            losses = progress["tr_loss"]  # of each process
+            same = len(losses) == args.world_size
+            trainer._tr_loss += losses[args.process_index] if same else sum(losses) / len(losses)
+            trainer._total_loss_scalar = progress["total_loss"]
+            trainer._globalstep_last_logged = progress["last_logged_step"]
+            trainer._guard.nan_steps = progress["nan_steps"]

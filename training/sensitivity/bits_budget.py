@@ -1,0 +1,86 @@
+"""Which layers get the wider scheme when the average weight may have so many bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from qat import is_quantlinear
+from qat.checkpoints.skeleton import FUSED
+from qat.numerics.formats import BLOCK_SIZE
+from qat.schemes.spec import LayerScheme
+
+from ..monitoring.layer_groups import block_of
+
+
+@dataclass
+class Unit:
+    """Layers that must have one scheme, because engines fuse them into one matrix, or that shall have one.
+
+    Attributes:
+        name: of the unit, for people.
+        layers: full names.
+        weights: how many values all their weights have.
+        kl: by scheme, the divergence per token that quantizing this unit alone causes, in nats.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    weights: int
+    kl: dict[str, float]
+
+
+def find_units(model: nn.Module, by_block: bool = False) -> list[Unit]:
+    """The units of a prepared model, in its order: projections, fused ones together, or whole numbered blocks."""
+    members: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if is_quantlinear(module):
+            key = (block_of(name)[0] or name) if by_block else _fused_name(model, name)
+            members.setdefault(key, []).append(name)
+            sizes[key] = sizes.get(key, 0) + module.weight.numel()
+    return [Unit(name, tuple(layers), sizes[name], {}) for name, layers in members.items()]
+
+
+def bits_per_weight(scheme: LayerScheme) -> float:
+    """Bits of a weight, its share of the scale included: 4.25 or 8.25."""
+    return scheme.weight.bits + 8 / BLOCK_SIZE
+
+
+def propose(units: Sequence[Unit], narrow: LayerScheme, wide: LayerScheme, budget: float) -> list[Unit]:
+    """The units that shall have the wide scheme: greedily those that save most divergence for each additional bit.
+
+    Divergences of single units are taken to add up. A unit that does not fit is passed over for smaller ones; one that
+    the wide scheme does not help stays narrow.
+
+    Raises:
+        ValueError: the budget is less than the narrow scheme needs.
+    """
+    low, high = bits_per_weight(narrow), bits_per_weight(wide)
+    if budget < low:
+        raise ValueError(f"--bits_budget {budget} is less than the {low} bits a weight that {narrow.name} needs")
+    gain = {unit.name: (unit.kl[narrow.name] - unit.kl[wide.name]) / unit.weights for unit in units}
+    left = (budget - low) / (high - low) * sum(unit.weights for unit in units)
+    chosen = []
+    for unit in sorted(units, key=lambda unit: -gain[unit.name]):
+        if gain[unit.name] > 0 and unit.weights <= left:
+            chosen.append(unit)
+            left -= unit.weights
+    return chosen
+
+
+def average_bits(units: Sequence[Unit], chosen: Sequence[Unit], narrow: LayerScheme, wide: LayerScheme) -> float:
+    """Bits of the average weight, scales included, when the chosen units are wide."""
+    share = sum(unit.weights for unit in chosen) / sum(unit.weights for unit in units)
+    return bits_per_weight(narrow) * (1 - share) + bits_per_weight(wide) * share
+
+
+def _fused_name(model: nn.Module, name: str) -> str:
+    parent, _, own = name.rpartition(".")
+    for group in FUSED:
+        if own in group:
+            together = [other for other in group if hasattr(model.get_submodule(parent), other)]
+            return f"{parent}.{'+'.join(together)}"
+    return name

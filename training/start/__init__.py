@@ -1,0 +1,1 @@
+"""What a stage starts from: the folder, the model, its teacher, smoothing."""

@@ -1,0 +1,213 @@
+"""A teacher's distributions, computed once and kept as a few numbers for each token: training without the teacher.
+
+What is kept is a sample of each distribution (sampled_tokens.py).
+
+Entries are found by content: the tokens and labels of a sample are its key. So neither the order of samples nor
+packing, padding or resuming matters, and an entry cannot belong to other data. The folder's name is a fingerprint of
+the teacher's weights, the settings and all keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from data.conversations.formatting import IGNORE_INDEX
+from data.sets.cache import build_once, fingerprint
+
+from ..arguments.distillation import CacheSettings
+from ..losses.distillation import HiddenRows, SampledRows, chunks
+from .sample_keys import Sample, samples_of
+from .sampled_tokens import as_rows, columns, sample_rows
+
+logger = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = 8192  # padded tokens in a forward of the teacher
+PREFIX = "teacher_"  # of the columns that the collator adds to a batch
+
+
+# ---- Building ----
+
+
+def build_cache(
+    root: Path, make_teacher: Callable | None, digest: str, dataset, settings: CacheSettings, what: str
+) -> Path:
+    """The folder with the teacher's say about all samples of `dataset`; built unless it exists.
+
+    Args:
+        root: where caches lie.
+        make_teacher: makes something whose `rows` gives HiddenRows (a FrozenTeacher), called only if the cache must be
+            built; None in a process that waits for another one to build it.
+        digest: `weights_digest` of the teacher's model.
+        what: names the data set in messages.
+
+    Raises:
+        ValueError: the data set cannot be read ahead, or `root` cannot be written.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("--distill_teacher cache needs a data set that can be read ahead; use --streaming False")
+    samples = {}
+    for index in tqdm(range(len(dataset)), desc=f"keys of {what}", disable=len(dataset) < 10_000):
+        samples.update((sample.key, sample) for sample in samples_of(dataset[index]))
+    files = [Path(__file__).with_name(name) for name in ("cache.py", "sample_keys.py", "sampled_tokens.py")]
+    code = hashlib.blake2b(b"".join(path.read_bytes() for path in files)).hexdigest()
+    keys = hashlib.blake2b(b"".join(sorted(samples))).hexdigest()
+    parts = {"teacher": digest, "keys": keys, "teacher_cache": code, **asdict(settings)}
+    key = fingerprint(parts)
+    if make_teacher is None:
+        folder = _wait_for(root / key)
+    else:
+        build = functools.partial(_build, make_teacher=make_teacher, samples=samples, settings=settings, what=what)
+        folder = build_once(root, key, build, "--distill_cache_dir")
+    tokens = json.loads((folder / "about.json").read_text())["tokens"]
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    logger.info("teacher's say about %s: %d tokens, %.1f MB, %s", what, tokens, size / 1e6, folder)
+    return folder
+
+
+def _wait_for(folder: Path) -> Path:
+    """`folder`, once another process has built it; if that one fails, the launcher ends this one too."""
+    while not folder.is_dir():
+        time.sleep(1)
+    return folder
+
+
+def _build(folder: Path, make_teacher: Callable, samples: dict[bytes, Sample], settings: CacheSettings, what: str):
+    teacher, generator = make_teacher(), None
+    files = {name: (folder / f"{name}.bin").open("wb") for name in columns(settings, 0)}
+    keys, counts, vocabulary = [], [], 0
+    progress = tqdm(total=len(samples), desc=f"teacher on {what}", unit="sample")
+    for batch in _batches(sorted(samples.values(), key=lambda s: len(s.ids))):
+        rows: HiddenRows = teacher.rows(_collate(batch, teacher.device))
+        for part in chunks(len(rows.hidden)):
+            with torch.no_grad():
+                logits = rows.head(rows.hidden[part])
+            vocabulary = logits.shape[-1]
+            if generator is None:
+                generator = torch.Generator(logits.device).manual_seed(settings.seed)
+            sampled = sample_rows(logits, settings, generator)
+            for name, dtype in columns(settings, vocabulary).items():
+                files[name].write(sampled[name].cpu().numpy().astype(dtype[0]).tobytes())
+        keys += [sample.key for sample in batch]
+        counts += [sample.count for sample in batch]
+        progress.update(len(batch))
+    progress.close()
+    for file in files.values():
+        file.close()
+    (folder / "keys.bin").write_bytes(b"".join(keys))
+    (folder / "counts.bin").write_bytes(np.array(counts, dtype="<i8").tobytes())
+    about = {"vocabulary": vocabulary, "tokens": sum(counts), "settings": asdict(settings)}
+    (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _batches(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """Samples of about the same length, TOKENS_AT_ONCE padded tokens together."""
+    batch: list[Sample] = []
+    for sample in samples:
+        if batch and len(sample.ids) * (len(batch) + 1) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(sample)
+    if batch:
+        yield batch
+
+
+def _collate(samples: list[Sample], device: torch.device) -> dict[str, torch.Tensor]:
+    longest = max(len(sample.ids) for sample in samples)
+    ids, labels, mask = (torch.full((len(samples), longest), value) for value in (0, IGNORE_INDEX, 0))
+    for row, sample in enumerate(samples):
+        tokens, end = torch.from_numpy(sample.ids.astype(np.int64)), len(sample.ids)
+        ids[row, :end], mask[row, :end] = tokens, 1
+        labels[row, :end] = torch.where(torch.from_numpy(sample.labelled), tokens, IGNORE_INDEX)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+# ---- Reading ----
+
+
+class TeacherCache:
+    """A built folder, mapped into memory when it is first asked (so it travels to the workers of a data loader)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._maps = Path(folder), None
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "_maps": None}
+
+    def rows(self, samples: Iterable[Sample]) -> SampledRows:
+        """What the teacher said about all labelled tokens of `samples`, in order.
+
+        Raises:
+            ValueError: a sample is not in the cache.
+        """
+        if self._maps is None:
+            self._open()
+        tokens: list[np.ndarray] = []
+        for sample in samples:
+            found = self._index.get(sample.key)
+            if found is None:
+                raise ValueError(
+                    f"a sample of {len(sample.ids)} tokens is not in the teacher's cache {self.folder}; the data of "
+                    "this run must be the data that the cache was built from"
+                )
+            tokens.append(np.arange(self._offsets[found], self._offsets[found + 1]))
+        where = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int64)
+        part = {name: torch.from_numpy(np.ascontiguousarray(column[where])) for name, column in self._maps.items()}
+        return as_rows(part | {"entropy": part["entropy"].squeeze(-1)})
+
+    def _open(self) -> None:
+        about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
+        keys, counts = (self.folder / "keys.bin").read_bytes(), np.fromfile(self.folder / "counts.bin", dtype="<i8")
+        self._index = {keys[i * 16 : i * 16 + 16]: i for i in range(len(counts))}
+        self._offsets = np.concatenate([[0], counts.cumsum()]).astype(np.int64)
+        kept = columns(CacheSettings(**about["settings"]), about["vocabulary"])
+        self._maps = {}
+        for name, (dtype, width) in kept.items():
+            shape = (about["tokens"], width)
+            path = self.folder / f"{name}.bin"
+            self._maps[name] = (
+                np.memmap(path, dtype, "r", shape=shape) if width and shape[0] else np.empty(shape, dtype)
+            )
+
+
+class CachedTeacher:
+    """A teacher that is not there: collators add to each batch what it said.
+
+    Args:
+        folders: of `build_cache`, by "train" and "eval".
+    """
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.caches = {name: TeacherCache(folder) for name, folder in folders.items()}
+
+    def collator(self, collate: Callable, which: str) -> Callable:
+        """`collate`, and the cached columns of its batches, `which` being "train" or "eval"."""
+        return _CachedCollator(collate, self.caches[which])
+
+    @staticmethod
+    def take(inputs: dict[str, torch.Tensor]) -> SampledRows:
+        """Remove the cached columns from a batch."""
+        return SampledRows(**{name: inputs.pop(PREFIX + name) for name in ("ids", "weights", "entropy")})
+
+
+@dataclass
+class _CachedCollator:
+    collate: Callable
+    cache: TeacherCache
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.collate(samples)
+        names = [name for name in ("input_ids", "labels", "position_ids") if name in batch]
+        rows = ({name: batch[name][i].numpy() for name in names} for i in range(len(batch["labels"])))
+        said = self.cache.rows(sample for row in rows for sample in samples_of(row))
+        return {**batch, **{PREFIX + name: value for name, value in vars(said).items()}}
