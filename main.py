@@ -1,9 +1,9 @@
 """One stage of the way from a causal language model to a low-bit one: fine-tune in BF16, train with quantization,
 evaluate.
 
-    python main.py --model_name_or_path M --do_train True ...                        # BF16 fine-tuning
-    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_train True ...   # quantization-aware training
-    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_eval True ...    # PTQ: round, do not train
+    python main.py --config recipes/bf16.yaml --model_name_or_path M --dataset D       # BF16 fine-tuning
+    python main.py --config recipes/mxfp4.yaml --model_name_or_path M --dataset D      # quantization-aware training
+    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_eval True          # PTQ: round, do not train
 
 The same file runs under `accelerate launch` on one device or many, see accelerate_config/.
 """
@@ -13,24 +13,14 @@ from __future__ import annotations
 import logging
 import sys
 
-from qat import QATConfig, prepare_qat
-from training.arguments.data import DataArguments
-from training.arguments.distillation import DistillationArguments
-from training.arguments.model import ModelArguments
 from training.arguments.parse import Arguments, parse_arguments
-from training.arguments.quantization import QuantizationArguments
-from training.arguments.training import TrainingArguments
-from training.backends.writers import Writers
-from training.monitoring.report import run_settings, write_report
-from training.resume.checkpoints import find_checkpoint
-from training.resume.output import prepared_output
+from training.monitoring.report import report_run
+from training.resume.output import OutputFolder
 from training.resume.safeguards import INTERRUPTED
-from training.start.checks import check_start, check_vocabulary, saved_config
-from training.start.loading import load_model, load_tokenizer
+from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
-from training.start.stage import export, set_up, unused_folder
-from training.teachers.frozen import make_cached_teacher
-from training.teachers.load import load_teacher
+from training.start.start import Start
+from training.teachers.choose import cached_where_asked, choose_teacher
 from utils import QATTrainer, make_supervised_data_module
 
 logger = logging.getLogger("main")
@@ -39,109 +29,71 @@ logger = logging.getLogger("main")
 def main(argv: list[str] | None = None) -> None:
     """Run one stage: parse, seed, and keep the output folder for this run while it lasts."""
     arguments = parse_arguments(argv)
-    _, training_args, *_ = arguments
-    set_up(training_args)
-    if not training_args.do_train:
-        training_args.output_dir = unused_folder(training_args.output_dir)
-    writers = Writers.of(training_args)
-    with prepared_output(training_args.output_dir, writers):
-        run(arguments, writers)
+    set_up(arguments.training)
+    output = OutputFolder.of(arguments.training)
+    with output.held():
+        run(arguments, output)
 
 
-def run(arguments: Arguments, writers: Writers) -> None:
+def run(arguments: Arguments, output: OutputFolder) -> None:
     """Load, quantize, read data, train, evaluate, save."""
-    model_args, training_args, data_args, quant_args, distill_args = arguments
-    check_start(model_args, quant_args, distill_args)
-    model = load_model(model_args, training_args.cache_dir)
-    tokenizer = load_tokenizer(model_args, training_args.model_max_length, training_args.cache_dir)
-    check_vocabulary(model, distill_args)
-    teacher = None
-    if distill_args.distill_teacher == "self":
-        teacher = "self"
-    elif distill_args.distill:
-        teacher = load_teacher(
-            model, distill_args.teacher_model_name_or_path, training_args.cache_dir, model_args.trust_remote_code
-        )
-    quantize(model, saved_config(model, model_args.model_name_or_path), quant_args)
-    checkpoint = None
-    if training_args.do_train:
-        wanted, qat_config = training_args.resume_from_checkpoint, getattr(model, "qat_config", None)
-        checkpoint = find_checkpoint(training_args.output_dir, wanted, qat_config, writers)
-
-    # One process builds the cache and the others wait for its lock, without a barrier that could time out.
-    data_module = make_supervised_data_module(
-        tokenizer=tokenizer, model=model, batch_size=training_args.per_device_train_batch_size, **vars(data_args)
-    )
-    if data_args.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
-        training_args.accelerator_config.dispatch_batches = False
-
-    if distill_args.distill_teacher == "cache":
-        settings, folder = distill_args.cache_settings, distill_args.distill_cache_dir
-        teacher = make_cached_teacher(teacher, training_args, data_module, settings, folder)
+    model_args, args, _, quant_args, distill_args = arguments
+    start = Start.read(model_args, args.cache_dir)
+    start.check(quant_args, distill_args)
+    model, tokenizer = start.load_model(), start.load_tokenizer(args.model_max_length)
+    teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
+    start.quantize(model, quant_args)
+    checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None))
+    data = make_supervised_data_module(tokenizer=tokenizer, model=model, **arguments.data_options)
+    teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:
-        smooth_with_data(model, data_module, quant_args.smooth_alpha, training_args.device)
-
+        smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
     trainer = QATTrainer(
-        model=model,
-        processing_class=tokenizer,
-        args=training_args,
-        teacher=teacher,
-        distill_temperature=distill_args.distill_temperature,
-        distill_ce_weight=distill_args.distill_ce_weight,
-        exponent_learning_rate=quant_args.exponent_learning_rate,
-        log_quantization=quant_args.log_quantization,
-        data_settings=vars(data_args),
-        learning_settings=vars(distill_args) | vars(quant_args),
-        **data_module,
-    )
-
-    if training_args.do_train:
-        if checkpoint is not None:
-            logger.info("Resuming from %s", checkpoint)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.was_interrupted:
-            logger.warning("SIGTERM: saved at step %d; the same command goes on from there", trainer.state.global_step)
-            sys.exit(INTERRUPTED)
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-
-    if training_args.do_eval:
-        if training_args.do_train:
-            trainer.round_masters()
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-
-    if training_args.do_train:
-        trainer.save_model()
-        trainer.save_state()
-        logger.info("Saved to %s", training_args.output_dir)
-        if training_args.report and trainer.is_world_process_zero():
-            settings = run_settings(trainer, model_args, data_args, quant_args, distill_args)
-            write_report(training_args.output_dir, trainer.state.log_history, settings, "Training report")
-        if trainer.is_world_process_zero() and getattr(model, "qat_config", None) is not None:
-            export(model, model_args, training_args, data_args, quant_args)
+        model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
+        **arguments.trainer_options, **data,
+    )  # fmt: skip
+    if args.do_train:
+        train(trainer, checkpoint)
+    if args.do_eval:
+        evaluate(trainer, rounded=args.do_train)
+    if args.do_train:
+        save(trainer, arguments, output)
 
 
-def quantize(model, saved: QATConfig | None, quant_args: QuantizationArguments) -> None:
-    """Prepare `model` for the scheme asked for, else for the one it was trained for or packed in, else not at all."""
-    if (layers := quant_args.layers()) is not None:
-        rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-        prepare_qat(model, *layers, *rules, **quant_args.training_options())
-    elif saved is not None:
-        logger.info("The model was trained with %s; so is this run", saved.summary)
-        rules = saved.weight_scale_rule, saved.input_scale_rule
-        prepare_qat(model, saved.mapping, saved.ignore, *rules, **quant_args.training_options())
+def train(trainer: QATTrainer, checkpoint: str | None) -> None:
+    """Train to the end, or to SIGTERM: then the program ends with the status that means "run me again"."""
+    if checkpoint is not None:
+        logger.info("Resuming from %s", checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.was_interrupted:
+        logger.warning("SIGTERM: saved at step %d; the same command continues from there", trainer.state.global_step)
+        sys.exit(INTERRUPTED)
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
 
 
-__all__ = [
-    "DataArguments",
-    "DistillationArguments",
-    "ModelArguments",
-    "QuantizationArguments",
-    "TrainingArguments",
-    "main",
-]
+def evaluate(trainer: QATTrainer, rounded: bool) -> None:
+    """Loss and perplexity of the evaluation set; `rounded`: of the weights as they are going to be saved."""
+    if rounded:
+        trainer.round_masters()
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> None:
+    """The model in its original dtype, the report, and for a QAT run the packed model with its proof."""
+    trainer.save_model()
+    trainer.save_state()
+    logger.info("Saved to %s", output.path)
+    if not trainer.is_world_process_zero():
+        return
+    if arguments.training.report:
+        report_run(output.path, trainer, arguments)
+    if trainer.qat_config is not None and arguments.quantization.export_format != "none":
+        packed = output.pack(trainer.qat_config, arguments.quantization.export_format, arguments.facts)
+        logger.info("Serve it: vllm serve %s", packed)
+
 
 if __name__ == "__main__":
     main()

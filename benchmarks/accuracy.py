@@ -40,8 +40,9 @@ from training.arguments.training import TrainingArguments  # noqa: E402
 from training.losses.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.losses.metrics import token_loss_sums  # noqa: E402
 from training.sensitivity.measure import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
-from training.start.loading import load_model, load_tokenizer  # noqa: E402
+from training.start.loading import load_tokenizer  # noqa: E402
 from training.start.smoothing import smooth_with_data  # noqa: E402
+from training.start.start import load_model  # noqa: E402
 from training.teachers.frozen import make_cached_teacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402

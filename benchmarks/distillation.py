@@ -33,7 +33,8 @@ from training.arguments.distillation import CacheSettings  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.losses.chunked import attach, find_head  # noqa: E402
 from training.losses.distillation import HiddenRows, Objective, SampledRows, forward_kl, labelled_rows  # noqa: E402
-from training.start.loading import load_model, load_tokenizer  # noqa: E402
+from training.start.loading import load_tokenizer  # noqa: E402
+from training.start.start import load_model  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 from training.teachers.sampled_tokens import as_rows, bytes_of_a_token, sample_rows  # noqa: E402

@@ -1,16 +1,18 @@
-"""Quantization-aware training in MX formats: prepare a model, train it as usual, export what was trained."""
+"""Quantization-aware training: prepare a model, train it as usual, export what was trained."""
 
 from .layers.prepare import get_quantization_format, prepare_qat, replace_with_quant_linear
 from .layers.quant_linear import QuantLinear, convert, is_quantlinear
 from .layers.tensor_quantizer import TensorQuantizer
 from .schemes.config import QATConfig
-from .schemes.spec import SCHEMES, get_scheme
+from .schemes.presets import SCHEMES, get_scheme
+from .version import VERSION as __version__
 
 __all__ = [
     "QATConfig",
     "QuantLinear",
     "SCHEMES",
     "TensorQuantizer",
+    "__version__",
     "convert",
     "get_quantization_format",
     "get_scheme",

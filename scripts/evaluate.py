@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
 from qat.layers.restore import prepare_as_saved, set_input_rule  # noqa: E402
 from qat.schemes.config import QATConfig  # noqa: E402
-from qat.schemes.spec import INPUT_SCALE_RULES  # noqa: E402
+from qat.schemes.presets import input_rules  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_fewshot", type=int, help="default: the task's own number")
     parser.add_argument("--text", help="with local_text: a text file")
     parser.add_argument(
-        "--input_rule", choices=INPUT_SCALE_RULES,
+        "--input_rule", choices=input_rules(),
         help="hf: quantize activations under this rule, with this program's operators, instead of as the folder says",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,8 +108,8 @@ def make_hf(folder: str, args: argparse.Namespace):
     if packed and args.input_rule is None:
         model, described = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), "packed, in transformers"
     elif packed:
-        model = load_packed(folder)
-        saved, described = model.packed_qat_config, "packed"
+        model, saved = load_packed(folder)
+        described = "packed"
         prepare_as_saved(model, saved)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

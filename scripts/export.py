@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qat import SCHEMES  # noqa: E402
-from qat.checkpoints.dialects.compressed_tensors import EXPORT_FORMATS  # noqa: E402
+from qat.checkpoints.dialects import EXPORT_FORMATS  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Quantization-aware training in MXFP4; see qat.sh for the settings.
-SCHEME=MXFP4 exec bash "$(dirname "${BASH_SOURCE[0]}")/qat.sh" "$@"
+# Stage 2: quantization-aware training in MXFP4 by recipes/mxfp4.yaml; see stage.sh for the settings.
+RECIPE=mxfp4 exec bash "$(dirname "${BASH_SOURCE[0]}")/stage.sh" "$@"

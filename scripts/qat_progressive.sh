@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Quantization-aware training in two stages, wide before narrow: first MXFP8, then MXFP4 from what that saved. Settings
-# are those of qat.sh; OUTPUT_DIR gets the two stages as OUTPUT_DIR/MXFP8 and OUTPUT_DIR/MXFP4. FIRST_STEPS (250) and
-# STEPS (1000) are their lengths; further arguments go to both. Both stages learn from the distributions of MODEL itself,
-# unquantized, not from those of the stage before.
+# are those of stage.sh; OUTPUT_DIR gets the two stages as OUTPUT_DIR/MXFP8 and OUTPUT_DIR/MXFP4. FIRST_STEPS (250) and
+# STEPS (the recipe's) are their lengths; further arguments go to both. Both stages learn from the distributions of MODEL
+# itself, unquantized, not from those of the stage before.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 model=${MODEL:-llama3.1-finetuned}
 out=${OUTPUT_DIR:-llama3.1-finetuned-qat-progressive}
 
-MODEL=$model SCHEME=MXFP8 OUTPUT_DIR=$out/MXFP8 bash "$here/qat.sh" \
+MODEL=$model OUTPUT_DIR=$out/MXFP8 bash "$here/qat_mxfp8.sh" \
   --max_steps "${FIRST_STEPS:-250}" --export_format none --teacher_model_name_or_path "$model" "$@"
-MODEL=$out/MXFP8 SCHEME=MXFP4 OUTPUT_DIR=$out/MXFP4 bash "$here/qat.sh" \
-  --max_steps "${STEPS:-1000}" --teacher_model_name_or_path "$model" "$@"
+MODEL=$out/MXFP8 OUTPUT_DIR=$out/MXFP4 bash "$here/qat_mxfp4.sh" \
+  ${STEPS:+--max_steps "$STEPS"} --teacher_model_name_or_path "$model" "$@"

@@ -15,10 +15,10 @@ qat_steps=${QAT_STEPS:-30}
 gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$out"
 
-# Plain runs of main.py share these; --model_max_length keeps the samples short enough for a laptop.
+# What a laptop needs otherwise than the recipes: short samples, few steps, rates for a small model.
 common=(--dataset python-docs --model_max_length 96 --on_bad_sample skip --eval_size "${EVAL_SAMPLES:-48}"
-  --per_device_train_batch_size 4 --per_device_eval_batch_size 16 --lr_scheduler_type linear --max_grad_norm 1.0
-  --logging_steps 1 --save_steps 15 --save_total_limit 1 --report_to tensorboard)
+  --per_device_eval_batch_size 16 --warmup_steps 0 --max_grad_norm 1.0 --eval_strategy no --load_best_model_at_end False
+  --save_steps 15 --save_total_limit 1)
 
 # stage NAME FLAGS...: runs main.py once into $out/NAME; a stage with the same flags that finished is not run again.
 stage() {
@@ -51,14 +51,12 @@ PYTHON
 fi
 
 start=$(date +%s)
-stage bf16 --model_name_or_path "$out/smollm2" --gguf_file "$gguf" \
-  --do_train True --do_eval True --max_steps "$bf16_steps" --learning_rate 1e-4
-# Activations are rounded as transformers rounds them when it runs the packed model.
-mxfp4=(--quant_scheme MXFP4 --weight_scale_rule search --input_scale_rule even)
-recipe=(--smooth_alpha 0.7 --distill True --distill_ce_weight 0.2 --packing True)
-stage mxfp4-untrained --model_name_or_path "$out/bf16" "${mxfp4[@]}" --do_eval True
-stage mxfp4-qat --model_name_or_path "$out/bf16" "${mxfp4[@]}" "${recipe[@]}" \
-  --do_train True --do_eval True --max_steps "$qat_steps" --learning_rate 3e-4
+stage bf16 --config recipes/bf16.yaml --model_name_or_path "$out/smollm2" --gguf_file "$gguf" \
+  --max_steps "$bf16_steps" --learning_rate 1e-4
+stage mxfp4-untrained --config recipes/mxfp4.yaml --model_name_or_path "$out/bf16" --do_train False \
+  --smooth_alpha 0 --packing False --distill False --distill_ce_weight 0 --metric_for_best_model loss
+stage mxfp4-qat --config recipes/mxfp4.yaml --model_name_or_path "$out/bf16" \
+  --max_steps "$qat_steps" --learning_rate 3e-4
 stage mxfp4-packed --model_name_or_path "$out/mxfp4-qat/MXFP4" --do_eval True
 python scripts/quickstart_report.py "$out"
 echo "Time without installation: $((($(date +%s) - start) / 60)) min $((($(date +%s) - start) % 60)) s"

@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import main
 from qat import QATConfig, prepare_qat
+from training.arguments.model import ModelArguments
+from training.backends.saved_dtypes import SavedDtypes
 from training.losses.distillation import labelled_rows
+from training.start.start import Start
 from utils import QATTrainer, make_supervised_data_module
 
 
@@ -247,8 +250,9 @@ def test_a_gguf_file_loads_dequantized(tmp_path, workspace):
     from gguf_files import write_gguf
 
     weights = write_gguf(tmp_path / "tiny.gguf", make_llama())
-    model = main.load_model(main.ModelArguments(str(tmp_path), gguf_file="tiny.gguf"))
-    assert model.dtype == torch.float32 and model.original_dtype == torch.bfloat16
+    start = Start.read(ModelArguments(str(tmp_path), gguf_file="tiny.gguf"))
+    model = start.load_model()
+    assert model.dtype == torch.float32 and start.dtypes.main == torch.bfloat16
     for name, weight in weights.items():
         assert torch.equal(model.state_dict()[name], weight.bfloat16().float()), name
     model.save_pretrained(tmp_path / "saved")
@@ -265,9 +269,9 @@ def make_trainer(folder: Path, model, teacher=None, **kwargs) -> QATTrainer:
 
 def test_save_model_accepts_every_calling_form_and_mixed_dtypes(tmp_path):
     model = prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4"})
-    model.original_dtype = torch.bfloat16
-    model.original_dtypes = dict.fromkeys(model.state_dict(), torch.bfloat16) | {"model.norm.weight": torch.float32}
+    by_name = dict.fromkeys(model.state_dict(), torch.bfloat16) | {"model.norm.weight": torch.float32}
     trainer = make_trainer(tmp_path, model)
+    trainer.saved_dtypes = SavedDtypes(torch.bfloat16, by_name)
     trainer.save_model()
     trainer.save_model(str(tmp_path / "a"))
     trainer.save_model(output_dir=str(tmp_path / "b"))

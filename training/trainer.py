@@ -11,8 +11,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.conversations.formatting import IGNORE_INDEX
-from qat.layers.finish import bake_exponents, baked_config, check_compute_dtype
+from qat import QATConfig
+from qat.layers.finish import finished_config, finished_weights
+from qat.layers.learned_scales import check_compute_dtype
 
-from .arguments.distillation import SELF_IN_TRAINING
-from .backends.exponents import separate_exponents
+from .backends.parameter_groups import separate
+from .backends.saved_dtypes import SavedDtypes
 from .backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
 from .backends.weightless import give_storage
 from .losses.chunked import attach, chunked_loss
@@ -35,8 +37,8 @@ from .losses.metrics import loss_over_tokens, sum_by_sample
 from .losses.term_means import TermMeans
 from .monitoring.monitor import QuantizationMonitor
 from .resume.fault_tolerance import FaultTolerantTrainer
-from .teachers.cache import CachedTeacher
-from .teachers.frozen import FrozenTeacher, SelfTeacher, agreed_head
+from .teachers.frozen import agreed_head
+from .teachers.protocol import Teacher, as_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +48,23 @@ class QATTrainer(FaultTolerantTrainer):
     those of FaultTolerantTrainer.
 
     Args:
-        teacher: a model, which is frozen; a CachedTeacher; or "self", the model itself with its quantizers off.
+        teacher: a model, which is frozen; a Teacher; or "self", the model itself with its quantizers off.
         distill_temperature: of both distributions in the training loss; evaluation reports the divergence at 1.
-        distill_ce_weight: share of the training loss that is cross-entropy with the data's tokens.
+        distill_ce_weight: fraction of the training loss that is cross-entropy with the data's tokens.
+        log_quantization: log figures of quantization, see monitor.py.
+        parameter_groups: optimizer settings by the ends of parameter names.
+        saved_dtypes: in which the final model is saved; default: those in memory.
     """
 
     def __init__(
         self,
         *args,
-        teacher: PreTrainedModel | CachedTeacher | str | None = None,
+        teacher: PreTrainedModel | Teacher | str | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
-        exponent_learning_rate: float = 1e-2,
         log_quantization: bool = False,
+        parameter_groups: Mapping[str, dict] | None = None,
+        saved_dtypes: SavedDtypes | None = None,
         **kwargs,
     ) -> None:
         self._own_metrics = kwargs.get("compute_metrics") is None
@@ -67,15 +73,23 @@ class QATTrainer(FaultTolerantTrainer):
         super().__init__(*args, **kwargs)
         self._keep_masters = False
         self._labelled_tokens = 0
-        self.exponent_learning_rate = exponent_learning_rate
+        self.parameter_groups, self.saved_dtypes = parameter_groups or {}, saved_dtypes or SavedDtypes()
         self.monitor: QuantizationMonitor | None = None
-        if getattr(self.model, "qat_config", None) is not None:
-            self._watch_quantization(self.model, log_quantization)
+        if log_quantization and self.qat_config is not None:
+            self.monitor = QuantizationMonitor(
+                self.model, self._compute_dtype, watch_inputs=not self.args.torch_compile
+            )
+            self.add_callback(self.monitor)
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
         if self.accelerator.is_fsdp2:
             give_storage(self.model)
         self.head = self._attach_head()
-        self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+        self.teacher: Teacher | None = None
+        self._collators = {"train": self.data_collator, "eval": self.data_collator}
+        if teacher is not None:
+            self.teacher = as_teacher(teacher, self.model, self.head, self.accelerator)
+            self._collators = {which: self.teacher.collate(self.data_collator, which) for which in self._collators}
+            self.data_collator = self._collators["train"]
         ce_weight = 1.0 if teacher is None else distill_ce_weight
         self._term_weights, terms = {"ce": ce_weight, "kl": 1 - ce_weight}, []
         if self._computes_loss():
@@ -83,18 +97,21 @@ class QATTrainer(FaultTolerantTrainer):
             terms = [name for name, weight in self._term_weights.items() if weight]
         self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
 
-    def _watch_quantization(self, model: torch.nn.Module, log_quantization: bool) -> None:
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        if log_quantization:
-            self.monitor = QuantizationMonitor(model, dtype, watch_inputs=not self.args.torch_compile)
-            self.add_callback(self.monitor)
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+
+    @property
+    def qat_config(self) -> QATConfig | None:
+        """How the model is quantized; None for an unquantized one."""
+        return getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
 
     def create_optimizer(self, model=None):
-        """Trainer's own optimizer, with learned exponents in a group of their own."""
+        """Trainer's own optimizer, with `parameter_groups` in groups of their own."""
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created:
-            separate_exponents(optimizer, self.model if model is None else model, self.exponent_learning_rate)
+            separate(optimizer, self.model if model is None else model, self.parameter_groups)
         return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -136,22 +153,11 @@ class QATTrainer(FaultTolerantTrainer):
             return "DeepSpeed wraps the model; FSDP (accelerate_config) shards it with losses in chunks"
         return None
 
-    def _prepare_teacher(self, teacher: PreTrainedModel | CachedTeacher | str):
-        if isinstance(teacher, CachedTeacher):
-            self.data_collator = teacher.collator(self.data_collator, "train")
-            return teacher
-        if isinstance(teacher, PreTrainedModel):
-            return FrozenTeacher(teacher, self.args.device, self.accelerator)
-        if teacher != "self":
-            raise ValueError(f"teacher={teacher!r} is neither a model nor a CachedTeacher nor 'self'")
-        return SelfTeacher(self.model, self.head)
-
     def train(self, *args, **kwargs):
-        """Trainer's own, refused where the teacher would change with the student (see `SelfTeacher`)."""
-        if isinstance(self.teacher, SelfTeacher):
-            raise ValueError(SELF_IN_TRAINING)
-        if (config := getattr(self.model, "qat_config", None)) is not None and config.training.get("learn_exponent"):
-            check_compute_dtype(self.args.bf16)
+        """Trainer's own, refused where the teacher cannot teach or what is trained could not be saved."""
+        if self.teacher is not None:
+            self.teacher.check(trains=True)
+        check_compute_dtype(self.qat_config, self._compute_dtype)
         self._labelled_tokens = None
         self._term_means.clear()
         return super().train(*args, **kwargs)
@@ -218,8 +224,6 @@ class QATTrainer(FaultTolerantTrainer):
         """What the teacher says about a batch; takes cached columns out of `inputs`."""
         if self.teacher is None:
             return None
-        if isinstance(self.teacher, CachedTeacher):
-            return self.teacher.take(inputs)
         with self.compute_loss_context_manager():
             return self.teacher.rows(inputs, model)
 
@@ -235,9 +239,7 @@ class QATTrainer(FaultTolerantTrainer):
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Evaluation uses every sample, whatever `dataloader_drop_last` says about training."""
         before = self.args.dataloader_drop_last, self.data_collator
-        self.args.dataloader_drop_last = False
-        if isinstance(self.teacher, CachedTeacher):
-            self.data_collator = self.teacher.collator(self.data_collator.collate, "eval")
+        self.args.dataloader_drop_last, self.data_collator = False, self._collators["eval"]
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -258,8 +260,7 @@ class QATTrainer(FaultTolerantTrainer):
 
     def round_masters(self) -> None:
         """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
-        model = self.accelerator.unwrap_model(self.model)
-        round_parameters(self.model, getattr(model, "original_dtypes", {}))
+        round_parameters(self.model, self.saved_dtypes.by_name)
 
     # ---- Saving ----
 
@@ -281,7 +282,7 @@ class QATTrainer(FaultTolerantTrainer):
         model.config.save_pretrained(output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        if (qat_config := getattr(model, "qat_config", None)) is not None:
+        if (qat_config := self.qat_config) is not None:
             qat_config.save(output_dir)
 
     def _progress_now(self) -> dict:
@@ -303,38 +304,12 @@ class QATTrainer(FaultTolerantTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if not self._keep_masters:
             state_dict = model.state_dict() if state_dict is None else state_dict
-            state_dict = bake_exponents(model, state_dict, getattr(model, "original_dtypes", {}))
-            state_dict = _in_original_dtypes(model, state_dict)
+            state_dict = finished_weights(model, state_dict, self.saved_dtypes.by_name)
+            state_dict = self.saved_dtypes.cast(model, state_dict)
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         if not self._keep_masters:
-            _write_dtype(model, Path(output_dir))
-        if (qat_config := getattr(model, "qat_config", None)) is not None:
-            (qat_config if self._keep_masters else baked_config(qat_config)).save(output_dir)
-
-
-def _in_original_dtypes(model: torch.nn.Module, state_dict: dict) -> dict:
-    """Cast each tensor back to the dtype it was loaded in; tied weights, gathered apart by FSDP, share memory again."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    state_dict = {name: state_dict.get(tied.get(name), tensor) for name, tensor in state_dict.items()}
-    original = getattr(model, "original_dtypes", {})
-    cast: dict[tuple, torch.Tensor] = {}
-    result = {}
-    for name, tensor in state_dict.items():
-        dtype = original.get(name, tensor.dtype)
-        key = (tensor.data_ptr(), tensor.shape, dtype)
-        result[name] = cast.setdefault(key, tensor.to(dtype)) if tensor.data_ptr() else tensor.to(dtype)
-    return result
-
-
-def _write_dtype(model: torch.nn.Module, folder: Path) -> None:
-    """Let config.json name the dtype of the saved tensors; save_pretrained wrote that of the masters in memory."""
-    dtype = getattr(model, "original_dtype", None)
-    path = folder / "config.json"
-    if dtype is None or not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            self.saved_dtypes.write(Path(output_dir))
+        if (qat_config := self.qat_config) is not None:
+            (qat_config if self._keep_masters else finished_config(qat_config)).save(output_dir)

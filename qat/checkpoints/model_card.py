@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..schemes.config import QATConfig
-from ..schemes.spec import LayerScheme
-from .dialects.compressed_tensors import engine_input_rule
+from ..schemes.spec import Scheme
+from .dialects import Dialect
 
 _METRICS = ("train_loss", "eval_loss", "eval_perplexity")  # of Trainer's all_results.json
 _RESULTS_NAME = "all_results.json"
@@ -21,7 +21,7 @@ _TEMPLATE = """---
 
 # {title}
 
-{scheme} weights and activations (OCP Microscaling, blocks of 32), packed as {export_format}: {packed_mib:.1f} MiB,
+{scheme} weights and activations, packed as {export_format}: {packed_mib:.1f} MiB,
 {ratio:.2f} of the {source_mib:.1f} MiB it was exported from.
 
 | | |
@@ -68,15 +68,15 @@ def write_card(
     source: Path,
     facts: CardFacts,
     qat_config: QATConfig,
-    layers: dict[str, LayerScheme],
-    export_format: str,
+    layers: dict[str, Scheme],
+    dialect: Dialect,
     source_bytes: int,
     packed_bytes: int,
 ) -> None:
     """Write `README.md` into `folder`; `path` is where the folder will be served from."""
     base_model = facts.base_model or str(source)
     schemes = sorted({scheme.name for scheme in layers.values()})
-    tags = [export_format.replace("_", "-"), *schemes]
+    tags = [dialect.name.replace("_", "-"), *schemes]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
     if facts.base_model and not Path(facts.base_model).exists():
         data.base_model = facts.base_model  # a hub id; a local path is no link
@@ -84,16 +84,16 @@ def write_card(
         front_matter=data.to_yaml().strip(),
         title=f"{Path(base_model).name} {' + '.join(schemes)}",
         scheme=" and ".join(schemes),
-        export_format=export_format,
+        export_format=dialect.name,
         packed_mib=packed_bytes / 2**20,
         source_mib=source_bytes / 2**20,
         ratio=packed_bytes / source_bytes,
         base_model=base_model,
         mapping=", ".join(f"{key}: {scheme}" for key, scheme in qat_config.mapping.items()),
         ignored=", ".join(qat_config.ignore) or "nothing",
-        weight_rules=_rules(scheme.weight.scale_rule for scheme in layers.values()),
-        input_rules=_rules(scheme.input.scale_rule for scheme in layers.values()),
-        engine_rules=_rules(engine_input_rule(export_format, scheme) for scheme in layers.values()),
+        weight_rules=_rules(scheme.rules["weight"] for scheme in layers.values()),
+        input_rules=_rules(scheme.rules["input"] for scheme in layers.values()),
+        engine_rules=_rules(dialect.input_rule(scheme) for scheme in layers.values()),
         dataset=facts.dataset or "not recorded",
         metrics=_metrics(source),
         path=path,
@@ -102,7 +102,7 @@ def write_card(
 
 
 def _rules(names) -> str:
-    return ", ".join(sorted({name.upper() for name in names}))
+    return ", ".join(sorted({(name or "not quantized").upper() for name in names}))
 
 
 def _metrics(source: Path) -> str:

@@ -17,21 +17,22 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from tqdm import tqdm
 
 from ..files.atomic import check_target, disk_full_said, written_aside
+from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
-from ..numerics.formats import BLOCK_SIZE, E8M0_NAN
-from ..schemes.spec import LayerScheme, TensorSpec
-from .dialects.compressed_tensors import check_export_format, make_quantization_config
+from ..numerics.families import family_of
+from ..numerics.formats import Quantized
+from ..schemes.spec import VIEW_DTYPE, TensorSpec
+from .dialects import Dialect, check_schemes, get_dialect
+from .dialects.compressed_tensors import packed_tensors
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .model_card import CardFacts, write_card
-from .skeleton import describe_layers, prepared_skeleton, quantized_layers, unquantized_layers
+from .skeleton import describe_sites, prepared_skeleton, unquantized_layers
 
 logger = logging.getLogger(__name__)
 
-VIEW_DTYPE = torch.bfloat16  # the forward pass computes in BF16 autocast, and so do the engines
 _SLAB_VALUES = 1 << 22  # quantized at a time where there are no kernels; bounds the FP32 temporaries
 _COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -53,7 +54,7 @@ def export_checkpoint(
     Args:
         source: a Hugging Face checkpoint in safetensors files, from QAT or plain.
         target: where the packed checkpoint goes.
-        export_format: one of `packed_config.EXPORT_FORMATS`.
+        export_format: one of `dialects.EXPORT_FORMATS`.
         scheme: a scheme name or a mapping as in `prepare_qat`. Default: what the source was trained with.
         ignore: layers to leave alone, as in `prepare_qat`; with the default scheme, those of the training.
         overwrite: replace a packed checkpoint that is already there.
@@ -67,7 +68,7 @@ def export_checkpoint(
             NaN or infinity in a weight; the format cannot hold the scheme; or the target must not be overwritten.
         OSError: the disk is full. After any error nothing is left at `target`.
     """
-    check_export_format(export_format)
+    dialect = get_dialect(export_format)
     checkpoint, target = CheckpointFolder.open(source), Path(target)
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method")
@@ -76,42 +77,31 @@ def export_checkpoint(
         raise ValueError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
     model, qat_config = prepared_skeleton(checkpoint, scheme, ignore)
-    layers = quantized_layers(model)
-    logger.info("Packing %s as %s", describe_layers(layers), export_format)
-    quantization_config = make_quantization_config(export_format, layers, unquantized_layers(model, checkpoint))
+    sites = quantized_sites(model)
+    schemes = {site.name: site.scheme for site in sites}
+    check_schemes(dialect, schemes)
+    logger.info("Packing %s as %s", describe_sites(sites), export_format)
+    quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint))
     with disk_full_said(target), written_aside(target, overwrite) as folder:
-        _check_space(folder, checkpoint, layers, model)
-        packed_bytes = _write_shards(checkpoint, layers, folder)
+        _check_space(folder, checkpoint, sites)
+        packed_bytes = _write_shards(checkpoint, sites, dialect, folder)
         _write_config(checkpoint, quantization_config, folder)
         _copy_companions(checkpoint.path, folder)
         qat_config.save(folder)
         write_card(
-            folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, layers, export_format,
+            folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, schemes, dialect,
             checkpoint.size_bytes, packed_bytes,
         )  # fmt: skip
     logger.info("Packed %s into %s: %.1f MiB", source, target, packed_bytes / 2**20)
     return target
 
 
-def pack_weight(weight: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a weight, in the bytes that engines load.
-
-    Args:
-        weight: [N, K], any float dtype, K a multiple of 32; its BF16 view is quantized.
-
-    Returns:
-        MXFP4: uint8 [N, K / 2], element 2i in the low nibble; MXFP8: float8_e4m3fn [N, K]. And the E8M0 scales,
-        uint8 [N, K / 32], exponent + 127.
-    """
-    step = weight.shape[0] if ops.has_kernels(weight) else max(1, _SLAB_VALUES // weight.shape[1])
-    slabs = [ops.quantize(slab, spec.format_name, spec.scale_rule, VIEW_DTYPE) for slab in weight.split(step)]
-    packed, scale_e8m0_biased = slabs[0] if len(slabs) == 1 else map(torch.cat, zip(*slabs, strict=True))
-    return (packed.view(torch.float8_e4m3fn) if spec.bits == 8 else packed), scale_e8m0_biased
-
-
-def packed_name(layer: str, spec: TensorSpec) -> str:
-    """What the codes of `layer` are called in a packed checkpoint; its scales are `LAYER.weight_scale`."""
-    return f"{layer}.weight_packed" if spec.bits == 4 else f"{layer}.weight"
+def pack_weight(weight: torch.Tensor, spec: TensorSpec) -> Quantized:
+    """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized."""
+    step = weight.shape[0] if ops.has_kernels(weight, spec.format.name) else max(1, _SLAB_VALUES // weight.shape[1])
+    slabs = [ops.quantize(slab, spec.format.name, spec.rule, VIEW_DTYPE) for slab in weight.split(step)]
+    codes, *scales = map(torch.cat, zip(*(slab.tensors for slab in slabs), strict=True))
+    return slabs[0] if len(slabs) == 1 else Quantized(codes, tuple(scales))
 
 
 def exported_dtype(tensor: torch.Tensor, config: dict) -> torch.dtype:
@@ -120,16 +110,17 @@ def exported_dtype(tensor: torch.Tensor, config: dict) -> torch.dtype:
     return VIEW_DTYPE if tensor.dtype == getattr(torch, main) and tensor.is_floating_point() else tensor.dtype
 
 
-def _write_shards(checkpoint: CheckpointFolder, layers: dict[str, LayerScheme], folder: Path) -> int:
+def _write_shards(checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect, folder: Path) -> int:
     """Write one packed file for each file of the source, and their index; returns the bytes of all tensors."""
-    by_weight = {f"{name}.weight": (name, scheme.weight) for name, scheme in layers.items()}
-    weight_map, total_bytes = {}, 0
+    by_tensor = {site.tensor: site for site in sites}
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
     with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Packing") as progress:
         for file in checkpoint.shards:
             packed = {}
             for name, tensor in checkpoint.tensors(file):
-                if name in by_weight:
-                    packed.update(_pack_layer(name, tensor, *by_weight[name]))
+                if name in by_tensor:
+                    packed |= _pack_site(by_tensor[name], tensor, dialect)
                 else:
                     packed[name] = tensor.to(exported_dtype(tensor, checkpoint.config))
                 progress.update(tensor.nbytes)
@@ -142,12 +133,13 @@ def _write_shards(checkpoint: CheckpointFolder, layers: dict[str, LayerScheme], 
     return total_bytes
 
 
-def _pack_layer(weight_name: str, weight: torch.Tensor, layer: str, spec: TensorSpec) -> dict[str, torch.Tensor]:
-    packed, scale = pack_weight(weight, spec)
-    if scale.numpy().max(initial=0) == E8M0_NAN:  # PyTorch's reduction waits for all threads: dear on a busy machine
-        broken = int((scale == E8M0_NAN).sum())
-        raise ValueError(f"{weight_name} holds NaN or infinity in {broken} blocks; did the training diverge?")
-    return {packed_name(layer, spec): packed, f"{layer}.weight_scale": scale}
+def _pack_site(site: Site, weight: torch.Tensor, dialect: Dialect) -> dict[str, torch.Tensor]:
+    """The tensors of a site by their names in the file."""
+    spec = site.scheme.weight
+    quantized = pack_weight(weight, spec)
+    if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
+        raise ValueError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
+    return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))
 
 
 def _write_config(checkpoint: CheckpointFolder, quantization_config: dict, folder: Path) -> None:
@@ -170,11 +162,10 @@ def _copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _check_space(folder: Path, checkpoint: CheckpointFolder, layers: dict[str, LayerScheme], model: nn.Module) -> None:
-    saved = sum(
-        model.get_submodule(name).weight.numel() * (16 - 8 / BLOCK_SIZE - scheme.weight.bits) / 8
-        for name, scheme in layers.items()
+def _check_space(folder: Path, checkpoint: CheckpointFolder, sites: list[Site]) -> None:
+    saved_bits = sum(
+        site.weight.numel() * (16 - site.scheme.weight.format.bits_per_value(site.weight.shape[-1])) for site in sites
     )
-    needed, free = int(checkpoint.size_bytes - saved), shutil.disk_usage(folder).free
+    needed, free = int(checkpoint.size_bytes - saved_bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"the packed checkpoint needs {needed:,} bytes and {free:,} are free")

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..layers.finish import check_baked
+from ..layers.learned_scales import check_baked
 from ..layers.prepare import prepare_qat
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved
+from ..layers.sites import LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
-from ..schemes.spec import LayerScheme
 from .folder import CONFIG_NAME, CheckpointFolder
 
 logger = logging.getLogger(__name__)
@@ -54,18 +54,12 @@ def prepared_skeleton(
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
         if scheme is None:
             prepare_as_saved(model, saved)
-            model.qat_config = saved
         else:
-            prepare_qat(model, {"torch.nn.Linear": scheme} if isinstance(scheme, str) else scheme, ignore)
+            prepare_qat(model, {LINEAR.key: scheme} if isinstance(scheme, str) else scheme, ignore)
     if saved is not None and not saved.same_training(model.qat_config):
         logger.warning("%s was trained with %s and is exported with %s", checkpoint.path, saved.summary, scheme)
     _check_layers(model, checkpoint)
     return model, model.qat_config
-
-
-def quantized_layers(model: nn.Module) -> dict[str, LayerScheme]:
-    """The schemes of a prepared model's layers by module name."""
-    return {name: module.scheme for name, module in model.named_modules() if is_quantlinear(module)}
 
 
 def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[str]:
@@ -102,16 +96,19 @@ def load_skeleton(checkpoint: CheckpointFolder) -> PreTrainedModel:
 
 
 def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
-    layers, names = quantized_layers(model), checkpoint.names
+    sites, names = quantized_sites(model), checkpoint.names
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    for name in layers:
-        if any(model.get_submodule(name).weight is weight for weight in embeddings):
-            raise ValueError(f"{name} shares its weight with the embedding, which stays BF16; add {name!r} to `ignore`")
-        if f"{name}.weight" not in names:
+    for site in sites:
+        if any(site.weight is weight for weight in embeddings):
             raise ValueError(
-                f"{checkpoint.path} has no tensor {name}.weight, the weight of a quantized layer; load and save it "
+                f"{site.name} shares its weight with the embedding, which stays BF16; add {site.name!r} to `ignore`"
+            )
+        if site.tensor not in names:
+            raise ValueError(
+                f"{checkpoint.path} has no tensor {site.tensor}, the weight of a quantized layer; load and save it "
                 "with transformers, so that its tensors have the model's names"
             )
+    layers = {site.name: site.scheme for site in sites}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for group in FUSED:
             fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
@@ -119,7 +116,7 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
                 logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))
 
 
-def describe_layers(layers: Mapping[str, LayerScheme]) -> str:
+def describe_sites(sites: Iterable[Site]) -> str:
     """For example "30 linear layers in MXFP4, 6 linear layers in MXFP8"."""
-    counts = Counter(scheme.name for scheme in layers.values())
+    counts = Counter(site.scheme.name for site in sites)
     return ", ".join(f"{count} linear layers in {name}" for name, count in counts.items())

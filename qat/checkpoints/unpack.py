@@ -1,4 +1,4 @@
-"""Unpack: a packed MX checkpoint as a plain BF16 model, exactly, so that QAT can start from it (PTQ first, then QAT).
+"""Unpack: a packed checkpoint as a plain BF16 model, exactly, so that QAT can start from it (PTQ first, then QAT).
 
 It reads what this program's export writes and what AutoRound and llm-compressor write: the layout of a layer is told by
 its tensors, not by the configuration. A power-of-two scale makes every dequantized MXFP4 and MXFP8 value exact in BF16.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,25 +17,22 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from ..layers.sites import LINEAR, find_sites
 from ..numerics import ops
-from ..numerics.formats import BLOCK_SIZE
+from ..numerics.families import get_format
+from ..numerics.formats import BF16, Format, Quantized
 from ..schemes.config import QATConfig
-from ..schemes.spec import get_scheme
-from .dialects.compressed_tensors import export_format_of
+from ..schemes.presets import get_scheme
+from ..schemes.spec import VIEW_DTYPE
+from .dialects import dialect_of
 from .folder import CONFIG_NAME, CheckpointFolder
-from .pack import VIEW_DTYPE
 
 logger = logging.getLogger(__name__)
 
+# Formats of weights that are told by their tensors, and the scheme of a layer that has one.
+_WEIGHT_FORMATS = {"mxfp4": "MXFP4", "mxfp8": "MXFP8", "fp8_channel": "FP8"}
+_KNOWN = ", ".join(_WEIGHT_FORMATS.values())
 _SCALE = ".weight_scale"
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """Where one packed layer lies: the tensor of its codes, and the bits of one."""
-
-    codes_name: str
-    bits: int
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -49,24 +46,25 @@ def is_packed(folder: str | Path) -> bool:
     return method in ("compressed-tensors", "auto-round")
 
 
-def load_packed(folder: str | Path) -> PreTrainedModel:
+def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:
     """The model in a packed checkpoint, its weights dequantized exactly, BF16, on the CPU.
 
     Returns:
-        A plain model; `model.packed_qat_config` is the QATConfig that describes how it was packed.
+        A plain model, and the QATConfig that describes how it was packed.
 
     Raises:
-        ValueError: the folder is damaged or incomplete, or packed in another format than MXFP4 or MXFP8.
+        ValueError: the folder is damaged or incomplete, or packed in a format that is not known.
     """
     checkpoint = CheckpointFolder.open(folder)
-    export_format_of(checkpoint.quantization_config, checkpoint.path)
+    dialect_of(checkpoint.quantization_config, checkpoint.path)
     layers = packed_layers(checkpoint)
+    plain, found = _plain_tensors(checkpoint, layers)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     del config.quantization_config
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config))
     model, report = model_class.from_pretrained(
-        None, config=config, state_dict=_plain_tensors(checkpoint, layers), dtype=VIEW_DTYPE, output_loading_info=True
+        None, config=config, state_dict=plain, dtype=VIEW_DTYPE, output_loading_info=True
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
@@ -76,27 +74,26 @@ def load_packed(folder: str | Path) -> PreTrainedModel:
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     own = QATConfig.load(folder)
-    config = own or _derive_config(model, layers, checkpoint.quantization_config)
+    config = own or _derive_config(model, found, checkpoint.quantization_config)
     logger.info("%s: %d packed layers dequantized to BF16", folder, len(layers))
-    model.packed_qat_config = _keep_values(model, layers, config, is_ours=own is not None)
-    return model
+    return model, _keep_values(model, found, config, is_ours=own is not None)
 
 
-def packed_layers(checkpoint: CheckpointFolder) -> dict[str, PackedLayer]:
-    """The packed layers of a checkpoint by module name.
+def packed_layers(checkpoint: CheckpointFolder) -> dict[str, tuple[str, str]]:
+    """The packed layers of a checkpoint by module name: the names of their codes and of their scales.
 
     Raises:
-        ValueError: tensors that no MX layout has (zero points, global scales), or codes without scales.
+        ValueError: tensors that none of our formats has (zero points, global scales), or codes without scales.
     """
     names = checkpoint.names
     suffixes = (".weight_zero_point", ".weight_global_scale", ".qweight", ".weight_shape", ".input_global_scale")
     if foreign := sorted(name for name in names if name.endswith(suffixes)):
-        raise ValueError(f"{checkpoint.path} is packed in a format other than MXFP4 or MXFP8: it has {foreign[0]}")
+        raise ValueError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {foreign[0]}")
     layers = {}
     for layer in sorted(name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)):
         packed = f"{layer}.weight_packed"
-        layers[layer] = PackedLayer(packed, 4) if packed in names else PackedLayer(f"{layer}.weight", 8)
-    expected = {layer.codes_name for layer in layers.values()}
+        layers[layer] = (packed if packed in names else f"{layer}.weight", f"{layer}{_SCALE}")
+    expected = {codes for codes, _ in layers.values()}
     lacking = (expected - names) | {n for n in names if n.endswith(".weight_packed") and n not in expected}
     if lacking:
         raise ValueError(f"{checkpoint.path} is incomplete: {sorted(lacking)[0]} or its weight_scale is missing")
@@ -105,64 +102,76 @@ def packed_layers(checkpoint: CheckpointFolder) -> dict[str, PackedLayer]:
     return layers
 
 
-def _plain_tensors(checkpoint: CheckpointFolder, layers: dict[str, PackedLayer]) -> dict[str, torch.Tensor]:
-    """All tensors under the names of an unquantized checkpoint."""
-    packed_names = {layer.codes_name for layer in layers.values()} | {f"{name}{_SCALE}" for name in layers}
-    plain = {}
+def _plain_tensors(
+    checkpoint: CheckpointFolder, layers: dict[str, tuple[str, str]]
+) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
+    """All tensors under the names of an unquantized checkpoint, and the formats that the packed layers had."""
+    packed_names = {name for names in layers.values() for name in names}
+    plain, found = {}, {}
     for file in checkpoint.shards:
         for name, tensor in checkpoint.tensors(file):
             if name not in packed_names:
                 plain[name] = tensor
-    for name, layer in tqdm(layers.items(), desc="Dequantizing", unit="layer"):
-        plain[f"{name}.weight"] = _dequantize(name, *checkpoint.read(layer.codes_name, f"{name}{_SCALE}"), layer.bits)
-    return plain
+    for layer, names in tqdm(layers.items(), desc="Dequantizing", unit="layer"):
+        codes, scale = checkpoint.read(*names)
+        found[layer] = _format_of(layer, codes, scale)
+        quantized = Quantized(codes.view(torch.uint8), (scale.to(found[layer].scale.storage),))
+        plain[f"{layer}.weight"] = ops.dequantize(quantized, found[layer].name, VIEW_DTYPE)
+    return plain, found
 
 
-def _dequantize(name: str, codes: torch.Tensor, scale_e8m0_biased: torch.Tensor, bits: int) -> torch.Tensor:
-    values = codes.shape[-1] * 8 // bits
-    code_dtype = torch.uint8 if bits == 4 else torch.float8_e4m3fn
-    if codes.dtype != code_dtype or scale_e8m0_biased.dtype != torch.uint8 or codes.ndim != 2:
-        raise ValueError(f"{name} has codes in {codes.dtype}, scales in {scale_e8m0_biased.dtype}: no MX layout")
-    if scale_e8m0_biased.shape != (codes.shape[0], values // BLOCK_SIZE):
-        raise ValueError(
-            f"{name} has codes {tuple(codes.shape)} and scales {tuple(scale_e8m0_biased.shape)}; in MXFP{bits} the "
-            f"scales must be {(codes.shape[0], values // BLOCK_SIZE)}"
-        )
-    return ops.dequantize(codes.view(torch.uint8), scale_e8m0_biased, f"mxfp{bits}", VIEW_DTYPE)
+def _format_of(layer: str, codes: torch.Tensor, scale: torch.Tensor) -> Format:
+    """Which format tensors of these dtypes and shapes are in."""
+    for name in _WEIGHT_FORMATS:
+        fmt = get_format(name)
+        is_scale = scale.dtype == fmt.scale.storage or (fmt.scale == BF16 and scale.is_floating_point())
+        if codes.ndim == 2 and codes.dtype == fmt.element.storage and is_scale:
+            shape = fmt.value_shape(codes)
+            if tuple(scale.shape) != fmt.scale_shape(shape):
+                raise ValueError(
+                    f"{layer} has codes {tuple(codes.shape)} and scales {tuple(scale.shape)}; in {fmt.name} the scales "
+                    f"must be {fmt.scale_shape(shape)}"
+                )
+            return fmt
+    raise ValueError(f"{layer} has codes in {codes.dtype}, scales in {scale.dtype}: no layout of {_KNOWN}")
 
 
-def _derive_config(model: nn.Module, layers: dict[str, PackedLayer], quantization_config: dict) -> QATConfig:
+def _derive_config(model: nn.Module, found: dict[str, Format], quantization_config: dict) -> QATConfig:
     """What `prepare_qat` must be told to quantize the same layers in the same formats."""
     # compressed-tensors names no rule; AutoRound names RCEIL, or FLOOR by saying nothing.
     suffix = "_RCEIL" if "rceil" in str(quantization_config.get("act_data_type", "")) else ""
-    common = Counter(layer.bits for layer in layers.values()).most_common(1)[0][0]
-    mapping = {"torch.nn.Linear": f"MXFP{common}{suffix}"}
-    mapping |= {name: f"MXFP{layer.bits}{suffix}" for name, layer in layers.items() if layer.bits != common}
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    ignore = tuple(name for name in linear if name not in layers)
-    schemes = {name: get_scheme(name) for name in mapping.values()}
-    rules = {n: {"weight": s.weight.scale_rule, "input": s.input.scale_rule} for n, s in schemes.items()}
-    return QATConfig(mapping=mapping, ignore=ignore, scale_rules=rules)
+    schemes = {layer: _WEIGHT_FORMATS[fmt.name] + suffix for layer, fmt in found.items()}
+    common = Counter(schemes.values()).most_common(1)[0][0]
+    mapping = {LINEAR.key: common} | {layer: scheme for layer, scheme in schemes.items() if scheme != common}
+    ignore = tuple(site.name for site in find_sites(model) if site.name not in found)
+    return QATConfig(mapping, ignore, {name: get_scheme(name).rules for name in mapping.values()})
 
 
-def _keep_values(model: nn.Module, layers: dict[str, PackedLayer], config: QATConfig, is_ours: bool) -> QATConfig:
-    """`config`, its weight rule changed to RCEIL where its own would change the packed values.
+def _keep_values(model: nn.Module, found: dict[str, Format], config: QATConfig, is_ours: bool) -> QATConfig:
+    """`config`, its weight rules changed where they would change the packed values and another would not.
 
     A tuner may leave a block whose largest element is 240: FLOOR reads it as 480 of the next finer scale, which
     saturates at 448. RCEIL takes the finest scale that saturates nothing. The packed scale saturates nothing, so RCEIL
     takes it or a finer one, on which every packed value lies as well: rounding again is exact, whoever packed.
     """
-    rules = {name[:5].lower(): chosen["weight"] for name, chosen in config.scale_rules.items()}
+    rules = {get_scheme(name).weight.format.name: chosen["weight"] for name, chosen in config.scale_rules.items()}
     moved = total = 0
-    for name, layer in layers.items():
-        weight, fmt = model.get_submodule(name).weight.detach(), f"mxfp{layer.bits}"
-        moved += int((ops.fake_quantize(weight, fmt, rules.get(fmt, "floor"), VIEW_DTYPE) != weight).sum())
+    for layer, fmt in found.items():
+        weight = model.get_submodule(layer).weight.detach()
+        rule = rules.get(fmt.name, fmt.rules[0])
+        moved += int((ops.fake_quantize(weight, fmt.name, rule, VIEW_DTYPE) != weight).sum())
         total += weight.numel()
     if not moved:
         return config
-    said = f"{moved} of {total} packed elements ({100 * moved / total:.3f} %) change when rounded again under {rules}"
+    changes = (
+        f"{moved} of {total} packed elements ({100 * moved / total:.3f} %) change when rounded again under {rules}"
+    )
     if is_ours:  # a run must continue under the rule it was trained with
-        logger.warning("%s; --quant_scheme with --weight_scale_rule rceil would keep them", said)
+        logger.warning("%s; --quant_scheme with --weight_scale_rule rceil would keep them", changes)
         return config
-    logger.warning("%s; without --quant_scheme their weights are rounded under rceil, which keeps them", said)
-    return replace(config, scale_rules={n: {**chosen, "weight": "rceil"} for n, chosen in config.scale_rules.items()})
+    kept = {
+        name: {**chosen, "weight": "rceil"} if "rceil" in get_scheme(name).weight.format.rules else chosen
+        for name, chosen in config.scale_rules.items()
+    }
+    logger.warning("%s; without --quant_scheme MX weights are rounded under rceil, which keeps them", changes)
+    return replace(config, scale_rules=kept)

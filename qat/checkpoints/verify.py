@@ -19,12 +19,12 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from ..numerics.formats import BLOCK_SIZE
+from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
-from ..schemes.spec import LayerScheme
-from .dialects.compressed_tensors import engine_input_rule, export_format_of
+from ..version import VERSION
+from .dialects import Dialect, dialect_of
 from .folder import CONFIG_NAME, CheckpointFolder
-from .skeleton import prepared_skeleton, quantized_layers
+from .skeleton import prepared_skeleton
 from .verify_logits import fake_quantized_logits, packed_logits
 from .verify_weights import WeightCount, compare_weights
 
@@ -54,24 +54,24 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
         VerificationError: something differs; the message names the first tensor.
     """
     packed = CheckpointFolder.open(folder)
-    export_format = export_format_of(packed.quantization_config, packed.path)
+    dialect = dialect_of(packed.quantization_config, packed.path)
     checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path))
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
         raise ValueError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
     model, _ = prepared_skeleton(checkpoint, saved=qat_config)
-    layers = quantized_layers(model)
-    count = compare_weights(packed, checkpoint, layers)
+    sites = quantized_sites(model)
+    count = compare_weights(packed, checkpoint, sites, dialect)
     verdict = {
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
-        "export_format": export_format,
-        "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(model, layers, count)},
+        "export_format": dialect.name,
+        "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
         "logits": None,
         "versions": _versions(),
     }
     if with_logits and verdict["verified"]:
-        verdict["logits"] = compare_logits(packed, checkpoint, layers, export_format, tokens)
+        verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens)
         verdict["verified"] = verdict["logits"]["bit_equal"]
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path)
@@ -81,31 +81,32 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
 def compare_logits(
     packed: CheckpointFolder,
     checkpoint: CheckpointFolder,
-    layers: dict[str, LayerScheme],
-    export_format: str,
+    sites: list[Site],
+    dialect: Dialect,
     tokens: int = 128,
 ) -> dict:
     """The logits part of the verdict: transformers on the packed folder against the fake-quantized model."""
     text_name, input_ids = _real_text(packed, tokens)
-    engine_rules = {scheme.name: engine_input_rule(export_format, scheme) for scheme in layers.values()}
+    schemes = {site.scheme.name: site.scheme for site in sites}
+    engine_rules = {name: dialect.input_rule(scheme) for name, scheme in schemes.items()}
     served = packed_logits(packed.path, input_ids)
     expected, as_trained = fake_quantized_logits(checkpoint.path, packed.path, input_ids, engine_rules)
     finite = bool(served.isfinite().all() and expected.isfinite().all())
     return {
         "text": text_name,
         "tokens": input_ids.numel(),
-        "engine": f"transformers, {export_format}",
+        "engine": f"transformers, {dialect.name}",
         "engine_activation_rules": engine_rules,
-        "trained_activation_rules": {scheme.name: scheme.input.scale_rule for scheme in layers.values()},
+        "trained_activation_rules": {name: scheme.rules["input"] for name, scheme in schemes.items()},
         "bit_equal": finite and torch.equal(served, expected),
         "largest_difference": float((served.float() - expected.float()).abs().max()),
         "mean_log_probability_difference_to_trained_rule": _log_probability_difference(served, as_trained, input_ids),
     }
 
 
-def _bytes_over_nominal(model, layers: dict[str, LayerScheme], count: WeightCount) -> float:
-    """Packed bytes over 4.25 (8.25) bits for each value: 1.0 when nothing is padded or stored twice."""
-    bits = sum(model.get_submodule(n).weight.numel() * (s.weight.bits + 8 / BLOCK_SIZE) for n, s in layers.items())
+def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:
+    """Packed bytes over the bits that the formats need (4.25 a value in MXFP4): 1.0 when nothing is stored twice."""
+    bits = sum(s.weight.numel() * s.scheme.weight.format.bits_per_value(s.weight.shape[-1]) for s in sites)
     return count.packed_bytes * 8 / bits
 
 
@@ -144,6 +145,7 @@ def _versions() -> dict[str, str]:
     import compressed_tensors
 
     return {
+        "mx-qat": VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "compressed-tensors": compressed_tensors.__version__,

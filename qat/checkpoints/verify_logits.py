@@ -38,7 +38,7 @@ def packed_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def fake_quantized_logits(
-    source: Path, qat_config_folder: Path, input_ids: torch.Tensor, engine_rules: dict[str, str]
+    source: Path, qat_config_folder: Path, input_ids: torch.Tensor, engine_rules: dict[str, str | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the fake-quantized model computes, on the CPU, in a fresh process.
 
@@ -51,7 +51,7 @@ def fake_quantized_logits(
     Returns:
         BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
     """
-    rules = [f"{scheme}={rule}" for scheme, rule in engine_rules.items()]
+    rules = [f"{scheme}={rule}" for scheme, rule in engine_rules.items() if rule is not None]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
     result = _in_fresh_process(command, input_ids)
     return result["logits"], result["logits_as_trained"]

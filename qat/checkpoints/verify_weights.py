@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from ..layers.sites import Site
 from ..numerics import ops
-from ..numerics.formats import BLOCK_SIZE
-from ..schemes.spec import LayerScheme
+from ..schemes.spec import VIEW_DTYPE
+from .dialects import Dialect
 from .folder import CheckpointFolder
-from .pack import VIEW_DTYPE, exported_dtype, packed_name
-
-_CT_FORMATS = {4: "mxfp4-pack-quantized", 8: "mxfp8-quantized"}
+from .pack import exported_dtype
 
 
 @dataclass
@@ -38,65 +37,43 @@ class WeightCount:
 
 
 def compare_weights(
-    packed: CheckpointFolder, checkpoint: CheckpointFolder, layers: dict[str, LayerScheme]
+    packed: CheckpointFolder, checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect
 ) -> WeightCount:
     """Compare all tensors of `packed` with what `checkpoint` says they must be."""
-    count, held, by_weight = WeightCount(), packed.names, {f"{name}.weight": name for name in layers}
-    wanted = {
-        name
-        for key in checkpoint.names
-        for name in (_packed_names(by_weight[key], layers[by_weight[key]]) if key in by_weight else (key,))
-    }
+    count, held, by_tensor = WeightCount(), packed.names, {site.tensor: site for site in sites}
+
+    def names_of(tensor: str) -> tuple[str, ...]:
+        site = by_tensor.get(tensor)
+        return (tensor,) if site is None else dialect.tensor_names(site.name, site.scheme.weight)
+
+    wanted = {name for tensor in checkpoint.names for name in names_of(tensor)}
     for name in sorted(wanted ^ held):
         count.note(f"{name} ({'missing' if name in wanted else 'not expected'})", 1)
     with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as progress:
         for file in checkpoint.shards:
-            for name, tensor in checkpoint.tensors(file):
-                layer = by_weight.get(name)
-                needed = _packed_names(layer, layers[layer]) if layer else (name,)
-                if held.issuperset(needed):
-                    _compare(count, name, tensor, packed.read(*needed), layer and layers[layer], checkpoint.config)
-                progress.update(tensor.nbytes)
+            for name, source in checkpoint.tensors(file):
+                if held.issuperset(names_of(name)):
+                    tensors = packed.read(*names_of(name))
+                    if name in by_tensor:
+                        _compare_site(count, by_tensor[name], source, tensors, dialect)
+                    else:
+                        count.other_tensors += 1
+                        _compare(count, name, tensors[0], source.to(exported_dtype(source, checkpoint.config)))
+                progress.update(source.nbytes)
     return count
 
 
-def _compare(count: WeightCount, name, source, tensors, scheme: LayerScheme | None, config: dict) -> None:
-    if scheme is None:
-        expected, found = source.to(exported_dtype(source, config)), tensors[0]
-        count.other_tensors += 1
-    else:
-        weight = scheme.weight
-        expected = ops.fake_quantize(source, weight.format_name, weight.scale_rule, VIEW_DTYPE)
-        found = decompress(tensors[0], tensors[1], weight.bits)
-        count.packed_weights += 1
-        count.elements_compared += expected.numel()
-        count.packed_bytes += sum(tensor.nbytes for tensor in tensors)
+def _compare_site(count: WeightCount, site: Site, source: torch.Tensor, tensors: list, dialect: Dialect) -> None:
+    spec = site.scheme.weight
+    expected = ops.fake_quantize(source, spec.format.name, spec.rule, VIEW_DTYPE)
+    count.packed_weights += 1
+    count.elements_compared += expected.numel()
+    count.packed_bytes += sum(tensor.nbytes for tensor in tensors)
+    _compare(count, site.tensor, dialect.decompress(tensors, spec), expected)
+
+
+def _compare(count: WeightCount, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         count.note(name, expected.numel())
     else:
         count.note(name, int((found != expected).sum()))
-
-
-def decompress(codes: torch.Tensor, scale_e8m0_biased: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packed weight -> BF16 [N, K], by the compressed-tensors library.
-
-    Raises:
-        ImportError: compressed-tensors is not installed.
-    """
-    try:
-        from compressed_tensors.compressors import BaseCompressor
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    except ImportError as error:
-        raise ImportError("verification needs a library: pip install compressed-tensors") from error
-    args = QuantizationArgs(
-        num_bits=bits, type="float", strategy="group", group_size=BLOCK_SIZE, symmetric=True, dynamic=False,
-        scale_dtype=torch.uint8, zp_dtype=torch.uint8,
-    )  # fmt: skip
-    compressor = BaseCompressor.get_value_from_registry(_CT_FORMATS[bits])
-    tensors = {"weight_packed" if bits == 4 else "weight": codes, "weight_scale": scale_e8m0_biased}
-    weight = compressor.decompress(tensors, QuantizationScheme(targets=["Linear"], weights=args))["weight"]
-    return weight.to(VIEW_DTYPE)
-
-
-def _packed_names(layer: str, scheme: LayerScheme) -> tuple[str, str]:
-    return packed_name(layer, scheme.weight), f"{layer}.weight_scale"

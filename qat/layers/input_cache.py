@@ -14,47 +14,50 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics import ops
+from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
-
-Packed = tuple[torch.Tensor, torch.Tensor]  # element codes and E8M0 scales, as `ops.quantize` gives them
 
 
 @dataclass
 class _Entry:
     source: weakref.ref
     key: tuple
-    packed: Packed | None = None
+    quantized: Quantized | None = None
     values: torch.Tensor | None = None
 
 
 class InputCache(threading.local):
-    """The last input quantized in this thread, with its codes and values; forgotten when that input dies."""
+    """The last input quantized in this thread, with its codes and values; forgotten when that input dies.
+
+    A spec of None stands for an input that is not quantized: its values are the input in `dtype`.
+    """
 
     entry: _Entry | None = None
 
-    def codes(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> Packed:
+    def quantized(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> Quantized:
         """`ops.quantize(x)`, computed once for the layers that share x."""
         entry = self._find(x, spec, dtype)
         if entry is None:
-            return ops.quantize(x, spec.format_name, spec.scale_rule, dtype)
-        if entry.packed is None:
-            entry.packed = ops.quantize(x, spec.format_name, spec.scale_rule, dtype)
-        return entry.packed
+            return ops.quantize(x, spec.format.name, spec.rule, dtype)
+        if entry.quantized is None:
+            entry.quantized = ops.quantize(x, spec.format.name, spec.rule, dtype)
+        return entry.quantized
 
-    def values(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    def values(self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype) -> torch.Tensor:
         """`ops.fake_quantize(x)`, computed once, from the codes where they exist."""
+        if spec is None and x.dtype == dtype:
+            return x
         entry = self._find(x, spec, dtype)
         if entry is None:
-            return ops.fake_quantize(x, spec.format_name, spec.scale_rule, dtype)
+            return _values(x, spec, dtype)
         if entry.values is None:
+            has_codes = entry.quantized is not None
             entry.values = (
-                ops.fake_quantize(x, spec.format_name, spec.scale_rule, dtype)
-                if entry.packed is None
-                else ops.dequantize(*entry.packed, spec.format_name, dtype)
+                ops.dequantize(entry.quantized, spec.format.name, dtype) if has_codes else _values(x, spec, dtype)
             )
         return entry.values
 
-    def _find(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> _Entry | None:
+    def _find(self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype) -> _Entry | None:
         if torch.compiler.is_compiling() or x.is_inference():
             return None
         key = (x._version, spec, dtype)
@@ -66,3 +69,7 @@ class InputCache(threading.local):
     def _forget(self, source: weakref.ref) -> None:
         if self.entry is not None and self.entry.source is source:
             self.entry = None
+
+
+def _values(x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if spec is None else ops.fake_quantize(x, spec.format.name, spec.rule, dtype)

@@ -1,86 +1,160 @@
-"""Learned exponents of weights, whose scales are stored: the exponent of a block is what the scale rule says plus a
-trained offset, rounded to an integer.
+"""Learned exponents of weights: the exponent of a block is what the scale rule says plus a trained offset, rounded.
 
 As in LSQ (Esser et al., arXiv:1902.08153) rounding passes gradients straight through, also that of the offset; with
 v = 2^e q(w / 2^e)
 
     dv/de = ln 2 * (v - w), or ln 2 * v where w saturates,
 
-summed over the block and multiplied by 1 / sqrt(32 * max_normal), LSQ's gradient scale. (AutoRound tunes a factor on
-the block's maximum, before the rule takes its logarithm; an offset of the exponent is the logarithm of such a factor.)
+summed over the block and multiplied by 1 / sqrt(block * largest element), LSQ's gradient scale. (AutoRound tunes a
+factor on the block's maximum, before the rule takes its logarithm; an offset of the exponent is the logarithm of such a
+factor.)
+
+A finished run saves *baked* weights, so that a checkpoint needs no tensor that others would not know. A baked weight is
+the quantized one that the forward pass computed with: a multiple of a power of two, exact in BF16. Rounding it again
+must give it back, whatever exponents it was made with, and under the rule RCEIL it does: RCEIL takes the finest scale
+under which a block's maximum does not saturate, so the learned scale or a finer one, on whose grid all values of the
+block lie as well. (FLOOR may read a maximum of 240 as 480 of the next finer scale, which saturates at 448.) Hence a
+baked checkpoint is plain: Hugging Face names, exact export by the usual code, and a `qat_config.json` that names RCEIL
+as the rule of its weights. Checkpoints from which training resumes are not baked: they hold FP32 masters and offsets.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..numerics import ops
-from ..numerics.formats import BLOCK_SIZE, E8M0_NAN, get_format
-from ..numerics.mx import saturates
-from ..schemes.spec import TensorSpec
+from ..numerics import mx, ops
+from ..numerics.formats import Format, Quantized
+from ..schemes.config import QATConfig
+from ..schemes.spec import VIEW_DTYPE, TensorSpec
+from .rounding import Rounding
+
+PARAMETER = "exponent_offset"  # of a weight quantizer, FP32 [N, K / block]
+SUFFIX = f".weight_quantizer.{PARAMETER}"  # of its name in a state dict
+SETTING = "learn_exponent"  # in QATConfig.training
+BAKED_RULE = "rceil"
 
 
-def fake_quantize(
-    x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, exponent_offset: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`ops.fake_quantize`, with a learned offset where there is one."""
-    if exponent_offset is None:
-        return ops.fake_quantize(x, spec.format_name, spec.scale_rule, dtype)
-    return _FakeQuantize.apply(x, exponent_offset, spec, dtype)
+class LearnedRounding(Rounding):
+    """`Rounding` with an offset of the exponents as its one parameter."""
 
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> Quantized:
+        """As `Rounding.quantize`, under the moved exponents."""
+        (offset,) = learned
+        (scale,) = super().quantize(weight, dtype).scales
+        moved = (scale.int() + offset.round().int()).clamp(0, mx.E8M0_NAN - 1).to(torch.uint8)
+        scale = torch.where((scale == mx.E8M0_NAN) | offset.isnan(), mx.E8M0_NAN, moved)
+        return Quantized(ops.quantize_to_scale(weight, scale, self.spec.format.name, dtype), (scale,))
 
-def fake_quantize_weight(
-    weight: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, exponent_offset: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The values of `fake_quantize`, without a gradient."""
-    if exponent_offset is None:
-        return ops.fake_quantize(weight, spec.format_name, spec.scale_rule, dtype)
-    return ops.dequantize(*quantize(weight, spec, dtype, exponent_offset), spec.format_name, dtype)
+    def values(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+        """As `Rounding.values`, under the moved exponents."""
+        return ops.dequantize(self.quantize(weight, dtype, *learned), self.spec.format.name, dtype)
 
+    def fake_quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+        """`values`, with gradients for the weight and the offset."""
+        return _FakeQuantize.apply(weight, *learned, self, dtype)
 
-def quantize(
-    x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, exponent_offset: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ops.quantize` by `spec`, with exponents moved by a learned offset (FP32 [..., K / 32]) where there is one."""
-    packed, scale = ops.quantize(x, spec.format_name, spec.scale_rule, dtype)
-    if exponent_offset is None:
-        return packed, scale
-    moved = (scale.int() + exponent_offset.round().int()).clamp(0, E8M0_NAN - 1).to(torch.uint8)
-    scale = torch.where((scale == E8M0_NAN) | exponent_offset.isnan(), E8M0_NAN, moved)
-    return ops.quantize_to_scale(x, scale, spec.format_name, dtype), scale
-
-
-def exponent_gradient(
-    grad: torch.Tensor, weight: torch.Tensor, exponent_offset: torch.Tensor, spec: TensorSpec, dtype: torch.dtype
-) -> torch.Tensor:
-    """The gradient of a quantized weight [N, K] -> that of its exponent offset, FP32 [N, K / 32].
-
-    Args:
-        weight: [N, K], seen in `dtype` when it was quantized.
-    """
-    packed, scale = quantize(weight, spec, dtype, exponent_offset)
-    fmt = get_format(spec.format_name)
-    values = ops.dequantize(packed, scale, spec.format_name, torch.float32)
-    viewed = weight.to(dtype).float()
-    slope = torch.where(saturates(viewed, scale, fmt), values, values - viewed)
-    blocks = (grad.float() * slope).unflatten(-1, (grad.shape[-1] // BLOCK_SIZE, BLOCK_SIZE))
-    return blocks.sum(-1) * (math.log(2) / math.sqrt(BLOCK_SIZE * fmt.max_normal))
+    def learned_gradients(
+        self, grad: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradient of the offset, FP32 [N, K / block]."""
+        quantized, fmt = self.quantize(weight, dtype, *learned), self.spec.format
+        values = ops.dequantize(quantized, fmt.name, torch.float32)
+        viewed = weight.to(dtype).float()
+        slope = torch.where(mx.saturates(viewed, quantized, fmt), values, values - viewed)
+        blocks = (grad.float() * slope).unflatten(-1, (grad.shape[-1] // fmt.block, fmt.block))
+        return (blocks.sum(-1) * (math.log(2) / math.sqrt(fmt.block * fmt.element.largest)),)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """For layers outside of the fused function."""
+    """For quantizers that are called by themselves, outside of the fused linear function."""
 
     @staticmethod
-    def forward(ctx, x, exponent_offset, spec, dtype):
-        ctx.settings = spec, dtype
-        ctx.save_for_backward(x, exponent_offset)
-        return fake_quantize_weight(x, spec, dtype, exponent_offset)
+    def forward(ctx, weight, offset, rounding, dtype):
+        ctx.settings = rounding, dtype
+        ctx.save_for_backward(weight, offset)
+        return rounding.values(weight, dtype, offset)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, exponent_offset = ctx.saved_tensors
-        return grad.to(x.dtype), exponent_gradient(grad, x, exponent_offset, *ctx.settings), None, None
+        (weight, offset), (rounding, dtype) = ctx.saved_tensors, ctx.settings
+        return grad.to(weight.dtype), *rounding.learned_gradients(grad, weight, dtype, offset), None, None
+
+
+def optimizer_settings(learning_rate: float) -> dict[str, dict]:
+    """Settings of an optimizer for the offsets, by the end of their names.
+
+    An offset does something only once it has passed 0.5, and an Adam step moves it by about the learning rate.
+    """
+    return {SUFFIX: {"lr": learning_rate, "weight_decay": 0.0}}
+
+
+def check_learnable(fmt: Format) -> None:
+    """Raise a ValueError for a format whose scales are no exponents."""
+    if fmt.name not in mx.FORMATS:
+        raise ValueError(
+            f"learn_exponent=True needs power-of-two scales, and {fmt.name} has {fmt.scale.name}; choose one of "
+            f"{', '.join(mx.FORMATS)}, or learn_exponent=False"
+        )
+
+
+# ---- What a finished run saves ----
+
+
+@torch.no_grad()
+def bake(
+    state_dict: dict[str, torch.Tensor], specs: dict[str, TensorSpec], dtypes: dict[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """`state_dict` with each weight whose exponents were learned replaced by its quantized values.
+
+    Args:
+        state_dict: complete tensors; those of offsets do not come back.
+        specs: of the weights, by the names of their layers.
+        dtypes: in which weights are going to be saved; they are rounded to these before they are quantized.
+
+    Returns:
+        A new dict; baked weights have the dtype they had before. Without learned exponents, `state_dict` as it was.
+    """
+    offsets = {name: tensor for name, tensor in state_dict.items() if name.endswith(SUFFIX)}
+    if not offsets:
+        return state_dict
+    result = {name: tensor for name, tensor in state_dict.items() if name not in offsets}
+    for name, offset in offsets.items():
+        layer = name.removesuffix(SUFFIX)
+        weight, rounding = result[f"{layer}.weight"], LearnedRounding(specs[layer])
+        viewed = weight.to(dtypes.get(f"{layer}.weight", weight.dtype))
+        quantized = rounding.quantize(viewed, VIEW_DTYPE, offset)
+        result[f"{layer}.weight"] = ops.dequantize(quantized, rounding.spec.format.name, weight.dtype)
+    return result
+
+
+def baked_config(config: QATConfig) -> QATConfig:
+    """The configuration to save beside baked weights."""
+    if not config.training.get(SETTING):
+        return config
+    rules = {name: {**rule, "weight": BAKED_RULE} for name, rule in config.scale_rules.items()}
+    return replace(config, scale_rules=rules)
+
+
+def check_baked(names: Iterable[str], folder: str | Path) -> None:
+    """Raise a ValueError if a checkpoint with tensors of these names still needs its learned exponents."""
+    if any(name.endswith(SUFFIX) for name in names):
+        raise ValueError(
+            f"{folder} is a checkpoint to resume from: its block exponents are learned and lie beside FP32 masters. "
+            "Resume the run (--resume_from_checkpoint), or use the folder that the finished run saved"
+        )
+
+
+def check_compute_dtype(config: QATConfig | None, dtype: torch.dtype) -> None:
+    """Raise a ValueError if a run that learns exponents computes in another dtype than weights are baked in."""
+    if config is not None and config.training.get(SETTING) and dtype != VIEW_DTYPE:
+        raise ValueError(
+            f"--learn_exponent True: weights are saved as they are quantized in bfloat16, and this run computes in "
+            f"{str(dtype).removeprefix('torch.')}; give --bf16 True, or leave --learn_exponent out"
+        )

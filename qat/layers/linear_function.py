@@ -6,79 +6,105 @@ For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3
     dx = dy q(w)        needs the quantized weight only: it is computed again from the parameter, which exists anyway.
 
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
-is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit.
+is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit. An input
+that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ..numerics import ops
+from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
-from . import learned_scales as gradients
 from .input_cache import InputCache
+from .rounding import Rounding
 
 _inputs = InputCache()
+
+
+@dataclass(frozen=True)
+class _Settings:
+    input_spec: TensorSpec | None
+    rounding: Rounding
+    dtype: torch.dtype
+    kept: int  # tensors that are saved of the input: its codes and scales, or itself
 
 
 def quantized_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    input_spec: TensorSpec,
-    weight_spec: TensorSpec,
+    input_spec: TensorSpec | None,
+    rounding: Rounding,
     dtype: torch.dtype,
-    exponent_offset: torch.Tensor | None = None,
+    learned: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """x [..., K] and weight [N, K], both rounded to their grids as seen in `dtype` -> [..., N] in `dtype`.
 
-    Gradients reach x, weight, bias and the learned offset of the weight's exponents (FP32 [N, K / 32]), if there is
-    one, in their own dtypes.
+    Gradients reach x, weight, bias and what the rounding of the weight learns, in their own dtypes.
+
+    Args:
+        input_spec: None leaves x as it is.
+        rounding: of the weight; `learned` are its parameters.
     """
-    learns_exponent = exponent_offset is not None and exponent_offset.requires_grad
-    keeps_codes = torch.is_grad_enabled() and (weight.requires_grad or learns_exponent)
+    needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
+    kept: list[torch.Tensor] = []
     with torch.no_grad():
-        packed, scale = _inputs.codes(x, input_spec, dtype) if keeps_codes else (None, None)
+        if needs_input and input_spec is not None:
+            kept = _inputs.quantized(x, input_spec, dtype).tensors
         values = _inputs.values(x, input_spec, dtype)
-    return _QuantizedLinear.apply(
-        x, weight, bias, exponent_offset, values, packed, scale, input_spec, weight_spec, dtype
-    )
+        if needs_input and input_spec is None:
+            kept = [values]
+    settings = _Settings(input_spec, rounding, dtype, len(kept))
+    return _QuantizedLinear.apply(x, weight, bias, values, settings, *kept, *learned)
 
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, offset, values, packed, scale, input_spec, weight_spec, dtype):
-        ctx.specs = input_spec, weight_spec, dtype
+    def forward(ctx, x, weight, bias, values, settings, *tensors):
+        kept, learned = tensors[: settings.kept], tensors[settings.kept :]
+        ctx.settings = settings
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(
-            weight if needs_x or offset is not None else None,
-            offset,
-            packed if needs_weight else None,
-            scale if needs_weight else None,
-        )
-        quantized = gradients.fake_quantize_weight(weight, weight_spec, dtype, offset)
-        return F.linear(values, quantized, None if bias is None else bias.to(dtype))
+        needs_values = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5 + settings.kept :])
+        needs_weight = ctx.needs_input_grad[0] or bool(learned)
+        kept_for_backward = kept if needs_values else [None] * len(kept)
+        ctx.save_for_backward(weight if needs_weight else None, *kept_for_backward, *learned)
+        quantized = settings.rounding.values(weight, settings.dtype, *learned)
+        return F.linear(values, quantized, None if bias is None else bias.to(settings.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, offset, packed, scale = ctx.saved_tensors
-        input_spec, weight_spec, dtype = ctx.specs
+        settings = ctx.settings
+        weight, *tensors = ctx.saved_tensors
+        kept, learned = tensors[: settings.kept], tensors[settings.kept :]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        needs_learned = any(ctx.needs_input_grad[5 + settings.kept :])
         grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_bias = grad_offset = None
+        grad_x = grad_weight = grad_bias = None
+        learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ gradients.fake_quantize_weight(weight, weight_spec, dtype, offset)
+            grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned)
             grad_x = grad_x.reshape(*grad.shape[:-1], -1).to(x_dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            values = ops.dequantize(packed, scale, input_spec.format_name, dtype)
+        if ctx.needs_input_grad[1] or needs_learned:
+            values = _kept_values(kept, settings)
             grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])
-            if offset is not None:
-                grad_offset = gradients.exponent_gradient(grad_weight, weight, offset, weight_spec, dtype)
+            if learned:
+                learned_grads = settings.rounding.learned_gradients(grad_weight, weight, settings.dtype, *learned)
             grad_weight = grad_weight.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, grad_offset, *[None] * 6
+        return grad_x, grad_weight, grad_bias, None, None, *[None] * settings.kept, *learned_grads
+
+
+def _kept_values(kept: list[torch.Tensor], settings: _Settings) -> torch.Tensor:
+    """The values of the input that the product was made of."""
+    if settings.input_spec is None:
+        return kept[0]
+    codes, *scales = kept
+    return ops.dequantize(Quantized(codes, tuple(scales)), settings.input_spec.format.name, settings.dtype)

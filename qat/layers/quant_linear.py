@@ -1,4 +1,4 @@
-"""QuantLinear: an nn.Linear that computes with its weight and its input rounded to the MX grid.
+"""QuantLinear: an nn.Linear that computes with its weight and its input rounded to their formats.
 
 It *is* an nn.Linear: the same Parameters under the same names, so tied weights stay tied, the state dict stays the
 Hugging Face one, and PEFT, FSDP and exporters see what they expect. Only `forward` differs.
@@ -10,19 +10,38 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..numerics.formats import BLOCK_SIZE
-from ..schemes.spec import LayerScheme
+from ..schemes.spec import Scheme
 from .linear_function import quantized_linear
 from .tensor_quantizer import TensorQuantizer
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed."""
+    """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed.
+
+    The specs of its quantizers say how it is quantized; `scheme` is made of them, and `set_scheme` changes them.
+    """
 
     weight_quantizer: TensorQuantizer
     input_quantizer: TensorQuantizer
     output_quantizer: TensorQuantizer
-    scheme: LayerScheme
+    scheme_name: str
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the layer is quantized to, its quantizers' switches aside."""
+        inputs = self.input_quantizer
+        return Scheme(self.scheme_name, self.weight_quantizer.spec, inputs.spec if inputs.if_quant else None)
+
+    def set_scheme(self, scheme: Scheme) -> None:
+        """Quantize as `scheme` says from now on."""
+        self.scheme_name = scheme.name
+        self.weight_quantizer.spec = scheme.weight
+        self.input_quantizer.spec = scheme.input or scheme.weight
+        self.input_quantizer.if_quant = scheme.input is not None
+
+    def effective_weight(self) -> torch.Tensor:
+        """What is rounded and multiplied by: [out_features, in_features]. An adapter adds its product here."""
+        return self.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], both operands fake-quantized in the dtype of the matmul.
@@ -31,23 +50,19 @@ class QuantLinear(nn.Linear):
         saved.
         """
         dtype = _compute_dtype(input)
-        if self._is_plain_w_and_a():
+        weight, inputs = self.weight_quantizer, self.input_quantizer
+        if weight.is_enabled and weight.scale is None and inputs.scale is None:
+            spec = inputs.spec if inputs.is_enabled else None
             output = quantized_linear(
-                input, self.weight, self.bias, self.scheme.input, self.scheme.weight, dtype,
-                self.weight_quantizer.exponent_offset,
-            )  # fmt: skip
-            return self.output_quantizer(output)
-        weight = self.weight_quantizer(self.weight.to(dtype))
-        output = F.linear(self.input_quantizer(input.to(dtype)), weight, self.bias)
+                input, self.effective_weight(), self.bias, spec, weight.rounding, dtype, weight.learned
+            )
+        else:
+            output = F.linear(inputs(input.to(dtype)), weight(self.effective_weight().to(dtype)), self.bias)
         return self.output_quantizer(output)
 
-    def _is_plain_w_and_a(self) -> bool:
-        """Weight and input are both quantized, by their scheme: the case that the fused function covers."""
-        weight, input_ = self.weight_quantizer, self.input_quantizer
-        return weight.is_enabled and input_.is_enabled and weight.scale is None and input_.scale is None
-
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scheme={self.scheme.name}"
+        """For `print(model)`."""
+        return f"{super().extra_repr()}, scheme={self.scheme_name}"
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -59,42 +74,39 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def convert(module: nn.Linear, scheme: LayerScheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:
+def convert(module: nn.Linear, scheme: Scheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:
     """Turn `module` into a QuantLinear in place: same object, same Parameters.
 
     With `learn_exponent` its weight quantizer gets a parameter of its own, see `TensorQuantizer`.
 
     Raises:
         TypeError: `module` is no plain nn.Linear.
-        ValueError: its in_features are not a multiple of the block size.
+        ValueError: the blocks of the scheme's formats do not divide its in_features.
     """
-    check_convertible(module, name)
+    check_convertible(module, scheme, name)
     module.__class__ = QuantLinear
-    module.scheme = scheme
-    module.weight_quantizer = _make_quantizer(scheme.weight)
+    module.weight_quantizer = TensorQuantizer.of(scheme.weight)
+    module.input_quantizer = TensorQuantizer.of(scheme.input or scheme.weight)
+    module.output_quantizer = TensorQuantizer.of(scheme.weight, if_quant=False)
+    module.set_scheme(scheme)
     if learn_exponent:
         module.weight_quantizer.learn_exponents(module.weight.shape, module.weight.device)
-    module.input_quantizer = _make_quantizer(scheme.input)
-    module.output_quantizer = _make_quantizer(scheme.input, if_quant=False)
     return module
 
 
-def check_convertible(module: nn.Module, name: str = "") -> None:
-    """Raise what `convert(module, ..., name)` would raise, changing nothing."""
+def check_convertible(module: nn.Module, scheme: Scheme, name: str = "") -> None:
+    """Raise what `convert(module, scheme, name)` would raise, changing nothing."""
     label = name or "the layer"
     if type(module) is not nn.Linear:
         raise TypeError(f"{label} is a {type(module).__name__}; only a plain torch.nn.Linear can be converted")
-    if module.in_features % BLOCK_SIZE:
-        raise ValueError(
-            f"{label} has in_features={module.in_features}, which is not a multiple of the MX block size {BLOCK_SIZE}; "
-            f"add {name!r} to `ignore` to leave it unquantized"
-        )
+    for spec in filter(None, (scheme.weight, scheme.input)):
+        if not spec.format.fits(module.in_features):
+            raise ValueError(
+                f"{label} has in_features={module.in_features}, which is not a multiple of the block size "
+                f"{spec.format.block} of {spec.format.name}; add {name!r} to `ignore` to leave it unquantized"
+            )
 
 
 def is_quantlinear(module: nn.Module) -> bool:
     """Whether `module` is a QuantLinear."""
     return isinstance(module, QuantLinear)
-
-
-def _make_quantizer(spec, if_quant: bool = True) -> TensorQuantizer:
-    return TensorQuantizer(spec.data_type, spec.bits, spec.block_size, spec.sym, if_quant)

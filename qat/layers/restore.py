@@ -1,43 +1,51 @@
-"""Put the quantizers of a prepared model under other scale rules than those its schemes bring."""
+"""Prepare a model as a saved configuration describes it, and put it under other scale rules."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from ..schemes.config import QATConfig
-from ..schemes.spec import INPUT_SCALE_RULES, with_scale_rule
+from .learned_scales import SETTING
 from .prepare import prepare_qat
-from .quant_linear import is_quantlinear
+from .sites import quantized_sites
 
 
-def prepare_as_saved(model: nn.Module, config: QATConfig) -> nn.Module:
-    """`prepare_qat` as `config` describes it, with the scale rules that it names; `model` is changed and returned."""
-    prepare_qat(model, config.mapping, config.ignore)
-    set_scale_rules(model, config.scale_rules)
+def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool | None = None) -> nn.Module:
+    """`prepare_qat` as `config` describes it, each scheme under the scale rules that it names.
+
+    Args:
+        learn_exponent: whether this run trains block exponents, which `model.qat_config` then says; None for no run:
+            nothing is trained, and `model.qat_config` is `config`.
+
+    Returns:
+        `model`, which is changed; its `qat_config` is set.
+    """
+    prepare_qat(
+        model, config.mapping, config.ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules
+    )
+    if learn_exponent is None:
+        model.qat_config = config
+    else:
+        model.qat_config = replace(config, training={SETTING: True} if learn_exponent else {})
     return model
 
 
-def set_scale_rules(model: nn.Module, rules: dict[str, dict[str, str]]) -> None:
+def set_scale_rules(model: nn.Module, rules: Mapping[str, Mapping[str, str | None]]) -> None:
     """Let each layer of a scheme in `rules` quantize its "weight" and its "input" under the rule named there.
 
     Args:
         rules: as `QATConfig.scale_rules`: {"MXFP4": {"weight": "search", "input": "even"}}; what is not named stays.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: a rule that the format does not have.
     """
-    for layer in filter(is_quantlinear, model.modules()):
-        chosen = rules.get(layer.scheme.name, {})
-        weight, input_ = layer.scheme.weight, layer.scheme.input
-        weight = with_scale_rule(weight, chosen.get("weight", weight.scale_rule))
-        input_ = with_scale_rule(input_, chosen.get("input", input_.scale_rule), INPUT_SCALE_RULES)
-        layer.scheme = replace(layer.scheme, weight=weight, input=input_)
-        layer.weight_quantizer.spec, layer.input_quantizer.spec = weight, input_
+    for site in quantized_sites(model):
+        site.module.set_scheme(site.scheme.with_rules(**rules.get(site.scheme.name, {})))
 
 
 def set_input_rule(model: nn.Module, rule: str) -> None:
     """Quantize the inputs of all layers under `rule`: what an engine with a rule of its own does."""
-    schemes = {layer.scheme.name for layer in filter(is_quantlinear, model.modules())}
-    set_scale_rules(model, {scheme: {"input": rule} for scheme in schemes})
+    set_scale_rules(model, {site.scheme.name: {"input": rule} for site in quantized_sites(model)})

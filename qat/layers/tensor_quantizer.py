@@ -5,37 +5,40 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..numerics.codes import encode
-from ..numerics.formats import get_format
-from ..numerics.mx import round_to_scale
+from ..numerics import ops
+from ..numerics.codes import as_stored
 from ..schemes.spec import TensorSpec
-from . import learned_scales as gradients
+from .learned_scales import LearnedRounding, check_learnable
+from .rounding import Rounding
 
 
 class TensorQuantizer(nn.Module):
     """Fake-quantizes a tensor along its last dimension, with straight-through gradients.
 
+    Its `spec` is the only place that says how a layer's tensor is quantized.
+
     Args:
-        data_type: AutoRound's name, "mx_fp", with the scale rule as suffix ("mx_fp_rceil", "mx_fp_even",
-        "mx_fp_search"). bits: 4 (MXFP4, E2M1) or 8 (MXFP8, E4M3).
-        block_size: values that share a scale, 32 in every MX format.
-        sym: MX formats are symmetric; False is refused.
+        data_type: AutoRound's name, with the scale rule as suffix: "mx_fp", "mx_fp_rceil", "mx_fp_even",
+            "mx_fp_search", "fp"; or "mx_fp4" and "mx_fp8", which name the bits too.
+        bits: 4 (E2M1) or 8 (E4M3). Default: what `data_type` names, else 8.
+        block_size: values that share a scale: 32 in MX formats, -1 (a whole row) in FP8. Default: the format's.
+        sym: these formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
         learn_exponent: train the block exponents of a weight: the parameter `exponent_offset` (FP32 [N, K / 32], zero
-            at first) is rounded and added to what the scale rule says; see gradients.py. Needs `scale_shape`.
-        scale_shape: shape (N, K) of a weight whose E8M0 scales shall be kept in the buffer `scale`
-            (uint8 [N, K / block_size], exponent + 127) at every forward pass and saved with the model.
+            at first) is rounded and added to what the scale rule says; see learned_scales.py. Needs `scale_shape`.
+        scale_shape: shape (N, K) of a weight whose scales shall be kept in the buffer `scale` at every forward pass
+            (MX: uint8 [N, K / 32], exponent + 127) and saved with the model.
         device: where they live.
 
     Raises:
-        ValueError: an argument has no meaning in MX formats.
+        ValueError: an argument that no format has.
     """
 
     def __init__(
         self,
         data_type: str = "mx_fp",
-        bits: int = 8,
-        block_size: int = 32,
+        bits: int | None = None,
+        block_size: int | None = None,
         sym: bool = True,
         if_quant: bool = True,
         learn_exponent: bool = False,
@@ -45,7 +48,7 @@ class TensorQuantizer(nn.Module):
         super().__init__()
         if learn_exponent and scale_shape is None:
             raise ValueError("learn_exponent=True needs the shape of a weight; give scale_shape=(N, K)")
-        self.spec = TensorSpec(data_type, bits, block_size, sym)
+        self.spec = TensorSpec.of(data_type, bits, block_size, sym)
         self.if_quant = if_quant
         self._enabled = True
         self.register_parameter("exponent_offset", None)
@@ -53,16 +56,22 @@ class TensorQuantizer(nn.Module):
             self.learn_exponents(scale_shape, device)
         scale = None
         if scale_shape is not None:
-            rows, columns = scale_shape
-            scale = torch.zeros(rows, columns // block_size, dtype=torch.uint8, device=device)
+            fmt = self.spec.format
+            scale = torch.zeros(fmt.scale_shape(scale_shape), dtype=fmt.scale.storage, device=device)
         self.register_buffer("scale", scale)
+
+    @classmethod
+    def of(cls, spec: TensorSpec, if_quant: bool = True) -> TensorQuantizer:
+        """A quantizer for a spec."""
+        quantizer = cls(if_quant=if_quant)
+        quantizer.spec = spec
+        return quantizer
 
     def learn_exponents(self, shape: tuple[int, int], device: torch.device | str | None = None) -> None:
         """From now on train the block exponents of a weight of this shape (N, K)."""
-        rows, columns = shape
-        self.exponent_offset = nn.Parameter(
-            torch.zeros(rows, columns // self.block_size, dtype=torch.float32, device=device)
-        )
+        check_learnable(self.spec.format)
+        offset = torch.zeros(self.spec.format.scale_shape(shape), dtype=torch.float32, device=device)
+        self.exponent_offset = nn.Parameter(offset)
 
     @property
     def learn_exponent(self) -> bool:
@@ -70,19 +79,33 @@ class TensorQuantizer(nn.Module):
         return self.exponent_offset is not None
 
     @property
+    def rounding(self) -> Rounding:
+        """How the tensor gets its values; `learned` are its parameters."""
+        return LearnedRounding(self.spec) if self.learn_exponent else Rounding(self.spec)
+
+    @property
+    def learned(self) -> tuple[torch.Tensor, ...]:
+        """Parameters that are trained beside the tensor."""
+        return () if self.exponent_offset is None else (self.exponent_offset,)
+
+    @property
     def data_type(self) -> str:
+        """AutoRound's name of the kind of format and its scale rule."""
         return self.spec.data_type
 
     @property
     def bits(self) -> int:
+        """Of a value."""
         return self.spec.bits
 
     @property
     def block_size(self) -> int:
+        """Values that share a scale; -1 for a whole row."""
         return self.spec.block_size
 
     @property
     def sym(self) -> bool:
+        """Whether there is no zero point."""
         return self.spec.sym
 
     @property
@@ -99,36 +122,35 @@ class TensorQuantizer(nn.Module):
         self._enabled = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] (float32, bfloat16 or float16, K a multiple of 32) -> the same shape and dtype, on the MX grid."""
+        """x [..., K] (float32, bfloat16 or float16) -> the same shape and dtype, on the format's grid."""
         if not self.is_enabled:
             return x
         if self.scale is not None:
-            _, scale_e8m0_biased = gradients.quantize(x.detach(), self.spec, x.dtype, self.exponent_offset)
-            self.scale.copy_(scale_e8m0_biased.view_as(self.scale))
-        return gradients.fake_quantize(x, self.spec, x.dtype, self.exponent_offset)
+            (scale,) = self.rounding.quantize(x.detach(), x.dtype, *self.learned).scales
+            self.scale.copy_(scale.view_as(self.scale))
+        return self.rounding.fake_quantize(x, x.dtype, *self.learned)
 
     def weight_pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight on the grid of `scale` -> the bytes that engines load.
 
         Args:
             weight: [N, K], any float dtype; rounded to the grid when it does not lie on it.
-            scale: E8M0 codes, uint8 [N, K / 32], exponent + 127.
+            scale: as in `Quantized.scales` (MX: E8M0 codes, uint8 [N, K / 32], exponent + 127).
 
         Returns:
-            MXFP4: uint8 [N, K / 2], element 2i in the low nibble; MXFP8: float8_e4m3fn [N, K]. And the scale,
+            MXFP4: uint8 [N, K / 2], element 2i in the low nibble; MXFP8 and FP8: float8_e4m3fn [N, K]. And the scale,
             unchanged.
+
+        Raises:
+            ValueError: a scale of another shape or dtype.
         """
-        if scale.dtype != torch.uint8 or scale.shape != (*weight.shape[:-1], weight.shape[-1] // self.block_size):
-            raise ValueError(
-                f"scale is {scale.dtype} {tuple(scale.shape)}; it must hold biased E8M0 codes, uint8 "
-                f"{(*weight.shape[:-1], weight.shape[-1] // self.block_size)}, one for {self.block_size} values"
-            )
-        fmt = get_format(self.spec.format_name)
-        packed = encode(round_to_scale(weight, scale, fmt).nan_to_num(0.0), fmt)
-        return packed.view(torch.float8_e4m3fn) if fmt.bits == 8 else packed, scale
+        fmt = self.spec.format
+        fmt.check_scales(weight.shape, scale)
+        return as_stored(ops.quantize_to_scale(weight, scale, fmt.name, weight.dtype), fmt.element), scale
 
     def extra_repr(self) -> str:
+        """For `print(model)`."""
         if not self.is_enabled:
             return "disabled"
         learned = ", learned exponents" if self.learn_exponent else ""
-        return f"{self.spec.format_name}, rule={self.spec.scale_rule}, block_size={self.block_size}{learned}"
+        return f"{self.spec.format.name}, rule={self.spec.rule}{learned}"

@@ -14,72 +14,80 @@ from __future__ import annotations
 import torch
 
 from .codes import decode, encode
-from .formats import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, FP32_MANTISSA_BITS, MXFormat, mantissa_threshold
+from .formats import E2M1, E4M3, E8M0, FP32_BIAS, FP32_MANTISSA_BITS, Format, Quantized
+from .rules import MX_INPUT_RULES, MX_RULES, mantissa_threshold
 
+BLOCK = 32  # OCP MX v1.0, section 5.2: every concrete MX format has k = 32
+FORMATS = {
+    name: Format(name, element, BLOCK, E8M0, MX_RULES, MX_INPUT_RULES, "mx_fp")
+    for name, element in (("mxfp4", E2M1), ("mxfp8", E4M3))
+}
+E8M0_BIAS = FP32_BIAS  # section 5.4.1; that of FP32, so an exponent field is a scale already
+E8M0_NAN = 0xFF
 _EXPONENT_MASK = 0xFF
 
 
-def quantize(
-    x: torch.Tensor, fmt: MXFormat, rule: str, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to packed element codes and E8M0 scales.
+def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> Quantized:
+    """Quantize to element codes and E8M0 scales.
 
     Args:
         x: [..., K] float32, bfloat16 or float16, K a multiple of 32.
-        fmt: element format.
-        rule: scale rule, see `formats.SCALE_RULES`.
+        fmt: one of FORMATS.
+        rule: one of `rules.MX_RULES`.
         dtype: the view of `x` that is quantized (default: its own dtype), e.g. the bfloat16 view of FP32 master
-        weights.
+            weights.
 
     Returns:
-        packed codes, uint8 [..., K * fmt.bits / 8], and biased E8M0 scales, uint8 [..., K / 32].
+        codes, uint8 [..., K * bits / 8], and the biased scales, uint8 [..., K / 32].
     """
     elements, scale_e8m0_biased = _quantize_elements(x, fmt, rule, dtype)
-    return encode(elements.nan_to_num(0.0), fmt).flatten(-2), scale_e8m0_biased
+    return Quantized(encode(elements.nan_to_num(0.0), fmt.element).flatten(-2), (scale_e8m0_biased,))
 
 
-def dequantize(
-    packed: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `quantize`: [..., K] in `dtype`; blocks whose scale is 0xFF are NaN."""
-    blocks = packed.unflatten(-1, (-1, fmt.packed_bytes_per_block))
-    return _scale_back(decode(blocks, fmt), scale_e8m0_biased, dtype)
+    (scale_e8m0_biased,) = quantized.scales
+    elements = _in_blocks(decode(quantized.codes, fmt.element), fmt)
+    return _scale_back(elements, scale_e8m0_biased, dtype)
 
 
-def fake_quantize(x: torch.Tensor, fmt: MXFormat, rule: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`dequantize(quantize(x))` without the bytes: x's nearest values on the MX grid, [..., K] in `dtype`."""
     elements, scale_e8m0_biased = _quantize_elements(x, fmt, rule, dtype)
     return _scale_back(elements, scale_e8m0_biased, dtype or x.dtype)
 
 
 def quantize_to_scale(
-    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat, dtype: torch.dtype | None = None
+    x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: Format, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Packed codes of x under given scales (uint8 [..., K / 32]) instead of a rule's; the layout of `quantize`."""
-    elements = round_to_scale(x.to(dtype or x.dtype), scale_e8m0_biased, fmt)
-    return encode(_in_blocks(elements.nan_to_num(0.0)), fmt).flatten(-2)
+    """Codes of x under given scales (uint8 [..., K / 32]) instead of a rule's; the layout of `quantize`."""
+    viewed = x.to(dtype or x.dtype).float()
+    fmt.check_scales(x.shape, scale_e8m0_biased)
+    elements = _round_elements(_in_blocks(viewed, fmt), scale_e8m0_biased.int(), fmt)
+    return encode(elements.nan_to_num(0.0), fmt.element).flatten(-2)
 
 
-def saturates(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat) -> torch.Tensor:
-    """Which values of x [..., K] exceed the largest element of their block, |x| > max_normal * 2^(scale - 127): bool
-    [..., K]. Blocks with the NaN scale have no such values."""
-    limit = fmt.max_normal * _power_of_two(scale_e8m0_biased.int() - E8M0_BIAS)
-    return (_in_blocks(x.float()).abs() > limit[..., None]).flatten(-2)
+def saturates(x: torch.Tensor, quantized: Quantized, fmt: Format) -> torch.Tensor:
+    """Which values of x [..., K] exceed the largest element of their block, |x| > largest * scale: bool [..., K].
+
+    Blocks with the NaN scale have no such values.
+    """
+    limit = fmt.element.largest * _power_of_two(quantized.scales[0].int() - E8M0_BIAS)
+    return (_in_blocks(x.float(), fmt).abs() > limit[..., None]).flatten(-2)
 
 
-def _in_blocks(x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(-1, (x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE))
+def broken_blocks(quantized: Quantized, fmt: Format) -> torch.Tensor:
+    """How many blocks held NaN or infinity: those with the NaN scale; int64 scalar."""
+    return (quantized.scales[0] == E8M0_NAN).sum()
 
 
-def round_to_scale(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: MXFormat) -> torch.Tensor:
-    """Nearest elements of x [..., K] under given scales (uint8 [..., K / 32]), in scaled units (FP32 [..., K])."""
-    blocks = _in_blocks(x.float())
-    return _round_elements(blocks, scale_e8m0_biased.int(), fmt).flatten(-2)
+def _in_blocks(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    return x.unflatten(-1, (x.shape[-1] // fmt.block, fmt.block))
 
 
 def _quantize_elements(x, fmt, rule, dtype):
     """Elements in scaled units (FP32 [..., K/32, 32]) and biased scales (uint8 [..., K/32])."""
-    blocks = _in_blocks(x.to(dtype or x.dtype).float())
+    blocks = _in_blocks(x.to(dtype or x.dtype).float(), fmt)
     amax = blocks.abs().amax(-1) if blocks.numel() else blocks.new_zeros(blocks.shape[:-1])
     scale = _shared_exponent(amax, fmt, rule)
     elements = _round_elements(blocks, scale, fmt)
@@ -94,24 +102,25 @@ def _quantize_elements(x, fmt, rule, dtype):
     return elements, scale.to(torch.uint8)
 
 
-def _shared_exponent(amax: torch.Tensor, fmt: MXFormat, rule: str) -> torch.Tensor:
+def _shared_exponent(amax: torch.Tensor, fmt: Format, rule: str) -> torch.Tensor:
     """Biased E8M0 code (int32) for each block maximum (FP32, not negative)."""
     amax_bits = amax.view(torch.int32)
     exponent_field = amax_bits >> FP32_MANTISSA_BITS
     mantissa = amax_bits & ((1 << FP32_MANTISSA_BITS) - 1)
     # FP32's bias is E8M0's, so the field is already biased. Subnormal maxima (field 0) end at the smallest scale.
-    code = exponent_field - fmt.emax + (mantissa >= mantissa_threshold(fmt, rule)).int()
+    code = exponent_field - fmt.element.emax + (mantissa >= mantissa_threshold(fmt.element, rule)).int()
     return torch.where(exponent_field == _EXPONENT_MASK, E8M0_NAN, code.clamp(min=0))
 
 
-def _round_elements(blocks: torch.Tensor, scale: torch.Tensor, fmt: MXFormat) -> torch.Tensor:
+def _round_elements(blocks: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Nearest element of `fmt` for each value, in scaled units; ties to even, saturating; NaN where the scale is."""
+    element = fmt.element
     scaled = blocks * _power_of_two(E8M0_BIAS - scale)[..., None]
     magnitude = scaled.abs()
-    exponent = (magnitude.view(torch.int32) >> FP32_MANTISSA_BITS) - E8M0_BIAS
-    step = exponent.clamp(fmt.emin, fmt.emax) - fmt.mantissa_bits
+    exponent = (magnitude.view(torch.int32) >> FP32_MANTISSA_BITS) - FP32_BIAS
+    step = exponent.clamp(element.emin, element.emax) - element.mantissa_bits
     magic = 1.5 * _power_of_two(step + FP32_MANTISSA_BITS)
-    rounded = ((magnitude + magic) - magic).clamp(max=fmt.max_normal)
+    rounded = ((magnitude + magic) - magic).clamp(max=element.largest)
     # Adding 0.0 turns -0.0 into 0.0 and leaves the rest: a negative value that rounds to zero keeps its sign, as in
     # AutoRound; -0.0 itself, or a value so small that scaling it underflows, does not.
     return rounded.copysign(scaled + 0.0)

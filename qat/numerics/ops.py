@@ -1,41 +1,45 @@
-"""The MX operators: one door to quantization, whatever the device.
+"""The operators: one door to quantization, whatever the format and the device.
 
 Registered with `torch.library`, they carry fake (meta) kernels for torch.compile and FSDP's meta tensors. Behind them
-stands the fastest backend that the tensor's device has; each is bit-equal to `reference.py`.
+stands the fastest implementation that the tensor's device has for the format: a module of `kernels`, else the plain
+functions of the format's family, to which every kernel is bit-equal.
 
-Formats and rules travel as strings, because operator schemas know no Python objects.
+Formats and rules travel by name, because operator schemas know no Python objects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from . import mx as reference
-from .formats import BLOCK_SIZE, get_format
-from .kernels import cpu, triton_kernels
+from .families import family_of, get_format
+from .formats import Format, Quantized
+from .kernels import KERNELS
 
 
-def _backend(x: torch.Tensor):
-    """The module whose kernels serve `x`; all have reference.py's functions."""
-    if x.device.type == "cpu" and cpu.is_available():
-        return cpu
-    if x.device.type == "cuda" and triton_kernels.is_available():
-        return triton_kernels
-    return reference
+def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
+    """The function called `verb` that serves `x`: a kernel's, or the family's own."""
+    for kernels in KERNELS.get(x.device.type, ()):
+        if fmt.name in kernels.SERVES and hasattr(kernels, verb) and kernels.is_available():
+            return getattr(kernels, verb)
+    return getattr(family_of(fmt), verb)
 
 
-def has_kernels(x: torch.Tensor) -> bool:
+def has_kernels(x: torch.Tensor, fmt: str) -> bool:
     """Whether kernels serve `x`'s device; else it is plain PyTorch, which needs several times the memory of `x`."""
-    return _backend(x) is not reference
+    format_ = get_format(fmt)
+    return _function("quantize", x, format_) is not family_of(format_).quantize
 
 
 @torch.library.custom_op("mx_qat::fake_quantize", mutates_args=())
 def fake_quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> torch.Tensor:
-    """x [..., K] -> its values on the MX grid, [..., K] in `dtype`: first `x.to(dtype)`, then rounding.
+    """x [..., K] -> its nearest values in the format, [..., K] in `dtype`: first `x.to(dtype)`, then rounding.
 
     The gradient passes straight through (Bengio et al., arXiv:1308.3432), in x's dtype.
     """
-    return _backend(x).fake_quantize(x, get_format(fmt), rule, dtype)
+    format_ = get_format(fmt)
+    return _function("fake_quantize", x, format_)(x, format_, rule, dtype)
 
 
 @fake_quantize.register_fake
@@ -54,38 +58,48 @@ def _straight_through(ctx, grad):
 fake_quantize.register_autograd(_straight_through, setup_context=_remember_dtype)
 
 
+def quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> Quantized:
+    """x [..., K], seen in `dtype` -> codes and scales (see `formats.Quantized`)."""
+    codes, *scales = _quantize(x, fmt, rule, dtype)
+    return Quantized(codes, tuple(scales))
+
+
 @torch.library.custom_op("mx_qat::quantize", mutates_args=())
-def quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [..., K], seen in `dtype` -> packed codes (uint8 [..., K * bits / 8]) and E8M0 scales (uint8 [..., K / 32])."""
-    return _backend(x).quantize(x, get_format(fmt), rule, dtype)
+def _quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    format_ = get_format(fmt)
+    return _function("quantize", x, format_)(x, format_, rule, dtype).tensors
 
 
-@quantize.register_fake
+@_quantize.register_fake
 def _(x, fmt, rule, dtype):
-    *rows, columns = x.shape
-    packed = x.new_empty((*rows, columns * get_format(fmt).bits // 8), dtype=torch.uint8)
-    return packed, x.new_empty((*rows, columns // BLOCK_SIZE), dtype=torch.uint8)
+    format_ = get_format(fmt)
+    codes = x.new_empty(format_.code_shape(x.shape), dtype=torch.uint8)
+    return [codes, x.new_empty(format_.scale_shape(x.shape), dtype=format_.scale.storage)]
+
+
+def dequantize(quantized: Quantized, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `quantize`: [..., K] in `dtype`."""
+    return _dequantize(quantized.codes, list(quantized.scales), fmt, dtype)
 
 
 @torch.library.custom_op("mx_qat::dequantize", mutates_args=())
-def dequantize(packed: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantize`: [..., K] in `dtype`."""
-    return _backend(packed).dequantize(packed, scale_e8m0_biased, get_format(fmt), dtype)
+def _dequantize(codes: torch.Tensor, scales: list[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    format_ = get_format(fmt)
+    return _function("dequantize", codes, format_)(Quantized(codes, tuple(scales)), format_, dtype)
 
 
-@dequantize.register_fake
-def _(packed, scale_e8m0_biased, fmt, dtype):
-    *rows, blocks = scale_e8m0_biased.shape
-    return packed.new_empty((*rows, blocks * BLOCK_SIZE), dtype=dtype)
+@_dequantize.register_fake
+def _(codes, scales, fmt, dtype):
+    return codes.new_empty(get_format(fmt).value_shape(codes), dtype=dtype)
 
 
 @torch.library.custom_op("mx_qat::quantize_to_scale", mutates_args=())
-def quantize_to_scale(x: torch.Tensor, scale_e8m0_biased: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """Packed codes, as of `quantize`, of x [..., K], seen in `dtype`, under given scales (uint8 [..., K / 32])."""
-    return _backend(x).quantize_to_scale(x, scale_e8m0_biased, get_format(fmt), dtype)
+def quantize_to_scale(x: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    """Codes, as of `quantize`, of x [..., K], seen in `dtype`, under given scales of its blocks."""
+    format_ = get_format(fmt)
+    return _function("quantize_to_scale", x, format_)(x, scale, format_, dtype)
 
 
 @quantize_to_scale.register_fake
-def _(x, scale_e8m0_biased, fmt, dtype):
-    *rows, columns = x.shape
-    return x.new_empty((*rows, columns * get_format(fmt).bits // 8), dtype=torch.uint8)
+def _(x, scale, fmt, dtype):
+    return x.new_empty(get_format(fmt).code_shape(x.shape), dtype=torch.uint8)

@@ -12,45 +12,38 @@ from pathlib import Path
 
 import torch
 
+from ..version import VERSION
+
 QAT_CONFIG_NAME = "qat_config.json"
 _FORMAT_VERSION = 1
+_VERSIONS = {"torch": torch.__version__.split("+")[0], "mx-qat": VERSION}
 
 
 @dataclass(frozen=True)
 class QATConfig:
     """A mapping from module types ("torch.nn.Linear") and name globs to schemes, in order of precedence, later wins.
 
-    `scale_rules` spells out, for each scheme in use, the rule of its weights and of its inputs. `training` holds the
-    settings by which the weights were trained, where they are not the defaults; they change no result of the model.
+    `scale_rules` spells out, for each scheme in use, the rule of its weights and of its inputs (None where a scheme
+    does not quantize inputs). `training` holds the settings by which the weights were trained, where they are not the
+    defaults; they change no result of the model.
     """
 
     mapping: dict[str, str]
     ignore: tuple[str, ...] = ("lm_head",)
-    scale_rules: dict[str, dict[str, str]] = field(default_factory=dict)
+    scale_rules: dict[str, dict[str, str | None]] = field(default_factory=dict)
     training: dict[str, str | bool | float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: {"torch": torch.__version__.split("+")[0]})
+    versions: dict[str, str] = field(default_factory=lambda: dict(_VERSIONS))
 
     @property
     def summary(self) -> str:
         """One line for messages: the schemes by key, and the scale rules in force."""
         schemes = ", ".join(f"{key}: {scheme}" for key, scheme in self.mapping.items())
-        rules = ", ".join(f"{name} weights {r['weight']}, inputs {r['input']}" for name, r in self.scale_rules.items())
+        rules = ", ".join(
+            f"{name} weights {rule['weight']}, inputs {rule['input'] or 'not quantized'}"
+            for name, rule in self.scale_rules.items()
+        )
         training = "".join(f", {name} {value}" for name, value in self.training.items())
         return f"{schemes}; scale rules {rules}{training}"
-
-    @property
-    def weight_scale_rule(self) -> str | None:
-        """The rule that all weights have, if they share one."""
-        return self._shared_rule("weight")
-
-    @property
-    def input_scale_rule(self) -> str | None:
-        """The rule that all inputs have, if they share one."""
-        return self._shared_rule("input")
-
-    def _shared_rule(self, tensor: str) -> str | None:
-        rules = {rule[tensor] for rule in self.scale_rules.values()}
-        return rules.pop() if len(rules) == 1 else None
 
     def same_training(self, other: QATConfig) -> bool:
         """Whether a run under `other` may continue a run under this one: everything equal but the versions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .spec import SCHEMES
+from .presets import SCHEMES
 
 DEFAULT_IGNORE = ("lm_head",)
 

@@ -1,104 +1,140 @@
-"""What a scheme name means for the weight, the input and the output of a linear layer.
-
-The names and their content are AutoRound's presets; this module only translates them into our formats and scale rules.
-"""
+"""TensorSpec and Scheme: which format and scale rule a layer's weight, input and key/value cache have."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..numerics.formats import BLOCK_SIZE, FORMATS, SCALE_RULES
+import torch
 
-# Engines quantize activations themselves, and none of them searches.
-INPUT_SCALE_RULES = tuple(rule for rule in SCALE_RULES if rule != "search")
-SCHEMES = ("MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL")
+from ..numerics.families import formats
+from ..numerics.formats import Format
+
+VIEW_DTYPE = torch.bfloat16  # weights are rounded as seen in this dtype: the forward pass under autocast, and export
+# AutoRound's name of the kind of format with the bits in it, which the reference system takes too.
+DEFAULT_BITS = 8
+_ALIASES = {"mx_fp4": ("mx_fp", 4), "mx_fp8": ("mx_fp", 8)}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How one tensor is quantized: AutoRound's `data_type` and `bits`, the block size and whether it is symmetric."""
+    """How one tensor is quantized.
 
-    data_type: str
-    bits: int
-    block_size: int = BLOCK_SIZE
-    sym: bool = True
+    Attributes:
+        format: see `numerics.formats.Format`.
+        rule: one of `format.rules`.
+
+    Raises:
+        ValueError: the format has no such rule.
+    """
+
+    format: Format
+    rule: str
 
     def __post_init__(self) -> None:
-        _format_name(self.data_type, self.bits)
-        _scale_rule(self.data_type)
-        if self.block_size != BLOCK_SIZE:
-            raise ValueError(f"block_size={self.block_size} is not an MX block size; the only choice is {BLOCK_SIZE}")
-        if not self.sym:
-            raise ValueError("sym=False is not possible: MX formats are symmetric and have no zero point; use sym=True")
+        if self.rule not in self.format.rules:
+            raise ValueError(
+                f"scale rule {self.rule!r} does not exist for {self.format.name}; choose one of "
+                f"{', '.join(self.format.rules)}"
+            )
+
+    @classmethod
+    def of(cls, data_type: str, bits: int | None = None, block_size: int | None = None, sym: bool = True) -> TensorSpec:
+        """The spec that AutoRound's names mean.
+
+        Args:
+            data_type: "mx_fp" or "fp", with the scale rule as suffix unless it is the default ("mx_fp_rceil"); or
+                "mx_fp4" and "mx_fp8", which name the bits too.
+            bits: of a value. Default: what `data_type` names, else 8.
+            block_size: values that share a scale; -1 for a whole row. Default: the format's.
+            sym: False is refused: these formats have no zero point.
+
+        Raises:
+            ValueError: no format has these properties.
+        """
+        base, rule = _split_rule(data_type)
+        base, named_bits = _ALIASES.get(base, (base, bits or DEFAULT_BITS))
+        found = [f for f in formats().values() if f.data_type == base and f.element.bits == named_bits]
+        if not found or bits not in (None, named_bits):
+            kinds = ", ".join(f"{f.data_type} with bits={f.element.bits}" for f in formats().values())
+            raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose one of {kinds}")
+        fmt = found[0]
+        if block_size not in (None, fmt.block or -1):
+            raise ValueError(
+                f"block_size={block_size} is not the block size of {fmt.name}; the only choice is {fmt.block or -1}"
+            )
+        if not sym:
+            raise ValueError(f"sym=False is not possible: {fmt.name} is symmetric and has no zero point; use sym=True")
+        return cls(fmt, rule or fmt.rules[0])
+
+    def with_rule(self, rule: str | None) -> TensorSpec:
+        """This spec under another scale rule; None keeps its own."""
+        return self if rule is None else replace(self, rule=rule)
 
     @property
-    def format_name(self) -> str:
-        """Key into `formats.FORMATS`."""
-        return _format_name(self.data_type, self.bits)
+    def data_type(self) -> str:
+        """AutoRound's name of the kind of format, with the rule as suffix where it is not the default."""
+        return self.format.data_type + ("" if self.rule == self.format.rules[0] else f"_{self.rule}")
 
     @property
-    def scale_rule(self) -> str:
-        """One of `formats.SCALE_RULES`."""
-        return _scale_rule(self.data_type)
+    def bits(self) -> int:
+        """Of a value."""
+        return self.format.element.bits
+
+    @property
+    def block_size(self) -> int:
+        """Values that share a scale; -1 for a whole row."""
+        return self.format.block or -1
+
+    @property
+    def sym(self) -> bool:
+        """Whether there is no zero point."""
+        return True
+
+
+def _split_rule(data_type: str) -> tuple[str, str | None]:
+    """ "mx_fp_rceil" -> ("mx_fp", "rceil"); the longest rule counts."""
+    rules = {rule for fmt in formats().values() for rule in fmt.rules}
+    for rule in sorted(rules, key=len, reverse=True):
+        if data_type.endswith(f"_{rule}"):
+            return data_type.removesuffix(f"_{rule}"), rule
+    return data_type, None
 
 
 @dataclass(frozen=True)
-class LayerScheme:
-    """A preset by name, translated: specs of the weight and of the input; outputs stay unquantized."""
+class Scheme:
+    """What a layer is quantized to.
+
+    Attributes:
+        name: of a preset, such as "MXFP4".
+        weight: spec of the weight.
+        input: spec of the activations that the layer reads; None: they stay as they are (weight-only).
+        kv: spec of keys and values in the cache; None: not quantized.
+    """
 
     name: str
     weight: TensorSpec
-    input: TensorSpec
+    input: TensorSpec | None = None
+    kv: TensorSpec | None = None
 
+    def with_rules(self, weight: str | None = None, input: str | None = None) -> Scheme:
+        """This scheme under other scale rules; None keeps its own.
 
-def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule: str | None = None) -> LayerScheme:
-    """Look `name` up in AutoRound's presets; a rule given here replaces the preset's.
+        Raises:
+            ValueError: a rule that the format does not have, or that no engine applies to inputs.
+        """
+        spec = self.input
+        if input is not None:
+            if spec is None:
+                raise ValueError(f"{self.name} does not quantize inputs, so it has no scale rule {input!r} for them")
+            if input not in spec.format.input_rules:
+                raise ValueError(
+                    f"scale rule {input!r} is not possible for inputs in {spec.format.name}; choose one of "
+                    f"{', '.join(spec.format.input_rules)}"
+                )
+            spec = spec.with_rule(input)
+        return replace(self, weight=self.weight.with_rule(weight), input=spec)
 
-    Raises:
-        ValueError: the name is not one of `SCHEMES`, or a rule not one of `SCALE_RULES`, or inputs shall be searched.
-        ImportError: AutoRound is not installed.
-    """
-    if not isinstance(name, str) or name.upper() not in SCHEMES:
-        raise ValueError(f"quantization scheme {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
-    try:
-        from auto_round.schemes import preset_name_to_scheme
-    except ImportError as error:
-        raise ImportError("quantization schemes come from AutoRound: pip install auto-round") from error
-    preset = preset_name_to_scheme(name.upper())
-    weight = TensorSpec(preset.data_type, preset.bits, preset.group_size, preset.sym)
-    input_ = TensorSpec(preset.act_data_type, preset.act_bits, preset.act_group_size, preset.act_sym)
-    return LayerScheme(
-        name=name.upper(),
-        weight=weight if weight_scale_rule is None else with_scale_rule(weight, weight_scale_rule, SCALE_RULES),
-        input=input_ if input_scale_rule is None else with_scale_rule(input_, input_scale_rule, INPUT_SCALE_RULES),
-    )
-
-
-def with_scale_rule(spec: TensorSpec, rule: str, choices: tuple[str, ...] = SCALE_RULES) -> TensorSpec:
-    """`spec` under another scale rule, one of `choices`."""
-    if rule not in choices:
-        raise ValueError(f"scale rule {rule!r} is not possible here; choose one of {', '.join(choices)}")
-    base = spec.data_type
-    for suffix in SCALE_RULES:
-        base = base.removesuffix(f"_{suffix}")
-    return replace(spec, data_type=base if rule == "floor" else f"{base}_{rule}")
-
-
-# AutoRound writes the rule as a suffix of the data type: "mx_fp" and "mx_fp4" round the exponent down, "mx_fp_rceil"
-# up. "even" and "search" have no AutoRound name; they follow the same pattern.
-def _scale_rule(data_type: str) -> str:
-    base, _, suffix = data_type.rpartition("_")
-    rule = suffix if base and suffix in SCALE_RULES else "floor"
-    return rule
-
-
-def _format_name(data_type: str, bits: int) -> str:
-    base = data_type
-    for rule in SCALE_RULES:
-        base = base.removesuffix(f"_{rule}")
-    name = f"mxfp{bits}"
-    if base not in ("mx_fp", f"mx_fp{bits}") or name not in FORMATS:
-        choices = ", ".join(f"mx_fp with bits={fmt.bits}" for fmt in FORMATS.values())
-        rules = ", ".join(f"_{rule}" for rule in SCALE_RULES if rule != "floor")
-        raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose {choices}, suffixes {rules}")
-    return name
+    @property
+    def rules(self) -> dict[str, str | None]:
+        """{"weight": RULE, "input": RULE or None}, as `QATConfig.scale_rules` keeps them."""
+        return {"weight": self.weight.rule, "input": None if self.input is None else self.input.rule}

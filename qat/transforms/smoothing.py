@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..layers.quant_linear import is_quantlinear
+from ..layers.sites import quantizers_off
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
     was_training = model.training
     model.eval()
     try:
-        with _quantizers_off(model):
+        with quantizers_off(model):
             before = model(**batches[0]).logits
             groups = _observe(model, batches)
             if not groups:
@@ -99,19 +99,6 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
         )
     logger.info("Smoothed %d activations, alpha %g; logits move by %.1e of the largest", len(groups), alpha, moved)
     return len(groups)
-
-
-@contextmanager
-def _quantizers_off(model: nn.Module) -> Iterator[None]:
-    layers = [layer for layer in model.modules() if is_quantlinear(layer)]
-    quantizers = [q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q.is_enabled]
-    for quantizer in quantizers:
-        quantizer.disable()
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.enable()
 
 
 def _observe(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[_Group]:

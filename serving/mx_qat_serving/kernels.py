@@ -18,6 +18,7 @@ from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8Line
 from vllm.platforms import PlatformEnum
 
 from qat.numerics import ops
+from qat.numerics.formats import Quantized
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -27,7 +28,7 @@ PLATFORMS = {"cpu": PlatformEnum.CPU, "cuda": PlatformEnum.CUDA}
 
 
 class _ExactKernel:
-    """What both kernels do; `fmt` is the format's name in `qat.formats`."""
+    """What both kernels do; `fmt` is the format's name in `qat.numerics`."""
 
     fmt: str
 
@@ -42,7 +43,8 @@ class _ExactKernel:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Codes uint8 [N, K / 2] or float8_e4m3fn [N, K], scales uint8 [N, K / 32] -> [N, K] in the model's dtype."""
         codes, scale = layer.weight.data.contiguous().view(torch.uint8), layer.weight_scale.data.contiguous()
-        weight = ops.dequantize(codes, scale, self.fmt, getattr(layer, "params_dtype", torch.bfloat16))
+        dtype = getattr(layer, "params_dtype", torch.bfloat16)
+        weight = ops.dequantize(Quantized(codes, (scale,)), self.fmt, dtype)
         layer.weight = Parameter(weight, requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
 

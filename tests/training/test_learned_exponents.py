@@ -14,7 +14,8 @@ import main
 from qat import QATConfig, prepare_qat
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
-from qat.layers.finish import OFFSET_SUFFIX, bake_exponents, baked_config
+from qat.layers.finish import finished_config, finished_weights
+from qat.layers.learned_scales import SUFFIX
 from qat.numerics import ops
 from training.arguments.training import TrainingArguments
 from utils import QATTrainer, make_supervised_data_module
@@ -30,9 +31,9 @@ def test_baked_weights_are_those_of_the_forward_pass_and_survive_rounding_again(
                 offset.copy_(torch.randn(offset.shape) * 1.5)
                 expected[f"{name}.weight"] = layer.weight_quantizer(layer.weight.bfloat16()).float()
     before = model.state_dict()
-    after = bake_exponents(model, before, {})
-    assert set(after) == {name for name in before if not name.endswith(OFFSET_SUFFIX)}
-    rule = baked_config(model.qat_config).weight_scale_rule
+    after = finished_weights(model, before, {})
+    assert set(after) == {name for name in before if not name.endswith(SUFFIX)}
+    rule = finished_config(model.qat_config).scale_rules[scheme]["weight"]
     for name, tensor in after.items():
         assert torch.equal(tensor, expected.get(name, before[name])), name
         if name in expected:
@@ -77,7 +78,7 @@ def test_a_run_with_learned_exponents_resumes_exports_and_is_verified(tmp_path, 
     )  # fmt: skip
     whole = run(tmp_path, "whole", *flags)
     offsets = load_file(tmp_path / "whole/checkpoint-6/model.safetensors")
-    moved = [t.round().abs().sum().item() for name, t in offsets.items() if name.endswith(OFFSET_SUFFIX)]
+    moved = [t.round().abs().sum().item() for name, t in offsets.items() if name.endswith(SUFFIX)]
     assert len(moved) == 14 and sum(moved) > 0
     # Saved: plain names, packed and proven, evaluated as trained.
     assert set(load_file(tmp_path / "whole/model.safetensors")) == set(load_file(tmp_path / "model/model.safetensors"))

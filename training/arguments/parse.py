@@ -1,13 +1,22 @@
-"""Parse the command line into five groups of arguments, or end with one clear line."""
+"""Parse the command line into five groups of arguments, or end with one clear line.
+
+A recipe (`--config recipes/mxfp4.yaml`) is a file of arguments by name; flags beside it win.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import json
 import sys
-from typing import get_args
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
 
+import yaml
 from transformers import HfArgumentParser
 
-from qat.layers.finish import check_compute_dtype
+from qat.checkpoints.model_card import CardFacts
 
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
@@ -15,35 +24,124 @@ from .model import ModelArguments
 from .quantization import QuantizationArguments
 from .training import TrainingArguments
 
-Arguments = tuple[ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments]
+GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments)
+SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def _check_together(_, training_args, __, quant_args, distill_args) -> None:
+class Arguments(NamedTuple):
+    """All arguments of main.py."""
+
+    model: ModelArguments
+    training: TrainingArguments
+    data: DataArguments
+    quantization: QuantizationArguments
+    distillation: DistillationArguments
+
+    @property
+    def data_options(self) -> dict:
+        """For `make_supervised_data_module`."""
+        return {**vars(self.data), "batch_size": self.training.per_device_train_batch_size}
+
+    @property
+    def trainer_options(self) -> dict:
+        """For QATTrainer, beside model, teacher and data."""
+        return {
+            "distill_temperature": self.distillation.distill_temperature,
+            "distill_ce_weight": self.distillation.distill_ce_weight,
+            "log_quantization": self.quantization.log_quantization,
+            "parameter_groups": self.quantization.parameter_groups,
+            "data_settings": vars(self.data),
+            "learning_settings": vars(self.distillation) | vars(self.quantization),
+        }
+
+    @property
+    def facts(self) -> CardFacts:
+        """For the model card."""
+        return CardFacts(self.model.model_name_or_path, self.data.dataset)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """Parse flags, and the file that `--config` names or that is the only argument.
+
+    A wrong value ends the program with one clear line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if len(argv) == 1 and argv[0].endswith(SUFFIXES):
+        argv = ["--config", argv[0]]
+    parser = HfArgumentParser(GROUPS)
+    parser.add_argument(
+        "--config", help="A .yaml or .json file of arguments by name, such as recipes/mxfp4.yaml; flags win over it."
+    )
+    try:
+        config, flags = _split_config(argv)
+        given = [] if config is None else as_flags(read_config(config), config)
+        *groups, _ = parser.parse_args_into_dataclasses([*given, *flags])
+        arguments = Arguments(*groups)
+        _check_together(arguments)
+        if arguments.data.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
+            arguments.training.accelerator_config.dispatch_batches = False
+        return arguments
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(argv)
+    return found.config, rest
+
+
+def read_config(path: str | Path) -> dict:
+    """The arguments in a file, by name.
+
+    Raises:
+        ValueError: there is no such file, it cannot be read, or it holds no mapping from names to values.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {str(path)!r} holds no mapping from arguments to values, such as max_steps: 1000")
+    return content
+
+
+def as_flags(content: dict, path: str | Path) -> list[str]:
+    """The words of a command line that mean what a file of arguments says.
+
+    Raises:
+        ValueError: a name that is no argument; the nearest one is named.
+    """
+    known = {field.name for group in GROUPS for field in fields(group) if field.init}
+    words: list[str] = []
+    for name, value in content.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"--config {str(path)!r}: {name!r} is no argument of main.py{hint}")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def _check_together(arguments: Arguments) -> None:
     """Raises ValueError for settings of two groups that exclude each other."""
-    metric = training_args.metric_for_best_model
-    if metric in ("kl", "eval_kl") and not distill_args.distill:
+    training, distillation = arguments.training, arguments.distillation
+    metric = training.metric_for_best_model
+    if metric in ("kl", "eval_kl") and not distillation.distill:
         raise ValueError(
             f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
             "True, or choose loss or perplexity"
         )
-    if quant_args.learn_exponent:
-        check_compute_dtype(training_args.bf16)
-    if distill_args.distill_teacher == "self" and training_args.do_train:
+    if arguments.quantization.learn_exponent and not training.bf16:
+        raise ValueError(
+            "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
+            "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
+        )
+    if distillation.distill_teacher == "self" and training.do_train:
         raise ValueError(SELF_IN_TRAINING)
-
-
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Parse flags, or a single .yaml or .json file of them; a wrong value ends the program with one clear line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(get_args(Arguments))
-    try:
-        if len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-            arguments = parser.parse_yaml_file(argv[0])
-        elif len(argv) == 1 and argv[0].endswith(".json"):
-            arguments = parser.parse_json_file(argv[0])
-        else:
-            arguments = parser.parse_args_into_dataclasses(argv)
-        _check_together(*arguments)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    return arguments

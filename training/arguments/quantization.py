@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass, field
 
 from qat import SCHEMES, get_scheme
-from qat.checkpoints.dialects.compressed_tensors import EXPORT_FORMATS
-from qat.numerics.formats import SCALE_RULES
+from qat.checkpoints.dialects import EXPORT_FORMATS
+from qat.layers.learned_scales import optimizer_settings
+from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
-from qat.schemes.spec import INPUT_SCALE_RULES
+from qat.schemes.presets import input_rules, weight_rules
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,14 @@ class QuantizationArguments:
     weight_scale_rule: str | None = field(
         default=None,
         metadata={
-            "help": f"Scale rule of weights, one of {', '.join(SCALE_RULES)}; default: the scheme's own. "
+            "help": f"Scale rule of weights, one of {', '.join(weight_rules())}; default: the scheme's own. "
             "search picks the better of two exponents for each block."
         },
     )
     input_scale_rule: str | None = field(
         default=None,
         metadata={
-            "help": f"Scale rule of activations, one of {', '.join(INPUT_SCALE_RULES)}; default: the scheme's own. "
+            "help": f"Scale rule of activations, one of {', '.join(input_rules())}; default: the scheme's own. "
             "Choose the rule of the engine that will serve the model."
         },
     )
@@ -88,7 +89,7 @@ class QuantizationArguments:
                 f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
             )
         check_smooth_alpha(self.smooth_alpha)
-        for name, choices in (("weight_scale_rule", SCALE_RULES), ("input_scale_rule", INPUT_SCALE_RULES)):
+        for name, choices in (("weight_scale_rule", weight_rules()), ("input_scale_rule", input_rules())):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
                 raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
@@ -104,7 +105,7 @@ class QuantizationArguments:
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
-            load_mapping(self.quant_mapping)
+            self._check_rules(*load_mapping(self.quant_mapping)[0].values())
             load_measurement(self.quant_mapping)
             return
         if self.quant_scheme is None:
@@ -114,13 +115,24 @@ class QuantizationArguments:
         if self.quant_scheme.upper() not in SCHEMES:
             raise ValueError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
         self.quant_scheme = self.quant_scheme.upper()
+        self._check_rules(self.quant_scheme)
+
+    def _check_rules(self, *schemes: str) -> None:
+        """Raises ValueError for a scale rule that the formats of a scheme do not have."""
+        given = {"weight_scale_rule": (self.weight_scale_rule, None), "input_scale_rule": (None, self.input_scale_rule)}
+        for scheme in schemes:
+            for name, rules in given.items():
+                try:
+                    get_scheme(scheme, *rules)
+                except ValueError as error:
+                    raise ValueError(f"--{name} does not go with the scheme {scheme}: {error}") from error
 
     def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
         """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
         if self.quant_mapping is not None:
             self._warn_if_measured_otherwise()
             return load_mapping(self.quant_mapping)
-        return None if self.quant_scheme is None else ({"torch.nn.Linear": self.quant_scheme}, DEFAULT_IGNORE)
+        return None if self.quant_scheme is None else ({LINEAR.key: self.quant_scheme}, DEFAULT_IGNORE)
 
     def _warn_if_measured_otherwise(self) -> None:
         """Layers that suffer least under other settings may not be those that suffer least under these."""
@@ -133,8 +145,7 @@ class QuantizationArguments:
             )  # fmt: skip
         rules = measured.get("scale_rules", {})
         for name in sorted(set(load_mapping(self.quant_mapping)[0].values()) & set(rules)):
-            scheme = get_scheme(name, self.weight_scale_rule, self.input_scale_rule)
-            own = {"weight": scheme.weight.scale_rule, "input": scheme.input.scale_rule}
+            own = get_scheme(name, self.weight_scale_rule, self.input_scale_rule).rules
             if rules[name] != own:
                 logger.warning(
                     "--quant_mapping %s was measured with the scale rules %s of %s, and this run has %s, so that other "
@@ -144,13 +155,14 @@ class QuantizationArguments:
 
     def check_unused(self) -> None:
         """Raises ValueError for a setting that has no effect where nothing is quantized."""
-        for name in (*self.training_options(), "smooth_alpha"):
+        for name in ("learn_exponent", "smooth_alpha"):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
                     "--quant_mapping, or leave it out"
                 )
 
-    def training_options(self) -> dict[str, str | bool | float]:
-        """Arguments of `prepare_qat` about how weights are trained."""
-        return {"learn_exponent": self.learn_exponent}
+    @property
+    def parameter_groups(self) -> dict[str, dict]:
+        """Optimizer settings for what layers train beside their weights, by the ends of names."""
+        return optimizer_settings(self.exponent_learning_rate) if self.learn_exponent else {}

@@ -21,10 +21,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qat import QuantLinear
-from qat.layers import learned_scales as gradients
 from qat.numerics import ops
-from qat.numerics.formats import get_format
-from qat.numerics.mx import saturates
+from qat.numerics.families import family_of
+from qat.numerics.formats import Quantized
 from qat.schemes.spec import TensorSpec
 
 from .layer_groups import evenly_spaced, grouped_layers, local_rows
@@ -49,20 +48,18 @@ class WeightSample:
     changed: torch.Tensor | float = 0.0  # share of values, summed over steps
     steps: int = 0
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weights [n, K] and learned offsets [n, K / 32], where there are any."""
-        parts = [
-            (local_rows(layer.weight), local_rows(layer.weight_quantizer.exponent_offset)) for layer in self.layers
-        ]
-        weights, offsets = zip(*((_some(weight), _some(offset)) for weight, offset in parts), strict=True)
-        return torch.cat(weights), None if offsets[0] is None else torch.cat(offsets)
+    def quantize(self) -> tuple[torch.Tensor, Quantized]:
+        """The weights [n, K] as they are seen in `dtype`, and quantized."""
+        rounding = self.layers[0].weight_quantizer.rounding
+        weights = torch.cat([_some(local_rows(layer.weight)) for layer in self.layers])
+        learned = zip(*(map(local_rows, layer.weight_quantizer.learned) for layer in self.layers), strict=True)
+        quantized = rounding.quantize(weights, self.dtype, *(torch.cat(list(map(_some, parts))) for parts in learned))
+        return weights.to(self.dtype), quantized
 
     @torch.no_grad()
     def update(self) -> None:
         """Compare the values with those of the step before."""
-        weights, offsets = self.rows()
-        codes = gradients.quantize(weights, self.spec, self.dtype, offsets)
-        values = ops.dequantize(*codes, self.spec.format_name, self.dtype)
+        values = ops.dequantize(self.quantize()[1], self.spec.format.name, self.dtype)
         if self.values is None:
             self.direction = torch.zeros_like(values, dtype=torch.int8)
             self.frequency = torch.zeros_like(values, dtype=torch.float32)
@@ -77,10 +74,8 @@ class WeightSample:
 
     @torch.no_grad()
     def saturated(self) -> torch.Tensor:
-        """Share of the weights beyond their block's largest element."""
-        weights, offsets = self.rows()
-        codes = gradients.quantize(weights, self.spec, self.dtype, offsets)
-        return _share_saturated(weights, codes[1], self.spec, self.dtype)
+        """Fraction of the weights beyond their block's largest element."""
+        return _fraction_saturated(*self.quantize(), self.spec)
 
 
 class QuantizationMonitor(TrainerCallback):
@@ -153,14 +148,14 @@ class QuantizationMonitor(TrainerCallback):
         def look(layer: QuantLinear, args: tuple) -> None:
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
-            scale = ops.quantize(rows, spec.format_name, spec.scale_rule, self.dtype)[1]
-            self.input_shares.setdefault(group, []).append(_share_saturated(rows, scale, spec, self.dtype))
+            quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype)
+            self.input_shares.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
 
         return look
 
 
-def _share_saturated(x: torch.Tensor, scale: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
-    return saturates(x.to(dtype), scale, get_format(spec.format_name)).float().mean()
+def _fraction_saturated(x: torch.Tensor, quantized: Quantized, spec: TensorSpec) -> torch.Tensor:
+    return family_of(spec.format).saturates(x, quantized, spec.format).float().mean()
 
 
 def _samples(layers: list[QuantLinear], dtype: torch.dtype) -> list[WeightSample]:
@@ -175,7 +170,8 @@ def _samples(layers: list[QuantLinear], dtype: torch.dtype) -> list[WeightSample
 
 def _distinct_inputs(layers: dict[str, QuantLinear]) -> list[QuantLinear]:
     """Some layers of a group, one of those that share a parent and a width, and so in most models their input."""
-    distinct = {(name.rpartition(".")[0], layer.in_features): layer for name, layer in layers.items()}
+    quantized = {name: layer for name, layer in layers.items() if layer.scheme.input is not None}
+    distinct = {(name.rpartition(".")[0], layer.in_features): layer for name, layer in quantized.items()}
     return evenly_spaced(list(distinct.values()), INPUTS_PER_GROUP)
 
 

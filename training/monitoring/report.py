@@ -9,6 +9,7 @@ share a panel: `loss` and `eval_loss` (where both are cross-entropies; else `ce`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def write_report(folder: str | Path, log_history: list[dict], settings: dict[str
     return path
 
 
+def report_run(folder: str | Path, trainer, groups: Sequence) -> Path:
+    """`write_report` of a finished training.
+
+    Args:
+        trainer: a QATTrainer.
+        groups: dataclasses of arguments.
+    """
+    settings = run_settings(trainer, *(group for group in groups if group is not trainer.args))
+    return write_report(folder, trainer.state.log_history, settings, "Training report")
+
+
 def collect_curves(log_history: list[dict]) -> Curves:
     """Every scalar logged with a step, as (step, value) in order of steps; the last value of a step counts."""
     found: dict[str, dict[int, float]] = {}
@@ -58,13 +70,13 @@ def run_settings(trainer, *groups) -> dict[str, object]:
     Args:
         groups: dataclasses of arguments.
     """
-    args, config = trainer.args, getattr(trainer.accelerator.unwrap_model(trainer.model), "qat_config", None)
+    args, config = trainer.args, trainer.qat_config
     settings: dict[str, object] = {}
     for group in groups:
         given = {f.name: getattr(group, f.name) for f in fields(group) if f.default is not MISSING}
         settings |= {f.name: given[f.name] for f in fields(group) if f.name in given and given[f.name] != f.default}
     for scheme, rules in (config.scale_rules if config else {}).items():
-        settings[f"scale rules of {scheme}"] = f"weights {rules['weight']}, inputs {rules['input']}"
+        settings[f"scale rules of {scheme}"] = f"weights {rules['weight']}, inputs {rules['input'] or 'not quantized'}"
     settings["quantization"] = config.summary if config else "none"
     processes = trainer.accelerator.num_processes
     batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {processes} processes"

@@ -10,7 +10,7 @@ from qat.files.manifest import MANIFEST_NAME, problems
 from qat.files.trust import check_checkpoint
 
 from ..backends.writers import Writers
-from .output import checkpoints_in, step_of
+from .written import checkpoints_in, step_of
 
 logger = logging.getLogger(__name__)
 

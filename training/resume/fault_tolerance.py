@@ -22,10 +22,10 @@ from qat.files.manifest import problems
 
 from ..backends.writers import Writers
 from .checkpoints import find_checkpoint
-from .output import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
 from .run_record import RunRecord
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
+from .written import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,4 @@
-"""Checkpoints and models that appear whole or not at all, however many processes write them and whenever one is killed.
-
-A checkpoint is written by all processes into `.checkpoint-N.partial`, flushed to disk, listed in its manifest, and then
-renamed. The final model shares its folder with the checkpoints, so its files are written into `.model.partial`, flushed
-and renamed one by one: `config.json`, without which nothing loads the folder, is taken away first and put back last.
-"""
+"""OutputFolder: the folder that a run writes to, from the lock at its start to the packed model at its end."""
 
 from __future__ import annotations
 
@@ -16,64 +11,91 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qat.checkpoints.folder import CONFIG_NAME
-from qat.files.atomic import clear_leftovers, disk_full_said, flush_path, flush_to_disk, partial_of, put_in_place
-from qat.files.lock import locked
-from qat.files.manifest import describe, write_manifest
-from qat.schemes.config import QAT_CONFIG_NAME
+from transformers import TrainingArguments
+
+from qat import QATConfig
+from qat.checkpoints.model_card import CardFacts
+from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.verify import verify
+from qat.files.atomic import clear_leftovers
+from qat.files.lock import LOCK_NAME, locked
 
 from ..backends.writers import Writers
+from .checkpoints import find_checkpoint
+from .written import MODEL_ASIDE
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_MODEL_ASIDE = ".model.partial"
 _RESULTS = ("all_results.json",)  # read again by the next run, and not written aside by transformers
-_STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME)
 
 
-def checkpoints_in(folder: str | Path) -> list[Path]:
-    """The folders `checkpoint-N` of `folder`, oldest (smallest N) first, complete or not."""
-    if not Path(folder).is_dir():
-        return []
-    found = [p for p in Path(folder).iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=step_of)
+class OutputFolder:
+    """The folder that a run writes to: locked while it lasts, with its checkpoints, its model and what is packed of it.
 
-
-def step_of(checkpoint: str | Path) -> int:
-    """The N of `checkpoint-N`; -1 for another name."""
-    match = _CHECKPOINT.fullmatch(Path(checkpoint).name)
-    return int(match[1]) if match else -1
-
-
-@contextmanager
-def prepared_output(folder: str | Path, writers: Writers) -> Iterator[None]:
-    """Keep `folder` for this run alone: made if it is missing, tried, locked, and cleared of what killed runs left.
-
-    Raises:
-        ValueError: nothing can be written there, or another run is writing there.
+    Args:
+        path: the folder.
+        writers: the processes that write there.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0" * 4096)
-            probe.flush()
-    except OSError as error:
-        raise ValueError(
-            f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); name a folder that can"
-        ) from error
-    with locked(folder, writers):
-        for path in sorted(folder.iterdir()) if writers.leads else ():
-            _clear(path)
-        yield
+
+    def __init__(self, path: str | Path, writers: Writers) -> None:
+        self.path, self.writers = Path(path), writers
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> OutputFolder:
+        """The folder of a run; that of an evaluation is a new one inside where `args.output_dir` is not empty."""
+        if not args.do_train:
+            args.output_dir = str(unused_folder(args.output_dir))
+        return cls(args.output_dir, Writers.of(args))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the folder for this run alone: made if it is missing, tried, locked, cleared of what killed runs left.
+
+        Raises:
+            ValueError: nothing can be written there, or another run is writing there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path) as probe:
+                probe.write(b"0" * 4096)
+                probe.flush()
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {str(self.path)!r} cannot be written ({error.strerror}); name a folder that can"
+            ) from error
+        with locked(self.path, self.writers):
+            for path in sorted(self.path.iterdir()) if self.writers.leads else ():
+                _clear(path)
+            yield
+
+    def find_checkpoint(self, args: TrainingArguments, qat_config: QATConfig | None) -> str | None:
+        """The checkpoint that a training resumes from, see `checkpoints.find_checkpoint`; None in an evaluation."""
+        if not args.do_train:
+            return None
+        return find_checkpoint(str(self.path), args.resume_from_checkpoint, qat_config, self.writers)
+
+    def pack(self, qat_config: QATConfig, export_format: str, facts: CardFacts) -> Path:
+        """Pack the model of this folder into a folder named after its scheme, and prove that it is the same model."""
+        target = self.path / "-".join(dict.fromkeys(qat_config.mapping.values()))
+        export_checkpoint(self.path, target, export_format, overwrite=True, facts=facts)
+        verify(target, self.path)
+        return target
+
+
+def unused_folder(folder: str | Path) -> Path:
+    """`folder` if it is free, else a new folder inside it."""
+    path, number = Path(folder), 0
+    while path.exists() and any(child.name != LOCK_NAME for child in path.iterdir()):
+        number += 1
+        path = Path(folder, f"evaluation-{number}")
+    return path
 
 
 def _clear(path: Path) -> None:
     leftover = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|replaced|deleted)", path.name)
     if leftover and path.exists():
         clear_leftovers(path.with_name(leftover[1]))
-    if path.exists() and (leftover or path.name == _MODEL_ASIDE):
+    if path.exists() and (leftover or path.name == MODEL_ASIDE):
         logger.warning("removing %s, left by a process that was killed", path)
         shutil.rmtree(path)
     if path.name in _RESULTS:
@@ -82,108 +104,3 @@ def _clear(path: Path) -> None:
         except ValueError:
             logger.warning("removing %s, which a killed process left damaged", path)
             path.unlink()
-
-
-@contextmanager
-def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
-    """Yield a folder in which all processes fill a subfolder of `target`'s name; it becomes `target` on success.
-
-    Raises:
-        OSError: the disk is full; the machines do not share the folder. Nothing is left then.
-    """
-    aside = partial_of(target)
-    content = aside / target.name
-    try:
-        with disk_full_said(target):
-            if writers.leads:
-                clear_leftovers(target)
-                content.mkdir(parents=True)
-            writers.wait()
-            if not content.is_dir():
-                raise OSError(
-                    f"{content} was made by the main process and is not seen by process {writers.index}: --output_dir "
-                    "must lie on storage that all machines share, or give --save_on_each_node True"
-                )
-            yield aside
-            writers.wait()
-            files = describe(content, writers.index, writers.count)
-            for name in files:
-                flush_path(content / name)
-            parts = writers.gather(files)
-            if writers.leads:
-                write_manifest(content, {name: entry for part in parts for name, entry in part.items()})
-                flush_to_disk(content) if writers.count == 1 else _flush_names(content)
-                put_in_place(content, target)
-                aside.rmdir()
-            writers.wait()
-    except BaseException:
-        if writers.leads:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _flush_names(folder: Path) -> None:
-    """What is left to flush once each process has flushed its share: the manifest and the folders."""
-    for path in folder.iterdir():
-        if path.is_dir() or path.suffix == ".json":
-            flush_path(path)
-    flush_path(folder)
-
-
-def delete_older_checkpoints(folder: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest checkpoints of `folder` beyond `limit` (None or 0: no limit), never one of `keep`.
-
-    A checkpoint is renamed before it is deleted, so no half of one is ever taken for whole.
-    """
-    checkpoints = checkpoints_in(folder)
-    spare = [path for path in checkpoints if path not in keep]
-    surplus = len(checkpoints) - max(limit, len(keep)) if limit else 0
-    for path in spare[: max(surplus, 0)]:
-        doomed = path.with_name(f".{path.name}.deleted")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-@contextmanager
-def model_written_whole(folder: str | Path, leads: bool) -> Iterator[Path]:
-    """Yield an empty folder whose files replace the model in `folder` on success; on error that one stays.
-
-    Args:
-        leads: whether this process writes; the others get the same path and leave it alone.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    folder = Path(folder)
-    aside = folder / _MODEL_ASIDE
-    if not leads:
-        yield aside
-        return
-    try:
-        with disk_full_said(folder):
-            if aside.exists():
-                shutil.rmtree(aside)
-            aside.mkdir(parents=True)
-            yield aside
-            flush_to_disk(aside)
-            _install(aside, folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def _install(aside: Path, folder: Path) -> None:
-    new = {path.name for path in aside.iterdir()}
-    (folder / CONFIG_NAME).unlink(missing_ok=True)
-    for pattern in _STALE:
-        for path in folder.glob(pattern):
-            if path.name not in new:
-                path.unlink()
-    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
-        if name == CONFIG_NAME:
-            flush_path(folder)
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        (aside / name).replace(folder / name)
-    aside.rmdir()
-    flush_path(folder)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from .output import checkpoints_in
+from .written import checkpoints_in
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from qat import is_quantlinear
 from qat.checkpoints.skeleton import FUSED
-from qat.numerics.formats import BLOCK_SIZE
-from qat.schemes.spec import LayerScheme
+from qat.schemes.spec import Scheme
 
 from ..monitoring.layer_groups import block_of
 
@@ -44,12 +43,12 @@ def find_units(model: nn.Module, by_block: bool = False) -> list[Unit]:
     return [Unit(name, tuple(layers), sizes[name], {}) for name, layers in members.items()]
 
 
-def bits_per_weight(scheme: LayerScheme) -> float:
-    """Bits of a weight, its share of the scale included: 4.25 or 8.25."""
-    return scheme.weight.bits + 8 / BLOCK_SIZE
+def nominal_bits(scheme: Scheme) -> float:
+    """Bits of a weight, its part of the scale included: 4.25 or 8.25 in MX formats."""
+    return scheme.weight.format.nominal_bits
 
 
-def propose(units: Sequence[Unit], narrow: LayerScheme, wide: LayerScheme, budget: float) -> list[Unit]:
+def propose(units: Sequence[Unit], narrow: Scheme, wide: Scheme, budget: float) -> list[Unit]:
     """The units that shall have the wide scheme: greedily those that save most divergence for each additional bit.
 
     Divergences of single units are taken to add up. A unit that does not fit is passed over for smaller ones; one that
@@ -58,7 +57,7 @@ def propose(units: Sequence[Unit], narrow: LayerScheme, wide: LayerScheme, budge
     Raises:
         ValueError: the budget is less than the narrow scheme needs.
     """
-    low, high = bits_per_weight(narrow), bits_per_weight(wide)
+    low, high = nominal_bits(narrow), nominal_bits(wide)
     if budget < low:
         raise ValueError(f"--bits_budget {budget} is less than the {low} bits a weight that {narrow.name} needs")
     gain = {unit.name: (unit.kl[narrow.name] - unit.kl[wide.name]) / unit.weights for unit in units}
@@ -71,10 +70,10 @@ def propose(units: Sequence[Unit], narrow: LayerScheme, wide: LayerScheme, budge
     return chosen
 
 
-def average_bits(units: Sequence[Unit], chosen: Sequence[Unit], narrow: LayerScheme, wide: LayerScheme) -> float:
+def average_bits(units: Sequence[Unit], chosen: Sequence[Unit], narrow: Scheme, wide: Scheme) -> float:
     """Bits of the average weight, scales included, when the chosen units are wide."""
     share = sum(unit.weights for unit in chosen) / sum(unit.weights for unit in units)
-    return bits_per_weight(narrow) * (1 - share) + bits_per_weight(wide) * share
+    return nominal_bits(narrow) * (1 - share) + nominal_bits(wide) * share
 
 
 def _fused_name(model: nn.Module, name: str) -> str:

@@ -32,17 +32,18 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from data.supervised import make_supervised_data_module
 from qat import SCHEMES, get_scheme, is_quantlinear, prepare_qat
-from qat.numerics.formats import SCALE_RULES
-from qat.schemes.spec import INPUT_SCALE_RULES, LayerScheme
+from qat.schemes.presets import input_rules, weight_rules
+from qat.schemes.spec import Scheme
 
 from ..arguments.data import DataArguments
 from ..arguments.model import ModelArguments
 from ..arguments.quantization import check_smooth_alpha
 from ..backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from ..losses.distillation import forward_kl, labelled_rows
-from ..start.loading import load_model, load_tokenizer
+from ..start.loading import load_tokenizer
 from ..start.smoothing import smooth_with_data
-from .bits_budget import Unit, average_bits, bits_per_weight, find_units, propose
+from ..start.start import load_model
+from .bits_budget import Unit, average_bits, find_units, nominal_bits, propose
 from .plot import draw
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,10 @@ class SensitivityArguments:
     narrow_scheme: str = field(default="MXFP4", metadata={"help": f"For most layers: one of {', '.join(SCHEMES)}."})
     wide_scheme: str = field(default="MXFP8", metadata={"help": "For the layers that gain most by it."})
     weight_scale_rule: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(SCALE_RULES)}; default: the schemes' own."}
+        default=None, metadata={"help": f"One of {', '.join(weight_rules())}; default: the schemes' own."}
     )
     input_scale_rule: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(INPUT_SCALE_RULES)}; default: the schemes' own."}
+        default=None, metadata={"help": f"One of {', '.join(input_rules())}; default: the schemes' own."}
     )
     smooth_alpha: float = field(
         default=0.0, metadata={"help": "Smooth the model first, as main.py does with the same value. 0: off."}
@@ -94,7 +95,7 @@ class SensitivityArguments:
             raise ValueError(f"--samples {self.samples}: at least 1 training sample is needed to measure on")
         schemes = [get_scheme(name, self.weight_scale_rule, self.input_scale_rule) for name in self.schemes]
         self.narrow_scheme, self.wide_scheme = (scheme.name for scheme in schemes)
-        low, high = map(bits_per_weight, schemes)
+        low, high = map(nominal_bits, schemes)
         if not low < high:
             raise ValueError(f"--wide_scheme {self.wide_scheme} is not wider than --narrow_scheme {self.narrow_scheme}")
         if not low <= self.bits_budget <= high:
@@ -121,7 +122,7 @@ class Sensitivity:
         self.model, self.batches = model, list(batches)
         self.layers = {name: module for name, module in model.named_modules() if is_quantlinear(module)}
 
-    def measure_units(self, units: list[Unit], schemes: tuple[LayerScheme, ...]) -> None:
+    def measure_units(self, units: list[Unit], schemes: tuple[Scheme, ...]) -> None:
         """Fill in the divergence of each unit under each scheme."""
         cases = [(unit, scheme) for scheme in schemes for unit in units]
         kl = self.measure([dict.fromkeys(unit.layers, scheme) for unit, scheme in cases])
@@ -129,7 +130,7 @@ class Sensitivity:
             unit.kl[scheme.name] = value
 
     @torch.no_grad()
-    def measure(self, cases: list[dict[str, LayerScheme]]) -> list[float]:
+    def measure(self, cases: list[dict[str, Scheme]]) -> list[float]:
         """Divergence per token from the unquantized model, in nats, for each choice of quantized layers."""
         total, tokens = torch.zeros(len(cases), dtype=torch.float64), 0
         with tqdm(total=len(self.batches) * (len(cases) + 1), desc="Sensitivity", unit="pass", leave=False) as progress:
@@ -142,11 +143,10 @@ class Sensitivity:
                     progress.update()
         return (total / max(tokens, 1)).tolist()
 
-    def _rows(self, batch: dict[str, torch.Tensor], case: dict[str, LayerScheme]) -> torch.Tensor:
+    def _rows(self, batch: dict[str, torch.Tensor], case: dict[str, Scheme]) -> torch.Tensor:
         for name, layer in self.layers.items():
             if name in case:
-                layer.scheme = case[name]
-                layer.weight_quantizer.spec, layer.input_quantizer.spec = case[name].weight, case[name].input
+                layer.set_scheme(case[name])
             for quantizer in (layer.weight_quantizer, layer.input_quantizer):
                 quantizer.enable() if name in case else quantizer.disable()
         batch = {key: value.to(self.model.device) for key, value in batch.items()}
@@ -175,7 +175,7 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
         "bits_budget": args.bits_budget,
         "kl": dict(zip((narrow.name, "mixed", wide.name), whole, strict=True)),
         "smooth_alpha": args.smooth_alpha,
-        "scale_rules": {s.name: {"weight": s.weight.scale_rule, "input": s.input.scale_rule} for s in (narrow, wide)},
+        "scale_rules": {scheme.name: scheme.rules for scheme in (narrow, wide)},
         "units": [
             {"name": u.name, "layers": list(u.layers), "weights": u.weights, "kl": u.kl, "wide": u in chosen}
             for u in sorted(units, key=lambda unit: -unit.kl[narrow.name])

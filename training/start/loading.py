@@ -1,59 +1,23 @@
-"""Load a model as FP32 master weights, remembering the dtype it came in.
-
-At QAT's learning rates Adam's updates are smaller than half a BF16 step and would vanish, so weights are trained in
-FP32 and computed with in BF16 (autocast) on every backend; what is saved goes back to the original dtype.
-"""
+"""Load models and tokenizers with transformers: plain ones, GGUF files, skeletons without weights."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qat import QATConfig
-from qat.checkpoints.folder import CheckpointFolder
-from qat.checkpoints.unpack import is_packed, load_packed
-from qat.files.trust import check_model_folder
-from qat.layers.finish import check_baked
-
 from ..arguments.model import ModelArguments
-from ..backends.weightless import first_process_loads, waits_for_weights
-
-logger = logging.getLogger(__name__)
 
 
-def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """Any causal language model, in FP32; `model.original_dtypes` maps each tensor's name to its stored dtype.
+def load_plain(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
+    """An unquantized model in its own dtype, or one in a GGUF file, dequantized.
 
-    Under FSDP with `fsdp_cpu_ram_efficient_loading` only the first process has weights, see weightless.py.
+    Raises:
+        ValueError: it is quantized in a way that training cannot start from.
     """
-    check_model_folder(model_args.model_name_or_path)
-    _check_finished(model_args.model_name_or_path)
-    if waits_for_weights():
-        model = model_without_weights(model_args, cache_dir)
-    else:
-        model = _model_with_weights(model_args, cache_dir)
-        model.original_dtype = model.dtype
-        tensors = model.state_dict(keep_vars=True)
-        model.original_dtypes = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
-        model.float()
-    if first_process_loads():
-        share_facts(model)
-    model.config.use_cache = False  # a cache of keys and values is of no use in training
-    _mend_generation_config(model)
-    return model
-
-
-def _model_with_weights(model_args: ModelArguments, cache_dir: str | None) -> PreTrainedModel:
     kwargs = {"cache_dir": cache_dir, "dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
         kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
-    elif is_packed(model_args.model_name_or_path):
-        return load_packed(model_args.model_name_or_path)
     else:
         kwargs["use_safetensors"] = True
     model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
@@ -70,13 +34,6 @@ def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
             f"{getattr(model, 'quantization_method', None)}; training starts from BF16 weights, or from a local folder "
             "packed in MXFP4 or MXFP8 by compressed-tensors or AutoRound (download a hub model first)"
         )
-
-
-def _check_finished(folder: str) -> None:
-    """Refuse a checkpoint to resume from whose learned exponents are not in its weights yet."""
-    config = QATConfig.load(folder) if Path(folder).is_dir() else None
-    if config is not None and config.training.get("learn_exponent"):
-        check_baked(CheckpointFolder.open(folder).names, folder)
 
 
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):
@@ -111,23 +68,8 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         model.quantization_method = None
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
-    """Some published models set sampling parameters without do_sample; transformers then refuses to save them."""
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError as error:
-        logger.warning("generation config: set do_sample=True, since it would not be saved otherwise (%s)", error)
-        model.generation_config.do_sample = True
-
-
-# ---- Under FSDP, in the other processes ----
-
-# What the first process learned of the model while reading its weights, and the others must know too.
-_FACTS = ("original_dtype", "original_dtypes", "packed_qat_config")
-
-
-def model_without_weights(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers in memory."""
+def without_weights(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers in memory, for processes that read none."""
     kwargs = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
         kwargs["gguf_file"] = model_args.gguf_file
@@ -140,12 +82,3 @@ def model_without_weights(model_args: ModelArguments, cache_dir: str | None = No
         )
     model.tie_weights()  # parameters were replaced one by one
     return model
-
-
-def share_facts(model: PreTrainedModel) -> None:
-    """Give all processes what the first one knows of the model it loaded. All of them must call it."""
-    facts = [getattr(model, name, None) for name in _FACTS]
-    broadcast_object_list(facts)
-    for name, fact in zip(_FACTS, facts, strict=True):
-        if fact is not None:
-            setattr(model, name, fact)

@@ -9,6 +9,7 @@ the teacher's weights, the settings and all keys.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,14 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from data.conversations.formatting import IGNORE_INDEX
-from data.sets.cache import build_once, fingerprint
+from data.sets.cache import build_once, default_root, fingerprint
 
 from ..arguments.distillation import CacheSettings
 from ..losses.distillation import HiddenRows, SampledRows, chunks
-from .sample_keys import Sample, samples_of
+from .frozen import FrozenTeacher
+from .sample_keys import Sample, samples_of, weights_digest
 from .sampled_tokens import as_rows, columns, sample_rows
 
 logger = logging.getLogger(__name__)
@@ -190,13 +195,15 @@ class CachedTeacher:
     def __init__(self, folders: dict[str, Path]) -> None:
         self.caches = {name: TeacherCache(folder) for name, folder in folders.items()}
 
-    def collator(self, collate: Callable, which: str) -> Callable:
-        """`collate`, and the cached columns of its batches, `which` being "train" or "eval"."""
-        return _CachedCollator(collate, self.caches[which])
+    def collate(self, collator: Callable, which: str) -> Callable:
+        """See `Teacher.collate`: adds the cached columns to batches."""
+        return _CachedCollator(collator, self.caches[which])
 
-    @staticmethod
-    def take(inputs: dict[str, torch.Tensor]) -> SampledRows:
-        """Remove the cached columns from a batch."""
+    def check(self, trains: bool) -> None:
+        """See `Teacher.check`: what is kept does not change."""
+
+    def rows(self, inputs: dict[str, torch.Tensor], student: nn.Module | None = None) -> SampledRows:
+        """See `Teacher.rows`: removes the cached columns from a batch."""
         return SampledRows(**{name: inputs.pop(PREFIX + name) for name in ("ids", "weights", "entropy")})
 
 
@@ -211,3 +218,34 @@ class _CachedCollator:
         rows = ({name: batch[name][i].numpy() for name in names} for i in range(len(batch["labels"])))
         said = self.cache.rows(sample for row in rows for sample in samples_of(row))
         return {**batch, **{PREFIX + name: value for name, value in vars(said).items()}}
+
+
+# ---- Making ----
+
+
+def make_cached_teacher(
+    model: PreTrainedModel, training_args, data_module: dict, settings: CacheSettings, folder: str | None
+):
+    """The CachedTeacher of `model` for the sets of a data module, built by one process of each machine.
+
+    The evaluation set is cached at temperature 1, at which its divergence is reported. `model` is not needed later.
+
+    Args:
+        folder: where caches are kept; None: beside those of the data.
+    """
+    root = Path(folder) if folder else default_root().with_name("teachers")
+    builds = training_args.local_process_index == 0
+    if builds and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "--distill_teacher cache is built by the first process of each machine, which has no weights here; set "
+            "fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, or choose --distill_teacher copy"
+        )
+    digest = [weights_digest(model) if builds else None]
+    if training_args.world_size > 1:
+        broadcast_object_list(digest)  # under FSDP the other processes have no weights to tell it from
+    make_teacher = functools.cache(lambda: FrozenTeacher(model, training_args.device)) if builds else None
+    folders = {}
+    for which, temperature in (("train", settings.temperature), ("eval", 1.0)):
+        dataset, own = data_module[f"{which}_dataset"], dataclasses.replace(settings, temperature=temperature)
+        folders[which] = build_cache(root, make_teacher, digest[0], dataset, own, f"the {which} set")
+    return CachedTeacher(folders)

@@ -1,1 +1,80 @@
-"""The formats in which engines read packed checkpoints, one class each."""
+"""The formats in which engines read packed checkpoints, one class each.
+
+A dialect is a `quantization_config` in config.json and the names of the tensors that go with it. Which of the schemes
+it can hold, and under which scale rule its engine quantizes activations, is the dialect's to know; the bytes of codes
+and scales are those of `numerics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from ...schemes.spec import Scheme, TensorSpec
+from .auto_round import AutoRound
+from .compressed_tensors import CompressedTensors
+
+
+class Dialect(Protocol):
+    """What an export format knows.
+
+    Attributes:
+        name: as the command line has it.
+        quant_method: as config.json has it.
+    """
+
+    name: str
+    quant_method: str
+
+    def can_hold(self, scheme: Scheme) -> str | None:
+        """Why the dialect cannot hold a scheme, and the remedy; None if it can."""
+
+    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
+        """The `quantization_config` for packed sites (schemes by name) and linear layers that are left alone."""
+
+    def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
+        """The names of a site's tensors in the file: codes, then scales."""
+
+    def input_rule(self, scheme: Scheme) -> str | None:
+        """The scale rule that transformers applies to inputs when it loads the checkpoint; None: not quantized."""
+
+    def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
+        """A weight [N, K] in BF16 from the tensors of its site, by the library that the dialect is named after."""
+
+
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CompressedTensors(), AutoRound())}
+EXPORT_FORMATS = tuple(DIALECTS)
+
+
+def get_dialect(name: str) -> Dialect:
+    """The dialect called `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in DIALECTS:
+        raise ValueError(f"export format {name!r} is unknown; choose one of {', '.join(DIALECTS)}")
+    return DIALECTS[name]
+
+
+def dialect_of(quantization_config: dict | None, where: object) -> Dialect:
+    """The dialect of a checkpoint's `quantization_config`.
+
+    Raises:
+        ValueError: none of ours; `where` is named.
+    """
+    method = (quantization_config or {}).get("quant_method")
+    found = next((dialect for dialect in DIALECTS.values() if dialect.quant_method == method), None)
+    if found is None:
+        known = [dialect.quant_method for dialect in DIALECTS.values()]
+        raise ValueError(f"{where} is no packed checkpoint: its quant_method is {method!r}, not one of {known}")
+    return found
+
+
+def check_schemes(dialect: Dialect, sites: Mapping[str, Scheme]) -> None:
+    """Raise a ValueError that names the first site whose scheme the dialect cannot hold."""
+    for name, scheme in sites.items():
+        if reason := dialect.can_hold(scheme):
+            raise ValueError(f"{name} {reason}")

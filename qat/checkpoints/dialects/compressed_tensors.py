@@ -1,135 +1,119 @@
-"""The `quantization_config` of a packed checkpoint: how config.json tells an engine which layers are packed, and how.
+"""compressed-tensors' own dialect: vLLM, transformers and llm-compressor read it.
 
-Two dialects hold MX formats: compressed-tensors' own and AutoRound's. The tensors are the same in both. They differ in
-the rule under which the engine quantizes activations: transformers applies EVEN to compressed-tensors checkpoints, and
-to AutoRound's the rule that the file names, FLOOR or RCEIL.
+Mixed schemes become several groups. transformers quantizes activations in the tensor's own dtype, MX formats under
+EVEN.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter
 from collections.abc import Mapping
 
-from ...numerics.formats import BLOCK_SIZE
-from ...schemes.spec import LayerScheme
+import torch
 
-EXPORT_FORMATS = ("compressed-tensors", "auto_round")
-_CT_FORMATS = {4: "mxfp4-pack-quantized", 8: "mxfp8-quantized"}
-_AUTO_ROUND_RULES = {"floor": "mx_fp", "rceil": "mx_fp_rceil"}
+from ...numerics.codes import as_stored
+from ...numerics.formats import E2M1, E8M0, Format, Quantized
+from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
 
-
-def check_export_format(export_format: str) -> None:
-    """Raise a ValueError unless `export_format` is one of `EXPORT_FORMATS`."""
-    if export_format not in EXPORT_FORMATS:
-        raise ValueError(f"export format {export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}")
-
-
-def export_format_of(quantization_config: dict | None, where: object) -> str:
-    """Which of `EXPORT_FORMATS` the quantization_config of a checkpoint is in.
-
-    Raises:
-        ValueError: none of them; `where` is named.
-    """
-    method = (quantization_config or {}).get("quant_method")
-    names = {"compressed-tensors": "compressed-tensors", "auto-round": "auto_round"}
-    if method not in names:
-        raise ValueError(f"{where} is no packed checkpoint: its quant_method is {method!r}, not one of {list(names)}")
-    return names[method]
+# What the library calls a pair of formats of weights and inputs: the row that a new scheme adds.
+_FORMATS = {
+    ("mxfp4", "mxfp4"): "mxfp4-pack-quantized",
+    ("mxfp8", "mxfp8"): "mxfp8-quantized",
+    ("fp8_channel", "fp8_token"): "float-quantized",
+}
+_INPUT_RULES = {"mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native"}  # by format, in transformers
 
 
-def engine_input_rule(export_format: str, layer: LayerScheme) -> str:
-    """The scale rule that transformers applies to the inputs of `layer` when it loads the packed checkpoint."""
-    return "even" if export_format == "compressed-tensors" else layer.input.scale_rule
+class CompressedTensors:
+    """See `Dialect`."""
 
+    name = quant_method = "compressed-tensors"
 
-def make_quantization_config(export_format: str, layers: Mapping[str, LayerScheme], unquantized: list[str]) -> dict:
-    """The `quantization_config` for packed `layers` (schemes by module name) and linear layers left `unquantized`.
+    def can_hold(self, scheme: Scheme) -> str | None:
+        """See `Dialect.can_hold`."""
+        if _key(scheme) in _FORMATS:
+            return None
+        weight, inputs = _key(scheme)
+        return (
+            f"has weights in {weight} and inputs in {inputs or 'no format'}, for which {self.name} has no name; use "
+            "one of the schemes by name"
+        )
 
-    Raises:
-        ValueError: the format cannot hold one of the schemes.
-    """
-    check_export_format(export_format)
-    make = _compressed_tensors if export_format == "compressed-tensors" else _auto_round
-    return make(layers, unquantized)
-
-
-def _compressed_tensors(layers, unquantized) -> dict:
-    by_bits: dict[int, list[str]] = {}
-    for name, scheme in layers.items():
-        if scheme.weight.bits != scheme.input.bits:
-            raise ValueError(
-                f"{name} has weights of {scheme.weight.bits} and inputs of {scheme.input.bits} bits; engines compute "
-                "with one width for both, so use one of the schemes by name"
-            )
-        by_bits.setdefault(scheme.weight.bits, []).append(name)
-    single = len(by_bits) == 1
-    groups = {
-        f"group_{i}": {
-            "targets": ["Linear"] if single else names,
-            "format": _CT_FORMATS[bits],
-            "weights": _ct_tensor(bits, dynamic=False),
-            "input_activations": _ct_tensor(bits, dynamic=True),
-            "output_activations": None,
+    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
+        """See `Dialect.config`."""
+        groups: dict[tuple, list[str]] = {}
+        schemes = {}
+        for name, scheme in sites.items():
+            groups.setdefault(_key(scheme), []).append(name)
+            schemes[_key(scheme)] = scheme
+        single = len(groups) == 1
+        return {
+            "quant_method": self.quant_method,
+            "format": _FORMATS[next(iter(groups))] if single else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": {
+                f"group_{i}": {
+                    "targets": ["Linear"] if single else names,
+                    "format": _FORMATS[key],
+                    "weights": quantization_args(schemes[key].weight.format, dynamic=False),
+                    "input_activations": _input_args(schemes[key]),
+                    "output_activations": None,
+                }
+                for i, (key, names) in enumerate(groups.items())
+            },
+            "ignore": rest,
+            "kv_cache_scheme": None,
         }
-        for i, (bits, names) in enumerate(by_bits.items())
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": _CT_FORMATS[next(iter(by_bits))] if single else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": unquantized,
-        "kv_cache_scheme": None,
-    }
+
+    def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
+        """See `Dialect.tensor_names`."""
+        return f"{site}.{_codes_name(spec.format)}", f"{site}.weight_scale"
+
+    def input_rule(self, scheme: Scheme) -> str | None:
+        """See `Dialect.input_rule`."""
+        return None if scheme.input is None else _INPUT_RULES[scheme.input.format.name]
+
+    def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
+        """See `Dialect.decompress`.
+
+        Raises:
+            ImportError: compressed-tensors is not installed.
+        """
+        try:
+            from compressed_tensors.compressors import BaseCompressor
+            from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+        except ImportError as error:
+            raise ImportError("verification needs a library: pip install compressed-tensors") from error
+        weights = QuantizationArgs(**quantization_args(spec.format, dynamic=False))
+        name = next(name for (weight, _), name in _FORMATS.items() if weight == spec.format.name)
+        compressor = BaseCompressor.get_value_from_registry(name)
+        named = dict(zip((_codes_name(spec.format), "weight_scale"), tensors, strict=True))
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+        return compressor.decompress(named, scheme)["weight"].to(VIEW_DTYPE)
 
 
-def _ct_tensor(bits: int, dynamic: bool) -> dict:
-    return {
-        "num_bits": bits, "type": "float", "strategy": "group", "group_size": BLOCK_SIZE, "symmetric": True,
-        "dynamic": dynamic, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8",
-    }  # fmt: skip
+def quantization_args(fmt: Format, dynamic: bool) -> dict:
+    """What compressed-tensors' `QuantizationArgs` say of a format."""
+    args: dict = {"num_bits": fmt.element.bits, "type": "float"}
+    if fmt.block is None:
+        args |= {"strategy": "token" if dynamic else "channel"}
+    else:
+        args |= {"strategy": "group", "group_size": fmt.block}
+    args |= {"symmetric": True, "dynamic": dynamic}
+    return args | ({"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"} if fmt.scale == E8M0 else {})
 
 
-def _auto_round(layers, unquantized) -> dict:
-    schemes = {name: _auto_round_scheme(name, scheme) for name, scheme in layers.items()}
-    # The scheme of most layers is the file's, the others are exceptions by name.
-    common = Counter(tuple(sorted(scheme.items())) for scheme in schemes.values()).most_common(1)[0][0]
-    blocks = _block_prefix([name for name, scheme in schemes.items() if tuple(sorted(scheme.items())) == common])
-    extra = {
-        name: scheme
-        for name, scheme in schemes.items()
-        if tuple(sorted(scheme.items())) != common or not name.startswith(f"{blocks}.")
-    }
-    plain = {"bits": 16, "act_bits": 16}
-    extra |= {name: dict(plain) for name in unquantized if name.startswith(f"{blocks}.")}
-    config = {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", **dict(common)}
-    config["block_name_to_quantize"] = blocks
-    return config | ({"extra_config": extra} if extra else {})
+def packed_tensors(quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
+    """Codes and scales in the dtypes that the file holds."""
+    return [as_stored(quantized.codes, spec.format.element), *quantized.scales]
 
 
-def _auto_round_scheme(name: str, scheme: LayerScheme) -> dict:
-    if scheme.input.scale_rule not in _AUTO_ROUND_RULES:
-        raise ValueError(
-            f"{name} quantizes its input under rule {scheme.input.scale_rule!r}, which AutoRound's format cannot hold: "
-            f"it knows {', '.join(_AUTO_ROUND_RULES)}; use the export format compressed-tensors"
-        )
-    # The rule of the weights is not named: their scales are in the file.
-    return {
-        "data_type": "mx_fp", "bits": scheme.weight.bits, "group_size": BLOCK_SIZE, "sym": True,
-        "act_data_type": _AUTO_ROUND_RULES[scheme.input.scale_rule], "act_bits": scheme.input.bits,
-        "act_group_size": BLOCK_SIZE, "act_sym": True, "act_dynamic": True,
-    }  # fmt: skip
+def _codes_name(fmt: Format) -> str:
+    return "weight_packed" if fmt.element == E2M1 else "weight"
 
 
-def _block_prefix(names: list[str]) -> str:
-    """What the names of layers in numbered blocks begin with: "model.layers" for "model.layers.0.mlp.up_proj"."""
-    numbered = (re.match(r"(.+?)\.\d+\.", name) for name in names)
-    common = os.path.commonprefix([match[1].split(".") for match in numbered if match])
-    if not common:
-        raise ValueError(
-            "AutoRound's format needs layers in numbered blocks such as model.layers.0, and this model has none; "
-            "use the export format compressed-tensors"
-        )
-    return ".".join(common)
+def _key(scheme: Scheme) -> tuple[str, str | None]:
+    return scheme.weight.format.name, None if scheme.input is None else scheme.input.format.name
+
+
+def _input_args(scheme: Scheme) -> dict | None:
+    return None if scheme.input is None else quantization_args(scheme.input.format, dynamic=True)

@@ -1,5 +1,11 @@
-"""The functions of `reference.py` made fast, one module per backend, each bit-equal to it.
+"""The functions of the families made fast, one module for each family and device, each bit-equal to its family's file.
 
-`cpu` compiles `cpu_kernels.cpp` on first use; `triton_kernels` serves CUDA tensors with the kernels of `triton_device`.
-Both offer `is_available()`.
+A module names the formats that it SERVES and offers `is_available()`. The CPU's are C++, compiled on first use
+(`cpu_library.py`); the GPU's are Triton.
 """
+
+from . import cpu, cpu_fp8, triton_fp8, triton_kernels
+
+KERNELS = {"cpu": (cpu, cpu_fp8), "cuda": (triton_kernels, triton_fp8)}
+
+__all__ = ["KERNELS", "cpu", "cpu_fp8", "triton_fp8", "triton_kernels"]

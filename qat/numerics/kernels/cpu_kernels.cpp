@@ -1,11 +1,11 @@
-// MX quantization on the CPU: one pass over memory, block by block, bit-equal to reference.py.
+// MX and FP8 quantization on the CPU: one pass over memory, bit-equal to mx.py and fp8.py.
 //
 // Fake quantization moves a few bytes per element and computes little, so memory should be its limit. What keeps eager
 // PyTorch from that limit is that each of its twenty operations is a pass of its own; here a block of 32 values is read,
 // rounded in registers and written. The loops below have a fixed length of 32 and no branches, so that the compiler turns
 // them into SIMD code for whatever CPU it runs on; there are no intrinsics.
 //
-// The arithmetic is that of reference.py: FP32, multiplications by powers of two only, rounding by adding and subtracting
+// The arithmetic is that of mx.py: FP32, multiplications by powers of two only, rounding by adding and subtracting
 // 1.5 * 2^(23 + k). Three remarks shorten it:
 //   * No element exceeds 2^(emax + 1) in scaled units, because the scale comes from the block's maximum; so the exponent
 //     needs no upper clamp.
@@ -254,7 +254,7 @@ inline uint32_t round_to_code(float scaled, const Grid& grid) {
     return min_of(steps + binade, grid.max_code) | sign_of(scaled) >> (32 - kBits);
 }
 
-// Sum of squares, neighbours in pairs as in reference.py.
+// Sum of squares, neighbours in pairs as in mx.py.
 inline float block_error(const float* difference) {
     float total[kHalf];
     KEEP_LOOP for (int i = 0; i < kHalf; ++i)
@@ -498,6 +498,145 @@ void dequantize(const uint8_t* packed, const uint8_t* scales, void* y, int64_t b
 
 }  // namespace
 
+// ---- FP8: E4M3 values, a scale a row ----
+//
+// Each row is read twice, once for its maximum and once to be rounded; the second time it comes from the cache. The
+// arithmetic is that of fp8.py: scales are no powers of two, so divisions and products round.
+
+// How the scale of a row follows from its maximum; filled by cpu_fp8.py.
+extern "C" struct RowScale {
+    int32_t bf16_scale;  // round the scale to BF16
+    int32_t native;      // round scale and quotient to the view's dtype; `smallest` then replaces a scale of zero
+    float smallest;
+};
+
+namespace {
+
+const Grid kE4m3(MxFormat{8, 3, -6, 8, 448.0f, 0, 0});
+
+template <class View>
+inline float rounded_to(float value) {
+    return as_float(View::load(View::store(as_bits(value))));
+}
+
+template <class Stored, class View>
+inline float viewed(typename Stored::Word word) {
+    const float value = as_float(Stored::load(word));
+    return std::is_same<Stored, View>::value ? value : rounded_to<View>(value);
+}
+
+// The scale of a row, NaN where the row is not finite.
+template <class Stored, class View>
+float row_scale(const typename Stored::Word* x, int64_t columns, const RowScale& rule) {
+    uint32_t largest_bits = 0;
+    for (int64_t i = 0; i < columns; ++i) largest_bits = max_of(largest_bits, Stored::load(x[i]) & kMagnitude);
+    if (largest_bits < kExponentField && !std::is_same<Stored, View>::value)
+        largest_bits = View::load(View::store(largest_bits));  // rounding keeps the order
+    if (largest_bits >= kExponentField) return as_float(kQuietNaN);
+    const float scale = as_float(largest_bits) / 448.0f;
+    if (rule.native) {
+        const float native = rounded_to<View>(scale);
+        return native == 0.0f ? rule.smallest : native;
+    }
+    return max_of(rule.bf16_scale ? rounded_to<Bf16>(scale) : scale, rule.smallest);
+}
+
+// Magnitude of x / scale as FP32 bits, at most the largest element. (A NaN becomes that too; its row has no codes.)
+template <class View, bool kNative>
+inline uint32_t scaled_magnitude(float value, float scale) {
+    const float quotient = as_float(as_bits(value) & kMagnitude) / scale;
+    return min_of(as_bits(kNative ? rounded_to<View>(quotient) : quotient) & kMagnitude, kE4m3.max_bits);
+}
+
+inline uint32_t fp8_element(uint32_t magnitude) {
+    const float magic = as_float(kE4m3.magic(magnitude));
+    return as_bits((as_float(magnitude) + magic) - magic);
+}
+
+inline uint32_t fp8_code(uint32_t magnitude) {
+    const uint32_t magic = kE4m3.magic(magnitude);
+    const uint32_t steps = as_bits(as_float(magnitude) + as_float(magic)) - magic;
+    return steps + ((magic - kE4m3.magic_offset - kE4m3.smallest_field) >> (kFp32MantissaBits - kE4m3.mantissa_bits));
+}
+
+template <class Stored, class View, bool kNative>
+void fp8_fake_quantize_row(const typename Stored::Word* x, typename View::Word* y, int64_t columns, float scale) {
+    for (int64_t i = 0; i < columns; ++i) {
+        const float value = viewed<Stored, View>(x[i]);
+        const float element = as_float(fp8_element(scaled_magnitude<View, kNative>(value, scale)));
+        y[i] = static_cast<typename View::Word>(View::store(as_bits(element * scale) | (as_bits(value) & kSign)));
+    }
+}
+
+template <class Stored, class View, bool kNative>
+void fp8_quantize_row(const typename Stored::Word* x, uint8_t* codes, int64_t columns, float scale) {
+    const uint32_t keep = scale == scale ? ~0u : 0;  // a NaN row's codes are zero
+    for (int64_t i = 0; i < columns; ++i) {
+        const float value = viewed<Stored, View>(x[i]);
+        const uint32_t code = fp8_code(scaled_magnitude<View, kNative>(value, scale));
+        codes[i] = static_cast<uint8_t>((code | (as_bits(value) & kSign) >> 24) & keep);
+    }
+}
+
+template <class View>
+void fp8_dequantize_row(const uint8_t* codes, typename View::Word* y, int64_t columns, float scale) {
+    const uint32_t binades = kE4m3.smallest_field - (1u << kFp32MantissaBits);
+    for (int64_t i = 0; i < columns; ++i) {
+        const uint32_t magnitude = codes[i] & 0x7Fu;
+        const uint32_t normal = (magnitude << (kFp32MantissaBits - 3)) + binades;
+        const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f);
+        uint32_t element = magnitude < 8 ? subnormal : normal;
+        element = magnitude > kE4m3.max_code ? kQuietNaN : element;
+        const float value = as_float(element | (codes[i] & 0x80u) << 24) * scale;
+        y[i] = static_cast<typename View::Word>(View::store(value == value ? as_bits(value) : kQuietNaN));
+    }
+}
+
+template <class Work>
+void over_rows(int64_t rows, int64_t columns, int threads, const Work& work) {
+    threads = static_cast<int>(min_of<int64_t>(threads, rows));
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows * columns > (1 << 14))
+    for (int64_t row = 0; row < rows; ++row) work(row);
+}
+
+template <class Stored, class View>
+void fp8_fake_quantize(const void* x_in, void* y_out, int64_t rows, int64_t columns, const RowScale& rule, int threads) {
+    const auto* x = static_cast<const typename Stored::Word*>(x_in);
+    auto* y = static_cast<typename View::Word*>(y_out);
+    const auto run = rule.native ? fp8_fake_quantize_row<Stored, View, true> : fp8_fake_quantize_row<Stored, View, false>;
+    over_rows(rows, columns, threads, [&](int64_t row) {
+        const auto* from = x + row * columns;
+        const float scale = row_scale<Stored, View>(from, columns, rule);
+        if (scale == scale)
+            run(from, y + row * columns, columns, scale);
+        else
+            for (int64_t i = 0; i < columns; ++i)
+                y[row * columns + i] = static_cast<typename View::Word>(View::store(kQuietNaN));
+    });
+}
+
+template <class Stored, class View>
+void fp8_quantize(const void* x_in, uint8_t* codes, float* scales, int64_t rows, int64_t columns, const RowScale& rule,
+                  int threads) {
+    const auto* x = static_cast<const typename Stored::Word*>(x_in);
+    const auto run = rule.native ? fp8_quantize_row<Stored, View, true> : fp8_quantize_row<Stored, View, false>;
+    over_rows(rows, columns, threads, [&](int64_t row) {
+        const auto* from = x + row * columns;
+        scales[row] = row_scale<Stored, View>(from, columns, rule);
+        run(from, codes + row * columns, columns, scales[row]);
+    });
+}
+
+template <class View>
+void fp8_dequantize(const uint8_t* codes, const float* scales, void* y_out, int64_t rows, int64_t columns, int threads) {
+    auto* y = static_cast<typename View::Word*>(y_out);
+    over_rows(rows, columns, threads, [&](int64_t row) {
+        fp8_dequantize_row<View>(codes + row * columns, y + row * columns, columns, scales[row]);
+    });
+}
+
+}  // namespace
+
 // The entry points. Tensors are contiguous; `blocks` counts blocks of 32 values. Named <verb>_<stored>_<view>.
 
 #define MX_DEFINE_QUANTIZE(name, Stored, View)                                                                       \
@@ -540,3 +679,29 @@ MX_DEFINE_QUANTIZE(float16_float16, Fp16, Fp16)
 MX_DEFINE_DEQUANTIZE(float32, Fp32)
 MX_DEFINE_DEQUANTIZE(bfloat16, Bf16)
 MX_DEFINE_DEQUANTIZE(float16, Fp16)
+
+// FP8: `rows` of `columns` values.
+
+#define FP8_DEFINE_QUANTIZE(name, Stored, View)                                                                      \
+    extern "C" void fp8_fake_quantize_##name(const void* x, void* y, int64_t rows, int64_t columns,                  \
+                                             const RowScale* rule, int threads) {                                    \
+        fp8_fake_quantize<Stored, View>(x, y, rows, columns, *rule, threads);                                        \
+    }                                                                                                                \
+    extern "C" void fp8_quantize_##name(const void* x, uint8_t* codes, float* scales, int64_t rows, int64_t columns, \
+                                        const RowScale* rule, int threads) {                                         \
+        fp8_quantize<Stored, View>(x, codes, scales, rows, columns, *rule, threads);                                 \
+    }
+
+#define FP8_DEFINE_DEQUANTIZE(name, View)                                                                            \
+    extern "C" void fp8_dequantize_##name(const uint8_t* codes, const float* scales, void* y, int64_t rows,          \
+                                          int64_t columns, int threads) {                                            \
+        fp8_dequantize<View>(codes, scales, y, rows, columns, threads);                                              \
+    }
+
+FP8_DEFINE_QUANTIZE(float32_float32, Fp32, Fp32)
+FP8_DEFINE_QUANTIZE(float32_bfloat16, Fp32, Bf16)
+FP8_DEFINE_QUANTIZE(bfloat16_bfloat16, Bf16, Bf16)
+FP8_DEFINE_QUANTIZE(float16_float16, Fp16, Fp16)
+FP8_DEFINE_DEQUANTIZE(float32, Fp32)
+FP8_DEFINE_DEQUANTIZE(bfloat16, Bf16)
+FP8_DEFINE_DEQUANTIZE(float16, Fp16)

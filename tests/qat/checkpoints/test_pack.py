@@ -16,14 +16,13 @@ from helpers import make_llama, make_tokenizer, save_llama
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qat import prepare_qat
-from qat.checkpoints import pack as export_module
+from qat import get_scheme, prepare_qat
+from qat.checkpoints import pack
+from qat.checkpoints.dialects import get_dialect
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint, pack_weight
 from qat.checkpoints.verify import verify
-from qat.checkpoints.verify_weights import decompress
 from qat.numerics import ops
-from qat.numerics.formats import SCALE_RULES
 from qat.schemes.config import QATConfig
 from qat.schemes.spec import TensorSpec
 
@@ -57,16 +56,6 @@ def weight(rows: int = 48, columns: int = 96) -> torch.Tensor:
     return (values * torch.logspace(-6, 3, rows)[:, None]).bfloat16()
 
 
-@pytest.mark.parametrize("rule", SCALE_RULES)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_weights_decompress_to_what_the_forward_pass_computes_with(bits, rule):
-    spec = TensorSpec("mx_fp" if rule == "floor" else f"mx_fp_{rule}", bits)
-    packed, scale = pack_weight(weight(), spec)
-    expected = ops.fake_quantize(weight(), f"mxfp{bits}", rule, torch.bfloat16)
-    assert torch.equal(decompress(packed, scale, bits), expected)
-    assert (packed.nbytes + scale.nbytes) * 8 == weight().numel() * (bits + 0.25)
-
-
 @pytest.mark.parametrize(("data_type", "bits"), [("mx_fp", 4), ("mx_fp", 8), ("mx_fp_rceil", 4), ("mx_fp_rceil", 8)])
 def test_packed_bytes_equal_auto_rounds(data_type, bits):
     from auto_round.data_type.utils import get_quant_func
@@ -80,17 +69,18 @@ def test_packed_bytes_equal_auto_rounds(data_type, bits):
     theirs = QuantLinear(bits, 32, 96, 48, False, data_type=data_type, act_bits=bits)
     theirs.pack(linear, exponent.reshape(48, 3), device="cpu")
 
-    packed, scale = pack_weight(weight(), TensorSpec(data_type, bits))
+    ours = pack_weight(weight(), TensorSpec.of(data_type, bits))
     their_codes = theirs.weight_packed if bits == 4 else theirs.weight
-    assert torch.equal(packed.view(torch.uint8), their_codes.view(torch.uint8))
-    assert torch.equal(scale, theirs.weight_scale)
+    assert torch.equal(ours.codes, their_codes.view(torch.uint8))
+    assert torch.equal(ours.scales[0], theirs.weight_scale)
 
 
 def test_slabs_change_nothing(monkeypatch):
-    spec = TensorSpec("mx_fp", 4)
+    spec = get_scheme("FP8").weight
     whole = pack_weight(weight(), spec)
-    monkeypatch.setattr(export_module, "_SLAB_VALUES", 5 * 96)
-    assert all(map(torch.equal, pack_weight(weight(), spec), whole))
+    monkeypatch.setattr(pack, "_SLAB_VALUES", 5 * 96)
+    monkeypatch.setattr(pack.ops, "has_kernels", lambda *_: False)
+    assert all(map(torch.equal, pack_weight(weight(), spec).tensors, whole.tensors))
 
 
 @pytest.mark.parametrize("export_format", ["compressed-tensors", "auto_round"])
@@ -144,7 +134,8 @@ def test_a_plain_checkpoint_in_fp32_is_packed_from_its_bf16_view(tmp_path):
     tensors, original = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
     layer = "model.layers.1.mlp.gate_proj"
     expected = ops.fake_quantize(original[f"{layer}.weight"].bfloat16(), "mxfp8", "floor", torch.bfloat16)
-    assert torch.equal(decompress(tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"], 8), expected)
+    packed = [tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"]]
+    assert torch.equal(get_dialect("compressed-tensors").decompress(packed, get_scheme("MXFP8").weight), expected)
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -258,7 +249,7 @@ def test_a_full_disk_leaves_the_old_export_and_nothing_else(source, tmp_path, mo
         Path(args[1]).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(export_module, "save_file", disk_full)
+    monkeypatch.setattr(pack, "save_file", disk_full)
     with pytest.raises(OSError, match="the disk is full, nothing was left"):
         export_checkpoint(source, target, overwrite=True)
     assert fingerprint(target) == before and [p.name for p in tmp_path.iterdir()] == ["packed"]
@@ -275,7 +266,7 @@ def test_an_export_killed_at_once_leaves_no_target_and_the_source_as_it_was(sour
     before, target = fingerprint(source), tmp_path / "packed"
     child = os.fork()  # a process of its own, which nobody can ask to clean up
     if child == 0:
-        export_module.save_file = lambda tensors, path, **_: (path.write_bytes(b"half"), os.kill(os.getpid(), SIGKILL))
+        pack.save_file = lambda tensors, path, **_: (path.write_bytes(b"half"), os.kill(os.getpid(), SIGKILL))
         try:
             export_checkpoint(source, target)
         finally:

@@ -19,7 +19,8 @@ from qat.checkpoints.unpack import is_packed, load_packed
 from qat.layers.quant_linear import is_quantlinear
 from qat.layers.restore import prepare_as_saved
 from qat.numerics import ops
-from training.start import stage
+from qat.numerics.formats import Quantized
+from training.resume import output
 
 IDS = torch.arange(0, 128)[None]
 
@@ -30,11 +31,11 @@ def test_the_first_forward_equals_the_quantized_model_bit_for_bit(tmp_path, capl
     source = save_qat(tmp_path / "source", mapping)
     packed = export_checkpoint(source, tmp_path / "packed", export_format)
     before = prepare_qat(AutoModelForCausalLM.from_pretrained(source), mapping)
-    after = load_packed(packed)
+    after, config = load_packed(packed)
     for name, layer in before.named_modules():
         if is_quantlinear(layer):
             assert torch.equal(after.get_submodule(name).weight, layer.weight_quantizer(layer.weight)), name
-    prepare_as_saved(after, after.packed_qat_config)
+    prepare_as_saved(after, config)
     assert torch.equal(after(IDS).logits, before(IDS).logits)
     assert after.lm_head.weight is after.model.embed_tokens.weight
     assert "rounded again" not in caplog.text
@@ -46,7 +47,7 @@ def test_without_our_own_config_the_scheme_is_read_off_the_checkpoint(tmp_path):
         ignore = ("lm_head", "0.mlp.up_proj")
         packed = export_checkpoint(source, tmp_path / scheme / "packed", export_format, scheme, ignore)
         (packed / "qat_config.json").unlink()
-        config = load_packed(packed).packed_qat_config
+        config = load_packed(packed)[1]
         assert config.mapping == {"torch.nn.Linear": scheme}
         assert config.ignore == ("model.layers.0.mlp.up_proj", "lm_head")
 
@@ -54,7 +55,7 @@ def test_without_our_own_config_the_scheme_is_read_off_the_checkpoint(tmp_path):
 def test_a_mixed_checkpoint_without_our_config_names_its_exceptions(tmp_path):
     packed = export_checkpoint(save_qat(tmp_path / "source", MIXED), tmp_path / "packed")
     (packed / "qat_config.json").unlink()
-    assert load_packed(packed).packed_qat_config.mapping == {
+    assert load_packed(packed)[1].mapping == {
         "torch.nn.Linear": "MXFP4",
         "model.layers.0.mlp.down_proj": "MXFP8",
         "model.layers.1.mlp.down_proj": "MXFP8",
@@ -88,9 +89,9 @@ def test_what_auto_round_packs_itself_loads_and_prepares(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    loaded = load_packed(tmp_path)
+    loaded, config = load_packed(tmp_path)
     assert all(torch.equal(loaded.get_parameter(name), values) for name, values in expected.items())
-    assert loaded.packed_qat_config.mapping == {"torch.nn.Linear": "MXFP4"}
+    assert config.mapping == {"torch.nn.Linear": "MXFP4"}
 
 
 def test_rounding_again_is_announced_where_it_changes_something(tmp_path, caplog):
@@ -103,7 +104,7 @@ def test_rounding_again_is_announced_where_it_changes_something(tmp_path, caplog
     tensors["model.layers.0.mlp.up_proj.weight"][0, :2] = torch.tensor([1.74, 3 * 2**-17])
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     packed = export_checkpoint(source, tmp_path / "packed")
-    assert load_packed(packed).packed_qat_config.weight_scale_rule == "even"
+    assert load_packed(packed)[1].scale_rules["MXFP8"]["weight"] == "even"
     assert "packed elements (0.003 %) change when rounded again under {'mxfp8': 'even'}" in caplog.text
 
 
@@ -112,7 +113,7 @@ def test_any_packed_weight_keeps_its_values_when_rceil_rounds_it_again(bits):
     codes = torch.randint(0, 256, (512, 32 * bits // 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0x77  # E4M3's NaN becomes 240; E2M1 has none
     scale = torch.randint(60, 190, (512, 1), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    values = ops.dequantize(codes, scale, f"mxfp{bits}", torch.bfloat16)
+    values = ops.dequantize(Quantized(codes, (scale,)), f"mxfp{bits}", torch.bfloat16)
     assert torch.equal(ops.fake_quantize(values, f"mxfp{bits}", "rceil", torch.bfloat16), values)
 
 
@@ -123,8 +124,8 @@ def test_a_foreign_checkpoint_that_floor_would_change_is_rounded_under_rceil(tmp
     block = tensors["model.layers.0.mlp.up_proj.weight"][0, :32]
     block.copy_(torch.full((32,), 240.0).to(block.dtype))
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})
-    model = load_packed(packed)
-    assert model.packed_qat_config.scale_rules == {"MXFP8": {"weight": "rceil", "input": "floor"}}
+    model, config = load_packed(packed)
+    assert config.scale_rules == {"MXFP8": {"weight": "rceil", "input": "floor"}}
     assert "32 of 61440 packed elements" in caplog.text
     weight = model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(ops.fake_quantize(weight, "mxfp8", "rceil", torch.bfloat16), weight)
@@ -136,8 +137,8 @@ def test_a_foreign_checkpoint_that_floor_would_change_is_rounded_under_rceil(tmp
         ({"model.norm.weight": None}, "1 missing keys for LlamaForCausalLM, e.g. model.norm.weight"),
         ({"model.layers.0.mlp.up_proj.weight_scale": None}, "is incomplete: .*up_proj.weight_packed"),
         ({"model.layers.0.mlp.up_proj.weight_scale": torch.zeros(96, 4, dtype=torch.uint8)}, r"must be \(96, 2\)"),
-        ({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)}, "no MX layout"),
-        ({"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)}, "other than MXFP4 or MXFP8"),
+        ({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)}, "no layout of MXFP4, MXFP8, FP8"),
+        ({"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)}, "other than MXFP4, MXFP8, FP8"),
         ({"surplus": torch.ones(1)}, "1 unexpected keys"),
     ],
 )
@@ -172,11 +173,11 @@ def test_main_evaluates_a_packed_folder_as_the_trained_one_and_trains_on_from_it
 
 def test_main_packs_what_it_trained_and_says_how_to_serve_it(tmp_path, monkeypatch, caplog):
     verified = []
-    monkeypatch.setattr(stage, "verify", lambda *folders: verified.append(folders))
+    monkeypatch.setattr(output, "verify", lambda *folders: verified.append(folders))
     source = save_llama(tmp_path / "source", layers=1)
     shutil.copytree(source, tmp_path / "copy")
     run_main(source, tmp_path / "out", "--quant_scheme", "MXFP8", "--do_train", "True", "--max_steps", "1")
-    assert verified == [(tmp_path / "out" / "MXFP8", str(tmp_path / "out"))]
+    assert verified == [(tmp_path / "out" / "MXFP8", tmp_path / "out")]
     assert is_packed(tmp_path / "out" / "MXFP8") and f"vllm serve {tmp_path / 'out' / 'MXFP8'}" in caplog.text
 
 

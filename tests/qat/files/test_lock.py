@@ -14,14 +14,13 @@ from helpers import ROOT
 from qat.files import lock as output_lock
 from qat.files.lock import LOCK_NAME
 from training.backends.writers import Writers
-from training.resume.output import prepared_output
-from training.start.stage import unused_folder
+from training.resume.output import OutputFolder, unused_folder
 
 HOLD = """
 import os, sys, time
 from training.backends.writers import Writers
-from training.resume.output import prepared_output
-with prepared_output(sys.argv[1], Writers()):
+from training.resume.output import OutputFolder
+with OutputFolder(sys.argv[1], Writers()).held():
     if os.fork():  # as a worker that loads data
         print(os.getpid(), flush=True)
     time.sleep(60)
@@ -43,7 +42,7 @@ def holder(tmp_path):
 
 def test_a_second_run_is_refused_and_touches_nothing(tmp_path, holder):
     (tmp_path / ".checkpoint-2.partial").mkdir()  # which the holder is writing
-    with pytest.raises(ValueError) as error, prepared_output(tmp_path, Writers()):
+    with pytest.raises(ValueError) as error, OutputFolder(tmp_path, Writers()).held():
         pass
     for part in (f"--output_dir '{tmp_path}'", f"process {holder.pid} on", "wait for its end", "another --output_dir"):
         assert part in str(error.value)
@@ -54,14 +53,14 @@ def test_a_killed_run_leaves_the_folder_free_and_a_finished_one_leaves_it_clean(
     holder.kill()
     holder.wait()
     assert (tmp_path / LOCK_NAME).exists()
-    assert unused_folder(str(tmp_path)) == str(tmp_path)
-    with prepared_output(tmp_path, Writers()):
+    assert unused_folder(tmp_path) == tmp_path
+    with OutputFolder(tmp_path, Writers()).held():
         assert str(os.getpid()) in (tmp_path / LOCK_NAME).read_text()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_lock_was_taken_away_leaves_that_of_its_successor(tmp_path):
-    with prepared_output(tmp_path, Writers()):
+    with OutputFolder(tmp_path, Writers()).held():
         (tmp_path / LOCK_NAME).unlink()
         (tmp_path / LOCK_NAME).write_text("another run")
     assert (tmp_path / LOCK_NAME).read_text() == "another run"
@@ -69,10 +68,10 @@ def test_a_run_whose_lock_was_taken_away_leaves_that_of_its_successor(tmp_path):
 
 def test_processes_that_do_not_lead_hold_nothing_and_are_refused_with_the_one_that_does(tmp_path, holder, monkeypatch):
     follower = Writers(index=1, count=2, leads=False)
-    with prepared_output(tmp_path, follower):
+    with OutputFolder(tmp_path, follower).held():
         pass
     monkeypatch.setattr(Writers, "gather", lambda self, item: ["in use by another run", item])
-    with pytest.raises(ValueError, match="in use by another run"), prepared_output(tmp_path, follower):
+    with pytest.raises(ValueError, match="in use by another run"), OutputFolder(tmp_path, follower).held():
         pass
 
 
@@ -81,6 +80,6 @@ def test_without_locks_a_run_goes_on_aloud(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(output_lock.fcntl, "lockf", refuse)
-    with prepared_output(tmp_path, Writers()):
+    with OutputFolder(tmp_path, Writers()).held():
         pass
     assert "has no locks (No locks available)" in caplog.text and str(tmp_path) in caplog.text

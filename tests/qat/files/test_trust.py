@@ -14,7 +14,8 @@ from helpers import make_llama, save_llama
 
 from qat.files.trust import check_checkpoint
 from training.arguments.model import ModelArguments
-from training.start.loading import load_model, load_tokenizer
+from training.start.loading import load_tokenizer
+from training.start.start import load_model
 
 
 class Trap:

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qat import TensorQuantizer, convert, get_scheme, prepare_qat
-from qat.numerics import mx as reference
-from qat.numerics.formats import FORMATS
+from qat.numerics import mx
 
 
 def make_layer(scheme="MXFP4", rules=(None, None)):
@@ -45,16 +44,16 @@ class RoundStraightThrough(torch.autograd.Function):
 
 def plain_fake_quantize(x, spec, dtype, offset):
     """Fake quantization as anybody would write it: a division, a rounding, a clamp, in plain autograd."""
-    view, fmt = x.to(dtype), FORMATS[spec.format_name]
-    exponent = reference.quantize(view.detach(), fmt, spec.scale_rule)[1].double() - 127
+    view, element = x.to(dtype), spec.format.element
+    exponent = mx.quantize(view.detach(), spec.format, spec.rule).scales[0].double() - 127
     exponent = exponent + RoundStraightThrough.apply(offset.double())
     scaled = view.double().unflatten(-1, (-1, 32)) / 2 ** exponent[..., None]
-    inside = scaled.detach().abs() <= fmt.max_normal
+    inside = scaled.detach().abs() <= element.largest
     # Rounding relative to the power of two below, floored at the smallest normal; ties to even, by torch.round.
-    step = 2 ** (scaled.detach().abs().clamp(min=1e-30).log2().floor().clamp(min=fmt.emin) - fmt.mantissa_bits)
+    step = 2 ** (scaled.detach().abs().clamp(min=1e-30).log2().floor().clamp(min=element.emin) - element.mantissa_bits)
     rounded = RoundStraightThrough.apply(scaled / step) * step
-    limited = torch.where(inside, rounded, scaled.detach().sign() * fmt.max_normal)
-    values = (limited.clamp(-fmt.max_normal, fmt.max_normal) * 2 ** exponent[..., None]).flatten(-2)
+    limited = torch.where(inside, rounded, scaled.detach().sign() * element.largest)
+    values = (limited.clamp(-element.largest, element.largest) * 2 ** exponent[..., None]).flatten(-2)
     return values.to(dtype)
 
 
@@ -74,7 +73,7 @@ def test_gradients_of_learned_exponents_equal_plain_autograd(scheme, rules, fuse
     # Weights get the gradient straight through, also where they saturate.
     expected = torch.autograd.grad(expected_y, [quantized, offset], grad)
     assert torch.equal(y, expected_y) and torch.equal(actual[0], expected[0])
-    scale = 1 / math.sqrt(32 * FORMATS[layer.scheme.weight.format_name].max_normal)
+    scale = 1 / math.sqrt(32 * layer.scheme.weight.format.element.largest)
     torch.testing.assert_close(actual[1], expected[1] * scale, rtol=1e-4, atol=1e-6)
     assert actual[1].dtype == torch.float32 and (actual[1] != 0).all()
 

@@ -12,20 +12,22 @@ from torch.utils.checkpoint import checkpoint
 
 from qat import convert, get_scheme, prepare_qat
 from qat.numerics import ops
+from qat.schemes.spec import Scheme
 
-SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL"])
+SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL", "FP8", "weights only"])
 
 
 def make_layer(scheme: str = "MXFP4", bias: bool = True):
     torch.manual_seed(0)
-    return convert(nn.Linear(64, 48, bias=bias), get_scheme(scheme), "layer")
+    named = Scheme("MXFP4A16", get_scheme("MXFP4").weight) if scheme == "weights only" else get_scheme(scheme)
+    return convert(nn.Linear(64, 48, bias=bias), named, "layer")
 
 
 def plain(layer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same computation as a composition of plain operators."""
     spec_x, spec_w = layer.scheme.input, layer.scheme.weight
-    values = ops.fake_quantize(x, spec_x.format_name, spec_x.scale_rule, dtype)
-    weight = ops.fake_quantize(layer.weight, spec_w.format_name, spec_w.scale_rule, dtype)
+    values = x.to(dtype) if spec_x is None else ops.fake_quantize(x, spec_x.format.name, spec_x.rule, dtype)
+    weight = ops.fake_quantize(layer.weight, spec_w.format.name, spec_w.rule, dtype)
     return torch.nn.functional.linear(values, weight, None if layer.bias is None else layer.bias.to(dtype))
 
 
@@ -70,6 +72,14 @@ def test_backward_keeps_packed_codes_and_the_parameter_only():
     codes = [t for t in saved if t is not layer.weight]
     assert any(t is layer.weight for t in saved)
     assert [(t.dtype, t.numel()) for t in codes] == [(torch.uint8, 10 * 64 // 2), (torch.uint8, 10 * 64 // 32)]
+
+
+def test_a_layer_with_quantized_weights_only_keeps_its_plain_input_without_a_copy():
+    layer, saved = make_layer("weights only"), []
+    x = torch.randn(10, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert {t.data_ptr() for t in saved} == {layer.weight.data_ptr(), x.data_ptr()}
 
 
 def test_layers_that_share_an_input_quantize_it_once_and_save_it_once(monkeypatch):

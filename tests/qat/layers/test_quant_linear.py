@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat import QuantLinear, TensorQuantizer, convert, get_scheme, is_quantlinear
-from qat.numerics import mx as reference
-from qat.numerics.formats import MXFP4, MXFP8
+from qat.numerics import mx
+from qat.numerics.mx import FORMATS
 
+MXFP4, MXFP8 = FORMATS.values()
 SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL"])
 
 
@@ -22,7 +23,7 @@ def make_layer(scheme: str = "MXFP4", bias: bool = True) -> QuantLinear:
 def fake(x: torch.Tensor, scheme: str, tensor: str) -> torch.Tensor:
     fmt = MXFP4 if scheme.startswith("MXFP4") else MXFP8
     rule = "rceil" if scheme.endswith("RCEIL") and tensor == "input" else "floor"  # AutoRound: weights are floor
-    return reference.fake_quantize(x, fmt, rule)
+    return mx.fake_quantize(x, fmt, rule)
 
 
 @SCHEMES
@@ -111,6 +112,11 @@ def test_in_features_that_no_block_divides_are_refused_with_the_layers_name():
         ({"block_size": 16}, "block_size=16"),
         ({"sym": False}, "sym=False"),
         ({"learn_exponent": True}, "learn_exponent=True.*scale_shape"),
+        ({"data_type": "mx_fp4", "bits": 8}, "data_type='mx_fp4' with bits=8"),
+        (
+            {"data_type": "fp", "learn_exponent": True, "scale_shape": (2, 8)},
+            "needs power-of-two scales, and fp8_channel has bf16",
+        ),
     ],
 )
 def test_arguments_without_meaning_in_mx_formats_are_refused(arguments, message):
@@ -118,21 +124,33 @@ def test_arguments_without_meaning_in_mx_formats_are_refused(arguments, message)
         TensorQuantizer(**arguments)
 
 
+def test_the_reference_systems_names_of_formats_are_known():
+    quantizers = [TensorQuantizer(name) for name in ("mx_fp4", "mx_fp8", "mx_fp", "mx_fp4_rceil", "fp")]
+    found = [(q.spec.format.name, q.spec.rule, q.bits, q.block_size) for q in quantizers]
+    assert found == [
+        ("mxfp4", "floor", 4, 32), ("mxfp8", "floor", 8, 32), ("mxfp8", "floor", 8, 32), ("mxfp4", "rceil", 4, 32),
+        ("fp8_channel", "absmax", 8, -1),
+    ]  # fmt: skip
+    assert quantizers[3].data_type == "mx_fp_rceil" and TensorQuantizer("mx_fp_rceil", 4).spec == quantizers[3].spec
+
+
 def test_saved_scale_is_the_biased_code_and_packs_the_weight():
     quantizer = TensorQuantizer(bits=4, scale_shape=(48, 64))
     weight = torch.randn(48, 64)
     quantizer(weight)
-    packed, expected_scale = reference.quantize(weight, MXFP4, "floor")
+    expected = mx.quantize(weight, MXFP4, "floor")
+    packed, (expected_scale,) = expected.codes, expected.scales
     assert quantizer.state_dict()["scale"].dtype == torch.uint8 and torch.equal(quantizer.scale, expected_scale)
     assert torch.equal(quantizer.weight_pack(weight, quantizer.scale)[0], packed)
 
 
 def test_weight_pack_of_mxfp8_gives_e4m3_and_refuses_an_unbiased_scale():
     quantizer, weight = TensorQuantizer(bits=8), torch.randn(4, 64)
-    packed, scale = reference.quantize(weight, MXFP8, "floor")
+    expected = mx.quantize(weight, MXFP8, "floor")
+    packed, (scale,) = expected.codes, expected.scales
     codes, _ = quantizer.weight_pack(weight, scale)
     assert codes.dtype == torch.float8_e4m3fn and torch.equal(codes.view(torch.uint8), packed)
-    with pytest.raises(ValueError, match="biased E8M0"):
+    with pytest.raises(ValueError, match="need torch.uint8"):
         quantizer.weight_pack(weight, scale.float() - 127)
 
 

@@ -14,13 +14,18 @@ import pytest
 import torch
 from helpers import ROOT
 
-from qat.numerics import mx as reference
-from qat.numerics.formats import MXFP4, MXFP8, SCALE_RULES
-from qat.numerics.kernels import cpu, triton_kernels
+from qat.numerics import fp8, mx
+from qat.numerics.formats import Quantized
+from qat.numerics.kernels import cpu, cpu_fp8, cpu_library, triton_fp8, triton_kernels
+from qat.numerics.mx import FORMATS as MX
+from qat.numerics.rules import MX_RULES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MXFP4, MXFP8 = MX.values()
 FORMATS = pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda f: f.name)
-RULES = pytest.mark.parametrize("rule", SCALE_RULES)
+RULES = pytest.mark.parametrize("rule", MX_RULES)
+FP8 = [(fmt, rule) for fmt in fp8.FORMATS.values() for rule in fmt.rules]
+FP8_RULES = pytest.mark.parametrize(("fmt", "rule"), FP8, ids=[f"{fmt.name}-{rule}" for fmt, rule in FP8])
 needs_cpu_kernels = pytest.mark.skipif(not cpu.is_available(), reason="the CPU kernels need a C++ compiler")
 
 
@@ -57,26 +62,34 @@ def hard_blocks(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat((beside, patterns.view(-1, 32), alike, torch.full((1, 32), -0.0, dtype=dtype)))
 
 
-def assert_equals_reference(backend, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
-    """All functions, on the CPU or on x's GPU."""
+def hard_rows(dtype: torch.dtype) -> torch.Tensor:
+    """The same values in rows of 96, which FP8 formats take as they are."""
+    blocks = hard_blocks(dtype).flatten()
+    return blocks[: len(blocks) // 96 * 96].view(-1, 96)
+
+
+def assert_equals_plain(plain, kernels, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
+    """All functions of a family, on the CPU or on x's GPU."""
     host = x.cpu()
-    assert_same_bits(backend.fake_quantize(x, fmt, rule, dtype), reference.fake_quantize(host, fmt, rule, dtype))
-    packed, scale = backend.quantize(x, fmt, rule, dtype)
-    expected_packed, expected_scale = reference.quantize(host, fmt, rule, dtype)
-    assert_same_bits(packed, expected_packed)
-    assert_same_bits(scale, expected_scale)
-    back = backend.dequantize(packed, scale, fmt, dtype or x.dtype)
-    assert_same_bits(back, reference.dequantize(expected_packed, expected_scale, fmt, dtype or x.dtype))
-    assert_equals_reference_under_scales(backend, x, expected_scale, fmt, dtype)
+    assert_same_bits(kernels.fake_quantize(x, fmt, rule, dtype), plain.fake_quantize(host, fmt, rule, dtype))
+    quantized, expected = kernels.quantize(x, fmt, rule, dtype), plain.quantize(host, fmt, rule, dtype)
+    for actual, tensor in zip(quantized.tensors, expected.tensors, strict=True):
+        assert_same_bits(actual, tensor)
+    back = kernels.dequantize(quantized, fmt, dtype or x.dtype)
+    assert_same_bits(back, plain.dequantize(expected, fmt, dtype or x.dtype))
+    assert_same_bits(back, plain.fake_quantize(host, fmt, rule, dtype))
 
 
-def assert_equals_reference_under_scales(backend, x: torch.Tensor, scale, fmt, dtype: torch.dtype | None) -> None:
-    """Codes under the rule's own scales and under others, from far too small to far too large."""
+def assert_mx(kernels, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
+    """The same for MX formats, which have codes under given scales too."""
+    assert_equals_plain(mx, kernels, x, fmt, rule, dtype)
+    (scale,) = mx.quantize(x.cpu(), fmt, rule, dtype).scales
+    # Under the rule's own scales and under others, from far too small to far too large.
     offsets = torch.randint(-12, 5, scale.shape, generator=torch.Generator().manual_seed(3))
     for offset in (0, offsets):
         scales = torch.where(scale == 255, 255, (scale.int() + offset).clamp(0, 254)).to(torch.uint8)
-        actual = backend.quantize_to_scale(x, scales.to(x.device), fmt, dtype)
-        assert_same_bits(actual, reference.quantize_to_scale(x.cpu(), scales, fmt, dtype))
+        actual = kernels.quantize_to_scale(x, scales.to(x.device), fmt, dtype)
+        assert_same_bits(actual, mx.quantize_to_scale(x.cpu(), scales, fmt, dtype))
 
 
 @needs_cpu_kernels
@@ -84,7 +97,7 @@ def assert_equals_reference_under_scales(backend, x: torch.Tensor, scale, fmt, d
 @RULES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_kernels_equal_the_reference(dtype, rule, fmt):
-    assert_equals_reference(cpu, hard_blocks(dtype), fmt, rule)
+    assert_mx(cpu, hard_blocks(dtype), fmt, rule)
 
 
 @needs_cpu_kernels
@@ -94,16 +107,39 @@ def test_cpu_kernels_equal_the_reference(dtype, rule, fmt):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_kernels_quantize_the_view_of_another_dtype(dtype, view, rule, fmt):
     if dtype != view:
-        assert_equals_reference(cpu, hard_blocks(dtype), fmt, rule, view)
+        assert_mx(cpu, hard_blocks(dtype), fmt, rule, view)
 
 
 @needs_cpu_kernels
 @FORMATS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_kernels_dequantize_every_code_under_every_scale(dtype, fmt):
-    scale = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 256 // fmt.packed_bytes_per_block)
-    packed = torch.arange(256).to(torch.uint8).repeat(256, 1)
-    assert_same_bits(cpu.dequantize(packed, scale, fmt, dtype), reference.dequantize(packed, scale, fmt, dtype))
+    scale = torch.arange(256).to(torch.uint8)[:, None].repeat(1, 256 * 8 // fmt.element.bits // 32)
+    every = Quantized(torch.arange(256).to(torch.uint8).repeat(256, 1), (scale,))
+    assert_same_bits(cpu.dequantize(every, fmt, dtype), mx.dequantize(every, fmt, dtype))
+
+
+@needs_cpu_kernels
+@FP8_RULES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", [None, torch.bfloat16], ids=str)
+def test_cpu_kernels_of_fp8_equal_the_plain_functions(view, dtype, fmt, rule):
+    assert_equals_plain(fp8, cpu_fp8, hard_rows(dtype), fmt, rule, view)
+
+
+@needs_cpu_kernels
+def test_cpu_kernels_of_fp8_take_any_shape_stride_and_length_of_row():
+    x = torch.randn(3 * 5 * 7 * 97 + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    unaligned = x[1:].view(3, 5, 7, 97)
+    for tensor in (
+        unaligned,
+        unaligned.transpose(0, 2),
+        unaligned[:, ::2, :, 3:64],
+        unaligned[0, 0, 0],
+        x.new_empty(0, 32),
+    ):
+        for fmt, rule in FP8:
+            assert_equals_plain(fp8, cpu_fp8, tensor, fmt, rule)
 
 
 @needs_cpu_kernels
@@ -112,19 +148,19 @@ def test_cpu_kernels_take_any_shape_stride_and_alignment(fmt):
     x = torch.randn(3 * 5 * 7 * 96 + 1, generator=torch.Generator().manual_seed(0)).bfloat16()
     unaligned = x[1:].view(3, 5, 7, 96)
     for tensor in (unaligned, unaligned.transpose(0, 2), unaligned[:, ::2, :, 32:64], unaligned[0, 0, 0]):
-        assert_equals_reference(cpu, tensor, fmt, "floor")
-        assert_equals_reference(cpu, tensor, fmt, "floor", torch.float32)
+        assert_mx(cpu, tensor, fmt, "floor")
+        assert_mx(cpu, tensor, fmt, "floor", torch.float32)
     for shape in ((0,), (0, 64), (4, 0), (2, 0, 32)):
-        assert_equals_reference(cpu, x.new_empty(shape), fmt, "search")
+        assert_mx(cpu, x.new_empty(shape), fmt, "search")
 
 
 @needs_cpu_kernels
 def test_large_tensors_on_many_threads_equal_small_ones():
     x = torch.randn(999, 32, generator=torch.Generator().manual_seed(0))
-    many = 4 * cpu._LARGE_BYTES // x.nbytes
+    many = 4 * cpu_library._LARGE_BYTES // x.nbytes
     expected = cpu.fake_quantize(x, MXFP4, "even", torch.bfloat16)
     actual = cpu.fake_quantize(x.repeat(many, 1), MXFP4, "even", torch.bfloat16)
-    assert actual.nbytes > cpu._LARGE_BYTES
+    assert actual.nbytes > cpu_library._LARGE_BYTES
     assert torch.equal(actual.view(many, *expected.shape), expected.expand(many, -1, -1))
 
 
@@ -154,19 +190,19 @@ def test_what_the_kernels_cannot_take_is_an_error_that_names_it(x, dtype, messag
 
 def test_scales_that_do_not_fit_the_codes_are_an_error():
     with pytest.raises(ValueError, match="need"):
-        cpu.dequantize(torch.zeros(2, 16).byte(), torch.zeros(2, 2).byte(), MXFP4, torch.float32)
-    with pytest.raises(ValueError, match="need \\(2, 1\\)"):
+        cpu.dequantize(Quantized(torch.zeros(2, 16).byte(), (torch.zeros(2, 2).byte(),)), MXFP4, torch.float32)
+    with pytest.raises(ValueError, match="need torch.uint8 \\(2, 1\\)"):
         cpu.quantize_to_scale(torch.zeros(2, 32), torch.zeros(2, 2).byte(), MXFP4)
 
 
 @pytest.fixture
 def unloaded(monkeypatch):
     """The CPU backend as in a fresh process, before and after the test."""
-    monkeypatch.delenv(cpu.SWITCH, raising=False)
-    for cached in (cpu._library, cpu._function):
+    monkeypatch.delenv(cpu_library.SWITCH, raising=False)
+    for cached in (cpu_library._library, cpu_library.function):
         cached.cache_clear()
     yield
-    for cached in (cpu._library, cpu._function):
+    for cached in (cpu_library._library, cpu_library.function):
         cached.cache_clear()
 
 
@@ -178,7 +214,7 @@ def test_without_a_compiler_one_warning_names_the_remedy(unloaded, monkeypatch, 
         assert not cpu.is_available()
         assert not cpu.is_available()
     assert len(caught) == 1
-    with pytest.raises(RuntimeError, match="qat.reference"):
+    with pytest.raises(RuntimeError, match="the family's plain functions"):
         cpu.fake_quantize(torch.zeros(32), MXFP4, "floor")
 
 
@@ -190,7 +226,7 @@ def test_a_compiler_that_fails_is_quoted(unloaded, monkeypatch, tmp_path):
 
 
 def test_the_kernels_can_be_switched_off_without_a_warning(monkeypatch):
-    monkeypatch.setenv(cpu.SWITCH, "0")
+    monkeypatch.setenv(cpu_library.SWITCH, "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not cpu.is_available()
@@ -200,12 +236,12 @@ def test_the_kernels_can_be_switched_off_without_a_warning(monkeypatch):
 def test_builds_that_race_all_succeed_and_leave_one_library(monkeypatch, tmp_path):
     source = tmp_path / "source.cpp"
     source.write_text('extern "C" int one() { return 1; }')
-    monkeypatch.setattr(cpu, "_SOURCE", source)
+    monkeypatch.setattr(cpu_library, "_SOURCE", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
 
     def build() -> None:
-        built.append(cpu._build(cpu._find_compiler(), ("-fPIC",)))
+        built.append(cpu_library._build(cpu_library._find_compiler(), ("-fPIC",)))
 
     threads = [threading.Thread(target=build) for _ in range(3)]
     for thread in threads:
@@ -221,7 +257,7 @@ def test_builds_that_race_all_succeed_and_leave_one_library(monkeypatch, tmp_pat
 
 @needs_cpu_kernels
 def test_the_library_brings_no_openmp_runtime_of_its_own():
-    assert b"libgomp" not in Path(cpu._library()._name).read_bytes()
+    assert b"libgomp" not in Path(cpu_library._library()._name).read_bytes()
 
 
 def compare_triton_with_reference(device: str, blocks: int) -> None:
@@ -237,8 +273,15 @@ def compare_triton_with_reference(device: str, blocks: int) -> None:
         some = torch.randperm(len(x), generator=generator)[:blocks]
         x = torch.cat((x[some], x[-1:]))  # the last one is all -0.0
         for fmt in (MXFP4, MXFP8):
-            assert_equals_reference(triton_kernels, x.to(device), fmt, rule, view)
-    assert_equals_reference(triton_kernels, torch.empty(0, 64, device=device), MXFP4, "floor")
+            assert_mx(triton_kernels, x.to(device), fmt, rule, view)
+    assert_mx(triton_kernels, torch.empty(0, 64, device=device), MXFP4, "floor")
+    for dtype, view in ((torch.bfloat16, None), (torch.float32, torch.bfloat16), (torch.float32, None)):
+        x = hard_rows(dtype)
+        x = x[torch.randperm(len(x), generator=generator)[: blocks // 3]]
+        for fmt, rule in FP8:
+            assert_equals_plain(fp8, triton_fp8, x.to(device), fmt, rule, view)
+    long = torch.randn(5, 5000, generator=generator).bfloat16()
+    assert_equals_plain(fp8, triton_fp8, long.to(device), *FP8[1])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

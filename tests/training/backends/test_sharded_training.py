@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from qat import prepare_qat
-from qat.layers.finish import bake_exponents
-from training.backends.exponents import separate_exponents
+from qat.layers.finish import finished_weights
+from qat.layers.learned_scales import optimizer_settings
+from training.backends.parameter_groups import separate
 from training.monitoring.monitor import QuantizationMonitor
 
 
@@ -34,7 +35,7 @@ def train(sharded: bool) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
             fully_shard(layer)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    separate_exponents(optimizer, model, 0.4)
+    separate(optimizer, model, optimizer_settings(0.4))
     monitor = QuantizationMonitor(model, torch.float32)
     state = SimpleNamespace(global_step=0, max_steps=3, logging_steps=1)
     ids = torch.arange(40).reshape(2, 20)
@@ -47,7 +48,7 @@ def train(sharded: bool) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         monitor.on_optimizer_step(None, state, None)
         monitor.on_step_end(None, state, None)
     state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return bake_exponents(model, state_dict, {}), monitor.metrics()
+    return finished_weights(model, state_dict, {}), monitor.metrics()
 
 
 def test_a_sharded_model_trains_to_the_same_bits(process_group):

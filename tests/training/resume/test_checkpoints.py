@@ -14,9 +14,10 @@ from qat.files.manifest import describe, problems, write_manifest
 from training.arguments.training import TrainingArguments
 from training.backends.writers import Writers
 from training.resume.checkpoints import find_checkpoint
-from training.resume.output import checkpoints_in, delete_older_checkpoints, model_written_whole, prepared_output
+from training.resume.output import OutputFolder
 from training.resume.run_record import RunRecord
 from training.resume.sampling import EpochSampler
+from training.resume.written import checkpoints_in, delete_older_checkpoints, model_written_whole
 from utils import make_supervised_data_module
 
 
@@ -95,7 +96,7 @@ def test_what_killed_runs_left_is_cleared_and_what_they_were_replacing_is_given_
     for name in (".checkpoint-6.partial", ".checkpoint-2.deleted", ".model.partial"):
         (tmp_path / name).mkdir()
     (tmp_path / "all_results.json").write_text('{"eval')
-    with prepared_output(tmp_path, Writers()):
+    with OutputFolder(tmp_path, Writers()).held():
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     assert find_checkpoint(str(tmp_path), None, None) == str(tmp_path / "checkpoint-4")

@@ -16,7 +16,7 @@ from qat.checkpoints.pack import export_checkpoint
 from training.arguments.distillation import DistillationArguments
 from training.arguments.model import ModelArguments
 from training.arguments.quantization import QuantizationArguments
-from training.start.checks import check_start
+from training.start.start import Start
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def folders(tmp_path_factory) -> Path:
 
 
 def check(folder: Path, quantization: dict | None = None, **distillation) -> None:
-    check_start(
-        ModelArguments(str(folder)), QuantizationArguments(**quantization or {}), DistillationArguments(**distillation)
+    Start.read(ModelArguments(str(folder))).check(
+        QuantizationArguments(**quantization or {}), DistillationArguments(**distillation)
     )
 
 
@@ -107,7 +107,7 @@ def test_main_refuses_before_it_reads_weights_or_data(folders, monkeypatch):
             run(folders, "plain", "refused", *cache, "--distill_top_k", sizes[0], "--distill_samples", sizes[1])
     with pytest.raises(AssertionError, match="went on"):
         run(folders, "plain", "refused", *cache, "--distill_top_k", "200", "--distill_samples", "60")
-    monkeypatch.setattr(main, "load_model", never)
+    monkeypatch.setattr(Start, "load_model", never)
     with pytest.raises(ValueError, match="the teacher would be a copy"):
         run(folders, "packed", "refused", "--distill", "True")
 

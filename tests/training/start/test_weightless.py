@@ -7,7 +7,7 @@ from helpers import save_llama
 from qat import prepare_qat
 from training.arguments.model import ModelArguments
 from training.backends.weightless import give_storage
-from training.start import loading
+from training.start import start as loading
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from qat import prepare_qat
 from training.arguments.distillation import CacheSettings, DistillationArguments
 from training.losses.distillation import forward_kl, labelled_rows
 from training.teachers import cache as teacher_cache
-from training.teachers.cache import TeacherCache
-from training.teachers.frozen import FrozenTeacher, make_cached_teacher
+from training.teachers.cache import TeacherCache, make_cached_teacher
+from training.teachers.frozen import FrozenTeacher
 from training.teachers.load import load_teacher
 from training.teachers.sample_keys import samples_of
 from training.teachers.sampled_tokens import as_rows, sample_rows
@@ -115,7 +115,7 @@ def test_packed_and_single_samples_share_what_was_cached(tmp_path):
         teacher, CPU, {**data, "train_dataset": packed}, CacheSettings(top_k=2, samples=2), str(tmp_path / "teachers")
     )
     assert again.caches["train"].folder == cached.caches["train"].folder
-    batch = cached.collator(data["data_collator"], "train")([packed[0], packed[1]])
+    batch = cached.collate(data["data_collator"], "train")([packed[0], packed[1]])
     expected = sum(int((torch.tensor(packed[i]["labels"])[1:] != -100).sum()) for i in range(2))
     assert len(batch["teacher_ids"]) == expected == len(labelled_rows(batch["labels"][..., None], batch["labels"]))
     said = FrozenTeacher(teacher, CPU.device).rows(

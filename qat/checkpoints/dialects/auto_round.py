@@ -1,0 +1,81 @@
+"""AutoRound's dialect of the MX formats (`packing_format` "auto_round:llm_compressor").
+
+Its tensors are compressed-tensors'. The file names the rule under which transformers quantizes activations, FLOOR or
+RCEIL; that of the weights is not named, since their scales are in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from ...numerics.mx import FORMATS
+from ...schemes.spec import Scheme
+from .compressed_tensors import CompressedTensors
+
+_INPUT_RULES = ("floor", "rceil")
+
+
+class AutoRound(CompressedTensors):
+    """See `Dialect`; tensors, and so their names and their decompression, are compressed-tensors'."""
+
+    name, quant_method = "auto_round", "auto-round"
+
+    def can_hold(self, scheme: Scheme) -> str | None:
+        """See `Dialect.can_hold`."""
+        specs = scheme.weight, scheme.input
+        if any(spec is None or spec.format.name not in FORMATS for spec in specs):
+            return (
+                f"is quantized in {scheme.name}, which this program does not write in AutoRound's format; use the "
+                "export format compressed-tensors"
+            )
+        if scheme.input.rule not in _INPUT_RULES:
+            return (
+                f"quantizes its input under rule {scheme.input.rule!r}, which AutoRound's format cannot hold: it knows "
+                f"{', '.join(_INPUT_RULES)}; use the export format compressed-tensors"
+            )
+        return None
+
+    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
+        """See `Dialect.config`."""
+        settings = {name: _settings(scheme) for name, scheme in sites.items()}
+        # The scheme of most layers is the file's, the others are exceptions by name.
+        common = Counter(tuple(sorted(setting.items())) for setting in settings.values()).most_common(1)[0][0]
+        blocks = _block_prefix([name for name, setting in settings.items() if tuple(sorted(setting.items())) == common])
+        extra = {
+            name: setting
+            for name, setting in settings.items()
+            if tuple(sorted(setting.items())) != common or not name.startswith(f"{blocks}.")
+        }
+        plain = {"bits": 16, "act_bits": 16}
+        extra |= {name: dict(plain) for name in rest if name.startswith(f"{blocks}.")}
+        config = {"quant_method": self.quant_method, "packing_format": "auto_round:llm_compressor", **dict(common)}
+        config["block_name_to_quantize"] = blocks
+        return config | ({"extra_config": extra} if extra else {})
+
+    def input_rule(self, scheme: Scheme) -> str | None:
+        """See `Dialect.input_rule`."""
+        return scheme.input.rule
+
+
+def _settings(scheme: Scheme) -> dict:
+    weight, inputs = scheme.weight, scheme.input
+    return {
+        "data_type": weight.format.data_type, "bits": weight.bits, "group_size": weight.block_size, "sym": True,
+        "act_data_type": inputs.data_type, "act_bits": inputs.bits, "act_group_size": inputs.block_size,
+        "act_sym": True, "act_dynamic": True,
+    }  # fmt: skip
+
+
+def _block_prefix(names: list[str]) -> str:
+    """What the names of layers in numbered blocks begin with: "model.layers" for "model.layers.0.mlp.up_proj"."""
+    numbered = (re.match(r"(.+?)\.\d+\.", name) for name in names)
+    common = os.path.commonprefix([match[1].split(".") for match in numbered if match])
+    if not common:
+        raise ValueError(
+            "AutoRound's format needs layers in numbered blocks such as model.layers.0, and this model has none; "
+            "use the export format compressed-tensors"
+        )
+    return ".".join(common)

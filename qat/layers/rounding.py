@@ -1,0 +1,39 @@
+"""Rounding: how a weight gets its quantized values, and what its gradient passes on to parameters of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics import ops
+from ..numerics.formats import Quantized
+from ..schemes.spec import TensorSpec
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """To what the spec says, straight through for gradients; without parameters of its own.
+
+    Subclasses learn something along with the weight: `learned` are their parameters.
+    """
+
+    spec: TensorSpec
+
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> Quantized:
+        """Codes and scales of a weight [N, K], seen in `dtype`."""
+        return ops.quantize(weight, self.spec.format.name, self.spec.rule, dtype)
+
+    def values(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+        """The quantized values [N, K] in `dtype`, without a gradient."""
+        return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype)
+
+    def fake_quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+        """`values`, with gradients for the weight and what is learned."""
+        return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype)
+
+    def learned_gradients(
+        self, grad: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The gradients of `learned` from that of the quantized values [N, K]."""
+        return ()

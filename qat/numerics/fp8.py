@@ -1,0 +1,90 @@
+"""FP8 quantization (E4M3, a scale a row) in plain PyTorch: the executable specification of its kernels.
+
+Weights have a scale for each output channel (row of [N, K]), stored in BF16; inputs one for each token, which the
+engine computes. Unlike MX scales these are no powers of two, so an element times its scale is rounded once more, to the
+dtype of the result.
+
+    weights             s = bf16(amax / 448), q = e4m3(clamp(w / s)), value = q * s
+    inputs, absmax      s = max(amax / 448, 1 / (448 * 512)), the rest as above: vLLM's dynamic quantization per token
+    inputs, absmax_native   s = amax / 448, x / s and q * s each rounded to the tensor's dtype; s = eps where amax is 0:
+                        compressed-tensors in transformers
+
+A row that holds a NaN or an infinity becomes NaN as a whole (its scale is NaN).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .codes import decode, encode
+from .formats import BF16, E4M3, FP32, Format, Quantized
+from .rules import FP8_INPUT_RULES, FP8_WEIGHT_RULES
+
+FORMATS = {
+    "fp8_channel": Format("fp8_channel", E4M3, None, BF16, FP8_WEIGHT_RULES, (), "fp"),
+    "fp8_token": Format("fp8_token", E4M3, None, FP32, FP8_INPUT_RULES, FP8_INPUT_RULES, "fp_token"),
+}
+SMALLEST_WEIGHT_SCALE = float(torch.finfo(torch.bfloat16).tiny)  # a row of zeros has no scale of its own
+SMALLEST_INPUT_SCALE = 1.0 / (E4M3.largest * 512.0)  # vLLM, csrc/quantization/w8a8/fp8: min_scaling_factor
+
+
+def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> Quantized:
+    """Quantize to E4M3 codes and a scale a row.
+
+    Args:
+        x: [..., K] float32, bfloat16 or float16.
+        fmt: one of FORMATS.
+        rule: one of `fmt.rules`.
+        dtype: the view of `x` that is quantized (default: its own dtype).
+
+    Returns:
+        codes, uint8 [..., K], and the scales [..., 1], BF16 for weights and FP32 for inputs.
+    """
+    viewed = x.to(dtype or x.dtype)
+    scale = row_scale(viewed, fmt, rule)
+    native = rule == "absmax_native"
+    scaled = (viewed / scale.to(viewed.dtype)).float() if native else viewed.float() / scale.float()
+    codes = encode(scaled.clamp(-E4M3.largest, E4M3.largest).nan_to_num(0.0), E4M3)
+    return Quantized(codes, (scale,))
+
+
+def row_scale(viewed: torch.Tensor, fmt: Format, rule: str) -> torch.Tensor:
+    """The scales [..., 1] of the rows of x, in the storage dtype of the format; NaN for rows that are not finite."""
+    amax = viewed.abs().amax(-1, keepdim=True) if viewed.numel() else viewed.new_zeros((*viewed.shape[:-1], 1))
+    if rule == "absmax_native":
+        scale = amax / torch.tensor(E4M3.largest, dtype=viewed.dtype)
+        scale = torch.where(scale == 0, torch.finfo(viewed.dtype).eps, scale)
+    else:
+        scale = (amax.float() / E4M3.largest).to(fmt.scale.storage)
+        scale = scale.clamp(min=SMALLEST_WEIGHT_SCALE if fmt.scale == BF16 else SMALLEST_INPUT_SCALE)
+    return torch.where(amax.isfinite(), scale, torch.nan).to(fmt.scale.storage)
+
+
+def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `quantize`: [..., K] in `dtype`; rows whose scale is NaN are NaN."""
+    (scale,) = quantized.scales
+    return (decode(quantized.codes, E4M3) * scale.float()).to(dtype)
+
+
+def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`dequantize(quantize(x))`: [..., K] in `dtype`."""
+    return dequantize(quantize(x, fmt, rule, dtype), fmt, dtype or x.dtype)
+
+
+def quantize_to_scale(
+    x: torch.Tensor, scale: torch.Tensor, fmt: Format, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Codes of x under given scales ([..., 1]) instead of a rule's, quotients in FP32; the layout of `quantize`."""
+    fmt.check_scales(x.shape, scale)
+    scaled = x.to(dtype or x.dtype).float() / scale.float()
+    return encode(scaled.clamp(-E4M3.largest, E4M3.largest).nan_to_num(0.0), E4M3)
+
+
+def saturates(x: torch.Tensor, quantized: Quantized, fmt: Format) -> torch.Tensor:
+    """Which values of x [..., K] exceed the largest element of their row (by the rounding of scales): bool [..., K]."""
+    return x.float().abs() > E4M3.largest * quantized.scales[0].float()
+
+
+def broken_blocks(quantized: Quantized, fmt: Format) -> torch.Tensor:
+    """How many rows held NaN or infinity; int64 scalar."""
+    return quantized.scales[0].isnan().sum()

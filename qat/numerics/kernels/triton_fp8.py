@@ -1,0 +1,149 @@
+"""The FP8 formats on the GPU: one program a row, which it reads twice, once for its maximum and once to be rounded.
+
+Bit-equal to `fp8.py`: quotients are divided as IEEE 754 says (`div_rn`; Triton's `/` is an approximation), products are
+not fused, and BF16 scales and quotients are rounded to nearest even. The second reading of a row comes from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..formats import BF16, Format, Quantized
+from ..fp8 import FORMATS, SMALLEST_INPUT_SCALE, SMALLEST_WEIGHT_SCALE
+from .triton_device import _bits, _float, _jit, _to_fp32, _to_view, tl
+from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
+
+SERVES = tuple(FORMATS)
+_COLUMNS, _WARPS = 2048, 4  # values of a row at a time
+
+__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
+
+
+def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Same arguments and bits as `fp8.fake_quantize`, contiguous.
+
+    Raises:
+        ValueError: an argument that these kernels cannot take.
+    """
+    x, dtype = prepare(x, fmt, dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(quantize_row_kernel, (x, out, out), x, {**_rule(fmt, rule, dtype), "TO_CODES": False})
+    return out
+
+
+def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> Quantized:
+    """Codes and scales; same arguments and bytes as `fp8.quantize`; raises like `fake_quantize`."""
+    x, dtype = prepare(x, fmt, dtype)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.float32, device=x.device)
+    _launch(quantize_row_kernel, (x, codes, scale), x, {**_rule(fmt, rule, dtype), "TO_CODES": True})
+    return Quantized(codes, (scale.to(fmt.scale.storage),))  # exact: the kernel has rounded it
+
+
+def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `quantize`, as `fp8.dequantize`."""
+    codes, (scale,) = quantized.codes, quantized.scales
+    check_tensor(codes, (torch.uint8,))
+    check_tensor(scale, (fmt.scale.storage,))
+    fmt.check_scales(codes.shape, scale)
+    check_dtype(dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    tensors = (codes.contiguous(), scale.float().contiguous(), out)
+    _launch(dequantize_row_kernel, tensors, codes, {"VIEW": triton_dtype(dtype)})
+    return out
+
+
+def _rule(fmt: Format, rule: str, dtype: torch.dtype) -> dict:
+    native, is_weight = rule == "absmax_native", fmt.scale == BF16
+    smallest = float(torch.finfo(dtype).eps) if native else SMALLEST_WEIGHT_SCALE if is_weight else SMALLEST_INPUT_SCALE
+    return {
+        "NATIVE": native, "BF16_SCALE": is_weight, "SMALLEST": smallest, "VIEW": triton_dtype(dtype),
+        "BF16": triton_dtype(torch.bfloat16),
+    }  # fmt: skip
+
+
+def _launch(kernel, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, options: dict) -> None:
+    if x.numel():
+        columns = x.shape[-1]
+        launch(kernel, (x.numel() // columns,), tensors, columns, COLUMNS=_COLUMNS, num_warps=_WARPS, **options)
+
+
+@_jit
+def _fp8_code(magnitude_bits):
+    """Codes (int32) of the nearest E4M3 elements of magnitudes (FP32 bits, at most 448)."""
+    field = tl.maximum(magnitude_bits, (127 - 6) << 23) & 0x7F800000
+    magic = field + ((20 << 23) + (1 << 22))
+    steps = _bits(_float(magnitude_bits) + _float(magic)) - magic
+    return steps + ((field - ((127 - 6) << 23)) >> 20)
+
+
+@_jit
+def _fp8_element(code):
+    """Values (FP32) of E4M3 codes without their signs; the code above the largest is NaN."""
+    # An exact product makes up for the biases; subnormal elements are subnormal FP32 numbers until then.
+    value = _float(code << 20) * 1329227995784915872903807060280344576.0  # 2^120
+    return tl.where(code > 0x7E, float("nan"), value)
+
+
+@_jit
+def quantize_row_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    columns,
+    COLUMNS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    VIEW: tl.constexpr,
+    BF16: tl.constexpr,
+    TO_CODES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, columns, COLUMNS):
+        offsets = start + tl.arange(0, COLUMNS)
+        x = _to_fp32(tl.load(x_ptr + row * columns + offsets, mask=offsets < columns, other=0))
+        x = _to_fp32(_to_view(x, VIEW))
+        largest = tl.maximum(largest, _bits(x) & 0x7FFFFFFF)  # compared as integers, NaN and infinity come out on top
+    amax = tl.max(largest, axis=0)
+    scale = tl.math.div_rn(_float(amax), 448.0)
+    if NATIVE:
+        scale = _to_fp32(_to_view(scale, VIEW))
+        scale = tl.where(scale == 0.0, SMALLEST, scale)
+    else:
+        if BF16_SCALE:
+            scale = _to_fp32(_to_view(scale, BF16))
+        scale = tl.maximum(scale, SMALLEST)
+    broken = amax >= 0x7F800000
+    scale = tl.where(broken, float("nan"), scale)
+    if TO_CODES:
+        tl.store(scale_ptr + row, scale)
+    for start in range(0, columns, COLUMNS):
+        offsets = start + tl.arange(0, COLUMNS)
+        exists = offsets < columns
+        x = _to_fp32(tl.load(x_ptr + row * columns + offsets, mask=exists, other=0))
+        x = _to_fp32(_to_view(x, VIEW))
+        scaled = tl.math.div_rn(_float(_bits(x) & 0x7FFFFFFF), tl.zeros((COLUMNS,), tl.float32) + scale)
+        if NATIVE:
+            scaled = _to_fp32(_to_view(scaled, VIEW))
+        code = _fp8_code(tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x43E00000))  # 448
+        sign = _bits(x) & -0x80000000
+        if TO_CODES:
+            code = tl.where(broken, 0, code | ((sign >> 24) & 0x80))
+            tl.store(out_ptr + row * columns + offsets, code.to(tl.uint8), mask=exists)
+        else:
+            value = _float(_bits(_fp8_element(code) * scale) | sign)
+            tl.store(out_ptr + row * columns + offsets, _to_view(value, VIEW), mask=exists)
+
+
+@_jit
+def dequantize_row_kernel(codes_ptr, scale_ptr, out_ptr, columns, COLUMNS: tl.constexpr, VIEW: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scale_ptr + row)
+    for start in range(0, columns, COLUMNS):
+        offsets = start + tl.arange(0, COLUMNS)
+        exists = offsets < columns
+        codes = tl.load(codes_ptr + row * columns + offsets, mask=exists, other=0).to(tl.int32)
+        value = _float(_bits(_fp8_element(codes & 0x7F)) | ((codes & 0x80) << 24)) * scale
+        tl.store(out_ptr + row * columns + offsets, _to_view(value, VIEW), mask=exists)

@@ -1,0 +1,185 @@
+"""Start: what a stage starts from, read once: an unquantized model, one that was trained for a scheme, or a packed one.
+
+The model is loaded as FP32 master weights, remembering the dtypes it came in. At QAT's learning rates Adam's updates
+are smaller than half a BF16 step and would vanish, so weights are trained in FP32 and computed with in BF16 (autocast)
+on every backend; what is saved goes back to the original dtypes.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from qat import QATConfig, prepare_qat
+from qat.checkpoints.folder import CheckpointFolder
+from qat.checkpoints.unpack import is_packed, load_packed
+from qat.files.trust import check_model_folder
+from qat.layers.learned_scales import SETTING, check_baked
+from qat.layers.restore import prepare_as_saved
+from qat.schemes.config import QAT_CONFIG_NAME
+
+from ..arguments.distillation import DistillationArguments
+from ..arguments.model import ModelArguments
+from ..arguments.quantization import QuantizationArguments
+from ..backends.saved_dtypes import SavedDtypes
+from ..backends.weightless import first_process_loads, waits_for_weights
+from .loading import load_plain, load_tokenizer, without_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """The model that a stage starts from, by folder or hub id.
+
+    Attributes:
+        model_args: which model.
+        cache_dir: of downloads.
+        is_packed: whether its weights are quantized values, packed for engines.
+        qat_config: what it was trained for or packed in; None for an unquantized model. That of a folder that others
+            packed is known once it is loaded.
+        dtypes: known once it is loaded.
+    """
+
+    model_args: ModelArguments
+    cache_dir: str | None = None
+    is_packed: bool = False
+    qat_config: QATConfig | None = None
+    dtypes: SavedDtypes = field(default_factory=SavedDtypes)
+
+    @classmethod
+    def read(cls, model_args: ModelArguments, cache_dir: str | None = None) -> Start:
+        """Find out what the model is; reads no weights.
+
+        Raises:
+            ValueError: weights that are pickled, an index that points outside of its folder, a damaged
+                qat_config.json, or a checkpoint to resume from whose learned exponents are not in its weights yet.
+        """
+        name = model_args.model_name_or_path
+        check_model_folder(name)
+        start = cls(model_args, cache_dir, is_packed(name), saved_config(name, cache_dir))
+        if Path(name).is_dir() and start.qat_config is not None and start.qat_config.training.get(SETTING):
+            check_baked(CheckpointFolder.open(name).names, name)
+        return start
+
+    # ---- May this stage start here? ----
+
+    def check(self, quant_args: QuantizationArguments, distill_args: DistillationArguments) -> None:
+        """Refuse what would learn from, or smooth, a model that is quantized already.
+
+        Raises:
+            ValueError: the teacher would be such a model; smoothing would undo the rounding of a packed one; or a
+                setting of quantization has no effect, because nothing is quantized.
+        """
+        folder = self.model_args.model_name_or_path
+        if self.is_packed or self.qat_config is not None:
+            self._check_teacher(distill_args)
+        elif quant_args.quant_scheme is None and quant_args.quant_mapping is None:
+            quant_args.check_unused()
+        if self.is_packed and quant_args.smooth_alpha:
+            raise ValueError(
+                f"--smooth_alpha {quant_args.smooth_alpha} would undo the rounding that --model_name_or_path "
+                f"{folder!r} was packed with; give --smooth_alpha 0, or start from the unquantized model"
+            )
+
+    def _check_teacher(self, distill_args: DistillationArguments) -> None:
+        """A copy of weights that were trained for a scheme is not the model that they came from. The student with its
+        quantizers off is not that model either if its weights are quantized values: packed, or with learned
+        exponents."""
+        if not distill_args.distill or distill_args.teacher_model_name_or_path is not None:
+            return
+        folder = self.model_args.model_name_or_path
+        remedy = "name the unquantized model that it came from with --teacher_model_name_or_path"
+        if distill_args.distill_teacher == "self":
+            if self.is_packed or (self.qat_config is not None and self.qat_config.training.get(SETTING)):
+                raise ValueError(
+                    f"--distill_teacher self: the weights of --model_name_or_path {folder!r} are quantized values, "
+                    f"with its quantizers off, too; leave --distill_teacher out and {remedy}"
+                )
+            return
+        how = "packed" if self.qat_config is None else self.qat_config.summary
+        raise ValueError(
+            f"--distill True: the teacher would be a copy of --model_name_or_path {folder!r}, which is quantized "
+            f"already or was trained to be ({how}); {remedy}"
+        )
+
+    # ---- The model ----
+
+    def load_model(self) -> PreTrainedModel:
+        """The causal language model, unquantized, in FP32.
+
+        Under FSDP with `fsdp_cpu_ram_efficient_loading` only the first process has weights, see weightless.py.
+        """
+        if waits_for_weights():
+            model = without_weights(self.model_args, self.cache_dir)
+        else:
+            model = self._load_with_weights()
+            tensors = model.state_dict(keep_vars=True)
+            by_name = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
+            self.dtypes = SavedDtypes(model.dtype, by_name)
+            model.float()
+        if first_process_loads():
+            self._share()
+        model.config.use_cache = False  # a cache of keys and values is of no use in training
+        _repair_generation_config(model)
+        return model
+
+    def _load_with_weights(self) -> PreTrainedModel:
+        if not self.is_packed:
+            return load_plain(self.model_args, self.cache_dir)
+        model, self.qat_config = load_packed(self.model_args.model_name_or_path)
+        return model
+
+    def _share(self) -> None:
+        """Give all processes what the first one learned while it read the weights. All of them must call it."""
+        learned = [self.qat_config, self.dtypes]
+        broadcast_object_list(learned)
+        self.qat_config, self.dtypes = learned
+
+    def load_tokenizer(self, model_max_length: int) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, cutting at `model_max_length`, with a padding token."""
+        return load_tokenizer(self.model_args, model_max_length, self.cache_dir)
+
+    def quantize(self, model: nn.Module, quant_args: QuantizationArguments) -> None:
+        """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
+        if (layers := quant_args.layers()) is not None:
+            rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
+            prepare_qat(model, *layers, *rules, learn_exponent=quant_args.learn_exponent)
+        elif self.qat_config is not None:
+            logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
+            prepare_as_saved(model, self.qat_config, quant_args.learn_exponent)
+
+
+def saved_config(name_or_path: str, cache_dir: str | None = None) -> QATConfig | None:
+    """The qat_config.json of a local folder or a hub id; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if Path(name_or_path).is_dir():
+        return QATConfig.load(name_or_path)
+    path = cached_file(
+        name_or_path, QAT_CONFIG_NAME, cache_dir=cache_dir, _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if path is None else QATConfig.load(Path(path).parent)
+
+
+def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
+    """The model alone, for programs that save nothing."""
+    return Start.read(model_args, cache_dir).load_model()
+
+
+def _repair_generation_config(model: PreTrainedModel) -> None:
+    """Some published models set sampling parameters without do_sample; transformers then refuses to save them."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        logger.warning("generation config: set do_sample=True, since it would not be saved otherwise (%s)", error)
+        model.generation_config.do_sample = True
