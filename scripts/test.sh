@@ -6,4 +6,4 @@ cd "$root"
 install requirements.txt tests/requirements.txt
 ruff check .
 ruff format --check --quiet . || echo "note: 'ruff format' would change some files"
-HF_HUB_OFFLINE=1 python -m pytest tests "$@"
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest tests --numprocesses 2 --dist loadfile "$@"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from helpers import ROOT
+from processes import free_port, start
 from safetensors.torch import load_file
 
 
@@ -20,16 +22,31 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def launch(self, config: str, runs: dict[str, dict], *launch_flags: str, processes: int = 2) -> None:
-        """Run main.py once for each entry of `runs`, a name and its arguments, under accelerate_config/CONFIG.yaml."""
+    def launch(self, config: str, runs: dict[str, dict], *flags: str) -> None:
+        """Run main.py once for each entry of `runs`, by `accelerate launch` with accelerate_config/CONFIG.yaml.
+
+        Args:
+            runs: arguments by the name of the output folder.
+            flags: of `accelerate launch`.
+        """
         command = [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_config/{config}.yaml",
-            "--num_processes", str(processes), "--main_process_port", str(free_port()), *launch_flags,
+            "--num_processes", "2", "--main_process_port", str(free_port()), *flags,
             "tests/fsdp_on_cpu.py", *(str(self.write(name, arguments)) for name, arguments in runs.items()),
         ]  # fmt: skip
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]
+
+    def run(self, config: str, runs: dict[str, dict], *flags: str, processes: int = 2) -> None:
+        """The same in forked processes, which need not import anything, under the variables that the launcher sets."""
+        files = [[str(self.write(name, arguments))] for name, arguments in runs.items()]
+        log = self.folder / f"{next(iter(runs))}.log"
+        command = ["--config_file", f"accelerate_config/{config}.yaml", "--num_processes", str(processes), *flags]
+        settings = launcher_variables([*command, "main.py"])
+        run = start(*files, log=log, before=enable_fsdp, count=processes, settings=settings)
+        statuses = run.wait()
+        assert statuses == [0] * processes, run.text()[-6000:]
 
     def losses(self, name: str) -> list[float]:
         history = json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
@@ -52,7 +69,18 @@ class Workspace:
         return path
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+def launcher_variables(command: list[str]) -> dict[str, str]:
+    """The environment variables that `accelerate launch` sets for the arguments `command`."""
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if args.multi_gpu or args.use_fsdp:
+        variables = prepare_multi_gpu_env(args)
+    else:
+        _, variables = prepare_simple_launcher_cmd_env(args)
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def enable_fsdp(rank: int) -> None:
+    """Called in each process."""
+    import fsdp_on_cpu
+
+    fsdp_on_cpu.enable()

@@ -12,6 +12,7 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -23,14 +24,20 @@ _C_MODULES = ("builtins", "gc", "itertools", "marshal", "sys", "time", "_io", "_
 
 def read_python_docs() -> list[dict]:
     """About 3,400 one-turn conversations in Daring-Anteater's schema, in a fixed order, no two answers alike."""
-    samples, seen = [], set()
+    return [
+        {"conversations": [{"from": "User", "value": question}, {"from": "Assistant", "value": answer}]}
+        for question, answer in _distinct()
+    ]
+
+
+@cache  # parsing the standard library takes seconds
+def _distinct() -> tuple[tuple[str, str], ...]:
+    question_of: dict[str, str] = {}
     for question, answer in _questions_and_answers():
         answer = answer.strip()
-        if len(answer) >= MIN_ANSWER_CHARACTERS and answer not in seen:
-            seen.add(answer)
-            turns = [{"from": "User", "value": question}, {"from": "Assistant", "value": answer}]
-            samples.append({"conversations": turns})
-    return samples
+        if len(answer) >= MIN_ANSWER_CHARACTERS:
+            question_of.setdefault(answer, question)
+    return tuple((question, answer) for answer, question in question_of.items())
 
 
 def _questions_and_answers() -> Iterator[tuple[str, str]]:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 from helpers import make_llama, make_tokenizer, write_conversations
+from processes import Run, start
 from safetensors.torch import load_file
-
-from .processes import Run, start
 
 STEPS = 8
 
@@ -59,7 +58,8 @@ class Job:
             "--save_total_limit", "2", "--logging_steps", "3", "--report_to", "none", "--disable_tqdm", "True",
             "--export_format", "none", "--ddp_timeout", "20", "--output_dir", str(self.output), *self.flags, *flags,
         ]  # fmt: skip
-        return start(argv, self.workspace / f"{self.name}.{self.attempts}.log", fault, self.count)
+        log = self.workspace / f"{self.name}.{self.attempts}.log"
+        return start(argv, log=log, before=fault, count=self.count)
 
     def finish(self, *flags: str) -> str:
         """Run main.py to its end; returns what it wrote."""

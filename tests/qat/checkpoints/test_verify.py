@@ -26,8 +26,9 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def same_process(monkeypatch):
+def same_process(monkeypatch, tmp_path):
     """Start no process for logits: the same program, called."""
+    monkeypatch.chdir(tmp_path)
 
     def run(arguments, input_ids):
         save_file({"input_ids": input_ids}, "inputs.safetensors")
@@ -37,7 +38,8 @@ def same_process(monkeypatch):
     monkeypatch.setattr(logits, "_in_fresh_process", run)
 
 
-def test_a_packed_model_in_fresh_processes_equals_the_fake_quantized_one(pair):
+def test_a_packed_model_equals_the_fake_quantized_one_and_the_verdict_says_by_how_much(pair, same_process):
+    """In fresh processes: test_launch.py."""
     source, packed = pair
     verdict = verify.verify(packed, source, tokens=48)
     assert verdict["verified"] and verdict == json.loads((packed / "verification.json").read_text())

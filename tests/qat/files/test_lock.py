@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
-from helpers import ROOT
+from processes import fork
 
 from qat.files import lock as output_lock
 from qat.files.lock import LOCK_NAME
 from training.backends.writers import Writers
 from training.resume.output import OutputFolder, unused_folder
 
-HOLD = """
-import os, sys, time
-from training.backends.writers import Writers
-from training.resume.output import OutputFolder
-with OutputFolder(sys.argv[1], Writers()).held():
-    if os.fork():  # as a worker that loads data
-        print(os.getpid(), flush=True)
-    time.sleep(60)
-"""
+
+def hold(folder: str, began) -> None:
+    """Hold `folder` with a child that would outlive this process, as a worker that loads data."""
+    os.setsid()
+    with OutputFolder(folder, Writers()).held():
+        if os.fork():
+            began.send(None)
+        time.sleep(60)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds `tmp_path`, and a child of it that would outlive it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    process.stdout.readline()
+    """Another process that holds `tmp_path`."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = fork(hold, str(tmp_path), sender)
+    receiver.recv()
     yield process
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.join()
 
 
 def test_a_second_run_is_refused_and_touches_nothing(tmp_path, holder):
@@ -51,7 +48,7 @@ def test_a_second_run_is_refused_and_touches_nothing(tmp_path, holder):
 
 def test_a_killed_run_leaves_the_folder_free_and_a_finished_one_leaves_it_clean(tmp_path, holder):
     holder.kill()
-    holder.wait()
+    holder.join()
     assert (tmp_path / LOCK_NAME).exists()
     assert unused_folder(tmp_path) == tmp_path
     with OutputFolder(tmp_path, Writers()).held():

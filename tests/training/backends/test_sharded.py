@@ -1,7 +1,8 @@
 """DDP, FSDP1 and FSDP2 in two gloo processes train what one process trains, and save one whole checkpoint.
 
 The one process accumulates over two batches, so that both see the same batches and round the same BF16 gradients; what
-may differ is the order of sums. Each backend makes its runs in one launch, since importing takes most of the time.
+may differ is the order of sums. Every process computes on one thread. The stages of a backend are trained by a true
+`accelerate launch`, in one, since importing takes most of the time; the runs after it are forked.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import subprocess
 import pytest
 import torch
 from helpers import ROOT, save_llama, write_conversations
+from processes import free_port
 from safetensors.torch import load_file
-from sharded_runs import Workspace, free_port
+from sharded_runs import Workspace
 from transformers import AutoModelForCausalLM
-
-import main
 
 BACKENDS = ("ddp", "fsdp1", "fsdp2")
 QAT = {"quant_scheme": "MXFP4"}
@@ -30,6 +30,8 @@ STAGES = {  # FP32 shows sums in another order as what they are; BF16 adds a rou
                        "max_steps": 4}, 1e-3),
 }  # fmt: skip
 
+MACHINES = QAT | {"max_steps": 4}
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> Workspace:
@@ -38,7 +40,8 @@ def workspace(tmp_path_factory) -> Workspace:
     write_conversations(folder / "data.jsonl", 80)
     workspace = Workspace(folder)
     one = {"gradient_accumulation_steps": 2}
-    workspace.launch("cpu", {f"one-{stage}": flags | one for stage, (flags, _) in STAGES.items()}, processes=1)
+    runs = {f"one-{stage}": flags | one for stage, (flags, _) in STAGES.items()} | {"one-machine": MACHINES | one}
+    workspace.run("cpu", runs, processes=1)
     return workspace
 
 
@@ -78,7 +81,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_weights(workspa
     name = f"{backend}-resumed"
     whole = workspace.folder / f"{backend}-mxfp4"
     flags = STAGES["mxfp4"][0] | {"resume_from_checkpoint": str(whole / "checkpoint-5")}
-    workspace.launch(backend, {name: flags})
+    workspace.run(backend, {name: flags})
     assert workspace.losses(name) == pytest.approx(workspace.losses(whole.name), rel=1e-6)
     for key, tensor in workspace.weights(name).items():
         torch.testing.assert_close(tensor, workspace.weights(whole.name)[key], rtol=0, atol=1e-5)
@@ -91,7 +94,7 @@ def test_checkpointed_activations_and_full_state_dicts_change_nothing(workspace,
         f"{version}-gathered": QAT | {"fsdp_gather_dtype": "bfloat16"},
     }
     flags = ("--fsdp_activation_checkpointing", "true", "--fsdp_state_dict_type", "FULL_STATE_DICT")
-    workspace.launch(version, runs, *flags)
+    workspace.run(version, runs, *flags)
     assert workspace.losses(f"{version}-checkpointed") == pytest.approx(workspace.losses("one-mxfp4"), rel=1e-3)
     check_weights(workspace.weights(f"{version}-checkpointed"), workspace.weights("one-mxfp4"))
     # Gathered BF16 is another arithmetic (norms, embeddings, residual stream): near in losses, weights not compared.
@@ -102,13 +105,13 @@ def test_checkpointed_activations_and_full_state_dicts_change_nothing(workspace,
 
 
 def test_parameters_offloaded_to_the_cpu_train_the_same_model(workspace):
-    workspace.launch("fsdp2", {"fsdp2-offloaded": QAT}, "--fsdp_offload_params", "true")
+    workspace.run("fsdp2", {"fsdp2-offloaded": QAT}, "--fsdp_offload_params", "true")
     assert workspace.losses("fsdp2-offloaded") == pytest.approx(workspace.losses("one-mxfp4"), rel=1e-3)
     check_weights(workspace.weights("fsdp2-offloaded"), workspace.weights("one-mxfp4"))
 
 
 def test_local_state_dicts_end_in_one_whole_checkpoint(workspace):
-    workspace.launch("fsdp1", {"fsdp1-local": QAT | {"max_steps": 1}}, "--fsdp_state_dict_type", "LOCAL_STATE_DICT")
+    workspace.run("fsdp1", {"fsdp1-local": QAT | {"max_steps": 1}}, "--fsdp_state_dict_type", "LOCAL_STATE_DICT")
     _, info = AutoModelForCausalLM.from_pretrained(workspace.folder / "fsdp1-local", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert workspace.weights("fsdp1-local").keys() == workspace.weights("one-mxfp4").keys()
@@ -116,7 +119,7 @@ def test_local_state_dicts_end_in_one_whole_checkpoint(workspace):
 
 def test_two_machines_that_meet_by_rendezvous_train_the_same_model(workspace):
     """Each machine is a launcher of its own, by scripts/slurm.sh as without Slurm; both are this one."""
-    run = workspace.write("machines", QAT | {"max_steps": 4})
+    run = workspace.write("machines", MACHINES)
     env = {
         **os.environ, "NNODES": "2", "GPUS_PER_NODE": "1", "MAIN_ADDRESS": "localhost", "MAIN_PORT": str(free_port()),
         "MAIN": "tests/fsdp_on_cpu.py", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
@@ -131,7 +134,5 @@ def test_two_machines_that_meet_by_rendezvous_train_the_same_model(workspace):
     for machine in machines:
         output, _ = machine.communicate(timeout=300)
         assert machine.returncode == 0, output[-4000:]
-    one = workspace.write("one-machine", QAT | {"max_steps": 4, "gradient_accumulation_steps": 2})
-    main.main([str(one)])
     assert workspace.losses("machines") == pytest.approx(workspace.losses("one-machine"), rel=1e-3)
     check_weights(workspace.weights("machines"), workspace.weights("one-machine"))

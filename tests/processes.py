@@ -11,10 +11,11 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 SECONDS = 120  # no run of a tiny model takes longer, unless it hangs
 
 
@@ -53,26 +54,36 @@ class Run:
         return "".join(path.read_text(errors="replace") for path in sorted(self.log.parent.glob(f"{self.log.name}*")))
 
 
-def start(argv: list[str], log: Path, fault=None, count: int = 1, settings: dict | None = None) -> Run:
-    """Start main.main(argv) in `count` processes, connected by gloo if there are several.
+def start(
+    *runs: list[str], log: Path, before: Callable | None = None, count: int = 1, settings: dict | None = None
+) -> Run:
+    """Start main.main for each of `runs`, one after the other, in `count` processes, connected by gloo if several.
 
     Args:
-        fault: called in each process with its number, after all imports and before `main`; picklable.
+        runs: the arguments of each.
+        before: called in each process with its number, after all imports and before `main`; picklable.
         settings: environment variables.
     """
     context = _context()
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(settings or {})}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(settings or {})}
     if count > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(count)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
         environment |= {"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     processes = []
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
         path = log.with_name(log.name + (f".{rank}" if rank else ""))
-        process = context.Process(target=_body, args=(argv, str(path), environment | own, fault, rank))
+        process = context.Process(target=_body, args=(runs, str(path), environment | own, before, rank))
         process.start()
         processes.append(process)
     return Run(processes, log, time.monotonic())
+
+
+def fork(function: Callable, *args) -> multiprocessing.Process:
+    """Start `function(*args)`, both picklable, in a process of its own."""
+    process = _context().Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def _context():
@@ -80,11 +91,11 @@ def _context():
     folders = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, folders)))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults.preloaded"])
+    context.set_forkserver_preload(["preloaded"])
     return context
 
 
-def _body(argv: list[str], log: str, environment: dict[str, str], fault, rank: int) -> None:
+def _body(runs: Sequence[list[str]], log: str, environment: dict[str, str], before, rank: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -93,12 +104,14 @@ def _body(argv: list[str], log: str, environment: dict[str, str], fault, rank: i
     os.chdir(ROOT)
     import main
 
-    if fault is not None:
-        fault(rank)
-    main.main(argv)
+    if before is not None:
+        before(rank)
+    for argv in runs:
+        main.main(argv)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
