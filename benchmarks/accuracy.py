@@ -43,7 +43,7 @@ from training.sensitivity.measure import Sensitivity, SensitivityArguments, prop
 from training.start.loading import load_tokenizer  # noqa: E402
 from training.start.smoothing import smooth_with_data  # noqa: E402
 from training.start.start import load_model  # noqa: E402
-from training.teachers.frozen import make_cached_teacher  # noqa: E402
+from training.teachers.cache import make_cached_teacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 

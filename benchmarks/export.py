@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-SCHEMES = ("MXFP4", "MXFP8")
+SCHEMES = ("MXFP4", "MXFP8", "FP8")
 REPEATS = 3
 _CHUNK = 1 << 20
 
@@ -90,8 +90,10 @@ def export_once(source: str, target: str, scheme: str) -> None:
     from qat.checkpoints.pack import export_checkpoint
     from qat.checkpoints.skeleton import prepared_skeleton
     from qat.numerics import ops
+    from qat.schemes.presets import get_scheme
 
-    ops.quantize(torch.zeros(32, 32), scheme.lower(), "floor", torch.bfloat16)
+    weight = get_scheme(scheme).weight
+    ops.quantize(torch.zeros(32, 32), weight.format.name, weight.rule, torch.bfloat16)
     prepared_skeleton(CheckpointFolder.open(source), scheme)
     before, seconds = peak_resident_bytes(), []
     for _ in range(REPEATS):

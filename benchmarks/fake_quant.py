@@ -23,50 +23,59 @@ import torch  # noqa: E402
 
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from qat.numerics import mx as reference  # noqa: E402
-from qat.numerics.formats import FORMATS, SCALE_RULES, MXFormat  # noqa: E402
-from qat.numerics.kernels import cpu, triton_kernels  # noqa: E402
+from qat.numerics.families import family_of, formats  # noqa: E402
+from qat.numerics.formats import Format  # noqa: E402
+from qat.numerics.kernels import KERNELS  # noqa: E402
 
 VIEW = torch.bfloat16
 INPUTS = {"BF16": torch.bfloat16, "FP32 seen as BF16": torch.float32}
+REACH = "2.5"  # times a copy
 COPY, COPY_INTO = "copy", "copy into existing memory"
 
 
-def ours(x: torch.Tensor, fmt: MXFormat) -> dict[str, Callable[[], object]]:
-    """Every function of the kernels that serve x's device."""
-    kernels = triton_kernels if x.is_cuda else cpu
-    if not kernels.is_available():
-        raise SystemExit(f"there are no kernels for {x.device} here: see the warning above, or change --device")
-    packed, scale = kernels.quantize(x, fmt, "floor", VIEW)
-    calls = {f"ours, {rule}": lambda r=rule: kernels.fake_quantize(x, fmt, r, VIEW) for rule in SCALE_RULES}
-    calls["ours, quantize to bytes"] = lambda: kernels.quantize(x, fmt, "floor", VIEW)
-    calls["ours, dequantize to BF16"] = lambda: kernels.dequantize(packed, scale, fmt, VIEW)
-    calls["ours, dequantize to FP32"] = lambda: kernels.dequantize(packed, scale, fmt, torch.float32)
+def kernels_for(x: torch.Tensor, fmt: Format):
+    """The module of kernels that serves x's device and `fmt`."""
+    for kernels in KERNELS[x.device.type]:
+        if fmt.name in kernels.SERVES and kernels.is_available():
+            return kernels
+    raise SystemExit(f"there are no kernels of {fmt.name} for {x.device} here: see the warning above")
+
+
+def ours(x: torch.Tensor, fmt: Format) -> dict[str, Callable[[], object]]:
+    """Every function of the kernels, every rule."""
+    kernels, rule = kernels_for(x, fmt), fmt.rules[0]
+    quantized = kernels.quantize(x, fmt, rule, VIEW)
+    calls = {f"ours, {rule}": lambda r=rule: kernels.fake_quantize(x, fmt, r, VIEW) for rule in fmt.rules}
+    calls["ours, quantize to bytes"] = lambda: kernels.quantize(x, fmt, rule, VIEW)
+    calls["ours, dequantize to BF16"] = lambda: kernels.dequantize(quantized, fmt, VIEW)
+    calls["ours, dequantize to FP32"] = lambda: kernels.dequantize(quantized, fmt, torch.float32)
     return calls
 
 
-def others(x: torch.Tensor, fmt: MXFormat, report: Report) -> dict[str, Callable[[], object]]:
-    """Plain PyTorch, AutoRound, and torchao where it is installed; what is missing is noted."""
-    calls = {"reference.py, eager": lambda: reference.fake_quantize(x, fmt, "floor", VIEW)}
+def others(x: torch.Tensor, fmt: Format, report: Report) -> dict[str, Callable[[], object]]:
+    """Plain PyTorch, and for MX formats AutoRound, and torchao where it is installed; what is missing is noted."""
+    calls = {"plain PyTorch, eager": lambda: family_of(fmt).fake_quantize(x, fmt, fmt.rules[0], VIEW)}
+    if fmt.data_type != "mx_fp":
+        return calls
     try:
         from auto_round.data_type.mxfp import quant_mx
     except ImportError as error:
         report.note(f"AutoRound is left out: {error}")
     else:
         compiled = torch.compile(quant_mx, dynamic=False)
-        calls["AutoRound, eager"] = lambda: quant_mx(x.to(VIEW), fmt.bits, 32)
-        calls["AutoRound, torch.compile"] = lambda: compiled(x.to(VIEW), fmt.bits, 32)
+        calls["AutoRound, eager"] = lambda: quant_mx(x.to(VIEW), fmt.element.bits, fmt.block)
+        calls["AutoRound, torch.compile"] = lambda: compiled(x.to(VIEW), fmt.element.bits, fmt.block)
     try:
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
     except ImportError as error:
         report.note(f"torchao is left out: {error}")
     else:
-        element = torch.float4_e2m1fn_x2 if fmt.bits == 4 else torch.float8_e4m3fn
-        calls["torchao, eager"] = lambda: MXTensor.to_mx(x.to(VIEW), element, 32).dequantize(VIEW)
+        element = {"mxfp4": torch.float4_e2m1fn_x2, "mxfp8": torch.float8_e4m3fn}[fmt.name]
+        calls["torchao, eager"] = lambda: MXTensor.to_mx(x.to(VIEW), element, fmt.block).dequantize(VIEW)
     return calls
 
 
-def measure(x: torch.Tensor, fmt: MXFormat, rounds: int, report: Report) -> dict[str, float]:
+def measure(x: torch.Tensor, fmt: Format, rounds: int, report: Report) -> dict[str, float]:
     """Seconds by candidate; one that cannot run is noted and left out."""
     existing = torch.empty(x.shape, dtype=VIEW, device=x.device)
     candidates = {COPY: lambda: x.to(VIEW, copy=True), COPY_INTO: lambda: existing.copy_(x)}
@@ -93,14 +102,14 @@ def main() -> None:
     charts = {}
     for label, dtype in INPUTS.items():
         x = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
-        for fmt in FORMATS.values():
+        for fmt in formats().values():
             seconds = measure(x, fmt, args.rounds, report)
             report.add(f"{label}, {fmt.name}: {COPY}", seconds[COPY] * 1e3, unit="ms")
             ratios = {candidate: value / seconds[COPY] for candidate, value in seconds.items() if candidate != COPY}
             for candidate, ratio in ratios.items():
-                reach = "3" if candidate in ("ours, floor", "ours, even", "ours, rceil") else ""
+                reach = REACH if candidate.removeprefix("ours, ") in fmt.rules else ""
                 report.add(f"{label}, {fmt.name}: {candidate}", ratio, reach, "x")
-            against = seconds["ours, floor"] / seconds[COPY_INTO]
+            against = seconds[f"ours, {fmt.rules[0]}"] / seconds[COPY_INTO]
             report.add(f"{label}, {fmt.name}: ours over {COPY_INTO}", against, unit="x")
             charts[f"{label}, {fmt.name}"] = {k: v for k, v in ratios.items() if "bytes" not in k and "dequ" not in k}
     report.write(args.out)

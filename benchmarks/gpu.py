@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from benchmarks.common import median_seconds  # noqa: E402
+from benchmarks.fake_quant import kernels_for  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.layers import linear_function  # noqa: E402
-from qat.numerics import mx as reference  # noqa: E402
-from qat.numerics.formats import FORMATS, SCALE_RULES  # noqa: E402
-from qat.numerics.kernels import triton_kernels  # noqa: E402
+from qat.numerics.families import family_of, formats  # noqa: E402
+from qat.numerics.mx import FORMATS  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 
@@ -52,21 +52,26 @@ def check_kernels(report: Report) -> None:
     )
     differ = 0
     for x in (bf16, fp32, fp32.half()):
-        for fmt in FORMATS.values():
-            for rule in SCALE_RULES:
+        for fmt in formats().values():
+            kernels, family = kernels_for(x.cuda(), fmt), family_of(fmt)
+            for rule in fmt.rules:
                 for dtype in {x.dtype, torch.bfloat16}:
-                    fake = triton_kernels.fake_quantize(x.cuda(), fmt, rule, dtype).cpu()
-                    differ += count_different(fake, reference.fake_quantize(x, fmt, rule, dtype))
-                    packed, scale = triton_kernels.quantize(x.cuda(), fmt, rule, dtype)
-                    expected = reference.quantize(x, fmt, rule, dtype)
-                    differ += sum(int((a.cpu() != b).sum()) for a, b in zip((packed, scale), expected, strict=True))
-                    back = triton_kernels.dequantize(packed, scale, fmt, dtype).cpu()
-                    differ += count_different(back, reference.dequantize(*expected, fmt, dtype))
-    report.add("elements that differ from reference.py", differ, "0")
+                    fake = kernels.fake_quantize(x.cuda(), fmt, rule, dtype).cpu()
+                    differ += count_different(fake, family.fake_quantize(x, fmt, rule, dtype))
+                    quantized, expected = (f(y, fmt, rule, dtype) for f, y in (
+                        (kernels.quantize, x.cuda()), (family.quantize, x)
+                    ))  # fmt: skip
+                    for ours, theirs in zip(quantized.tensors, expected.tensors, strict=True):
+                        differ += count_different(ours.cpu(), theirs)
+                    back = kernels.dequantize(quantized, fmt, dtype).cpu()
+                    differ += count_different(back, family.dequantize(expected, fmt, dtype))
+    report.add("elements that differ from plain PyTorch", differ, "0")
 
 
 def count_different(a: torch.Tensor, b: torch.Tensor) -> int:
     """Elements whose bits differ, NaNs of any kind being equal."""
+    if a.dtype == torch.uint8:
+        return int((a != b).sum())
     integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return int(((a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())).sum())
 
@@ -78,30 +83,38 @@ def time_kernels(report: Report) -> None:
         target = torch.empty_like(x)
         copy_rate = 2 * x.nbytes / device_seconds(lambda: target.copy_(x))  # noqa: B023
         report.add(f"copy {shape[0]}x{shape[1]} BF16", copy_rate / 1e12, unit="TB/s")
-        for fmt in FORMATS.values():
-            packed, scale = triton_kernels.quantize(x, fmt, "floor")
-            moved = {"fake": 2 * x.nbytes, "pack": x.nbytes + packed.nbytes + scale.nbytes}
+        for fmt in formats().values():
+            kernels, rule = kernels_for(x, fmt), fmt.rules[0]
+            quantized = kernels.quantize(x, fmt, rule)
+            moved = {"fake": 2 * x.nbytes, "pack": x.nbytes + quantized.nbytes}
             moved["unpack"] = moved["pack"]
             calls = {
-                "fake": lambda f=fmt, x=x: triton_kernels.fake_quantize(x, f, "floor"),
-                "pack": lambda f=fmt, x=x: triton_kernels.quantize(x, f, "floor"),
-                "unpack": lambda f=fmt, p=packed, s=scale: triton_kernels.dequantize(p, s, f, torch.bfloat16),
+                "fake": lambda k=kernels, f=fmt, r=rule, x=x: k.fake_quantize(x, f, r),
+                "pack": lambda k=kernels, f=fmt, r=rule, x=x: k.quantize(x, f, r),
+                "unpack": lambda k=kernels, f=fmt, q=quantized: k.dequantize(q, f, torch.bfloat16),
             }
             for name, call in calls.items():
                 share = moved[name] / device_seconds(call) / copy_rate
                 report.add(f"{name} {fmt.name} {shape[0]}x{shape[1]}", share, "0.80" if name == "fake" else "0.70")
         master = torch.randn(shape, device="cuda")
-        for fmt in FORMATS.values():
-            seconds = device_seconds(lambda f=fmt: triton_kernels.fake_quantize(master, f, "floor", torch.bfloat16))  # noqa: B023
+        for fmt in formats().values():
+            kernels, rule = kernels_for(x, fmt), fmt.rules[0]
+            seconds = device_seconds(lambda k=kernels, f=fmt, r=rule: k.fake_quantize(master, f, r, torch.bfloat16))  # noqa: B023
             share = (master.nbytes + x.nbytes) / seconds / copy_rate
             report.add(f"fake {fmt.name} FP32 seen as BF16 {shape[0]}x{shape[1]}", share)
+
+
+def fake_mxfp4(x: torch.Tensor) -> torch.Tensor:
+    """By the kernel."""
+    fmt = FORMATS["mxfp4"]
+    return kernels_for(x, fmt).fake_quantize(x, fmt, "floor")
 
 
 def time_others(report: Report) -> None:
     """AutoRound's function and torchao's MX fake-quantizer on the same tensor, as time over a copy."""
     x = torch.randn(SHAPES[0], device="cuda").bfloat16()
     copy_seconds = device_seconds(lambda: x.clone())
-    ours = device_seconds(lambda: triton_kernels.fake_quantize(x, FORMATS["mxfp4"], "floor"))
+    ours = device_seconds(lambda: fake_mxfp4(x))
     report.add("ours mxfp4, time over a copy", ours / copy_seconds)
     try:
         from auto_round.data_type.mxfp import quant_mx
@@ -115,7 +128,7 @@ def time_others(report: Report) -> None:
         def torchao(x: torch.Tensor) -> torch.Tensor:
             return MXTensor.to_mx(x, torch.float4_e2m1fn_x2, 32).dequantize(torch.bfloat16)
 
-        different = count_different(torchao(x), triton_kernels.fake_quantize(x, FORMATS["mxfp4"], "floor"))
+        different = count_different(torchao(x), fake_mxfp4(x))
         report.add("torchao, values that differ from ours", different)
         report.add("torchao eager mxfp4, time over a copy", device_seconds(lambda: torchao(x)) / copy_seconds)
         compiled = torch.compile(torchao, dynamic=False)
@@ -136,7 +149,7 @@ def time_steps(
     """QAT step over BF16 step, alternating; peak memory of each, from a run of its own."""
     label = f"{'compiled' if compiled else 'eager'}{', checkpointing' if checkpointing else ''}"
     steps, peaks = {}, {}
-    for scheme in (None, "MXFP4", "MXFP8"):
+    for scheme in (None, "MXFP4", "MXFP8", "FP8"):
         free_memory()
         model = make_model(shape, scheme, layers, "cuda", checkpointing)
         step = TrainingStep(model, make_batch(model, *batch), compiled)
@@ -152,7 +165,7 @@ def time_steps(
         del model, step
     seconds = median_seconds(steps, repeats, "cuda")
     report.add(f"BF16 step, {label}", seconds[None] * 1e3, unit="ms")
-    for scheme in ("MXFP4", "MXFP8"):
+    for scheme in ("MXFP4", "MXFP8", "FP8"):
         report.add(f"{scheme} step over BF16, {label}", seconds[scheme] / seconds[None], "1.10")
         report.add(
             f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90"
@@ -186,7 +199,7 @@ def time_fp8_forward(report: Report) -> None:
     """The MXFP4 forward product in FP8: values times power-of-two scales are exact in E4M3 within a row's range."""
     tokens, features, outputs = 8192, 4096, 14336
     x, w = (torch.randn(n, features, device="cuda").bfloat16() for n in (tokens, outputs))
-    xq, wq = (triton_kernels.fake_quantize(t, FORMATS["mxfp4"], "floor") for t in (x, w))
+    xq, wq = (fake_mxfp4(t) for t in (x, w))
     (x8, sx), (w8, sw) = to_fp8(xq), to_fp8(wq)
     exact = [float((v.float() * s == q.float()).float().mean()) for v, s, q in ((x8, sx, xq), (w8, sw, wq))]
     bf16_seconds, fp8_seconds = device_seconds(lambda: xq @ wq.t()), device_seconds(lambda: fp8_product(x8, sx, w8, sw))

@@ -32,10 +32,12 @@ from helpers import make_tokenizer, write_conversations  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
-STAGES["distilled"] = (*STAGES["MXFP4"], "--distill", "True", "--distill_ce_weight", "0.2")
+CE_WEIGHT = ROWS["default"].distill_options["distill_ce_weight"]
+STAGES["distilled"] = (*STAGES["MXFP4"], "--distill", "True", "--distill_ce_weight", str(CE_WEIGHT))
 BACKENDS = ("ddp", "fsdp1", "fsdp2")
 COLUMNS = (
     "stage",

@@ -101,12 +101,24 @@ def read_config(path: str | Path) -> dict:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+        content = yaml.load(text, Loader=_UniqueKeys)  # JSON is YAML
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {str(path)!r} holds no mapping from arguments to values, such as max_steps: 1000")
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A mapping that holds a key twice is an error; YAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """See yaml.SafeLoader."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"it holds {key!r} twice")
+        return super().construct_mapping(node, deep)
 
 
 def as_flags(content: dict, path: str | Path) -> list[str]:
