@@ -266,13 +266,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where gpu.csv goes")
     parser.add_argument(
-        "--layers", type=int, help="decoder layers of the 8B-shaped model; default: 8, or 4 below 100 GB"
+        "--layers", type=int, help="decoder layers of the 8B-shaped model; default: 6, or 2 below 100 GB"
     )
     parser.add_argument("--sections", default="check,kernels,others,saved,fp8,eager,checkpointing,compiled")
     args = parser.parse_args()
     report = Report("gpu", device="cuda")
-    if args.layers is None:  # three models with their optimizers are there at a time
-        args.layers = 8 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 4
+    if args.layers is None:  # four models with their optimizers are there at a time
+        args.layers = 6 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 2
     report.add("decoder layers", args.layers)
     shape, batch = "llama-8b", (4, 2048)
     sections = {
