@@ -1,12 +1,12 @@
-# Sourced by the other scripts: makes .venv beside this folder, installs what is missing, and puts it first on PATH.
-# PYTHON chooses the interpreter (default python3); SKIP_INSTALL=1 uses the environment that is active already.
+# The other scripts source this file. It makes .venv beside this folder, installs missing packages and puts .venv first on
+# PATH. PYTHON chooses the interpreter (default python3); SKIP_INSTALL=1 uses the active environment.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
-# Large pages make CPU training about a sixth faster; other C libraries than glibc do not look at this.
+# Large pages make CPU training about a sixth faster; C libraries other than glibc ignore this.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 
-# install FILE...: the requirement files, once for each content of them.
+# install FILE...: install the requirement files, once for each version of their content.
 install() {
   [ "${SKIP_INSTALL:-0}" = 1 ] && return
   local python=${PYTHON:-python3} venv="$root/.venv" files=() file wanted

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Post-training quantization with AutoRound itself, from the BF16 stage: bash scripts/ptq_autoround.sh MODEL OUT
-# Writes OUT/SCHEME-iters0 (round to nearest) and OUT/SCHEME-iters200 (tuned rounding), which vLLM serves and from which
-# main.py starts QAT (--model_name_or_path OUT/SCHEME-iters200). SCHEME is MXFP4 by default; ITERS="0 200" chooses;
+# Writes OUT/SCHEME-iters0 (round to nearest) and OUT/SCHEME-iters200 (tuned rounding). vLLM serves both, and main.py starts
+# QAT from them (--model_name_or_path OUT/SCHEME-iters200). SCHEME is MXFP4 by default; ITERS="0 200" chooses the variants;
 # CALIBRATION is a .jsonl file of {"text": ...} rows, by default python-docs (offline).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -24,7 +24,7 @@ for iters in ${ITERS:-0 200}; do
     echo "$folder exists; remove it to make it again"
     continue
   fi
-  # AutoRound puts the model into a folder of its own choosing inside its output folder.
+  # AutoRound chooses the name of the model's folder inside its output folder.
   partial=$out/.partial-$scheme-iters$iters
   rm -rf "$partial"
   auto-round --model "$model" --scheme "$scheme" --iters "$iters" --format auto_round --output_dir "$partial" \

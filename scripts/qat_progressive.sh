@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Quantization-aware training in two stages, wide before narrow: first MXFP8, then MXFP4 from what that saved. Settings
-# are those of stage.sh; OUTPUT_DIR gets the two stages as OUTPUT_DIR/MXFP8 and OUTPUT_DIR/MXFP4. FIRST_STEPS (250) and
-# STEPS (the recipe's) are their lengths; further arguments go to both. Both stages learn from the distributions of MODEL
-# itself, unquantized, not from those of the stage before.
+# Quantization-aware training in two stages: first MXFP8, then MXFP4 from the saved MXFP8 model. Settings are those of
+# stage.sh; the stages write to OUTPUT_DIR/MXFP8 and OUTPUT_DIR/MXFP4. FIRST_STEPS (250) and STEPS (the recipe's) are their
+# lengths; further arguments go to both. The teacher of both stages is MODEL, unquantized.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 model=${MODEL:-llama3.1-finetuned}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole job on a real model, from nothing: SmolLM2-135M-Instruct, fine-tuned in BF16 on Python's own documentation,
-# rounded to MXFP4, trained with quantization by distillation from itself, packed and evaluated as packed. 8 to 10 minutes
-# on 2 CPU cores. Whatever is finished is reused; what was interrupted continues from its last checkpoint.
-#   BF16_STEPS, QAT_STEPS, EVAL_SAMPLES, OUT change the size of the job and where it goes.
+# All stages on a real model: fine-tune SmolLM2-135M-Instruct in BF16 on Python's own documentation, evaluate it in MXFP4
+# without training (PTQ), train it with quantization by distillation from the BF16 model, pack it, and evaluate the packed
+# model. 8 to 10 minutes on 2 CPU cores. Finished stages are reused; an interrupted one resumes from its last checkpoint.
+#   BF16_STEPS, QAT_STEPS, EVAL_SAMPLES and OUT change the size of the job and its folder.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
@@ -15,12 +15,12 @@ qat_steps=${QAT_STEPS:-30}
 gguf=SmolLM2-135M-Instruct.Q4_1.gguf
 mkdir -p "$out"
 
-# What a laptop needs otherwise than the recipes: short samples, few steps, rates for a small model.
+# Settings for a laptop that differ from the recipes: short samples, few steps, learning rates for a small model.
 common=(--dataset python-docs --model_max_length 96 --on_bad_sample skip --eval_size "${EVAL_SAMPLES:-48}"
   --per_device_eval_batch_size 16 --warmup_steps 0 --max_grad_norm 1.0 --eval_strategy no --load_best_model_at_end False
   --save_steps 15 --save_total_limit 1)
 
-# stage NAME FLAGS...: runs main.py once into $out/NAME; a stage with the same flags that finished is not run again.
+# stage NAME FLAGS...: run main.py into $out/NAME, unless a stage with the same flags has finished there.
 stage() {
   local name=$1; shift
   local folder="$out/$name" flags="$* ${common[*]}"
@@ -28,7 +28,7 @@ stage() {
     echo "== $name: finished before, reused ($folder)"
     return
   fi
-  # Checkpoints of the same flags are continued; anything else in the folder is of another job.
+  # Checkpoints of the same flags are resumed; other content of the folder belongs to another job.
   if [ -d "$folder" ] && [ "$(cat "$folder.flags" 2>/dev/null)" != "$flags" ]; then rm -rf "$folder"; fi
   echo "$flags" >"$folder.flags"
   echo "== $name"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on several machines of a Slurm cluster: one launcher a machine, which meet at the first one (elastic torchrun
-# rendezvous). Arguments are main.py's own:
+# Train on several machines of a Slurm cluster. Each machine runs one launcher; they meet at the first machine (elastic
+# torchrun rendezvous). Arguments are main.py's own:
 #   sbatch --nodes 4 --gpus-per-node 8 scripts/slurm.sh --model_name_or_path M --quant_scheme MXFP4 --do_train True ...
 # Without Slurm, run on every machine: NNODES=2 MAIN_ADDRESS=host1 bash scripts/slurm.sh ... (docs/distributed.md).
 #SBATCH --job-name=mx-qat

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Inject faults into training runs of a tiny model and continue them: bash scripts/soak.sh 25 [--seed 0]
+# Inject faults into training runs of a tiny model and resume them: bash scripts/soak.sh 25 [--seed 0]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"

