@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def write_card(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _rules(names) -> str:
+def _rules(names: Iterable[str | None]) -> str:
     return ", ".join(sorted({(name or "not quantized").upper() for name in names}))
 
 

@@ -26,7 +26,7 @@ def families() -> dict[str, ModuleType]:
     """The family of each format, by the format's name."""
     import qat.numerics as package
 
-    found = {}
+    found: dict[str, ModuleType] = {}
     for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name) if info.name not in (__name__, f"{package.__name__}.ops") else None
         found |= dict.fromkeys(getattr(module, "FORMATS", {}), module)
