@@ -29,13 +29,14 @@ PYTHON
   touch "$venv/installed-$version"
 fi
 
-rm -rf serving/build # otherwise setuptools packs stale files
-"$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall ./serving
+rm -rf build serving/build # or setuptools would pack stale files
+# The library and the plugin, without what they depend on: vLLM has brought its own torch, and the plugin needs no more.
+"$venv/bin/python" -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall . ./serving
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 python serving/tests/make_cases.py "$work"
-# Without this repository on the path: the installed packages must be enough.
+# Without this repository on the path: the installed library must serve.
 env -u PYTHONPATH "$venv/bin/python" serving/tests/compare.py "$work"

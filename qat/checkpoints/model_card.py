@@ -1,19 +1,34 @@
-"""The model card of a packed checkpoint: where it comes from, how it was rounded, how good it is, how to serve it."""
+"""The model card of a packed checkpoint: where it comes from, how it was rounded, how good it is, how to serve it.
+
+The head of the file is metadata that the Hub reads; what the training run measured is there too, as a `model-index`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..numerics import mx
+from ..numerics.formats import Format
 from ..schemes.config import QATConfig
 from ..schemes.spec import Scheme
 from .dialects import Dialect
 
-_METRICS = ("train_loss", "eval_loss", "eval_perplexity")  # of Trainer's all_results.json
-_RESULTS_NAME = "all_results.json"
+CARD_NAME = "README.md"
+_RESULTS_NAME = "all_results.json"  # Trainer's
+_TRAIN_LOSS = ("train_loss", "loss in training")
+# By their names in Trainer's file: what the Hub calls a metric, and its name for readers.
+_METRICS = {
+    "eval_loss": ("loss", "loss in evaluation, nats a token"),
+    "eval_perplexity": ("perplexity", "perplexity in evaluation"),
+    "eval_kl": ("kl_divergence", "KL divergence from the teacher in evaluation, nats a token"),
+}
 
 _TEMPLATE = """---
 {front_matter}
@@ -21,8 +36,8 @@ _TEMPLATE = """---
 
 # {title}
 
-{scheme} weights and activations, packed as {export_format}: {packed_mib:.1f} MiB,
-{ratio:.2f} of the {source_mib:.1f} MiB it was exported from.
+Linear layers in {schemes}, packed as {export_format}: {packed_mib:.1f} MiB, {ratio:.2f} of the {source_mib:.1f} MiB
+that they were exported from.
 
 | | |
 |---|---|
@@ -31,9 +46,10 @@ _TEMPLATE = """---
 | left unquantized | {ignored} |
 | scale rule of the weights | {weight_rules} (the scales are in the file) |
 | scale rule of the activations in training | {input_rules} |
-| the same in transformers, for this format | {engine_rules} |
+| scale rule of the activations in transformers | {engine_rules} |
 | training data | {dataset} |
-{metrics}
+
+{formats}{results}
 `qat_config.json` holds the quantization as it was trained; `verification.json`, where present, tells how these files
 were compared with the fake-quantized model.
 
@@ -56,10 +72,24 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the files of a checkpoint do not tell: the model that training began from, and the data it saw."""
+    """What the files of a checkpoint do not tell.
+
+    Attributes:
+        base_model: the model that training began from.
+        dataset: what it was trained on.
+        eval_dataset: what it was evaluated on; None for held-out samples of `dataset`.
+    """
 
     base_model: str | None = None
     dataset: str | None = None
+    eval_dataset: str | None = None
+
+    @property
+    def evaluation(self) -> str:
+        """What the model was evaluated on, in words."""
+        if self.eval_dataset is not None:
+            return self.eval_dataset
+        return "not recorded" if self.dataset is None else f"{self.dataset}, held-out samples"
 
 
 def write_card(
@@ -75,15 +105,22 @@ def write_card(
 ) -> None:
     """Write `README.md` into `folder`; `path` is where the folder will be served from."""
     base_model = facts.base_model or str(source)
-    schemes = sorted({scheme.name for scheme in layers.values()})
+    schemes = {scheme.name: scheme for scheme in sorted(layers.values(), key=lambda scheme: scheme.name)}
+    counts = Counter(scheme.name for scheme in layers.values())
+    title = f"{Path(base_model).name} {' + '.join(schemes)}"
     tags = [dialect.name.replace("_", "-"), *schemes]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
     if facts.base_model and not Path(facts.base_model).exists():
         data.base_model = facts.base_model  # a hub id; a local path is no link
+    measured = _measured(source)
+    saved = QATConfig.load(source)
+    is_of_this_model = saved is not None and saved.same_training(qat_config)
+    if is_of_this_model and (results := _eval_results(measured, facts)):
+        data.model_name, data.eval_results = title, results
     text = _TEMPLATE.format(
         front_matter=data.to_yaml().strip(),
-        title=f"{Path(base_model).name} {' + '.join(schemes)}",
-        scheme=" and ".join(schemes),
+        title=title,
+        schemes=" and ".join(schemes),
         export_format=dialect.name,
         packed_mib=packed_bytes / 2**20,
         source_mib=source_bytes / 2**20,
@@ -95,18 +132,76 @@ def write_card(
         input_rules=_rules(scheme.rules["input"] for scheme in layers.values()),
         engine_rules=_rules(dialect.input_rule(scheme) for scheme in layers.values()),
         dataset=facts.dataset or "not recorded",
-        metrics=_metrics(source),
+        formats="".join(f"* {describe_scheme(s)}, in {counts[name]} layers.\n" for name, s in schemes.items()),
+        results=_results_section(measured, facts, is_of_this_model),
         path=path,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    ModelCard(text).save(folder / CARD_NAME)
 
 
-def _rules(names) -> str:
+def describe_scheme(scheme: Scheme) -> str:
+    """A scheme in words: "MXFP4: weights in mxfp4 (...), activations in the same format"."""
+    parts = [f"weights in {_describe_format(scheme.weight.format, 'output channel')}"]
+    if scheme.input is None:
+        parts.append("activations not quantized")
+    elif scheme.input.format == scheme.weight.format:
+        parts.append("activations in the same format")
+    else:
+        parts.append(f"activations in {_describe_format(scheme.input.format, 'token')}")
+    if scheme.kv is not None:
+        parts.append(f"keys and values in the cache in {_describe_format(scheme.kv.format, 'token')}")
+    return f"{scheme.name}: {', '.join(parts)}"
+
+
+def _describe_format(fmt: Format, row: str) -> str:
+    standard = "an OCP Microscaling format" if fmt.name in mx.FORMATS else "not an OCP Microscaling format"
+    sharing = f"each {row} has" if fmt.block is None else f"{fmt.block} values share"
+    scales = f"{sharing} a scale in {fmt.scale.name.upper()}"
+    if fmt.tensor_scale is not None:
+        scales += f", and the tensor has one in {fmt.tensor_scale.name.upper()}"
+    return f"{fmt.name} ({standard}; values in {fmt.element.name.upper()}, {fmt.element.bits} bits; {scales})"
+
+
+def _rules(names: Iterable[str | None]) -> str:
     return ", ".join(sorted({(name or "not quantized").upper() for name in names}))
 
 
-def _metrics(source: Path) -> str:
-    """Table rows of what Trainer measured on the fake-quantized model in `source`."""
+# ---- What was measured ----
+
+
+def _measured(source: Path) -> dict[str, float]:
+    """What Trainer measured on the model in `source`."""
     path = source / _RESULTS_NAME
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return "".join(f"| {key} | {results[key]:.4f} |\n" for key in _METRICS if key in results)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _eval_results(measured: dict[str, float], facts: CardFacts) -> list[EvalResult]:
+    """The finite metrics as the Hub takes them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="custom",  # which data set of the Hub it is, if it is one, is not known
+            dataset_name=facts.evaluation,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=measured[key],
+        )
+        for key, (kind, name) in _METRICS.items()
+        if key in measured and math.isfinite(measured[key])
+    ]
+
+
+def _results_section(measured: dict[str, float], facts: CardFacts, is_of_this_model: bool) -> str:
+    names = dict([_TRAIN_LOSS]) | {key: name for key, (_, name) in _METRICS.items()}
+    rows = [f"| {name} | {measured[key]:.4f} |" for key, name in names.items() if key in measured]
+    if not rows:
+        return ""
+    of_what = (
+        "Measured by the training run on the fake-quantized model: the weights of these files, and activations under\n"
+        "the rule of the training."
+        if is_of_this_model
+        else "**Not of these files**: measured on the checkpoint that they were exported from, which had another\n"
+        "quantization or none."
+    )
+    table = "\n".join(["| | |", "|---|---|", *rows])
+    return f"\n## Results\n\n{of_what} Evaluation data: {facts.evaluation}.\n\n{table}\n"

@@ -117,7 +117,7 @@ def _write_shards(checkpoint: CheckpointFolder, sites: list[Site], dialect: Dial
     total_bytes = 0
     with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Packing") as progress:
         for file in checkpoint.shards:
-            packed = {}
+            packed: dict[str, torch.Tensor] = {}
             for name, tensor in checkpoint.tensors(file):
                 if name in by_tensor:
                     packed |= _pack_site(by_tensor[name], tensor, dialect)

@@ -11,6 +11,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -53,13 +54,15 @@ def prepared_skeleton(
     model = load_skeleton(checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
         if scheme is None:
+            assert saved is not None
             prepare_as_saved(model, saved)
         else:
             prepare_qat(model, {LINEAR.key: scheme} if isinstance(scheme, str) else scheme, ignore)
-    if saved is not None and not saved.same_training(model.qat_config):
+    config = cast(QATConfig, model.qat_config)
+    if saved is not None and not saved.same_training(config):
         logger.warning("%s was trained with %s and is exported with %s", checkpoint.path, saved.summary, scheme)
     _check_layers(model, checkpoint)
-    return model, model.qat_config
+    return model, config
 
 
 def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[str]:
@@ -79,9 +82,10 @@ def load_skeleton(checkpoint: CheckpointFolder) -> PreTrainedModel:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, device_map="meta", output_loading_info=True, local_files_only=True
         )
+        model, report = loaded
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{checkpoint.path} does not fit the model of its {CONFIG_NAME}: {error}") from error
     finally:

@@ -56,7 +56,8 @@ def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:
         ValueError: the folder is damaged or incomplete, or packed in a format that is not known.
     """
     checkpoint = CheckpointFolder.open(folder)
-    dialect_of(checkpoint.quantization_config, checkpoint.path)
+    quantization_config = checkpoint.quantization_config or {}
+    dialect_of(quantization_config, checkpoint.path)
     layers = packed_layers(checkpoint)
     plain, found = _plain_tensors(checkpoint, layers)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -74,7 +75,7 @@ def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     own = QATConfig.load(folder)
-    config = own or _derive_config(model, found, checkpoint.quantization_config)
+    config = own or _derive_config(model, found, quantization_config)
     logger.info("%s: %d packed layers dequantized to BF16", folder, len(layers))
     return model, _keep_values(model, found, config, is_ours=own is not None)
 
@@ -157,7 +158,7 @@ def _keep_values(model: nn.Module, found: dict[str, Format], config: QATConfig, 
     rules = {get_scheme(name).weight.format.name: chosen["weight"] for name, chosen in config.scale_rules.items()}
     moved = total = 0
     for layer, fmt in found.items():
-        weight = model.get_submodule(layer).weight.detach()
+        weight = model.get_parameter(f"{layer}.weight").detach()
         rule = rules.get(fmt.name, fmt.rules[0])
         moved += int((ops.fake_quantize(weight, fmt.name, rule, VIEW_DTYPE) != weight).sum())
         total += weight.numel()

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -62,7 +63,7 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
     model, _ = prepared_skeleton(checkpoint, saved=qat_config)
     sites = quantized_sites(model)
     count = compare_weights(packed, checkpoint, sites, dialect)
-    verdict = {
+    verdict: dict[str, Any] = {
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
         "export_format": dialect.name,

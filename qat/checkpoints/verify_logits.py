@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.bfloat16, local_files_only=True).eval()
     input_ids = load_file(args.inputs)["input_ids"]
     if args.what == "fake-quantized":
-        prepare_as_saved(model, QATConfig.load(args.qat_config))
+        config = QATConfig.load(args.qat_config)
+        assert config is not None, args.qat_config
+        prepare_as_saved(model, config)
         result = {"logits_as_trained": _logits(model, input_ids)}
         set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in (r.split("=") for r in args.rules)})
     else:

@@ -15,12 +15,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module everywhere else
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Writers(Protocol):
     @property
     def leads(self) -> bool: ...
 
-    def gather(self, item) -> list: ...
+    def gather(self, item: Any) -> list: ...
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def locked(folder: Path, writers: Writers) -> Iterator[None]:
 
 class _Lock:
     def __init__(self, path: Path) -> None:
-        self.path, self.descriptor = path, None
+        self.path = path
+        self.descriptor: int | None = None
 
     def take(self) -> str | None:
         """What is wrong, if anything; where there are no locks, that is said and not wrong."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -82,7 +83,7 @@ def check_checkpoint(folder: str | Path) -> None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and name in _DTYPES
         is_metadata = module == _METADATA_MODULE and name in _METADATA_CLASSES
         if not (is_dtype or is_metadata or (module, name) in _OTHER_CLASSES):

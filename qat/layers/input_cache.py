@@ -52,8 +52,9 @@ class InputCache(threading.local):
             return _values(x, spec, dtype)
         if entry.values is None:
             has_codes = entry.quantized is not None
+            # Codes exist of inputs with a spec only, which a type checker cannot see.
             entry.values = (
-                ops.dequantize(entry.quantized, spec.format.name, dtype) if has_codes else _values(x, spec, dtype)
+                ops.dequantize(entry.quantized, spec.format.name, dtype) if has_codes else _values(x, spec, dtype)  # type: ignore[arg-type, union-attr]
             )
         return entry.values
 

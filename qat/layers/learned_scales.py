@@ -64,6 +64,7 @@ class LearnedRounding(Rounding):
     ) -> tuple[torch.Tensor, ...]:
         """The gradient of the offset, FP32 [N, K / block]."""
         quantized, fmt = self.quantize(weight, dtype, *learned), self.spec.format
+        assert fmt.block is not None, fmt.name
         values = ops.dequantize(quantized, fmt.name, torch.float32)
         viewed = weight.to(dtype).float()
         slope = torch.where(mx.saturates(viewed, quantized, fmt), values, values - viewed)

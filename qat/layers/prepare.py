@@ -15,12 +15,14 @@ from ..schemes.spec import Scheme
 from .learned_scales import SETTING
 from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
 
-DEFAULT_SCHEME = "MXFP8"
+DEFAULT_MAPPING: Mapping[type, str] = {nn.Linear: "MXFP8"}
+# Scheme names by module type or glob. Three types, because a Mapping is invariant in its keys.
+SchemeMapping = Mapping[type, str] | Mapping[str, str] | Mapping[type | str, str]
 
 
 def prepare_qat(
     model: nn.Module,
-    mapping: Mapping[type | str, str] | None = None,
+    mapping: SchemeMapping | None = None,
     ignore: Iterable[str] = ("lm_head",),
     weight_scale_rule: str | None = None,
     input_scale_rule: str | None = None,
@@ -48,14 +50,14 @@ def prepare_qat(
         ValueError: an unknown scheme, rule or key, a key that matches no linear layer, a layer that the blocks of its
             scheme do not divide, or nothing left to quantize. The model is unchanged then.
     """
-    mapping = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or {nn.Linear: DEFAULT_SCHEME}).items()}
+    by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    schemes = {name: get_scheme(name, weight_scale_rule, input_scale_rule) for name in dict.fromkeys(mapping.values())}
+    schemes = {name: get_scheme(name, weight_scale_rule, input_scale_rule) for name in dict.fromkeys(by_name.values())}
     for name, rules in (scale_rules or {}).items():
         if name in schemes:
             schemes[name] = schemes[name].with_rules(**rules)
 
-    chosen, left_alone = _choose_sites(model, mapping, ignore)
+    chosen, left_alone = _choose_sites(model, by_name, ignore)
     for site, scheme in chosen:
         KINDS[site.kind].check(site.module, schemes[scheme], site.name)
     if learn_exponent:
@@ -63,14 +65,20 @@ def prepare_qat(
     for site, scheme in chosen:
         KINDS[site.kind].convert(site.module, schemes[scheme], site.name, learn_exponent)
 
-    model.qat_config = QATConfig(
-        mapping=mapping,
+    config = QATConfig(
+        mapping=by_name,
         ignore=ignore,
         scale_rules={name: scheme.rules for name, scheme in schemes.items()},
         training={SETTING: True} if learn_exponent else {},
     )
-    _print_summary(model.qat_config, chosen, left_alone)
+    set_qat_config(model, config)
+    _print_summary(config, chosen, left_alone)
     return model
+
+
+def set_qat_config(model: nn.Module, config: QATConfig) -> None:
+    """Let `model.qat_config` be `config`."""
+    model.qat_config = config  # type: ignore[assignment]  # nn.Module declares tensors and modules only
 
 
 def replace_with_quant_linear(model: nn.Module, schemes: Mapping[str, Scheme] | Scheme) -> nn.Module:

@@ -74,7 +74,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def convert(module: nn.Linear, scheme: Scheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:
+def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:
     """Turn `module` into a QuantLinear in place: same object, same Parameters.
 
     With `learn_exponent` its weight quantizer gets a parameter of its own, see `TensorQuantizer`.
@@ -85,6 +85,7 @@ def convert(module: nn.Linear, scheme: Scheme, name: str = "", learn_exponent: b
     """
     check_convertible(module, scheme, name)
     module.__class__ = QuantLinear
+    assert isinstance(module, QuantLinear)  # for type checkers, which do not follow __class__
     module.weight_quantizer = TensorQuantizer.of(scheme.weight)
     module.input_quantizer = TensorQuantizer.of(scheme.input or scheme.weight)
     module.output_quantizer = TensorQuantizer.of(scheme.weight, if_quant=False)

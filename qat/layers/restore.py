@@ -9,7 +9,7 @@ from torch import nn
 
 from ..schemes.config import QATConfig
 from .learned_scales import SETTING
-from .prepare import prepare_qat
+from .prepare import prepare_qat, set_qat_config
 from .sites import quantized_sites
 
 
@@ -27,9 +27,9 @@ def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool |
         model, config.mapping, config.ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules
     )
     if learn_exponent is None:
-        model.qat_config = config
+        set_qat_config(model, config)
     else:
-        model.qat_config = replace(config, training={SETTING: True} if learn_exponent else {})
+        set_qat_config(model, replace(config, training={SETTING: True} if learn_exponent else {}))
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class Site:
     """
 
     name: str
-    module: nn.Module
+    module: Any  # an nn.Module; nn.Module declares that each of its attributes is a tensor or a module
     parameter: str
     kind: str
 

@@ -34,6 +34,9 @@ class TensorQuantizer(nn.Module):
         ValueError: an argument that no format has.
     """
 
+    exponent_offset: nn.Parameter | None
+    scale: torch.Tensor | None
+
     def __init__(
         self,
         data_type: str = "mx_fp",
@@ -53,6 +56,7 @@ class TensorQuantizer(nn.Module):
         self._enabled = True
         self.register_parameter("exponent_offset", None)
         if learn_exponent:
+            assert scale_shape is not None
             self.learn_exponents(scale_shape, device)
         scale = None
         if scale_shape is not None:
@@ -67,7 +71,7 @@ class TensorQuantizer(nn.Module):
         quantizer.spec = spec
         return quantizer
 
-    def learn_exponents(self, shape: tuple[int, int], device: torch.device | str | None = None) -> None:
+    def learn_exponents(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> None:
         """From now on train the block exponents of a weight of this shape (N, K)."""
         check_learnable(self.spec.format)
         offset = torch.zeros(self.spec.format.scale_shape(shape), dtype=torch.float32, device=device)

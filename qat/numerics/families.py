@@ -5,6 +5,7 @@ A family is a module of this package with a dictionary FORMATS and the functions
     quantize(x, fmt, rule, dtype) -> Quantized          x [..., K], seen in `dtype` (None: its own)
     dequantize(quantized, fmt, dtype) -> Tensor         [..., K] in `dtype`
     fake_quantize(x, fmt, rule, dtype) -> Tensor        dequantize(quantize(x)), bit for bit
+    quantize_to_scale(x, scale, fmt, dtype) -> Tensor   the codes of x under given scales
     saturates(x, quantized, fmt) -> Tensor              bool [..., K]: which values exceed the largest of their block
     broken_blocks(quantized, fmt) -> Tensor             how many blocks are NaN because they held NaN or infinity
 
@@ -26,7 +27,7 @@ def families() -> dict[str, ModuleType]:
     """The family of each format, by the format's name."""
     import qat.numerics as package
 
-    found = {}
+    found: dict[str, ModuleType] = {}
     for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(info.name) if info.name not in (__name__, f"{package.__name__}.ops") else None
         found |= dict.fromkeys(getattr(module, "FORMATS", {}), module)

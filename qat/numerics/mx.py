@@ -82,6 +82,7 @@ def broken_blocks(quantized: Quantized, fmt: Format) -> torch.Tensor:
 
 
 def _in_blocks(x: torch.Tensor, fmt: Format) -> torch.Tensor:
+    assert fmt.block is not None, fmt.name
     return x.unflatten(-1, (x.shape[-1] // fmt.block, fmt.block))
 
 

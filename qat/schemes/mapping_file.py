@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .presets import SCHEMES
 
@@ -52,7 +53,7 @@ def load_measurement(path: str | Path) -> dict[str, object]:
     return found
 
 
-def _read(path: str | Path):
+def _read(path: str | Path) -> Any:
     """Whatever JSON the file holds; ValueError if none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

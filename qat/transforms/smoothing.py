@@ -50,12 +50,14 @@ class _Group:
         """The largest value over all copies of each of the producer's outputs."""
         if self.copies == 1:
             return channels
+        assert self.head is not None
         return channels.view(-1, self.copies, self.head).amax(1).flatten()
 
     def by_channel(self, outputs: torch.Tensor) -> torch.Tensor:
         """A value for each of the producer's outputs, copied as the outputs are."""
         if self.copies == 1:
             return outputs
+        assert self.head is not None
         return outputs.view(-1, 1, self.head).expand(-1, self.copies, -1).flatten()
 
 
@@ -156,7 +158,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    seen, shared = set(), set()
+    seen: set[nn.Parameter] = set()
+    shared: set[nn.Parameter] = set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             (shared if parameter in seen else seen).add(parameter)
@@ -182,18 +185,20 @@ def _divide_output(producer: nn.Module, factors: torch.Tensor) -> None:
     if isinstance(producer, nn.Linear):
         producer.weight.div_(factors[:, None].to(producer.weight.dtype))
     else:
-        offset = _weight_offset(producer)
-        producer.weight.copy_((producer.weight + offset) / factors - offset)
-    if getattr(producer, "bias", None) is not None:
-        producer.bias.div_(factors.to(producer.bias.dtype))
+        weight, offset = producer.get_parameter("weight"), _weight_offset(producer)
+        weight.copy_((weight + offset) / factors - offset)
+    bias: torch.Tensor | None = getattr(producer, "bias", None)
+    if bias is not None:
+        bias.div_(factors.to(bias.dtype))
 
 
 def _weight_offset(norm: nn.Module) -> float:
     """0 where a norm multiplies by its weight, 1 where it multiplies by 1 + weight, as Gemma's do."""
-    kept = norm.weight.clone()
+    weight = norm.get_parameter("weight")
+    kept = weight.clone()
     x = torch.randn(1, 1, kept.numel(), device=kept.device, dtype=kept.dtype)
-    norm.weight.zero_()
-    bias = 0 if getattr(norm, "bias", None) is None else norm.bias
-    offset = float((norm(x) - bias).abs().max() > 0)
-    norm.weight.copy_(kept)
+    weight.zero_()
+    bias: torch.Tensor | None = getattr(norm, "bias", None)
+    offset = float((norm(x) - (0 if bias is None else bias)).abs().max() > 0)
+    weight.copy_(kept)
     return offset

@@ -57,7 +57,7 @@ class Arguments(NamedTuple):
     @property
     def facts(self) -> CardFacts:
         """For the model card."""
-        return CardFacts(self.model.model_name_or_path, self.data.dataset)
+        return CardFacts(self.model.model_name_or_path, self.data.dataset, self.data.eval_dataset)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:

@@ -25,15 +25,15 @@ class AutoRound(CompressedTensors):
 
     def can_hold(self, scheme: Scheme) -> str | None:
         """See `Dialect.can_hold`."""
-        specs = scheme.weight, scheme.input
-        if any(spec is None or spec.format.name not in FORMATS for spec in specs):
+        weight, inputs = scheme.weight, scheme.input
+        if inputs is None or not {weight.format.name, inputs.format.name} <= set(FORMATS):
             return (
                 f"is quantized in {scheme.name}, which this program does not write in AutoRound's format; use the "
                 "export format compressed-tensors"
             )
-        if scheme.input.rule not in _INPUT_RULES:
+        if inputs.rule not in _INPUT_RULES:
             return (
-                f"quantizes its input under rule {scheme.input.rule!r}, which AutoRound's format cannot hold: it knows "
+                f"quantizes its input under rule {inputs.rule!r}, which AutoRound's format cannot hold: it knows "
                 f"{', '.join(_INPUT_RULES)}; use the export format compressed-tensors"
             )
         return None
@@ -57,11 +57,12 @@ class AutoRound(CompressedTensors):
 
     def input_rule(self, scheme: Scheme) -> str | None:
         """See `Dialect.input_rule`."""
-        return scheme.input.rule
+        return None if scheme.input is None else scheme.input.rule
 
 
 def _settings(scheme: Scheme) -> dict:
     weight, inputs = scheme.weight, scheme.input
+    assert inputs is not None, f"{scheme.name} passed can_hold"
     return {
         "data_type": weight.format.data_type, "bits": weight.bits, "group_size": weight.block_size, "sym": True,
         "act_data_type": inputs.data_type, "act_bits": inputs.bits, "act_group_size": inputs.block_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -91,7 +92,7 @@ def quantize_to_scale(
     return codes
 
 
-def _function(verb: str, pointers: int, *dtypes: torch.dtype):
+def _function(verb: str, pointers: int, *dtypes: torch.dtype) -> Callable[..., None]:
     return function(verb, dtypes, pointers, ctypes.c_int64, ctypes.POINTER(_Format), ctypes.c_int)
 
 

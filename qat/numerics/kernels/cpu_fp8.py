@@ -55,7 +55,14 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     return out
 
 
-def _run(verb: str, first: torch.Tensor, others: tuple[torch.Tensor, ...], columns: int, row_scale, *dtypes) -> None:
+def _run(
+    verb: str,
+    first: torch.Tensor,
+    others: tuple[torch.Tensor, ...],
+    columns: int,
+    row_scale: _RowScale | None,
+    *dtypes: torch.dtype,
+) -> None:
     rest = [ctypes.c_int64, ctypes.c_int64] + ([] if row_scale is None else [ctypes.POINTER(_RowScale)])
     run = function(verb, dtypes, 1 + len(others), *rest, ctypes.c_int)
     if first.numel():

@@ -6,6 +6,8 @@ not fused, and BF16 scales and quotients are rounded to nearest even. The second
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..formats import BF16, Format, Quantized
@@ -62,7 +64,7 @@ def _rule(fmt: Format, rule: str, dtype: torch.dtype) -> dict:
     }  # fmt: skip
 
 
-def _launch(kernel, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, options: dict) -> None:
+def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, options: dict) -> None:
     if x.numel():
         columns = x.shape[-1]
         launch(kernel, (x.numel() // columns,), tensors, columns, COLUMNS=_COLUMNS, num_warps=_WARPS, **options)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale_e8m0_biased.contiguous(), out)
-    options = {"MANTISSA_BITS": fmt.element.mantissa_bits, **_codes(fmt.element)}
+    options: dict[str, Any] = {"MANTISSA_BITS": fmt.element.mantissa_bits, **_codes(fmt.element)}
     options |= {"BIAS_FACTOR": 2.0 ** (126 + fmt.element.emin), "VIEW": triton_dtype(dtype)}
     _launch("dequantize", dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
@@ -137,14 +138,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def triton_dtype(dtype: torch.dtype):
+def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype; int16 for BF16 in the interpreter."""
     if dtype == torch.bfloat16 and interpreting():
         return tl.int16
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def launch(kernel, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *sizes: int, **options) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *sizes: int, **options: Any) -> None:
     """Start `kernel` on the device of its tensors, without fused multiply-adds."""
     device = tensors[0].device
     if interpreting():
@@ -169,7 +170,7 @@ def _codes(element: Element) -> dict[str, int]:
     return {"BITS": element.bits, "MAX_CODE": element.largest_code}
 
 
-def _launch(name: str, kernel, tensors: tuple[torch.Tensor, ...], blocks: int, options: dict) -> None:
+def _launch(name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], blocks: int, options: dict) -> None:
     if blocks:
         rows, warps = _TILES[name]
         launch(kernel, (triton.cdiv(blocks, rows),), tensors, blocks, ROWS=rows, num_warps=warps, **options)
