@@ -280,7 +280,7 @@ def compare_triton_with_reference(device: str, blocks: int) -> None:
         x = x[torch.randperm(len(x), generator=generator)[: blocks // 3]]
         for fmt, rule in FP8:
             assert_equals_plain(fp8, triton_fp8, x.to(device), fmt, rule, view)
-    long = torch.randn(5, 5000, generator=generator).bfloat16()
+    long = torch.randn(2, 40000, generator=generator).bfloat16()  # in several tiles
     assert_equals_plain(fp8, triton_fp8, long.to(device), *FP8[1])
 
 
