@@ -271,8 +271,8 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         "torch_compile_mode",
         "torch_empty_cache_steps",
         bf16="Default: linear layers compute in BF16 over FP32 master weights, on CPUs too.",
-        fp16="On GPUs, where no test covers it. The loss scaler skips steps whose gradient overflows; they do not count for "
-        "--max_nan_steps.",
+        fp16="On GPUs, where no test covers it. The loss scaler skips steps whose gradient overflows; they do not count "
+        "for --max_nan_steps.",
         torch_compile="Losses are computed outside of the compiled graph; inputs are not monitored.",
         activation_checkpointing="Not together with fsdp_activation_checkpointing.",
         activation_checkpointing_kwargs="every_n_layers works everywhere, offload needs a GPU.",
