@@ -176,7 +176,7 @@ def test_files_and_functions_in_backticks_exist(page):
 
 def test_the_tree_of_the_architecture_names_every_room_and_the_files_of_qat():
     (tree,) = blocks_of(ROOT / "docs" / "architecture.md", "")
-    folders, files = (set(re.findall(pattern, tree)) for pattern in (r"(\w+)/", r"\w+\.py"))
+    folders, files = (set(re.findall(pattern, tree)) for pattern in (r"(\w+)/", r"\w+\.py(?:\.typed)?|py\.typed"))
     for package in ("qat", "data", "training"):
         paths = [path for path in (ROOT / package).iterdir() if path.stem not in ("__init__", "__pycache__")]
         assert {path.name for path in paths if path.is_dir()} <= folders

@@ -27,6 +27,7 @@ from qat import QATConfig
 from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned_scales import check_compute_dtype
 
+from .arguments.trainer_options import check_with_teacher
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
 from .backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
@@ -87,6 +88,7 @@ class QATTrainer(FaultTolerantTrainer):
         self.teacher: Teacher | None = None
         self._collators = {"train": self.data_collator, "eval": self.data_collator}
         if teacher is not None:
+            check_with_teacher(self.args)
             self.teacher = as_teacher(teacher, self.model, self.head, self.accelerator)
             self._collators = {which: self.teacher.collate(self.data_collator, which) for which in self._collators}
             self.data_collator = self._collators["train"]

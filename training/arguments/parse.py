@@ -22,6 +22,7 @@ from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
 from .model import ModelArguments
 from .quantization import QuantizationArguments
+from .trainer_options import check_with_teacher
 from .training import TrainingArguments
 
 GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments)
@@ -155,5 +156,7 @@ def _check_together(arguments: Arguments) -> None:
             "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
             "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
         )
+    if distillation.distill:
+        check_with_teacher(training)
     if distillation.distill_teacher == "self" and training.do_train:
         raise ValueError(SELF_IN_TRAINING)

@@ -10,6 +10,8 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from .trainer_options import check_trainer_options
+
 GATHER_DTYPES = ("float32", "bfloat16")
 
 
@@ -54,6 +56,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_trainer_options(self)
         if self.group_by_length:
             self.train_sampling_strategy = "group_by_length"
         if self.max_nan_steps < 0:

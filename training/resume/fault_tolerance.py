@@ -90,13 +90,13 @@ class FaultTolerantTrainer(Trainer):
         self._train_sampler = EpochSampler(len(dataset), seed, lengths, group)
         return self._train_sampler
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, model, epoch, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # transformers 5.23 would train a step too many
             self.control.should_training_stop = True
             return
         if self._train_sampler is not None:  # accelerate 1.15 loses it behind skipped batches of several processes
-            self._train_sampler.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
+            self._train_sampler.set_epoch(epoch)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Trainer's own; training draws the same random numbers whether and how often it is called."""
@@ -107,18 +107,20 @@ class FaultTolerantTrainer(Trainer):
 
     # ---- Continuing ----
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         epoch, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         is_stream = not has_length(self.train_dataset)
         steps = None if is_stream else num_update_steps_per_epoch
         samples = self.get_total_train_batch_size(self.args)
         self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, **self._settings)
         self._progress = {}
-        if checkpoint is None:
+        if resume_from_checkpoint is None:
             return epoch, batches
-        self._progress = self._record.check(checkpoint, self.args.ignore_data_skip)
+        self._progress = self._record.check(resume_from_checkpoint, self.args.ignore_data_skip)
         self._find_best_checkpoint(trial)
         if is_stream and "max_steps" in self._progress and not self.args.ignore_data_skip:
             # transformers counts a stream's epochs by max_steps, though it may have begun again before
@@ -126,6 +128,12 @@ class FaultTolerantTrainer(Trainer):
             batches_in_epoch = self._progress["max_steps"] * self.args.gradient_accumulation_steps
             batches = round((self.state.epoch - epoch) * batches_in_epoch)
         return epoch, batches
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        """Trainer's own. With --save_strategy best, Trainer saves after an evaluation only if this is True, though
+        SIGTERM asked for a checkpoint."""
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        return is_new_best or self._guard.interrupted
 
     def _find_best_checkpoint(self, trial) -> None:
         """The state says where the best checkpoint lies; only a folder of this run's own is believed."""
