@@ -9,7 +9,7 @@ import yaml
 from helpers import ROOT
 
 from benchmarks.accuracy_rows import ROWS
-from training.arguments.parse import parse_arguments
+from training.arguments.parse import as_flags, parse_arguments
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -41,11 +41,11 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
 def test_lists_and_mappings_in_the_file_mean_what_flags_mean(tmp_path):
     path = write(
         tmp_path,
-        "model_name_or_path: m\noutput_dir: o\nlabel_names: [labels]\n"
-        "lr_scheduler_kwargs: {num_cycles: 2}\nrun_name: null\n",
+        "model_name_or_path: m\noutput_dir: o\nlr_scheduler_kwargs: {num_cycles: 2}\nrun_name: null\n",
     )
     training = parse_arguments([path]).training
-    assert training.label_names == ["labels"] and training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and not training.run_name
+    assert as_flags({"include_for_metrics": ["loss", "inputs"]}, path) == ["--include_for_metrics", "loss", "inputs"]
 
 
 @pytest.mark.parametrize(
