@@ -10,10 +10,12 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qat.files.build_once import build_once
+
 from .bad_samples import BadSamplePolicy
 from .conversations.formatting import Formatter, set_chat_template
 from .sets.building import build
-from .sets.cache import build_once, default_root, fingerprint
+from .sets.cache import default_root, fingerprint
 from .sets.collating import SupervisedCollator
 from .sets.packing import PackedDataset, check_packing, needs_one_row
 from .sets.selection import collect, split_pools

@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from data.conversations.formatting import IGNORE_INDEX
-from data.sets.cache import build_once, default_root, fingerprint
+from data.sets.cache import default_root, fingerprint
+from qat.files.build_once import build_once
 
 from ..arguments.distillation import CacheSettings
 from ..losses.distillation import HiddenRows, SampledRows, chunks
