@@ -22,7 +22,7 @@ ROOMS = {
     "data/sources": {"data/bad_samples.py"},
     "data/conversations": {"data/bad_samples.py"},
     "data/sets": {"data/bad_samples.py", "data/sources", "data/conversations", "qat/files"},
-    "data/supervised.py": {"data/*"},
+    "data/supervised.py": {"data/*", "qat/files"},
     "data/preview.py": {"data/*"},
     "training/arguments": {"qat/*", "data/*"},
     "training/backends": {"qat/*"},

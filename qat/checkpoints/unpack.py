@@ -22,15 +22,15 @@ from ..numerics import ops
 from ..numerics.families import get_format
 from ..numerics.formats import BF16, Format, Quantized
 from ..schemes.config import QATConfig
-from ..schemes.presets import get_scheme
+from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import VIEW_DTYPE
-from .dialects import dialect_of
+from .dialects import DIALECTS, dialect_of
 from .folder import CONFIG_NAME, CheckpointFolder
 
 logger = logging.getLogger(__name__)
 
-# Formats of weights that are told by their tensors, and the scheme of a layer that has one.
-_WEIGHT_FORMATS = {"mxfp4": "MXFP4", "mxfp8": "MXFP8", "fp8_channel": "FP8"}
+# Formats of weights, which their tensors tell apart, and the first scheme that has each.
+_WEIGHT_FORMATS = {scheme.weight.format.name: name for name, scheme in reversed(PRESETS.items())}
 _KNOWN = ", ".join(_WEIGHT_FORMATS.values())
 _SCALE = ".weight_scale"
 
@@ -43,7 +43,7 @@ def is_packed(folder: str | Path) -> bool:
     # As JSON: AutoConfig would ask at the terminal whether to run a folder's own code.
     quantization_config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
     method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
-    return method in ("compressed-tensors", "auto-round")
+    return method in {dialect.quant_method for dialect in DIALECTS.values()}
 
 
 def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:

@@ -27,7 +27,9 @@ ROWS = [
     for dialect in DIALECTS.values()
     if not name.endswith("_RCEIL") and dialect.can_hold(get_scheme(name, rule)) is None
 ]
-INPUTS = sorted({(s.input.format.name, DIALECTS["compressed-tensors"].input_rule(s)) for s in map(get_scheme, SCHEMES)})
+INPUTS = sorted(
+    {(s.input.format.name, DIALECTS["compressed-tensors"].input_rule(s)) for s in map(get_scheme, SCHEMES) if s.input}
+)
 
 
 def make_source(folder: Path, scheme: str, rule: str, **kwargs) -> Path:
