@@ -30,7 +30,9 @@ from .folder import CONFIG_NAME, CheckpointFolder
 logger = logging.getLogger(__name__)
 
 # Formats of weights, which their tensors tell apart, and the first scheme that has each.
-_WEIGHT_FORMATS = {scheme.weight.format.name: name for name, scheme in reversed(PRESETS.items())}
+_WEIGHT_FORMATS: dict[str, str] = {}
+for _name, _scheme in PRESETS.items():
+    _WEIGHT_FORMATS.setdefault(_scheme.weight.format.name, _name)
 _KNOWN = ", ".join(_WEIGHT_FORMATS.values())
 _SCALE = ".weight_scale"
 
