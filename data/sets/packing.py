@@ -107,7 +107,7 @@ def check_packing(model: nn.Module) -> None:
     if name is not None and name not in _MASKED and "flash" not in name:
         raise ValueError(
             f"--packing True: attention implementation {name!r} is not known to keep packed samples apart; "
-            f"use --attn_implementation with one of {', '.join(_MASKED)} or flash_attention_2, or --packing False"
+            f"set --packing False, or load the model with attn_implementation one of {', '.join(_MASKED)}, flash_attention_2"
         )
     device = next(model.parameters()).device
     stands_in = needs_one_row(model) and device.type != "cuda"

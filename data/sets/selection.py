@@ -108,7 +108,7 @@ def split_pools(
         pools: one per source of the training set.
         held_out: beside each, the pool that evaluates it, or None to hold samples out of the pool itself; or any number
             of evaluation pools of their own.
-        train_size, eval_size: numbers of samples; between 0 and 1, shares; 0, all and the default.
+        train_size, eval_size: numbers of samples; between 0 and 1, fractions; 0, all and the default.
 
     Raises:
         ValueError: sizes that the data cannot give; a sample in both sets (policy "error").

@@ -34,7 +34,7 @@ def check_model_folder(folder: str | Path) -> None:
     """Refuse a local folder whose weights are pickled, or whose index points outside; hub ids pass.
 
     Raises:
-        ValueError: as said.
+        ValueError: the weights are pickled, or the index names a file outside.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -79,7 +79,7 @@ def check_checkpoint(folder: str | Path) -> None:
             with path.open("rb") as file:
                 _MetadataUnpickler(file).load()
         except Exception as error:
-            raise ValueError(f"{path} is no metadata of a sharded checkpoint: {error}") from error
+            raise ValueError(f"{path} is not the metadata of a sharded checkpoint: {error}") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

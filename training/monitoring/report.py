@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-_NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is no scalar of its time
+_NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is not a scalar of its step
 _TOTALS = ("runtime", "samples_per_second", "steps_per_second")  # ends of names that speak of a whole run
 _ORDER = ("loss", "kl", "perplexity", "learning_rate", "grad_norm")
 _COUNTS = ("labelled_tokens",)  # in a table, not in a panel
@@ -65,7 +65,7 @@ def collect_curves(log_history: list[dict]) -> Curves:
 
 
 def run_settings(trainer, *groups) -> dict[str, object]:
-    """What the report says of a run: its scheme and rules, and the arguments that differ from their defaults.
+    """The settings that the report lists: scheme and rules, and the arguments that differ from their defaults.
 
     Args:
         groups: dataclasses of arguments.
