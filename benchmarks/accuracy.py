@@ -49,8 +49,8 @@ from training.teachers.load import load_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
 OUT_OF_DOMAIN_PACKAGES = (
-    "accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml", "regex", "requests",
-    "safetensors", "sympy", "tokenizers", "tqdm", "transformers",
+    "accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml", "regex",
+    "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers",
 )  # fmt: skip
 LENGTH, BATCH = 256, 4
 

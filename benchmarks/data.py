@@ -1,4 +1,4 @@
-"""How fast data is prepared, how much of a batch is padding, and what memory it takes as the set grows.
+"""Measure data preparation: speed, padding of batches, and memory as the set grows.
 
     python benchmarks/data.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --out benchmarks/results
 

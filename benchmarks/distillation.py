@@ -1,4 +1,4 @@
-"""What distillation costs: memory of the loss, time of a step under each teacher, bytes and noise of a cache.
+"""Measure the cost of distillation: memory of the loss, time of a step per teacher, bytes and noise of a cache.
 
     python benchmarks/distillation.py --shape smollm2-135m --layers 6
     python benchmarks/distillation.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf

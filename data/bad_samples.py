@@ -1,4 +1,4 @@
-"""A sample that cannot be learned from: either the run ends with its file and line, or it is skipped and counted."""
+"""Bad samples: the run ends with the file and line of the first one, or skips and counts them."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ class QATTrainer(FaultTolerantTrainer):
             self._describe(output_dir or self.args.output_dir)
 
     def _describe(self, output_dir: str) -> None:
-        """What is no tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
+        """What is not a tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
         model = self.accelerator.unwrap_model(self.model)
         model.config.save_pretrained(output_dir)
         if self.processing_class is not None:

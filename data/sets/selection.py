@@ -160,7 +160,7 @@ def _eval_quotas(pools: list[Pool], held_out: list[Pool | None], eval_size: floa
 def _sized(
     pools: list[Pool], orders: list[np.ndarray], train_size: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """As many of each pool as size and weights say; with weights, as many as there are without repeating any."""
+    """Samples per pool by size and weights; with weights, as many as possible without repeating any."""
     available = [len(order) for order in orders]
     weights = [pool.source.weight for pool in pools]
     if weights[0] is not None:

@@ -33,7 +33,7 @@ _TOKENS = datasets.List(datasets.Value("int32"))
 
 
 class LoggedPolicy(BadSamplePolicy):
-    """A stream has no end at which to report: the first three are told at once, then each doubling of their number."""
+    """Log bad samples of a stream, which has no end: the first three at once, then each doubling of their number."""
 
     def handle(self, error: BadSample) -> None:
         super().handle(error)

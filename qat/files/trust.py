@@ -1,4 +1,4 @@
-"""What is read from a folder that somebody else wrote: safetensors and JSON, and no file outside of it.
+"""Restrict what is read from a folder of another author: safetensors and JSON, and no file outside of it.
 
 Pickles run code when they are loaded. transformers loads optimizer, scheduler and random states with `weights_only`;
 torch.distributed.checkpoint loads the `.metadata` of sharded states without, so that file is read here first by an
@@ -67,7 +67,7 @@ def check_index(path: Path) -> None:
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """The same for a checkpoint to resume from, with the metadata of its sharded states.
+    """Refuse the same in a checkpoint to resume from, and unsafe metadata of its sharded states.
 
     Raises:
         ValueError: it names files outside, or holds a pickle with anything but such metadata in it.

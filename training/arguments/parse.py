@@ -143,7 +143,7 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
 
 
 def _check_together(arguments: Arguments) -> None:
-    """Raises ValueError for settings of two groups that exclude each other."""
+    """Raise a ValueError for settings of two groups that exclude each other."""
     training, distillation = arguments.training, arguments.distillation
     metric = training.metric_for_best_model
     if metric in ("kl", "eval_kl") and not distillation.distill:

@@ -1,4 +1,4 @@
-"""The terms of the training loss apart, for the log: a blend of two numbers cannot be taken apart again."""
+"""Log each term of the training loss separately."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TermMeans:
         return figures
 
     def clear(self) -> None:
-        """Forget what was counted."""
+        """Reset all sums."""
         self._sums = torch.zeros_like(self._sums)
 
     def state(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What quantization does to a model while it trains, for the log: oscillating codes and saturated values.
+"""Log the effects of quantization during training: oscillating codes and saturated values.
 
 A weight near the border between two grid values can be pushed across and back by every other step, and its code with it
 (Nagel et al., arXiv:2203.11086). An oscillation is a change of the quantized value whose direction is opposite to that

@@ -1,4 +1,4 @@
-"""What a training run came to: `report.md` with final figures and settings, and `report.png` with the curves.
+"""Write the report of a training run: `report.md` with final figures and settings, `report.png` with curves.
 
 Everything comes from the Trainer's log history, which is also what checkpoints keep, so a resumed run reports the whole
 of itself, and a callback that logs a figure finds it drawn. Figures whose names differ in "eval_" or after a slash

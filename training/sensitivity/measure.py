@@ -6,7 +6,7 @@
 Each unit (a layer, or layers that engines fuse into one matrix) is quantized alone, first in the narrow and then in the
 wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on `--samples`
 training samples (rows, when packed), evenly spread: the evaluation set, on which `main.py` reports, must not choose.
-The divergence that a unit saves by the wide scheme decides which units get it (`bits_budget.py`). At the end the narrow,
+The divergence that a unit saves by the wide scheme decides which get it (`bits_budget.py`). At the end the narrow,
 the proposed and the wide model are measured as wholes, since divergences of single layers only about add up.
 
 With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes: give both the same value,
@@ -182,7 +182,7 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load, measure, write."""
+    """Load the model and data, measure, and write the results."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SensitivityArguments))
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)

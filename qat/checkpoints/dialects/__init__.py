@@ -18,7 +18,7 @@ from .compressed_tensors import CompressedTensors
 
 
 class Dialect(Protocol):
-    """What an export format knows.
+    """An export format.
 
     Attributes:
         name: as the command line has it.
