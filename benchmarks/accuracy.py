@@ -1,12 +1,13 @@
-"""How much of what MXFP4 costs is recovered, and by what: the table of the README.
+"""Measure how much of the accuracy that MXFP4 loses each recipe recovers: the table of docs/results.md.
 
     python benchmarks/accuracy.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --workers 4
 
 SmolLM2-135M-Instruct is fine-tuned in BF16 on python-docs (200 steps of 4 samples); every row starts from that
-checkpoint, with the same data order and seed, through the product's own Trainer. Columns: perplexity on the held-out
-split, perplexity on text from elsewhere (the descriptions of installed Python packages), KL to the BF16 model and
-agreement of the most likely token with it on the held-out split, steps, labelled tokens trained on, time. Share
-recovered is of the loss that FLOOR rounding costs: (ln FLOOR - ln row) / (ln FLOOR - ln BF16).
+checkpoint, with the same data order and seed, through QATTrainer. Columns: perplexity on the held-out
+split, perplexity on out-of-domain text (the descriptions of installed Python packages), KL to the BF16 model and
+agreement of the most likely token with it on the held-out split, steps, labelled tokens trained on, time. The
+recovered fraction is that of the loss added by FLOOR rounding without training:
+(ln FLOOR - ln row) / (ln FLOOR - ln BF16).
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ from training.teachers.cache import make_cached_teacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
-FOREIGN_PACKAGES = ("accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml",
-                    "regex", "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers")  # fmt: skip
+OUT_OF_DOMAIN_PACKAGES = (
+    "accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml", "regex",
+    "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers",
+)  # fmt: skip
 LENGTH, BATCH = 256, 4
 
 
-def foreign_text() -> str:
-    """Prose that is not Python's documentation: the long descriptions of installed packages, in a fixed order."""
+def out_of_domain_text() -> str:
+    """Out-of-domain text: the long descriptions of installed packages, in a fixed order."""
     texts = []
-    for name in FOREIGN_PACKAGES:
+    for name in OUT_OF_DOMAIN_PACKAGES:
         try:
             texts.append(metadata.metadata(name).get_payload() or "")
         except metadata.PackageNotFoundError:
@@ -81,15 +84,15 @@ def measure(model, teacher, tokenizer, eval_set, collate, device: str) -> dict[s
         nll, tokens = nll + sums.double().sum().item(), tokens + counts.sum().item()
         kl += forward_kl(ours, theirs).double().sum().item()
         agree += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-    ids = tokenizer(foreign_text(), return_tensors="pt").input_ids[0]
+    ids = tokenizer(out_of_domain_text(), return_tensors="pt").input_ids[0]
     ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:96].to(device)
-    foreign = 0.0
+    out_of_domain = 0.0
     for rows in ids.split(16):
         with torch.autocast(device, torch.bfloat16):
-            foreign += token_loss_sums(model(input_ids=rows).logits, rows)[0].double().sum().item()
+            out_of_domain += token_loss_sums(model(input_ids=rows).logits, rows)[0].double().sum().item()
     return {
         "perplexity": math.exp(nll / tokens), "kl": kl / tokens, "agreement": agree / tokens,
-        "foreign_perplexity": math.exp(foreign / (ids.shape[0] * (LENGTH - 1))),
+        "foreign_perplexity": math.exp(out_of_domain / (ids.shape[0] * (LENGTH - 1))),
     }  # fmt: skip
 
 
@@ -104,7 +107,7 @@ def load(path: str, gguf_file: str | None, device: str, packing: bool = False):
 
 
 def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTrainer:
-    """Train `model` as `row` says, with the product's own Trainer."""
+    """Train `model` as in `row`, with QATTrainer."""
     arguments = TrainingArguments(
         str(folder), max_steps=row.steps, learning_rate=row.lr, per_device_train_batch_size=BATCH, max_grad_norm=1.0,
         lr_scheduler_type=row.train.get("lr_scheduler_type", "linear"), seed=row.seed, data_seed=row.seed,
@@ -118,12 +121,12 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
         **row.trainer_options, **data,
     )  # fmt: skip
     trainer.train()
-    trainer.round_masters()  # what is measured is what would be saved
+    trainer.round_masters()  # the weights are measured as they would be saved
     return trainer
 
 
 def prepare(model, row: Row, data: dict) -> None:
-    """Quantize `model` as `row` says."""
+    """Quantize `model` as in `row`."""
     if row.scheme is None:
         return
     mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
@@ -188,7 +191,7 @@ def finetune(model_path: str, gguf_file: str | None, out: Path, device: str) -> 
 
 
 def finished_rows(out: Path, keys: list[str]) -> list[dict]:
-    """The rows that have finished, in order, with the share that they recover."""
+    """The rows that have finished, in order, with the fraction of the loss that they recover."""
     rows = [json.loads((out / f"{key}.json").read_text()) | {"row": key} for key in keys if _is_done(out, key)]
     by_key = {row["row"]: row["perplexity"] for row in rows}
     floor, bf16 = (math.log(by_key.get(key, math.nan)) for key in ("MXFP4-floor-floor", "bf16"))
@@ -205,8 +208,8 @@ def _is_done(out: Path, key: str) -> bool:
 
 
 def print_table(rows: list[dict]) -> None:
-    """One line a row."""
-    print(f"{'':<62}{'ppl':>7}{'recov.':>8}{'foreign':>9}{'KL':>8}{'top-1':>7}{'steps':>6}{'s':>6}")
+    """Print one line for each row."""
+    print(f"{'':<62}{'ppl':>7}{'recov.':>8}{'ood ppl':>9}{'KL':>8}{'top-1':>7}{'steps':>6}{'s':>6}")
     for row in rows:
         title = row["title"] + (f" (seed {row['seed']})" if "@" in row["row"] else "")
         print(
@@ -216,7 +219,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def write_csv(rows: list[dict], path: Path, workers: int, device: str) -> None:
-    """The same rows with device, versions, date and command."""
+    """Write the rows with device, versions, date and command."""
     about = environment(device)
     about["device"] += f", {workers} rows at a time"
     names = ["row", "title", "seed", "perplexity", "recovered", "foreign_perplexity", "kl", "agreement", "steps",

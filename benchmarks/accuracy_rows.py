@@ -30,14 +30,15 @@ class Row:
     smooth_alpha: float = 0.0
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
-    teacher: str = "copy"  # or "cache", as --distill_teacher says
+    teacher: str = "copy"  # or "cache", as with --distill_teacher
     first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
     bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
 
 
 def of_recipe(name: str, title: str, **changes) -> Row:
-    """What recipes/NAME.yaml says about quantization, loss and data, with changes; steps and learning rate are ours,
-    for a model of 135 M parameters."""
+    """The quantization, loss and data of recipes/NAME.yaml, with changes.
+
+    Steps and learning rate are chosen for a model of 135 M parameters."""
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     distill = recipe.get("distill", False)
     settings = {
@@ -59,11 +60,11 @@ for _scheme in ("MXFP4", "MXFP8"):
     for _weights, _inputs in (("floor", "floor"), ("even", "even"), ("rceil", "rceil"), ("search", "even"),
                               ("search", "rceil")):  # fmt: skip
         ROWS[f"{_scheme}-{_weights}-{_inputs}"] = Row(
-            f"{_scheme} untrained, weights {_weights}, inputs {_inputs}", _scheme, _weights, _inputs
+            f"{_scheme} PTQ, weights {_weights}, inputs {_inputs}", _scheme, _weights, _inputs
         )
 for _alpha in (0.3, 0.5, 0.7, 0.9):
     ROWS[f"untrained-smooth-{_alpha}"] = Row(
-        f"MXFP4 untrained, search, even, smoothed {_alpha}", weights="search", inputs="even", smooth_alpha=_alpha
+        f"MXFP4 PTQ with smoothing {_alpha}, search, even", weights="search", inputs="even", smooth_alpha=_alpha
     )
 ROWS |= {
     "inc": of_recipe("mxfp4-reference", "cross-entropy, FLOOR, lr 1e-5 (the reference's recipe)"),
@@ -98,7 +99,7 @@ for _lr in ("3e-3", "1e-2", "3e-2"):
 ROWS |= {
     "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
     "progressive-150": default("default, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
-    "mixed-untrained": Row("mixed at 5 bits a weight, untrained", weights="search", inputs="even", bits_budget=5.0),
+    "mixed-untrained": Row("mixed at 5 bits a weight, PTQ", weights="search", inputs="even", bits_budget=5.0),
     "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
 HEADLINE = ("default", "default-600")

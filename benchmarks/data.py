@@ -1,4 +1,4 @@
-"""How fast data is prepared, how much of a batch is padding, and what memory it takes as the set grows.
+"""Measure data preparation: speed, padding of batches, and memory as the set grows.
 
     python benchmarks/data.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --out benchmarks/results
 
@@ -36,7 +36,7 @@ from data.conversations.formatting import Formatter  # noqa: E402
 from data.sets.building import build, cores  # noqa: E402
 from data.sets.packing import plan_packing  # noqa: E402
 from data.sets.selection import Chosen, collect  # noqa: E402
-from data.sets.summary import padding_share  # noqa: E402
+from data.sets.summary import padding_fraction  # noqa: E402
 from data.sources.python_docs import read_python_docs  # noqa: E402
 from data.sources.readers import parse_sources  # noqa: E402
 
@@ -171,15 +171,15 @@ def time_tokenization(
 
 
 def report_padding(report: Report, lengths: np.ndarray, args: argparse.Namespace) -> None:
-    """The share of a batch that is padding."""
+    """Report the fraction of a batch that is padding."""
     rows = len(plan_packing(lengths.tolist(), args.max_length))
-    shares = {
+    fractions = {
         "every sample to the maximum length": 1 - int(lengths.sum()) / (len(lengths) * args.max_length),
-        f"batches of {args.batch_size}": padding_share(lengths, args.batch_size),
+        f"batches of {args.batch_size}": padding_fraction(lengths, args.batch_size),
         f"packed into rows of {args.max_length}": 1 - int(lengths.sum()) / (rows * args.max_length),
     }
-    for way, share in shares.items():
-        report.add(f"padding, {way}", 100 * share, unit="%")
+    for way, fraction in fractions.items():
+        report.add(f"padding, {way}", 100 * fraction, unit="%")
 
 
 # ---- Memory ----

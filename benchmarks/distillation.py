@@ -1,4 +1,4 @@
-"""What distillation costs: memory of the loss, time of a step under each teacher, bytes and noise of a cache.
+"""Measure the cost of distillation: memory of the loss, time of a step per teacher, bytes and noise of a cache.
 
     python benchmarks/distillation.py --shape smollm2-135m --layers 6
     python benchmarks/distillation.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf
@@ -59,8 +59,8 @@ class Losses:
 
     def sampled(self, settings: CacheSettings) -> SampledRows:
         """What a cache holds of the batch."""
-        said = self.teacher.rows(self.batch)
-        parts = [sample_rows(said.head(rows), settings) for rows in said.hidden.split(256)]
+        hidden_rows = self.teacher.rows(self.batch)
+        parts = [sample_rows(hidden_rows.head(rows), settings) for rows in hidden_rows.hidden.split(256)]
         return as_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
     def whole(self, distill: bool) -> torch.Tensor:
@@ -70,13 +70,13 @@ class Losses:
         rows = labelled_rows(logits.float(), self.labels)
         if not distill:
             return nn.functional.cross_entropy(rows, self.labels[:, 1:].flatten())
-        said = self.teacher.rows(self.batch)
+        hidden_rows = self.teacher.rows(self.batch)
         with torch.no_grad():
-            teacher = said.head(said.hidden)
+            teacher = hidden_rows.head(hidden_rows.hidden)
         return forward_kl(rows, teacher).mean()
 
     def chunked(self, teacher: HiddenRows | SampledRows | None) -> torch.Tensor:
-        """The product's way."""
+        """The loss of QATTrainer, in chunks."""
         objective = Objective(self.labels, teacher, {"kl": 1.0} if teacher else {"ce": 1.0})
         with torch.autocast(self.device.type, torch.bfloat16):
             return self.student(**self.inputs, objective=objective)["loss"] / len(objective.targets)

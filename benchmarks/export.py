@@ -1,4 +1,4 @@
-"""How fast is packing, how small the result, how much memory does it take?
+"""Measure the time, output size and memory of packing a checkpoint.
 
     python benchmarks/export.py [--gib 1] [--shards 4]
 
@@ -104,7 +104,7 @@ def export_once(source: str, target: str, scheme: str) -> None:
 
 
 def peak_resident_bytes() -> int:
-    """The kernel's high-water mark of this process (Linux); unlike getrusage's, it knows nothing of the parent."""
+    """The kernel's high-water mark of this process (Linux); unlike getrusage's, it does not include the parent."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 

@@ -1,4 +1,4 @@
-"""How long one fake quantization takes, as a multiple of copying the same tensor.
+"""Measure the time of one fake quantization, as a multiple of copying the same tensor.
 
     python benchmarks/fake_quant.py --out benchmarks/results
     python benchmarks/fake_quant.py --device cuda

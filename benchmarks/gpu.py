@@ -77,7 +77,7 @@ def count_different(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def time_kernels(report: Report) -> None:
-    """Bytes moved over time, as a share of what a copy of the tensor achieves."""
+    """Bytes moved over time, as a fraction of what a copy of the tensor achieves."""
     for shape in SHAPES:
         x = torch.randn(shape, device="cuda").bfloat16()
         target = torch.empty_like(x)
@@ -94,14 +94,14 @@ def time_kernels(report: Report) -> None:
                 "unpack": lambda k=kernels, f=fmt, q=quantized: k.dequantize(q, f, torch.bfloat16),
             }
             for name, call in calls.items():
-                share = moved[name] / device_seconds(call) / copy_rate
-                report.add(f"{name} {fmt.name} {shape[0]}x{shape[1]}", share, "0.80" if name == "fake" else "0.70")
+                fraction = moved[name] / device_seconds(call) / copy_rate
+                report.add(f"{name} {fmt.name} {shape[0]}x{shape[1]}", fraction, "0.80" if name == "fake" else "0.70")
         master = torch.randn(shape, device="cuda")
         for fmt in formats().values():
             kernels, rule = kernels_for(x, fmt), fmt.rules[0]
             seconds = device_seconds(lambda k=kernels, f=fmt, r=rule: k.fake_quantize(master, f, r, torch.bfloat16))  # noqa: B023
-            share = (master.nbytes + x.nbytes) / seconds / copy_rate
-            report.add(f"fake {fmt.name} FP32 seen as BF16 {shape[0]}x{shape[1]}", share)
+            fraction = (master.nbytes + x.nbytes) / seconds / copy_rate
+            report.add(f"fake {fmt.name} FP32 seen as BF16 {shape[0]}x{shape[1]}", fraction)
 
 
 def fake_mxfp4(x: torch.Tensor) -> torch.Tensor:
@@ -256,7 +256,7 @@ def saved_bytes(report: Report) -> None:
 
 
 def free_memory() -> None:
-    """Give back what nobody refers to any more."""
+    """Free memory that is no longer referenced."""
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -1,12 +1,13 @@
-"""Is training on two GPUs the training on one? main.py fine-tunes, trains with quantization and distils, in one process
-and by each backend.
+"""Compare training on two GPUs with training on one: main.py in one process and with each backend.
+
+Each stage is compared: fine-tuning, QAT and QAT with distillation.
 
     python benchmarks/multi_gpu.py --out benchmarks/results                 # two GPUs, about six minutes
     python benchmarks/multi_gpu.py --device cpu --backends ddp,fsdp2        # two gloo processes
 
 The reference is one process that accumulates over as many batches as the others have processes, so that all see the
-same batches in the same order. Compared are the losses of all steps, the final weights, and the losses of a run that
-goes on from a checkpoint in the middle. A backend that fails is a row with its error.
+same batches in the same order. The table compares the losses of all steps, the final weights, and the losses of a run
+that resumes from a checkpoint in the middle. A backend that fails is a row with its error.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Runs:
 
 
 def last_error(log: Path) -> str:
-    """The line that says what went wrong, else the last one."""
+    """The line with the error, else the last one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line and "error_file" not in line]
     return (errors or lines or ["no output"])[-1 if not errors else 0][:300]
@@ -159,7 +160,7 @@ def check_whole(folder: Path, reference: dict[str, torch.Tensor]) -> tuple[str, 
 
 
 def resume(runs: Runs, stage: str, backend: str, whole: Path) -> list[float]:
-    """All losses of a run that has only the checkpoint in the middle of `whole`, and goes on from there."""
+    """All losses of a run that has only the checkpoint in the middle of `whole`, and resumes from it."""
     half = f"checkpoint-{runs.args.steps // 2}"
     name = f"{whole.name}-resumed"
     shutil.copytree(whole / half, runs.work / name / half)

@@ -49,7 +49,7 @@ class Report:
         print(f"{figure:<64}{value:>10.4g} {unit:<5}{reach:>6}", flush=True)
 
     def note(self, text: str) -> None:
-        """Something to read that is no figure."""
+        """Add a text that is not a figure."""
         print(text, flush=True)
 
     def write(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""How the cost of QAT over BF16 training changes with tokens, width and depth.
+"""Measure how the cost of QAT over BF16 training changes with tokens, width and depth.
 
     python benchmarks/scaling.py
 

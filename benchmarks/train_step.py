@@ -1,9 +1,9 @@
-"""What QAT costs over BF16 training: time of a step, of an evaluation, memory of a run, bytes kept for backward.
+"""Measure the cost of QAT over BF16 training: time of steps and evaluation, memory, bytes kept for backward.
 
     python benchmarks/train_step.py --shape smollm2-135m --batch 4 --length 256
 
 Steps of the BF16 and of the QAT model alternate in one process on the same batch, and medians are compared. Memory is
-the peak resident size of a process that trains one of the two, so it has a process for each. On a CPU that size says as
+the peak resident size of a process that trains one of the two, so it has a process for each. On a CPU it tells as
 much about the C library's heap, which keeps what was freed and fragments, as about the model; so it is measured a
 second time with a heap that gives large freed tensors back to the system at once, which shows what is in use.
 """

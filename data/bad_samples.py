@@ -1,4 +1,4 @@
-"""A sample that cannot be learned from: either the run ends with its file and line, or it is skipped and counted."""
+"""Bad samples: the run ends with the file and line of the first one, or skips and counts them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BadSamplePolicy:
     def handle(self, error: BadSample) -> None:
         """Count `error`, or raise it as the ValueError that ends the run."""
         if self.policy == "error":
-            raise ValueError(f"{error}\nMend the data, or leave such samples out, counted, with --on_bad_sample skip")
+            raise ValueError(f"{error}\nFix the data, or set --on_bad_sample skip to skip and count such samples")
         self.counts[error.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(str(error))
@@ -63,6 +63,6 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 60, 60
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """`value` as a message can show it: one line, quoted, at most `limit` characters."""
+    """`value` as messages show it: one line, quoted, at most `limit` characters."""
     text = _REPR.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

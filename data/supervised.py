@@ -52,9 +52,9 @@ def make_supervised_data_module(
     the last. The evaluation set is never packed. See docs/data.md for what each choice means.
 
     Args:
-        dataset: see `data.readers.HELP`.
+        dataset: see `data.sources.readers.HELP`.
         tokenizer: a fast tokenizer; samples are cut at its `model_max_length`.
-        train_size, eval_size: numbers of samples, or shares between 0 and 1; 0 for all and for the dataset's default.
+        train_size, eval_size: numbers of samples, or fractions between 0 and 1; 0: all, and the dataset's default.
         eval_dataset: evaluate on this instead of held-out samples; written like `dataset`.
         split: "TRAIN" or "TRAIN,EVAL": splits by name. TRAIN alone holds samples out of it. Default: "train", evaluated
             on the split "validation" where there is one.
@@ -66,10 +66,10 @@ def make_supervised_data_module(
         on_bad_sample: "error" or "skip" (counted and reported).
         data_cache_dir: where tokenized sets are kept.
         preprocessing_num_workers: processes that tokenize; 0 chooses.
-        batch_size: for the padding that the summary names.
+        batch_size: for the padding that the summary reports.
 
     Raises:
-        ValueError: a wrong argument, or data that cannot be used; the message says which, where, and what to do.
+        ValueError: a wrong argument, or data that cannot be used; the message states which, where, and what to do.
     """
     if tokenizer is None:
         raise ValueError("tokenizer=None: make_supervised_data_module needs the model's tokenizer")
@@ -99,10 +99,10 @@ def make_supervised_data_module(
 
 
 def check_size(argument: str, size: float) -> None:
-    """Raises ValueError unless `size` is 0, a whole number of samples or a share between 0 and 1."""
+    """Raise a ValueError unless `size` is 0, a whole number of samples or a fraction between 0 and 1."""
     if not (0 <= size < 1 or (size >= 1 and float(size).is_integer())):
         raise ValueError(
-            f"--{argument} {size:g} is neither a whole number of samples nor a share between 0 and 1; "
+            f"--{argument} {size:g} is neither a whole number of samples nor a fraction between 0 and 1; "
             "0 takes the default"
         )
 

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text", help="with local_text: a text file")
     parser.add_argument(
         "--input_rule", choices=input_rules(),
-        help="hf: quantize activations under this rule, with this program's operators, instead of as the folder says",
+        help="hf: quantize activations under this rule, with this program's operators; default: the folder's rule",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max_model_len", type=int, default=4096, help="vllm: longest sequence")
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for folder in args.folders:
         if not Path(folder, "config.json").is_file():
-            parser.error(f"{folder!r} is no checkpoint folder (it has no config.json)")
+            parser.error(f"{folder!r} is not a checkpoint folder (it has no config.json)")
         if args.backend == "vllm" and not is_packed(folder) and QATConfig.load(folder) is not None:
             parser.error(f"{folder!r} is not packed: vLLM would run it in BF16; pack it (scripts/export.py), or use hf")
     if args.backend == "vllm" and args.input_rule:
@@ -100,7 +100,7 @@ def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
 
 
 def make_hf(folder: str, args: argparse.Namespace):
-    """What the folder holds, in words, and an lm_eval model of it."""
+    """A description of the folder's model, and an lm_eval model of it."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,7 +118,7 @@ def make_hf(folder: str, args: argparse.Namespace):
             prepare_as_saved(model, saved)
     if args.input_rule is not None:
         if saved is None:
-            raise ValueError(f"--input_rule {args.input_rule}: {folder} is not quantized; leave the argument away")
+            raise ValueError(f"--input_rule {args.input_rule}: {folder} is not quantized; omit the argument")
         set_input_rule(model, args.input_rule)
         described += f", activations {args.input_rule.upper()}"
     tokenizer = AutoTokenizer.from_pretrained(folder)

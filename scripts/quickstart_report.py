@@ -1,10 +1,10 @@
-"""The quickstart's last lines: one table, one picture, and where everything lies."""
+"""Print the quickstart's results: a table, a plot, and the paths of models and logs."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +28,8 @@ def main(out: Path) -> None:
 
     print(f"\n{'model':<24}{'perplexity':>12}{'loss recovered':>18}")
     for name, title in NAMES.items():
-        share = f"{recovered[name]:.0%}" if name in recovered else ""
-        print(f"{title:<24}{math.exp(loss[name]):>12.2f}{share:>18}")
+        fraction = f"{recovered[name]:.0%}" if name in recovered else ""
+        print(f"{title:<24}{math.exp(loss[name]):>12.2f}{fraction:>18}")
     draw(out, loss)
     print(f"\nmodels      {out / 'bf16'}  and  {out / 'mxfp4-qat'}")
     print(f"plot        {out / 'losses.png'}")
@@ -63,4 +63,6 @@ def read_json(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the output folder of scripts/quickstart.sh")
+    main(parser.parse_args().folder)

@@ -1,12 +1,12 @@
-"""QATTrainer: Hugging Face's Trainer, with the few things that QAT and honest numbers need.
+"""QATTrainer: Hugging Face's Trainer, extended for QAT, distillation and exact evaluation.
 
 * Evaluation sums losses over tokens, so perplexity depends on neither batch size nor padding nor processes.
 * `save_model` writes one complete Hugging Face checkpoint in the model's original dtype, from FP32 masters, under every
-  backend; `config.json` says so; `qat_config.json` lies beside it.
+  backend; `config.json` states that dtype; `qat_config.json` lies beside it.
 * The checkpoints from which a run resumes keep the FP32 masters, or resuming would not be exact.
-* With a teacher, the loss is the divergence from its distribution (see distillation.py), and evaluation reports both
-  that and the usual cross-entropy.
-* Losses are computed from hidden states in chunks of tokens (see chunked_loss.py), so a batch's logits never exist.
+* With a teacher, the loss is the divergence from its distribution (see losses/distillation.py), and evaluation reports
+  both that and the usual cross-entropy.
+* Losses are computed from hidden states in chunks of tokens (see losses/chunked.py), so a batch's logits never exist.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class QATTrainer(FaultTolerantTrainer):
         teacher: a model, which is frozen; a Teacher; or "self", the model itself with its quantizers off.
         distill_temperature: of both distributions in the training loss; evaluation reports the divergence at 1.
         distill_ce_weight: fraction of the training loss that is cross-entropy with the data's tokens.
-        log_quantization: log figures of quantization, see monitor.py.
+        log_quantization: log metrics of quantization, see monitoring/monitor.py.
         parameter_groups: optimizer settings by the ends of parameter names.
         saved_dtypes: in which the final model is saved; default: those in memory.
     """
@@ -150,7 +150,7 @@ class QATTrainer(FaultTolerantTrainer):
     def _why_whole_logits(self) -> str | None:
         """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
         if not isinstance(self.model, PreTrainedModel):
-            return f"the head of a {type(self.model).__name__} is not known: it is no transformers.PreTrainedModel"
+            return f"the head of a {type(self.model).__name__} is not known: it is not a transformers.PreTrainedModel"
         if self.is_deepspeed_enabled:
             return "DeepSpeed wraps the model; FSDP (accelerate_config) shards it with losses in chunks"
         return None
@@ -194,7 +194,7 @@ class QATTrainer(FaultTolerantTrainer):
     # ---- Losses ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy, or with a teacher the forward KL (and a share of cross-entropy), a mean over tokens."""
+        """Cross-entropy, or with a teacher the forward KL (weighted with cross-entropy), a mean over tokens."""
         if not self._computes_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -223,7 +223,7 @@ class QATTrainer(FaultTolerantTrainer):
         return model.loss_function is ForCausalLMLoss and not routed
 
     def _teacher_rows(self, model, inputs: dict) -> HiddenRows | SampledRows | None:
-        """What the teacher says about a batch; takes cached columns out of `inputs`."""
+        """The teacher's distributions of a batch; removes cached columns from `inputs`."""
         if self.teacher is None:
             return None
         with self.compute_loss_context_manager():
@@ -239,7 +239,7 @@ class QATTrainer(FaultTolerantTrainer):
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """Evaluation uses every sample, whatever `dataloader_drop_last` says about training."""
+        """The loader of every evaluation sample; `dataloader_drop_last` applies to training only."""
         before = self.args.dataloader_drop_last, self.data_collator
         self.args.dataloader_drop_last, self.data_collator = False, self._collators["eval"]
         try:
@@ -279,7 +279,7 @@ class QATTrainer(FaultTolerantTrainer):
             self._describe(output_dir or self.args.output_dir)
 
     def _describe(self, output_dir: str) -> None:
-        """What is no tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
+        """What is not a tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
         model = self.accelerator.unwrap_model(self.model)
         model.config.save_pretrained(output_dir)
         if self.processing_class is not None:

@@ -1,4 +1,4 @@
-"""From a conversation to token ids and labels: what the assistant says is learned, its end of turn included.
+"""From a conversation to token ids and labels: the assistant's turns are learned, their end-of-turn token included.
 
 Text that the model reads and text that it writes are tokenized apart, as they are at inference, so no token straddles
 the border between them and a label is exact by construction. A tokenizer for which pieces do not join up
@@ -35,7 +35,7 @@ class Encoded:
 
 
 class Formatter:
-    """Formats, tokenizes and labels samples of the common form (see `data.schemas`).
+    """Formats, tokenizes and labels samples of the common form (see `data.conversations.schemas`).
 
     Args:
         tokenizer: a fast tokenizer; with a chat template, that is the format, else turns joined by newlines.
@@ -169,7 +169,7 @@ class Formatter:
     def _cut(self, input_ids: list[int], labels: list[int]) -> Encoded:
         was_truncated = len(input_ids) > self.max_length
         label_array = np.array(labels[: self.max_length], dtype=np.int32)
-        label_array[:1] = IGNORE_INDEX  # nothing predicts the first token
+        label_array[:1] = IGNORE_INDEX  # no token predicts the first one
         return Encoded(np.array(input_ids[: self.max_length], dtype=np.int32), label_array, was_truncated)
 
     def _checked(self, encoded: Encoded) -> Encoded | BadSample:
@@ -184,14 +184,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
     """Give `tokenizer` the template of a .jinja file, so that it is saved with the model; None and "none" do nothing.
 
     Raises:
-        ValueError: no such file, or a file that is no template.
+        ValueError: no such file, or a file that is not a template.
     """
     if chat_template is None or chat_template == "none":
         return
     path = Path(chat_template)
     if not path.is_file():
         raise ValueError(
-            f"--chat_template {chat_template!r} is no file; give a .jinja file, or none for turns joined by newlines"
+            f"--chat_template {chat_template!r} is not a file; give a .jinja file, or none for turns joined by newlines"
         )
     tokenizer.chat_template = path.read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The forms in which people keep conversations, each turned into {"messages": [{"role", "content"}]} or {"text"}."""
+"""Known schemas of conversations, each converted to {"messages": [{"role", "content"}]} or {"text"}."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _turns(value: object, column: str, role_key: str, text_key: str) -> list[tup
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadSample("wrong type", f"{column} is text that is no JSON list: {shorten(value)}") from None
+            raise BadSample("wrong type", f"{column} is text that is not a JSON list: {shorten(value)}") from None
     if isinstance(value, dict) and {role_key, text_key} <= value.keys():  # how `datasets` gives a sequence of structs
         roles, texts = value[role_key], value[text_key]
         if isinstance(roles, list) and isinstance(texts, list) and len(roles) == len(texts):

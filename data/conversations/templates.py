@@ -1,4 +1,4 @@
-"""A conversation as text pieces, each known to be learned or not, so that labels are exact or an error says why not.
+"""A conversation as text pieces, each known to be learned or not, so that labels are exact or an error states why not.
 
 The text is what the tokenizer's chat template renders. Which part of it an assistant turn is, is found
 
@@ -7,7 +7,7 @@ The text is what the tokenizer's chat template renders. Which part of it an assi
    through it; where both are beginnings of the whole text, what lies between them is what the model writes.
 
 Where neither holds (Qwen3's template drops the thoughts of earlier turns, for instance) there is no exact answer, and
-`InexactTemplate` says so. The token that ends a turn belongs to the turn: a model that never learns it never stops.
+`InexactTemplate` is raised. The token that ends a turn belongs to the turn: a model that never learns it never stops.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _LEAK, _SHIFT = 1e-4, 0.1  # of the logits' size: float noise is below, a visibl
 
 
 def plan_packing(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Which samples share a row: indices into `lengths`, rows in the order in which they were begun.
+    """Plan which samples share a row: indices into `lengths`, rows in the order in which they were begun.
 
     Best fit decreasing: each sample goes to the fullest row that still holds it. Open rows are kept by free space, and
     the bits of one integer say which spaces occur, so the tightest is found at once.
@@ -107,7 +107,7 @@ def check_packing(model: nn.Module) -> None:
     if name is not None and name not in _MASKED and "flash" not in name:
         raise ValueError(
             f"--packing True: attention implementation {name!r} is not known to keep packed samples apart; "
-            f"use --attn_implementation with one of {', '.join(_MASKED)} or flash_attention_2, or --packing False"
+            f"set --packing False, or load the model with one of {', '.join(_MASKED)}, flash_attention_2"
         )
     device = next(model.parameters()).device
     stands_in = needs_one_row(model) and device.type != "cuda"

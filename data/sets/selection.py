@@ -108,7 +108,7 @@ def split_pools(
         pools: one per source of the training set.
         held_out: beside each, the pool that evaluates it, or None to hold samples out of the pool itself; or any number
             of evaluation pools of their own.
-        train_size, eval_size: numbers of samples; between 0 and 1, shares; 0, all and the default.
+        train_size, eval_size: numbers of samples; between 0 and 1, fractions; 0, all and the default.
 
     Raises:
         ValueError: sizes that the data cannot give; a sample in both sets (policy "error").
@@ -160,7 +160,7 @@ def _eval_quotas(pools: list[Pool], held_out: list[Pool | None], eval_size: floa
 def _sized(
     pools: list[Pool], orders: list[np.ndarray], train_size: float, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """As many of each pool as size and weights say; with weights, as many as there are without repeating any."""
+    """Samples per pool by size and weights; with weights, as many as possible without repeating any."""
     available = [len(order) for order in orders]
     weights = [pool.source.weight for pool in pools]
     if weights[0] is not None:

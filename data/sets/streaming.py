@@ -1,6 +1,6 @@
 """Training samples read, formatted and packed while training runs, for sets larger than the disk.
 
-`datasets.IterableDataset` shuffles (within a buffer), mixes by weight and shares the files among processes; the
+`datasets.IterableDataset` shuffles (within a buffer), mixes by weight and divides the files among processes; the
 evaluation set is small, so it is tokenized at once.
 """
 
@@ -33,7 +33,7 @@ _TOKENS = datasets.List(datasets.Value("int32"))
 
 
 class LoggedPolicy(BadSamplePolicy):
-    """A stream has no end at which to report: the first three are told at once, then each doubling of their number."""
+    """Log bad samples of a stream, which has no end: the first three at once, then each doubling of their number."""
 
     def handle(self, error: BadSample) -> None:
         super().handle(error)
@@ -58,7 +58,7 @@ def make_stream(
     stream, all their copies included.
 
     Raises:
-        ValueError: sizes given as shares, weights on some, a bad sample or an unknown schema at the beginning.
+        ValueError: sizes given as fractions, weights on some, a bad sample or an unknown schema at the beginning.
     """
     for argument, size in (("train_size", train_size), ("eval_size", eval_size)):
         if 0 < size < 1:
@@ -70,8 +70,8 @@ def make_stream(
     parts = [_stream_of(entry, hashes, bool(own), policy) for entry in train]
     weights = [source.weight for source, _ in train]
     if weights[0] is not None:
-        shares = [weight / sum(weights) for weight in weights]
-        stream = datasets.interleave_datasets(parts, shares, seed=_SEED, stopping_strategy="first_exhausted")
+        probabilities = [weight / sum(weights) for weight in weights]
+        stream = datasets.interleave_datasets(parts, probabilities, seed=_SEED, stopping_strategy="first_exhausted")
     else:
         stream = datasets.concatenate_datasets(parts)
     if train_size:
@@ -151,7 +151,7 @@ def _generate(shards: list[tuple], held_out: set[bytes], is_error: bool, policy:
             policy.handle(BadSample("duplicate of an evaluation sample", "", place))
         else:
             passed_over += 1
-    logger.info("end of %s: passed over %d samples held out for evaluation", shards[0][0].name, passed_over)
+    logger.info("end of %s: skipped %d samples held out for evaluation", shards[0][0].name, passed_over)
     if policy.total:
         logger.warning(policy.report())
 

@@ -1,12 +1,12 @@
-"""What a run learns from, in a few lines: samples, tokens, labelled tokens, truncated samples, padding."""
+"""Summarize the training data in a few lines: samples, tokens, labelled tokens, truncated samples, padding."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def padding_share(lengths: np.ndarray, batch_size: int, seed: int = 0) -> float:
-    """The share of padding in batches of `batch_size` random samples, each padded to its longest; 0 to 1."""
+def padding_fraction(lengths: np.ndarray, batch_size: int, seed: int = 0) -> float:
+    """The fraction of padding in batches of `batch_size` random samples, each padded to its longest; 0 to 1."""
     order = np.random.default_rng(seed).permutation(np.asarray(lengths, dtype=np.int64))
     whole = order[: len(order) // batch_size * batch_size].reshape(-1, batch_size)
     rest = order[whole.size :]
@@ -21,7 +21,7 @@ def describe_set(
     """One line about a set.
 
     Args:
-        totals: see `data.building.Totals`.
+        totals: see `data.sets.building.Totals`.
         rows: of `max_length` tokens, where the samples were packed.
     """
     text = (
@@ -29,7 +29,7 @@ def describe_set(
         f"{totals['labelled_tokens'] / totals['tokens']:.1%} of them labelled, "
         f"{totals['truncated_samples']:,} samples truncated at {max_length}, "
     )
-    waste = f"{padding_share(lengths, batch_size):.1%} padding in batches of {batch_size}"
+    waste = f"{padding_fraction(lengths, batch_size):.1%} padding in batches of {batch_size}"
     if rows is None:
         return text + waste
     padding = 1 - totals["tokens"] / (rows * max_length)

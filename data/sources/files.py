@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ..bad_samples import BadSample, shorten
 
-MAX_LINE_BYTES = 8 * 2**20  # a line beyond this is no conversation; it is never held in memory as a whole
+MAX_LINE_BYTES = 8 * 2**20  # a longer line is not a conversation; it is never held in memory as a whole
 _HEAD_BYTES = 8192
 _PARQUET_BATCH_ROWS = 64
 
@@ -25,7 +25,7 @@ Row = tuple[str, "dict | BadSample"]  # the place, then what stands there
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """All rows of a file, in its order; blank lines are no rows."""
+    """All rows of a file, in its order; blank lines are skipped."""
     try:
         yield from _read_checked(path)
     except OSError as error:
@@ -70,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str | BadSample]]:
 
 
 def _skip_line(file: BinaryIO, begun: bytes) -> int:
-    """Read on to the end of the line; returns the bytes passed over."""
+    """Read to the end of the line; returns the number of bytes skipped."""
     passed, part = 0, begun
     while part and not part.endswith(b"\n"):
         part = file.readline(2**20)
@@ -130,7 +130,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    # Bytes that are no UTF-8 become lone surrogates here, and a clear error where the text is checked.
+    # Bytes that are not UTF-8 become lone surrogates here, and a clear error where the text is checked.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, strict=True)
         header: list[str] | None = None

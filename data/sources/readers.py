@@ -36,7 +36,7 @@ HELP = (
 
 @dataclass
 class Source:
-    """One dataset of `--dataset`: its name as given, its share of the training set (None: all it has)."""
+    """One dataset of `--dataset`: its name as given, its fraction of the training set (None: all it has)."""
 
     name: str
     weight: float | None = None
@@ -46,17 +46,17 @@ class Source:
         raise NotImplementedError
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Every row of a split with its place; what cannot be read is a BadSample."""
+        """Every row of a split with its place; a row that cannot be read is a BadSample."""
         raise NotImplementedError
 
     def identity(self, split: str) -> str:
-        """Changes whenever the rows of that split may."""
+        """A string that changes whenever the rows of that split may."""
         raise NotImplementedError
 
 
 @dataclass
 class PythonDocs(Source):
-    """The embedded set: see `data.python_docs`."""
+    """The embedded set: see `data.sources.python_docs`."""
 
     def splits(self) -> tuple[str, ...]:
         return ("train",)
@@ -154,7 +154,7 @@ def parse_sources(
         streaming: read hub datasets as streams.
 
     Raises:
-        ValueError: no such dataset, a weight that is no positive number, weights on some sources only.
+        ValueError: no such dataset, a weight that is not a positive number, weights on some sources only.
     """
     parts = [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",")]
     sources = []
@@ -175,7 +175,7 @@ def _split_weight(part: str, argument: str) -> tuple[str, float | None]:
     except ValueError:
         return part, None
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"--{argument} {part!r}: the weight {number} is no positive number")
+        raise ValueError(f"--{argument} {part!r}: the weight {number} is not a positive number")
     return name, weight
 
 

@@ -38,12 +38,12 @@ class CheckpointFolder:
         """Read the headers of `folder`.
 
         Raises:
-            ValueError: it is no checkpoint in safetensors files, or one that is damaged or incomplete.
+            ValueError: it is not a checkpoint in safetensors files, or one that is damaged or incomplete.
         """
         path = Path(folder)
         if not path.is_dir():
             raise ValueError(f"{str(folder)!r} is not a folder; name the folder of a Hugging Face checkpoint")
-        config = _read_json(path / CONFIG_NAME, f"{path} is no Hugging Face checkpoint: it has no {CONFIG_NAME}")
+        config = _read_json(path / CONFIG_NAME, f"{path} is not a Hugging Face checkpoint: it has no {CONFIG_NAME}")
         if (path / INDEX_NAME).is_file():
             index = _read_json(path / INDEX_NAME, "")
             if not isinstance(index.get("weight_map"), dict):
@@ -72,7 +72,7 @@ class CheckpointFolder:
 
     @property
     def quantization_config(self) -> dict | None:
-        """What config.json says about quantization; None for a plain checkpoint."""
+        """The quantization settings in config.json; None for a plain checkpoint."""
         return self.config.get("quantization_config")
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:

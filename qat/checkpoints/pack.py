@@ -1,4 +1,4 @@
-"""Export: a folder with BF16 weights in, a folder with packed MX weights out, which inference engines load as it is.
+"""Pack a checkpoint in BF16 into codes and scales (MXFP4, MXFP8, FP8) that inference engines load as they are.
 
 The codes and scales come from `ops.quantize`, the operator, rules and view (BF16) of the forward pass, so the served
 weights are the trained ones bit for bit; `verify.py` proves it with other code. Weights stream shard by shard: one
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..files.atomic import check_target, disk_full_said, written_aside
+from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -82,7 +82,7 @@ def export_checkpoint(
     check_schemes(dialect, schemes)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
     quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint))
-    with disk_full_said(target), written_aside(target, overwrite) as folder:
+    with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
         packed_bytes = _write_shards(checkpoint, sites, dialect, folder)
         _write_config(checkpoint, quantization_config, folder)

@@ -37,12 +37,12 @@ def prepared_skeleton(
     ignore: Iterable[str] = ("lm_head",),
     saved: QATConfig | None = None,
 ) -> tuple[PreTrainedModel, QATConfig]:
-    """The model of `checkpoint` on the meta device, prepared for `scheme`, and the configuration that says so.
+    """The model of `checkpoint` on the meta device, prepared for `scheme`, and its configuration.
 
     Args:
         scheme: a name or a mapping as in `prepare_qat`; None for what the checkpoint was trained with, whose own
             `ignore` then counts.
-        saved: how the checkpoint was trained; default: what its own `qat_config.json` says.
+        saved: how the checkpoint was trained; default: its own `qat_config.json`.
 
     Raises:
         ValueError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
@@ -52,7 +52,7 @@ def prepared_skeleton(
         raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
     check_baked(checkpoint.names, checkpoint.path)
     model = load_skeleton(checkpoint)
-    with contextlib.redirect_stdout(io.StringIO()):  # what it says is about training
+    with contextlib.redirect_stdout(io.StringIO()):  # its messages are about training
         if scheme is None:
             assert saved is not None
             prepare_as_saved(model, saved)
@@ -66,7 +66,7 @@ def prepared_skeleton(
 
 
 def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[str]:
-    """Linear layers left alone: the model's own, and matrices (of experts, say) that files call by other names."""
+    """Linear layers that stay unquantized: the model's own, and matrices (such as experts') under other names."""
     modules = dict(model.named_modules())
     own = [n for n, module in modules.items() if isinstance(module, nn.Linear) and not is_quantlinear(module)]
     stored = {name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight")}

@@ -90,8 +90,8 @@ def packed_layers(checkpoint: CheckpointFolder) -> dict[str, tuple[str, str]]:
     """
     names = checkpoint.names
     suffixes = (".weight_zero_point", ".weight_global_scale", ".qweight", ".weight_shape", ".input_global_scale")
-    if foreign := sorted(name for name in names if name.endswith(suffixes)):
-        raise ValueError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {foreign[0]}")
+    if other := sorted(name for name in names if name.endswith(suffixes)):
+        raise ValueError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {other[0]}")
     layers = {}
     for layer in sorted(name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)):
         packed = f"{layer}.weight_packed"
@@ -141,7 +141,7 @@ def _format_of(layer: str, codes: torch.Tensor, scale: torch.Tensor) -> Format:
 
 def _derive_config(model: nn.Module, found: dict[str, Format], quantization_config: dict) -> QATConfig:
     """What `prepare_qat` must be told to quantize the same layers in the same formats."""
-    # compressed-tensors names no rule; AutoRound names RCEIL, or FLOOR by saying nothing.
+    # compressed-tensors stores no rule; AutoRound stores RCEIL, and no entry means FLOOR.
     suffix = "_RCEIL" if "rceil" in str(quantization_config.get("act_data_type", "")) else ""
     schemes = {layer: _WEIGHT_FORMATS[fmt.name] + suffix for layer, fmt in found.items()}
     common = Counter(schemes.values()).most_common(1)[0][0]
@@ -169,7 +169,7 @@ def _keep_values(model: nn.Module, found: dict[str, Format], config: QATConfig, 
     changes = (
         f"{moved} of {total} packed elements ({100 * moved / total:.3f} %) change when rounded again under {rules}"
     )
-    if is_ours:  # a run must continue under the rule it was trained with
+    if is_ours:  # a run must resume under the rule it was trained with
         logger.warning("%s; --quant_scheme with --weight_scale_rule rceil would keep them", changes)
         return config
     kept = {

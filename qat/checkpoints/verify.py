@@ -45,13 +45,13 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
         folder: a folder written by `export_checkpoint`.
         source: the checkpoint it was made of; default: the one that an earlier verdict names.
         tokens: length of the text whose logits are compared.
-        with_logits: False compares weights only (no model is loaded), which the verdict then says.
+        with_logits: False compares weights only (no model is loaded), which the verdict then states.
 
     Returns:
         The verdict, as in `verification.json`.
 
     Raises:
-        ValueError: one of the folders is no checkpoint, or no source is known.
+        ValueError: one of the folders is not a checkpoint, or no source is known.
         VerificationError: something differs; the message names the first tensor.
     """
     packed = CheckpointFolder.open(folder)

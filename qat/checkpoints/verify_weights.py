@@ -39,7 +39,7 @@ class WeightCount:
 def compare_weights(
     packed: CheckpointFolder, checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect
 ) -> WeightCount:
-    """Compare all tensors of `packed` with what `checkpoint` says they must be."""
+    """Compare all tensors of `packed` with those expected from `checkpoint`."""
     count, held, by_tensor = WeightCount(), packed.names, {site.tensor: site for site in sites}
 
     def names_of(tensor: str) -> tuple[str, ...]:

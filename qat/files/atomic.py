@@ -1,7 +1,8 @@
-"""Write a folder aside, flush it to disk and rename it when it is complete, so that nobody ever sees half of it.
+"""Write a folder under a temporary name, flush it to disk and rename it when it is complete.
 
-For a target `NAME`, the folders `.NAME.partial` (being written) and `.NAME.replaced` (what it takes the place of) lie
-beside it for a while; what a killed process left of them is cleared by the next one with the same target.
+So no process ever sees a part of it. For a target `NAME`, the temporary folders `.NAME.partial` (being written) and
+`.NAME.replaced` (what it replaces) lie beside it; the next process with the same target removes what a killed process
+left of them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def written_aside(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place on success and vanishes on any error.
+def written_atomically(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that replaces it on success and is removed on any error.
 
     Raises:
         ValueError: `target` is a file, or a folder that must not be replaced.
@@ -51,10 +52,10 @@ def _replaced_by(target: Path) -> Path:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what a killed process left of writing `target`; give back what it was about to replace."""
+    """Remove what a killed process left of writing `target`; restore what it was about to replace."""
     partial, replaced = partial_of(target), _replaced_by(target)
     if replaced.exists() and not target.exists():
-        logger.warning("giving back %s, which a killed process was replacing", target)
+        logger.warning("restoring %s, which a killed process was replacing", target)
         replaced.rename(target)
     for leftover in (partial, replaced):
         if leftover.exists():
@@ -63,7 +64,7 @@ def clear_leftovers(target: Path) -> None:
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Rename the complete folder `partial` to `target`, in the place of what is there."""
+    """Rename the complete folder `partial` to `target`, replacing what is there."""
     replaced = _replaced_by(target)
     if target.exists():
         target.rename(replaced)
@@ -97,20 +98,20 @@ def flush_path(path: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise a ValueError where nothing may be written: a file, a non-empty folder, or no checkpoint to overwrite."""
+    """Raise a ValueError for a file, for a non-empty folder, and for one to overwrite that holds no checkpoint."""
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; name a new folder")
+        raise ValueError(f"{target} is a file; give a new folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target} exists and is not empty; name another folder, or overwrite it (--overwrite)")
+        raise ValueError(f"{target} exists and is not empty; give another folder, or overwrite it (--overwrite)")
     if not (target / "config.json").is_file():
         raise ValueError(f"{target} holds no checkpoint (no config.json), so it is not overwritten; remove it yourself")
 
 
 @contextmanager
-def disk_full_said(target: str | Path) -> Iterator[None]:
-    """Whoever runs out of disk, safetensors, torch or Python, the error is an OSError that says so."""
+def disk_full_reported(target: str | Path) -> Iterator[None]:
+    """Raise one OSError for a full disk, whether safetensors, torch or Python met it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -122,6 +123,6 @@ def disk_full_said(target: str | Path) -> Iterator[None]:
 def _means_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors and torch.save have no errno; torch's writer fails for want of space, or because the device does.
+    # safetensors and torch.save have no errno; torch's writer fails when space runs out, or when the device fails.
     signs = ("os error 28", "os error 27", "os error 122", "StreamWriter", "inline_container.cc", "iostream error")
     return any(sign in str(error) for sign in signs)

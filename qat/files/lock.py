@@ -1,9 +1,9 @@
 """A lock on an output folder: of two runs that would write to the same one, the second is refused at once.
 
-The kernel holds it for a process: it is gone when the process is, however that ended, and children do not inherit it.
-(It is gone, too, when that process opens and closes the file once more: nothing here does.)
-It reaches over machines where the locks of their file system do. The file `_run.lock` says who holds it; one that a
-killed run left means nothing. Trainer sends no file whose name begins with _ to the Hub.
+The kernel holds it for a process: it is released when the process ends, however it ends. Children do not inherit it.
+(It is also released when that process opens and closes the file once more: nothing here does.)
+It works across machines where the locks of their file system do. The file `_run.lock` names the holder; a file that a
+killed run left has no effect. Trainer sends no file whose name begins with _ to the Hub.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCK_NAME = "_run.lock"
 
 
 class Writers(Protocol):
-    """The processes that share a folder: whether this one leads, and what all of them have to say."""
+    """The processes that share a folder: whether this one leads, and how they exchange messages."""
 
     @property
     def leads(self) -> bool: ...
@@ -60,7 +60,7 @@ class _Lock:
         self.descriptor: int | None = None
 
     def take(self) -> str | None:
-        """What is wrong, if anything; where there are no locks, that is said and not wrong."""
+        """Take the lock; returns an error message, or None (also where there are no locks, which is logged)."""
         output_dir = f"--output_dir {str(self.path.parent)!r}"
         try:
             self._try()

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: names, sizes and checksums of its files, written last.
 
 A folder without one was not written to its end; a file that is missing, shorter or changed is found by it. The
-processes of a run share the reading: each takes every n-th file.
+processes of a run divide the reading: each takes every n-th file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def write_manifest(folder: Path, files: dict[str, dict]) -> None:
 
 
 def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
-    """What is wrong with every `count`-th file that the manifest of `folder` names; empty if nothing is.
+    """List the faults of every `count`-th file in the manifest of `folder`; empty if there are none.
 
     Files that the manifest does not name are somebody else's and are not looked at.
     """

@@ -1,4 +1,4 @@
-"""What is read from a folder that somebody else wrote: safetensors and JSON, and no file outside of it.
+"""Restrict what is read from a folder of another author: safetensors and JSON, and no file outside of it.
 
 Pickles run code when they are loaded. transformers loads optimizer, scheduler and random states with `weights_only`;
 torch.distributed.checkpoint loads the `.metadata` of sharded states without, so that file is read here first by an
@@ -34,7 +34,7 @@ def check_model_folder(folder: str | Path) -> None:
     """Refuse a local folder whose weights are pickled, or whose index points outside; hub ids pass.
 
     Raises:
-        ValueError: as said.
+        ValueError: the weights are pickled, or the index names a file outside.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -67,7 +67,7 @@ def check_index(path: Path) -> None:
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """The same for a checkpoint to resume from, with the metadata of its sharded states.
+    """Refuse the same in a checkpoint to resume from, and unsafe metadata of its sharded states.
 
     Raises:
         ValueError: it names files outside, or holds a pickle with anything but such metadata in it.
@@ -79,7 +79,7 @@ def check_checkpoint(folder: str | Path) -> None:
             with path.open("rb") as file:
                 _MetadataUnpickler(file).load()
         except Exception as error:
-            raise ValueError(f"{path} is no metadata of a sharded checkpoint: {error}") from error
+            raise ValueError(f"{path} is not the metadata of a sharded checkpoint: {error}") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -1,4 +1,4 @@
-"""Learned exponents of weights: the exponent of a block is what the scale rule says plus a trained offset, rounded.
+"""Learned exponents of weights: the exponent of a block is that of the scale rule plus a trained offset, rounded.
 
 As in LSQ (Esser et al., arXiv:1902.08153) rounding passes gradients straight through, also that of the offset; with
 v = 2^e q(w / 2^e)
@@ -97,7 +97,7 @@ def optimizer_settings(learning_rate: float) -> dict[str, dict]:
 
 
 def check_learnable(fmt: Format) -> None:
-    """Raise a ValueError for a format whose scales are no exponents."""
+    """Raise a ValueError for a format whose scales are not exponents."""
     if fmt.name not in mx.FORMATS:
         raise ValueError(
             f"learn_exponent=True needs power-of-two scales, and {fmt.name} has {fmt.scale.name}; choose one of "

@@ -167,12 +167,12 @@ def _choose_sites(
 
 
 def _unknown_modules(model: nn.Module, sites: set[str]) -> dict[str, str]:
-    """{name: reason} of modules with weight matrices that are no sites; not of containers, norms and embeddings."""
+    """{name: reason} of modules with weight matrices that are not sites; not of containers, norms and embeddings."""
     found = {}
     for name, module in model.named_modules():
         has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
         if name not in sites and has_matrix and not isinstance(module, nn.Embedding):
-            kind = "a subclass of torch.nn.Linear" if isinstance(module, nn.Linear) else "no torch.nn.Linear"
+            kind = "a subclass of torch.nn.Linear" if isinstance(module, nn.Linear) else "not a torch.nn.Linear"
             found[name] = f"{type(module).__name__} is {kind}"
     return found
 

@@ -18,7 +18,7 @@ from .tensor_quantizer import TensorQuantizer
 class QuantLinear(nn.Linear):
     """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed.
 
-    The specs of its quantizers say how it is quantized; `scheme` is made of them, and `set_scheme` changes them.
+    The specs of its quantizers define how it is quantized; `scheme` is made of them, and `set_scheme` changes them.
     """
 
     weight_quantizer: TensorQuantizer
@@ -28,12 +28,12 @@ class QuantLinear(nn.Linear):
 
     @property
     def scheme(self) -> Scheme:
-        """What the layer is quantized to, its quantizers' switches aside."""
+        """What the layer is quantized to; whether its quantizers are enabled does not matter."""
         inputs = self.input_quantizer
         return Scheme(self.scheme_name, self.weight_quantizer.spec, inputs.spec if inputs.if_quant else None)
 
     def set_scheme(self, scheme: Scheme) -> None:
-        """Quantize as `scheme` says from now on."""
+        """Quantize under `scheme` from now on."""
         self.scheme_name = scheme.name
         self.weight_quantizer.spec = scheme.weight
         self.input_quantizer.spec = scheme.input or scheme.weight
@@ -80,7 +80,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: b
     With `learn_exponent` its weight quantizer gets a parameter of its own, see `TensorQuantizer`.
 
     Raises:
-        TypeError: `module` is no plain nn.Linear.
+        TypeError: `module` is not a plain nn.Linear.
         ValueError: the blocks of the scheme's formats do not divide its in_features.
     """
     check_convertible(module, scheme, name)

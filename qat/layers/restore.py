@@ -17,7 +17,7 @@ def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool |
     """`prepare_qat` as `config` describes it, each scheme under the scale rules that it names.
 
     Args:
-        learn_exponent: whether this run trains block exponents, which `model.qat_config` then says; None for no run:
+        learn_exponent: whether this run trains block exponents, which `model.qat_config` then records; None for no run:
             nothing is trained, and `model.qat_config` is `config`.
 
     Returns:
@@ -37,7 +37,7 @@ def set_scale_rules(model: nn.Module, rules: Mapping[str, Mapping[str, str | Non
     """Let each layer of a scheme in `rules` quantize its "weight" and its "input" under the rule named there.
 
     Args:
-        rules: as `QATConfig.scale_rules`: {"MXFP4": {"weight": "search", "input": "even"}}; what is not named stays.
+        rules: as `QATConfig.scale_rules`: {"MXFP4": {"weight": "search", "input": "even"}}; others stay.
 
     Raises:
         ValueError: a rule that the format does not have.

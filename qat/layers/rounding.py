@@ -13,7 +13,7 @@ from ..schemes.spec import TensorSpec
 
 @dataclass(frozen=True)
 class Rounding:
-    """To what the spec says, straight through for gradients; without parameters of its own.
+    """Round to the format of the spec, with straight-through gradients and no parameters of its own.
 
     Subclasses learn something along with the weight: `learned` are their parameters.
     """

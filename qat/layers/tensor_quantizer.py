@@ -15,7 +15,7 @@ from .rounding import Rounding
 class TensorQuantizer(nn.Module):
     """Fake-quantizes a tensor along its last dimension, with straight-through gradients.
 
-    Its `spec` is the only place that says how a layer's tensor is quantized.
+    Its `spec` is the only place that defines how a layer's tensor is quantized.
 
     Args:
         data_type: AutoRound's name, with the scale rule as suffix: "mx_fp", "mx_fp_rceil", "mx_fp_even",
@@ -25,7 +25,7 @@ class TensorQuantizer(nn.Module):
         sym: these formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
         learn_exponent: train the block exponents of a weight: the parameter `exponent_offset` (FP32 [N, K / 32], zero
-            at first) is rounded and added to what the scale rule says; see learned_scales.py. Needs `scale_shape`.
+            at first) is rounded and added to the scale rule's exponent; see learned_scales.py. Needs `scale_shape`.
         scale_shape: shape (N, K) of a weight whose scales shall be kept in the buffer `scale` at every forward pass
             (MX: uint8 [N, K / 32], exponent + 127) and saved with the model.
         device: where they live.

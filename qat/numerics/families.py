@@ -1,4 +1,4 @@
-"""Every format by name, and the file of its family: found by looking, so that a new family is a new file and no more.
+"""Every format by name, and the module of its family; modules are discovered, so a new family is one new file.
 
 A family is a module of this package with a dictionary FORMATS and the functions
 

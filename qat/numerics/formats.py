@@ -109,7 +109,7 @@ class Format:
         return (*codes.shape[:-1], codes.shape[-1] * 8 // self.element.bits)
 
     def bits_per_value(self, columns: int) -> float:
-        """Bits of a value in rows of so many, its share of the scales of blocks included."""
+        """Bits per value in rows of `columns` values, scales included."""
         return self.element.bits + self.scale.bits / (self.block or columns)
 
     @property

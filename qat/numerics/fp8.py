@@ -1,7 +1,7 @@
 """FP8 quantization (E4M3, a scale a row) in plain PyTorch: the executable specification of its kernels.
 
 Weights have a scale for each output channel (row of [N, K]), stored in BF16; inputs one for each token, which the
-engine computes. Unlike MX scales these are no powers of two, so an element times its scale is rounded once more, to the
+engine computes. Unlike MX scales they are not powers of two, so an element times its scale is rounded once more, to the
 dtype of the result.
 
     weights             s = bf16(amax / 448), q = e4m3(clamp(w / s)), value = q * s

@@ -1,4 +1,4 @@
-"""The operators: one door to quantization, whatever the format and the device.
+"""The quantization operators: one interface for all formats and devices.
 
 Registered with `torch.library`, they carry fake (meta) kernels for torch.compile and FSDP's meta tensors. Behind them
 stands the fastest implementation that the tensor's device has for the format: a module of `kernels`, else the plain

@@ -1,4 +1,4 @@
-"""A file that says which layers get which scheme: what `training.sensitivity` writes and `prepare_qat` takes."""
+"""A file that maps layers to schemes: what `training.sensitivity` writes and `prepare_qat` takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         The mapping and the layers to ignore (default: lm_head), as `prepare_qat` takes them.
 
     Raises:
-        ValueError: there is no such file, it is no JSON, or it holds something else.
+        ValueError: the file does not exist, is not JSON, or holds something else.
     """
     content = _read(path)
     expected = 'expected {"mapping": {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}, "ignore": ["lm_head"]}'
@@ -31,7 +31,7 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         raise ValueError(f"the mapping file {str(path)!r} names {unknown[0]!r}; choose one of {', '.join(SCHEMES)}")
     ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
     if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
-        raise ValueError(f'the mapping file {str(path)!r}: "ignore" is no list of patterns; {expected}')
+        raise ValueError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
     return {key: scheme.upper() for key, scheme in mapping.items()}, tuple(ignore)
 
 
@@ -54,7 +54,7 @@ def load_measurement(path: str | Path) -> dict[str, object]:
 
 
 def _read(path: str | Path) -> Any:
-    """Whatever JSON the file holds; ValueError if none."""
+    """The file's JSON content, of any type; ValueError if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -69,7 +69,8 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
         model: prepared by `prepare_qat`, its weights FP32 for exactness.
         batches: what the model is called with, on its device and without padding; the first one also serves to check
             that the model still computes the same.
-        alpha: share of the difficulty that moves into the weights, above 0 and at most 1.
+        alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
+            above 0 and at most 1.
 
     Raises:
         ValueError: alpha out of range, nothing to smooth, or a model that does not compute the same afterwards.

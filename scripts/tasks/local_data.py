@@ -1,13 +1,13 @@
-"""Documents of the two local lm_eval tasks, from data that is on every machine or in a file of the user's.
+"""Documents of the two local lm_eval tasks, from python-docs or from a text file of the user's.
 
-python scripts/tasks/local_data.py FILE    # what the tasks leave for calibration, as JSON Lines of {"text": ...}
+python scripts/tasks/local_data.py FILE    # write the samples that no task holds out, as JSON Lines of {"text": ...}
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ def text(text: str | None = None, **_unused) -> dict[str, datasets.Dataset]:
     if text is None:
         documents = [answer for _, answer in _held_out()]
     elif not Path(text).is_file() or not Path(text).read_text(encoding="utf-8").strip():
-        raise ValueError(f"--text {text!r} is no file, or an empty one; name a text file in UTF-8")
+        raise ValueError(f"--text {text!r} is not a file, or is empty; give a text file in UTF-8")
     else:
         documents = _cut(Path(text).read_text(encoding="utf-8"))
     return {"test": datasets.Dataset.from_list([{"text": document} for document in documents])}
@@ -94,4 +94,6 @@ def _cut(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    write_calibration(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Write calibration samples that the local tasks do not hold out.")
+    parser.add_argument("file", type=Path, help='the JSON Lines file to write, rows of {"text": ...}')
+    write_calibration(parser.parse_args().file)

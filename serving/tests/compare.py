@@ -6,6 +6,7 @@ python compare.py FOLDER CASE     one case
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -84,7 +85,11 @@ def largest_gap(a: list[float], b: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        one_case(Path(sys.argv[1]), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the folder that make_cases.py wrote")
+    parser.add_argument("case", nargs="?", help="run only this case and print its result as JSON")
+    args = parser.parse_args()
+    if args.case is not None:
+        one_case(args.folder, args.case)
     else:
-        sys.exit(main(Path(sys.argv[1])))
+        sys.exit(main(args.folder))

@@ -1,4 +1,4 @@
-"""Step 1 of scripts/test_serving.sh, in this project's environment: checkpoints, and what must come out of an engine.
+"""Step 1 of scripts/test_serving.sh, in this project's environment: checkpoints and expected outputs.
 
 For each case a small Llama is packed, and its fake-quantized twin computes in FP32 the log-probability of each token of
 the prompts, and the greedy continuation. In FP32, because BF16's noise flips FP4 decisions of two correct engines. vLLM
@@ -7,8 +7,8 @@ refuses FP32 for AutoRound's dialect, so that one is compared with weights quant
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -93,4 +93,6 @@ def log_probabilities(model, prompts: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the cases and cases.json are written")
+    main(parser.parse_args().folder)

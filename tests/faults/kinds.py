@@ -169,7 +169,7 @@ def damage(job: Job, reference: Reference, draw: random.Random) -> None:
         content[place] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
     text = job.finish()
-    _expect(f"passing over {newest}" in text, "the damage was not said", text)
+    _expect(f"skipping {newest}" in text, "the damage was not logged", text)
     reference.check(job)
 
 

@@ -70,7 +70,7 @@ def test_two_processes_continue_what_one_began_with_the_same_samples(workspace):
     whole.finish()
     assert moved.start(AtStep(13)).wait() == [-9]
     moved.count = 2
-    assert "continuing with 2 processes what 1 began" in moved.finish()
+    assert "resuming with 2 processes a run that 1 began" in moved.finish()
     losses = [_losses(job.output) for job in (whole, moved)]
     assert losses[0].keys() == losses[1].keys() and len(losses[0]) == 8
     assert all(losses[1][step] == pytest.approx(loss, rel=2e-3) for step, loss in losses[0].items())

@@ -71,7 +71,7 @@ def test_folders_of_three_kinds_stand_side_by_side(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("nowhere",), "no checkpoint folder"), (("{qat}", "--backend", "vllm"), "vLLM would run it in BF16")],
+    [(("nowhere",), "not a checkpoint folder"), (("{qat}", "--backend", "vllm"), "vLLM would run it in BF16")],
 )
 def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys, flags, message):
     qat = save_qat(tmp_path / "qat", {"torch.nn.Linear": "MXFP4"})
@@ -81,6 +81,6 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys, flags, message):
 
 
 def test_a_missing_text_is_named():
-    with pytest.raises(ValueError, match="--text 'nowhere.txt' is no file"):
+    with pytest.raises(ValueError, match="--text 'nowhere.txt' is not a file"):
         local_data.text("nowhere.txt")
     assert torch.tensor([len(document) for document in local_data._cut("line\n" * 2000)]).max() <= 4004

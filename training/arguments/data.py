@@ -26,11 +26,11 @@ class DataArguments:
         },
     )
     train_size: float = field(
-        default=0, metadata={"help": "Training samples: a number, or a share between 0 and 1; 0 uses all."}
+        default=0, metadata={"help": "Training samples: a number, or a fraction between 0 and 1; 0 uses all."}
     )
     eval_size: float = field(
         default=0,
-        metadata={"help": "Evaluation samples: a number, or a share between 0 and 1; 0 uses the dataset's default."},
+        metadata={"help": "Evaluation samples: a number, or a fraction between 0 and 1; 0 uses the dataset's default."},
     )
     chat_template: str | None = field(
         default=None,

@@ -72,7 +72,8 @@ class DistillationArguments:
         default=1.0, metadata={"help": "Temperature of both distributions; above 1 flattens them."}
     )
     distill_ce_weight: float = field(
-        default=0.0, metadata={"help": "Share of the loss that is cross-entropy with the data's tokens, from 0 to 1."}
+        default=0.0,
+        metadata={"help": "Weight of cross-entropy with the data's tokens in the loss, from 0 to 1; the rest is KL."},
     )
 
     def __post_init__(self) -> None:

@@ -98,7 +98,7 @@ def read_config(path: str | Path) -> dict:
     """The arguments in a file, by name.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, or it holds no mapping from names to values.
+        ValueError: there is no such file, it cannot be read, or it is not a mapping from names to values.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -106,12 +106,12 @@ def read_config(path: str | Path) -> dict:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--config {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {str(path)!r} holds no mapping from arguments to values, such as max_steps: 1000")
+        raise ValueError(f"--config {str(path)!r} is not a mapping from arguments to values, such as max_steps: 1000")
     return content
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A mapping that holds a key twice is an error; YAML would take the last in silence."""
+    """A mapping that holds a key twice is an error; YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """See yaml.SafeLoader."""
@@ -123,10 +123,10 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def as_flags(content: dict, path: str | Path) -> list[str]:
-    """The words of a command line that mean what a file of arguments says.
+    """The command-line words for the arguments in a file.
 
     Raises:
-        ValueError: a name that is no argument; the nearest one is named.
+        ValueError: a name that is not an argument; the message suggests the nearest one.
     """
     known = {field.name for group in GROUPS for field in fields(group) if field.init}
     words: list[str] = []
@@ -134,7 +134,7 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"--config {str(path)!r}: {name!r} is no argument of main.py{hint}")
+            raise ValueError(f"--config {str(path)!r}: {name!r} is not an argument of main.py{hint}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -143,7 +143,7 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
 
 
 def _check_together(arguments: Arguments) -> None:
-    """Raises ValueError for settings of two groups that exclude each other."""
+    """Raise a ValueError for settings of two groups that exclude each other."""
     training, distillation = arguments.training, arguments.distillation
     metric = training.metric_for_best_model
     if metric in ("kl", "eval_kl") and not distillation.distill:

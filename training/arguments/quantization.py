@@ -51,8 +51,8 @@ class QuantizationArguments:
     smooth_alpha: float = field(
         default=0.0,
         metadata={
-            "help": "Smooth activations before training: move this share of their outliers into the weights, exactly "
-            "and at no cost in serving (SmoothQuant). 0: off; 0.7 is a good start for MXFP4."
+            "help": "Smooth activations before training: migration strength of SmoothQuant, which moves outliers into "
+            "the weights exactly, at no cost in serving. 0: off; 0.7 is a good start for MXFP4."
         },
     )
     quant_mapping: str | None = field(
@@ -100,7 +100,7 @@ class QuantizationArguments:
         if self.exponent_learning_rate != type(self).exponent_learning_rate and not self.learn_exponent:
             raise ValueError(
                 f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
-                "give that too, or leave it out"
+                "give that too, or omit it"
             )
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
@@ -135,31 +135,31 @@ class QuantizationArguments:
         return None if self.quant_scheme is None else ({LINEAR.key: self.quant_scheme}, DEFAULT_IGNORE)
 
     def _warn_if_measured_otherwise(self) -> None:
-        """Layers that suffer least under other settings may not be those that suffer least under these."""
+        """Warn if the mapping was measured under other settings than this run's: they may rank layers differently."""
         measured = load_measurement(self.quant_mapping)
         alpha = measured.get("smooth_alpha", self.smooth_alpha)
         if alpha != self.smooth_alpha:
             logger.warning(
                 "--quant_mapping %s was measured with --smooth_alpha %s, and this run has --smooth_alpha %s, so "
-                "that other layers may suffer; give both the same", self.quant_mapping, alpha, self.smooth_alpha,
+                "the ranking of layers may differ; give both the same", self.quant_mapping, alpha, self.smooth_alpha,
             )  # fmt: skip
         rules = measured.get("scale_rules", {})
         for name in sorted(set(load_mapping(self.quant_mapping)[0].values()) & set(rules)):
             own = get_scheme(name, self.weight_scale_rule, self.input_scale_rule).rules
             if rules[name] != own:
                 logger.warning(
-                    "--quant_mapping %s was measured with the scale rules %s of %s, and this run has %s, so that other "
-                    "layers may suffer; give both the same --weight_scale_rule and --input_scale_rule",
+                    "--quant_mapping %s was measured with the scale rules %s of %s, and this run has %s, so the "
+                    "ranking of layers may differ; give both the same --weight_scale_rule and --input_scale_rule",
                     self.quant_mapping, rules[name], name, own,
                 )  # fmt: skip
 
     def check_unused(self) -> None:
-        """Raises ValueError for a setting that has no effect where nothing is quantized."""
+        """Raise a ValueError for a setting that has no effect where nothing is quantized."""
         for name in ("learn_exponent", "smooth_alpha"):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
-                    "--quant_mapping, or leave it out"
+                    "--quant_mapping, or omit it"
                 )
 
     @property

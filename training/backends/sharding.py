@@ -58,7 +58,7 @@ def initialize_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a new `optimizer` its state, by a step that changes nothing.
 
     accelerate (1.15) loads a sharded FSDP1 optimizer into the tensors that exist already. A new optimizer has none, so
-    its moments would start again from zero, without a word.
+    its moments would silently start again from zero.
     """
     if optimizer.state:
         return
@@ -76,7 +76,7 @@ def initialize_state(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def round_parameters(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Round each named parameter to its dtype in `dtypes`, in place, whole or sharded; others are left alone.
+    """Round each named parameter to its dtype in `dtypes`, in place, whole or sharded; others do not change.
 
     Parameters that FSDP still holds gathered from the last forward pass would be used again as they were: they are
     freed, so that the next forward pass gathers the rounded ones.

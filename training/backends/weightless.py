@@ -1,4 +1,4 @@
-"""Under FSDP only the first process needs weights; the others are sent their shares when the model is wrapped.
+"""Load weights in the first process only: under FSDP, wrapping the model sends the others their shards.
 
 That is what `fsdp_cpu_ram_efficient_loading` means, but transformers (5.23) reads all weights in every process. So here
 the others get a model whose parameters are on the meta device. Its buffers are real: accelerate sends parameters only.
@@ -20,15 +20,15 @@ def first_process_loads() -> bool:
 
 
 def waits_for_weights() -> bool:
-    """Whether this process is one of those that read none."""
+    """Whether this process is one of those that read no weights."""
     return first_process_loads() and not PartialState().is_main_process
 
 
 def give_storage(model: PreTrainedModel) -> None:
-    """Move parameters from the meta device to memory that is never written, and so never taken from the machine.
+    """Move parameters from the meta device to memory that is never written, and so never allocated by the machine.
 
     accelerate (1.15) finds an FSDP2 optimizer's parameters again by their addresses, which are all 0 on the meta
-    device: the optimizer would update one parameter in place of all, without a word.
+    device: the optimizer would silently update one parameter in place of all.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)

@@ -1,4 +1,4 @@
-"""The processes of a run that share an output folder: who leads, who reads which files, what each has to say."""
+"""The processes of a run that share an output folder: which one leads, who reads which files, and messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Writers:
         return cls(args.process_index, args.world_size, args.should_save)
 
     def wait(self) -> None:
-        """Until every process of the run is here."""
+        """Wait until every process of the run is here."""
         if PartialState._shared_state:
             PartialState().wait_for_everyone()
 

@@ -1,10 +1,10 @@
 """Distillation: the quantized student learns the whole next-token distribution of an unquantized teacher.
 
 The loss is the forward Kullback-Leibler divergence KL(teacher || student) over labelled tokens (quantization-aware
-distillation, arXiv:2601.20088). An `Objective` says what the logits of a batch's labelled tokens are compared with,
-some tokens at a time; chunked_loss.py calls it so that logits exist for those tokens only. What a teacher says about
-the tokens comes in one of two forms: its hidden states, from which its head makes logits when they are needed, or a few
-token ids with weights (teacher_cache.py).
+distillation, arXiv:2601.20088). An `Objective` compares the logits of a batch's labelled tokens with their
+targets, some tokens at a time; chunked.py calls it so that logits exist for those tokens only. The teacher's
+distributions come in one of two forms: its hidden states, from which its head computes logits when they are needed, or
+a few token ids with weights (teachers/cache.py).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class HiddenRows:
 
 @dataclass
 class SampledRows:
-    """A teacher's distributions as a few tokens each: unbiased estimates of the whole (see teacher_cache.py).
+    """A teacher's distributions as a few tokens each: unbiased estimates of the whole (see teachers/cache.py).
 
     Args:
         ids: int [n, K], tokens; one may occur several times.
@@ -178,7 +178,7 @@ class Objective:
 
     Args:
         labels: int64 [batch, time], IGNORE_INDEX where nothing is predicted.
-        teacher: its say about the n tokens, in their order; None without a teacher.
+        teacher: its distributions of the n tokens, in their order; None without a teacher.
         weights: of "ce" (cross-entropy with the labels) and "kl" (divergence from the teacher) in the loss; a term
             without weight is not computed.
         temperature: of the divergence.

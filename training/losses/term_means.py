@@ -1,4 +1,4 @@
-"""The terms of the training loss apart, for the log: a blend of two numbers cannot be taken apart again."""
+"""Log each term of the training loss separately."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TermMeans:
         return figures
 
     def clear(self) -> None:
-        """Forget what was counted."""
+        """Reset all sums."""
         self._sums = torch.zeros_like(self._sums)
 
     def state(self) -> dict[str, float]:
@@ -60,7 +60,7 @@ class TermMeans:
         return dict(zip((*self.names, "tokens"), self._sums.tolist(), strict=True))
 
     def restore(self, states: list[dict[str, float]]) -> None:
-        """Go on from the sums of all processes, however many there were; sums of other terms are dropped."""
+        """Continue from the sums of all processes, however many there were; sums of other terms are dropped."""
         names = (*self.names, "tokens")
         if self.accelerator.is_main_process and all(state.keys() == set(names) for state in states):
             sums = torch.tensor([[state[name] for name in names] for state in states]).sum(0)

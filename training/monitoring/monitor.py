@@ -1,4 +1,4 @@
-"""What quantization does to a model while it trains, for the log: oscillating codes and saturated values.
+"""Log the effects of quantization during training: oscillating codes and saturated values.
 
 A weight near the border between two grid values can be pushed across and back by every other step, and its code with it
 (Nagel et al., arXiv:2203.11086). An oscillation is a change of the quantized value whose direction is opposite to that
@@ -45,7 +45,7 @@ class WeightSample:
     values: torch.Tensor | None = None
     direction: torch.Tensor | None = None  # of each value's last change: -1, 0 (none yet), 1
     frequency: torch.Tensor | None = None
-    changed: torch.Tensor | float = 0.0  # share of values, summed over steps
+    changed: torch.Tensor | float = 0.0  # fraction of values, summed over steps
     steps: int = 0
 
     def quantize(self) -> tuple[torch.Tensor, Quantized]:
@@ -92,7 +92,7 @@ class QuantizationMonitor(TrainerCallback):
         self.groups = grouped_layers(model)
         self.samples: dict[str, list[WeightSample]] = {}
         self.inputs = {group: _distinct_inputs(layers) if watch_inputs else [] for group, layers in self.groups.items()}
-        self.input_shares: dict[str, list[torch.Tensor]] = {}
+        self.input_fractions: dict[str, list[torch.Tensor]] = {}
         self.hooks: list = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -121,25 +121,25 @@ class QuantizationMonitor(TrainerCallback):
         self.hooks.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Shares since the last call, as "KIND/GROUP".
+        """Fractions since the last call, as "KIND/GROUP".
 
         flips: of quantized weights that changed in a step; oscillation: of weights that oscillate; saturation_weights
         and saturation_inputs: of values beyond the largest element of their block.
         """
-        shares: dict[str, torch.Tensor] = {}
+        fractions: dict[str, torch.Tensor] = {}
         for group, samples in self.samples.items():
             sizes = [sample.values.numel() for sample in samples if sample.steps]
             if sizes:
-                shares[f"flips/{group}"] = _mean([s.changed / s.steps for s in samples], sizes)
+                fractions[f"flips/{group}"] = _mean([s.changed / s.steps for s in samples], sizes)
                 frequencies = [(s.frequency > OSCILLATING).float().mean() for s in samples]
-                shares[f"oscillation/{group}"] = _mean(frequencies, sizes)
-                shares[f"saturation_weights/{group}"] = _mean([s.saturated() for s in samples], sizes)
+                fractions[f"oscillation/{group}"] = _mean(frequencies, sizes)
+                fractions[f"saturation_weights/{group}"] = _mean([s.saturated() for s in samples], sizes)
             for sample in samples:
                 sample.changed, sample.steps = 0.0, 0
-        for group, seen in self.input_shares.items():
-            shares[f"saturation_inputs/{group}"] = torch.stack(seen).mean()
-        self.input_shares = {}
-        return {name: round(share.item(), 6) for name, share in sorted(shares.items())}
+        for group, seen in self.input_fractions.items():
+            fractions[f"saturation_inputs/{group}"] = torch.stack(seen).mean()
+        self.input_fractions = {}
+        return {name: round(fraction.item(), 6) for name, fraction in sorted(fractions.items())}
 
     def _all_samples(self) -> list[WeightSample]:
         return [sample for samples in self.samples.values() for sample in samples]
@@ -149,7 +149,7 @@ class QuantizationMonitor(TrainerCallback):
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
             quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype)
-            self.input_shares.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
+            self.input_fractions.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
 
         return look
 
@@ -179,6 +179,6 @@ def _some(rows: torch.Tensor | None, count: int = ROWS_PER_LAYER) -> torch.Tenso
     return None if rows is None else rows[:: max(1, len(rows) // count)][:count]
 
 
-def _mean(shares: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
-    """The mean of shares of samples of these sizes."""
-    return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+def _mean(fractions: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+    """The mean of `fractions`, weighted by the sizes of their samples."""
+    return sum(fraction * size for fraction, size in zip(fractions, sizes, strict=True)) / sum(sizes)

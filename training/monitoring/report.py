@@ -1,4 +1,4 @@
-"""What a training run came to: `report.md` with final figures and settings, and `report.png` with the curves.
+"""Write the report of a training run: `report.md` with final figures and settings, `report.png` with curves.
 
 Everything comes from the Trainer's log history, which is also what checkpoints keep, so a resumed run reports the whole
 of itself, and a callback that logs a figure finds it drawn. Figures whose names differ in "eval_" or after a slash
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-_NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is no scalar of its time
+_NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is not a scalar of its step
 _TOTALS = ("runtime", "samples_per_second", "steps_per_second")  # ends of names that speak of a whole run
 _ORDER = ("loss", "kl", "perplexity", "learning_rate", "grad_norm")
 _COUNTS = ("labelled_tokens",)  # in a table, not in a panel
@@ -65,7 +65,7 @@ def collect_curves(log_history: list[dict]) -> Curves:
 
 
 def run_settings(trainer, *groups) -> dict[str, object]:
-    """What the report says of a run: its scheme and rules, and the arguments that differ from their defaults.
+    """The settings that the report lists: scheme and rules, and the arguments that differ from their defaults.
 
     Args:
         groups: dataclasses of arguments.

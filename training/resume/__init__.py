@@ -1,1 +1,1 @@
-"""Runs that can be killed at any moment and continue exactly."""
+"""Runs that can be killed at any moment and resume exactly."""

@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues from, and whether it may."""
+"""Find the checkpoint that a run resumes from, and check that it may."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 def find_checkpoint(
     output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None, writers: Writers | None = None
 ) -> str | None:
-    """The checkpoint to resume from: the one named, else the newest complete one in `output_dir`, else None.
+    """The checkpoint to resume from: the given one, else the newest complete one in `output_dir`, else None.
 
-    All processes call this and get the same answer; they share the reading.
+    All processes call this and get the same answer; each reads a part of the files.
 
     Args:
         resume_from_checkpoint: a checkpoint folder; "True" for the newest in `output_dir` (an error if there is none),
@@ -48,19 +48,19 @@ def find_checkpoint(
 
 
 def _newest_complete(output_dir: str, writers: Writers) -> str | None:
-    """The newest checkpoint without a fault on any process; those passed over are named."""
+    """The newest checkpoint without a fault on any process; those skipped are logged."""
     steps = {step for part in writers.gather([step_of(p) for p in checkpoints_in(output_dir)]) for step in part}
     for step in sorted(steps, reverse=True):
         path = Path(output_dir, f"checkpoint-{step}")
         faults = _faults(path, writers)
         if not faults:
             return str(path)
-        logger.warning("passing over %s: %s", path, "; ".join(faults))
+        logger.warning("skipping %s: %s", path, "; ".join(faults))
     if steps:
         raise ValueError(
             f"none of the {len(steps)} checkpoints in --output_dir {output_dir!r} is complete (checkpoint-{step}: "
-            f"{'; '.join(faults)}). Name one that you trust, --resume_from_checkpoint PATH, or start anew, "
-            "--resume_from_checkpoint False"
+            f"{'; '.join(faults)}). Give one that you trust (--resume_from_checkpoint PATH), or start anew "
+            "(--resume_from_checkpoint False)"
         )
     return None
 
@@ -68,8 +68,8 @@ def _newest_complete(output_dir: str, writers: Writers) -> str | None:
 def _check_named(checkpoint: str, writers: Writers) -> None:
     if not Path(checkpoint, "trainer_state.json").is_file():
         raise ValueError(
-            f"--resume_from_checkpoint {checkpoint!r} is no checkpoint (it has no trainer_state.json); "
-            "name a checkpoint-N folder, or leave the argument away to take the newest in --output_dir"
+            f"--resume_from_checkpoint {checkpoint!r} is not a checkpoint (it has no trainer_state.json); "
+            "give a checkpoint-N folder, or omit the argument to resume from the newest in --output_dir"
         )
     if not Path(checkpoint, MANIFEST_NAME).is_file():
         logger.warning("%s has no %s: whether it is complete is not known", checkpoint, MANIFEST_NAME)

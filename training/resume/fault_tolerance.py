@@ -1,10 +1,11 @@
-"""FaultTolerantTrainer: Hugging Face's Trainer, of which no fault costs more than the steps since the last checkpoint.
+"""FaultTolerantTrainer: a Trainer that loses at most the steps since the last checkpoint in any fault.
 
-* Checkpoints and the final model appear whole or not at all (atomic.py); the newest complete one is continued from.
-* A run that is continued has the same samples, losses, learning rates and weights as one that was never interrupted:
-  the order of samples depends on seed and epoch alone (sampling.py), evaluation leaves training's random numbers alone,
-  and sums not yet logged are kept. Settings that would break this are refused (run_record.py).
-* SIGTERM, and losses and gradients that are no numbers, end a run between two steps (safeguards.py).
+* Checkpoints and the final model appear whole or not at all (qat/files/atomic.py, written.py); a run resumes from
+  the newest complete one.
+* A resumed run has the same samples, losses, learning rates and weights as one that was never interrupted:
+  the order of samples depends on seed and epoch alone (sampling.py), evaluation does not use the random numbers
+  of training, and sums not yet logged are kept. Settings that would break this are refused (run_record.py).
+* SIGTERM, and non-finite losses and gradients, end a run between two steps (safeguards.py).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class FaultTolerantTrainer(Trainer):
     """A Trainer that can be killed at any moment; arguments are Trainer's own.
 
     Args:
-        data_settings: by name, what decides which samples there are; with other values a run is not continued.
-        learning_settings: by name, what decides what is learned from them; other values are said.
+        data_settings: by name, what decides which samples there are; with other values a run is not resumed.
+        learning_settings: by name, what decides what is learned from them; other values are logged.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class FaultTolerantTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._settings = {"data": data_settings, "learning": learning_settings}
         self._writers = Writers.of(self.args)
-        self._aside: Path | None = None  # where a checkpoint is being written
+        self._partial: Path | None = None  # where a checkpoint is being written
         self._record: RunRecord | None = None
         self._progress: dict = {}
         self._train_sampler: Sampler | None = None
@@ -105,7 +106,7 @@ class FaultTolerantTrainer(Trainer):
         with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
             return super().evaluate(*args, **kwargs)
 
-    # ---- Continuing ----
+    # ---- Resuming ----
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -136,7 +137,7 @@ class FaultTolerantTrainer(Trainer):
         return is_new_best or self._guard.interrupted
 
     def _find_best_checkpoint(self, trial) -> None:
-        """The state says where the best checkpoint lies; only a folder of this run's own is believed."""
+        """Find the best checkpoint that the state records; only a folder of this run itself is accepted."""
         if self.state.best_global_step is None:
             self.state.best_model_checkpoint = None
             return
@@ -174,40 +175,40 @@ class FaultTolerantTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model to `output_dir` (default: `args.output_dir`), whole or not at all."""
-        if self._aside is not None:  # into a checkpoint, which is written aside itself
+        if self._partial is not None:  # into a checkpoint, which is itself written to a temporary folder
             super().save_model(output_dir, _internal_call)
             return
-        with model_written_whole(output_dir or self.args.output_dir, self.args.should_save) as aside:
-            super().save_model(str(aside), _internal_call=True)
+        with model_written_whole(output_dir or self.args.output_dir, self.args.should_save) as partial:
+            super().save_model(str(partial), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 
     def _save_checkpoint(self, model, trial) -> None:
         check_weights(self.model, self.args)
         target = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         best = self._best_of(target)
         progress = self._progress_now()
-        with checkpoint_written_whole(target, self._writers) as aside:
-            self._aside = aside
+        with checkpoint_written_whole(target, self._writers) as partial:
+            self._partial = partial
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self._aside = None
+                self._partial = None
             self.state.best_model_checkpoint = None if best is None else str(best)
             if self.args.should_save:
-                self.state.save_to_json(str(aside / target.name / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(partial / target.name / TRAINER_STATE_NAME))
                 if self._record is not None:
-                    self._record.save(aside / target.name, progress)
+                    self._record.save(partial / target.name, progress)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if self._writers.leads:
             delete_older_checkpoints(target.parent, self.args.save_total_limit, {target} | ({best} if best else set()))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._aside is None:  # else it is called again once the folder has its name
+        if self._partial is None:  # else it is called again once the folder has its name
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _best_of(self, target: Path) -> Path | None:

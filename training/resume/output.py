@@ -22,15 +22,17 @@ from qat.files.lock import LOCK_NAME, locked
 
 from ..backends.writers import Writers
 from .checkpoints import find_checkpoint
-from .written import MODEL_ASIDE
+from .written import MODEL_PARTIAL
 
 logger = logging.getLogger(__name__)
 
-_RESULTS = ("all_results.json",)  # read again by the next run, and not written aside by transformers
+_RESULTS = (
+    "all_results.json",
+)  # read again by the next run; transformers does not write it through a temporary folder
 
 
 class OutputFolder:
-    """The folder that a run writes to: locked while it lasts, with its checkpoints, its model and what is packed of it.
+    """The folder that a run writes to: locked while it lasts, with its checkpoints, its model and the packed model.
 
     Args:
         path: the folder.
@@ -61,7 +63,7 @@ class OutputFolder:
                 probe.flush()
         except OSError as error:
             raise ValueError(
-                f"--output_dir {str(self.path)!r} cannot be written ({error.strerror}); name a folder that can"
+                f"--output_dir {str(self.path)!r} cannot be written ({error.strerror}); give a folder that can"
             ) from error
         with locked(self.path, self.writers):
             for path in sorted(self.path.iterdir()) if self.writers.leads else ():
@@ -95,7 +97,7 @@ def _clear(path: Path) -> None:
     leftover = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|replaced|deleted)", path.name)
     if leftover and path.exists():
         clear_leftovers(path.with_name(leftover[1]))
-    if path.exists() and (leftover or path.name == MODEL_ASIDE):
+    if path.exists() and (leftover or path.name == MODEL_PARTIAL):
         logger.warning("removing %s, left by a process that was killed", path)
         shutil.rmtree(path)
     if path.name in _RESULTS:

@@ -1,7 +1,7 @@
-"""RunRecord: what a run was when it wrote a checkpoint, so that one that continues it can tell whether it is the same.
+"""RunRecord: the settings of the run that wrote a checkpoint, which a resumed run compares with its own.
 
-On some settings depends which samples come next: another value is refused. Others change what is learned from them:
-another value is said. The record lies in each checkpoint as `run.json`, with the sums that the log had not shown yet.
+Some settings decide which samples come next: another value is refused. Others change what is learned from them:
+another value is logged. The record lies in each checkpoint as `run.json`, with the sums that the log had not shown yet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FORMAT_VERSION = 1
 _DIGEST_SAMPLES = 64
 _WITHOUT_EFFECT = ("data_cache_dir", "preprocessing_num_workers")
 _ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "model_max_length")
-# The optimizer's state brings its own learning rate, betas and weight decay along, whatever the arguments say.
+# The optimizer's state brings its own learning rate, betas and weight decay along, whatever the arguments are.
 _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _LEARNING = (
     *_KEPT, "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "max_grad_norm", "bf16",
@@ -75,7 +75,7 @@ class RunRecord:
         """Compare with the run that wrote `checkpoint`; returns the progress kept there, empty if there is none.
 
         Raises:
-            ValueError: other samples would come next than in the run that is continued.
+            ValueError: the next samples would not be those of the run that is resumed.
         """
         path = Path(checkpoint, RECORD_NAME)
         if not path.is_file():
@@ -86,17 +86,17 @@ class RunRecord:
             complaint = f"{checkpoint} was written with other data or another order of it: {'; '.join(differing)}"
             if not ignore_data_skip:
                 raise ValueError(
-                    f"{complaint}. Give the same values; or --ignore_data_skip True, to go on from the checkpoint's "
+                    f"{complaint}. Give the same values; or --ignore_data_skip True, to resume from the checkpoint's "
                     "weights at the beginning of the data; or another --output_dir, to start anew"
                 )
-            logger.warning("%s; --ignore_data_skip True: going on at the beginning of the data", complaint)
+            logger.warning("%s; --ignore_data_skip True: the run resumes at the beginning of the data", complaint)
         for difference in _differences(content["learning"], self.learning):
             kept = difference.partition(":")[0] in _KEPT
-            logger.warning("continuing with another %s%s", difference, _KEPT_NOTE if kept else "")
+            logger.warning("resuming with another %s%s", difference, _KEPT_NOTE if kept else "")
         if content["processes"] != self.processes:
             logger.warning(
-                "continuing with %d processes what %d began: samples and their order stay the same, sums are added in "
-                "another order, and dropout, if the model has any, draws other masks",
+                "resuming with %d processes a run that %d began: samples and their order stay the same, sums are added "
+                "in another order, and dropout, if the model has any, draws other masks",
                 self.processes, content["processes"],
             )  # fmt: skip
         return content.get("progress", {})
@@ -106,7 +106,7 @@ _KEPT_NOTE = " (the optimizer's state keeps the checkpoint's value, which stays 
 
 
 def digest(dataset: Dataset) -> str | None:
-    """Number of samples and a checksum of 64 evenly spaced ones; None for a stream, which cannot be looked at twice."""
+    """Number of samples and a checksum of 64 evenly spaced ones; None for a stream, which cannot be read twice."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         return None
     count, content = len(dataset), hashlib.blake2b(digest_size=8)

@@ -1,4 +1,4 @@
-"""StepGuard: what may end a training between two steps, agreed on by all processes: SIGTERM, and numbers that are none.
+"""StepGuard: end a training between two steps, on all processes, after SIGTERM or non-finite values.
 
 SIGTERM (a cluster takes its machine back) lets the step end, has a checkpoint written and stops the training; the
 program then exits with `INTERRUPTED`. A step whose loss or gradient is NaN or infinite is not applied; more than
@@ -29,7 +29,7 @@ class NonFiniteError(RuntimeError):
 
 
 class StepGuard(TrainerCallback):
-    """Looks at each step before the optimizer does.
+    """Check each step before the optimizer applies it.
 
     Attributes:
         interrupted: whether SIGTERM is ending the training; the same on all processes from the end of a step on.
@@ -48,7 +48,7 @@ class StepGuard(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM as a wish to stop after the step; only a main thread can."""
+        """Treat SIGTERM as a request to stop after the step; only a main thread can."""
         self.interrupted = self._signalled = False
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -63,12 +63,12 @@ class StepGuard(TrainerCallback):
         self._signalled = True
 
     def see(self, value: torch.Tensor | float | None) -> None:
-        """Take note of a loss or a gradient norm of the current step."""
+        """Record a loss or a gradient norm of the current step."""
         if value is not None:
             self._seen.append(torch.as_tensor(value).detach())
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        """Withhold the gradient of a step with numbers that are none; raises NonFiniteError after too many."""
+        """Withhold the gradient of a step with non-finite values; raise NonFiniteError after too many."""
         seen = [value.to(args.device, torch.float32) for value in self._seen]
         self._seen = []
         finite = bool(torch.stack(seen).isfinite().all()) if seen else True
@@ -84,7 +84,7 @@ class StepGuard(TrainerCallback):
             "step %d is not applied: loss and gradient norm are %s on this process (%d in a row; --max_nan_steps %d)",
             state.global_step + 1, values, self.nan_steps, self.max_nan_steps,
         )  # fmt: skip
-        model.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the optimizer
+        model.zero_grad(set_to_none=True)  # parameters without a gradient are skipped by the optimizer
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Save and stop where SIGTERM asked for it."""

@@ -2,7 +2,7 @@
 
 A checkpoint is written by all processes into `.checkpoint-N.partial`, flushed to disk, listed in its manifest, and then
 renamed. The final model shares its folder with the checkpoints, so its files are written into `.model.partial`, flushed
-and renamed one by one: `config.json`, without which nothing loads the folder, is taken away first and put back last.
+and renamed one by one: `config.json`, without which nothing loads the folder, is removed first and written last.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qat.checkpoints.folder import CONFIG_NAME
-from qat.files.atomic import clear_leftovers, disk_full_said, flush_path, flush_to_disk, partial_of, put_in_place
+from qat.files.atomic import clear_leftovers, disk_full_reported, flush_path, flush_to_disk, partial_of, put_in_place
 from qat.files.manifest import describe, write_manifest
 from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-MODEL_ASIDE = ".model.partial"
+MODEL_PARTIAL = ".model.partial"
 _STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME)
 
 
@@ -46,10 +46,10 @@ def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
     Raises:
         OSError: the disk is full; the machines do not share the folder. Nothing is left then.
     """
-    aside = partial_of(target)
-    content = aside / target.name
+    partial = partial_of(target)
+    content = partial / target.name
     try:
-        with disk_full_said(target):
+        with disk_full_reported(target):
             if writers.leads:
                 clear_leftovers(target)
                 content.mkdir(parents=True)
@@ -59,7 +59,7 @@ def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
                     f"{content} was made by the main process and is not seen by process {writers.index}: --output_dir "
                     "must lie on storage that all machines share, or give --save_on_each_node True"
                 )
-            yield aside
+            yield partial
             writers.wait()
             files = describe(content, writers.index, writers.count)
             for name in files:
@@ -69,16 +69,16 @@ def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
                 write_manifest(content, {name: entry for part in parts for name, entry in part.items()})
                 flush_to_disk(content) if writers.count == 1 else _flush_names(content)
                 put_in_place(content, target)
-                aside.rmdir()
+                partial.rmdir()
             writers.wait()
     except BaseException:
         if writers.leads:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def _flush_names(folder: Path) -> None:
-    """What is left to flush once each process has flushed its share: the manifest and the folders."""
+    """Flush what no process has flushed yet: the manifest and the folders."""
     for path in folder.iterdir():
         if path.is_dir() or path.suffix == ".json":
             flush_path(path)
@@ -88,7 +88,7 @@ def _flush_names(folder: Path) -> None:
 def delete_older_checkpoints(folder: Path, limit: int | None, keep: set[Path]) -> None:
     """Delete the oldest checkpoints of `folder` beyond `limit` (None or 0: no limit), never one of `keep`.
 
-    A checkpoint is renamed before it is deleted, so no half of one is ever taken for whole.
+    A checkpoint is renamed before it is deleted, so a partly deleted one is never taken for complete.
     """
     checkpoints = checkpoints_in(folder)
     spare = [path for path in checkpoints if path not in keep]
@@ -104,31 +104,31 @@ def model_written_whole(folder: str | Path, leads: bool) -> Iterator[Path]:
     """Yield an empty folder whose files replace the model in `folder` on success; on error that one stays.
 
     Args:
-        leads: whether this process writes; the others get the same path and leave it alone.
+        leads: whether this process writes; the others get the same path and do not write there.
 
     Raises:
         OSError: the disk is full.
     """
     folder = Path(folder)
-    aside = folder / MODEL_ASIDE
+    partial = folder / MODEL_PARTIAL
     if not leads:
-        yield aside
+        yield partial
         return
     try:
-        with disk_full_said(folder):
-            if aside.exists():
-                shutil.rmtree(aside)
-            aside.mkdir(parents=True)
-            yield aside
-            flush_to_disk(aside)
-            _install(aside, folder)
+        with disk_full_reported(folder):
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+            yield partial
+            flush_to_disk(partial)
+            _install(partial, folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _install(aside: Path, folder: Path) -> None:
-    new = {path.name for path in aside.iterdir()}
+def _install(partial: Path, folder: Path) -> None:
+    new = {path.name for path in partial.iterdir()}
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for pattern in _STALE:
         for path in folder.glob(pattern):
@@ -139,6 +139,6 @@ def _install(aside: Path, folder: Path) -> None:
             flush_path(folder)
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
-        (aside / name).replace(folder / name)
-    aside.rmdir()
+        (partial / name).replace(folder / name)
+    partial.rmdir()
     flush_path(folder)

@@ -1,1 +1,1 @@
-"""A program: which layers lose most by quantization, and a mixed mapping for a budget of bits."""
+"""A program that measures the accuracy lost per layer and proposes a mixed mapping for a bits budget."""

@@ -1,4 +1,4 @@
-"""Which layers get the wider scheme when the average weight may have so many bits."""
+"""Choose the layers that get the wider scheme within a budget of bits per weight."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def find_units(model: nn.Module, by_block: bool = False) -> list[Unit]:
 
 
 def nominal_bits(scheme: Scheme) -> float:
-    """Bits of a weight, its part of the scale included: 4.25 or 8.25 in MX formats."""
+    """Bits per weight, scales included: 4.25 or 8.25 in MX formats."""
     return scheme.weight.format.nominal_bits
 
 
 def propose(units: Sequence[Unit], narrow: Scheme, wide: Scheme, budget: float) -> list[Unit]:
     """The units that shall have the wide scheme: greedily those that save most divergence for each additional bit.
 
-    Divergences of single units are taken to add up. A unit that does not fit is passed over for smaller ones; one that
+    Divergences of single units are taken to add up. A unit that does not fit is skipped for smaller ones; one that
     the wide scheme does not help stays narrow.
 
     Raises:

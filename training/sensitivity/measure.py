@@ -1,4 +1,4 @@
-"""Which layers suffer most from quantization, and a mixed mapping that spends a bits budget on them.
+"""Measure the accuracy that each layer loses by quantization, and propose a mixed mapping within a bits budget.
 
     python -m training.sensitivity --model_name_or_path M --dataset D --bits_budget 5.0 --output_dir sensitivity
     python main.py --model_name_or_path M --quant_mapping sensitivity/mapping.json --dataset D --do_train True ...
@@ -6,14 +6,14 @@
 Each unit (a layer, or layers that engines fuse into one matrix) is quantized alone, first in the narrow and then in the
 wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on `--samples`
 training samples (rows, when packed), evenly spread: the evaluation set, on which `main.py` reports, must not choose.
-What a unit saves by the wide scheme decides who gets it (`bits_budget.py`). At the end the narrow, the proposed and the
-wide model are measured as wholes, since divergences of single layers only about add up.
+The divergence that a unit saves by the wide scheme decides which get it (`bits_budget.py`). At the end the narrow,
+the proposed and the wide model are measured as wholes, since divergences of single layers only about add up.
 
 With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes: give both the same value,
-or the ranking is that of a model which is never trained. Measured is what training computes: FP32 masters under
-autocast.
+or the ranking is that of a model which is never trained. The model is measured as training computes it: FP32 masters
+under autocast.
 
-Written are `mapping.json` (for --quant_mapping and `prepare_qat`, with all figures) and `sensitivity.png`.
+The results are `mapping.json` (for --quant_mapping and `prepare_qat`, with all figures) and `sensitivity.png`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,10 @@ UNITS = ("projection", "block")
 
 @dataclass
 class SensitivityArguments:
-    """What to measure and what to spend."""
+    """What is measured, and the bits budget."""
 
-    output_dir: str = field(default="sensitivity", metadata={"help": "Where mapping.json and sensitivity.png go."})
-    bits_budget: float = field(
-        default=5.0, metadata={"help": "Bits of the average quantized weight, its share of the scale included."}
-    )
+    output_dir: str = field(default="sensitivity", metadata={"help": "Folder for mapping.json and sensitivity.png."})
+    bits_budget: float = field(default=5.0, metadata={"help": "Bits per quantized weight on average, scales included."})
     narrow_scheme: str = field(default="MXFP4", metadata={"help": f"For most layers: one of {', '.join(SCHEMES)}."})
     wide_scheme: str = field(default="MXFP8", metadata={"help": "For the layers that gain most by it."})
     weight_scale_rule: str | None = field(
@@ -165,7 +163,7 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
     widened = dict.fromkeys((layer for unit in chosen for layer in unit.layers), wide.name)
     all_narrow, all_wide = (dict.fromkeys(sensitivity.layers, scheme) for scheme in (narrow, wide))
     whole = sensitivity.measure([all_narrow, all_narrow | dict.fromkeys(widened, wide), all_wide])
-    # In the model's order, and nothing narrow named that the first key covers; all wide needs no first key.
+    # In the model's order, without narrow layers that the first key covers; all wide needs no first key.
     mapping = {"torch.nn.Linear": narrow.name} if len(widened) < len(sensitivity.layers) else {}
     mapping |= {name: wide.name for name in sensitivity.layers if name in widened}
     return {
@@ -184,7 +182,7 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load, measure, write."""
+    """Load the model and data, measure, and write the results."""
     parser = HfArgumentParser((ModelArguments, DataArguments, SensitivityArguments))
     try:
         model_args, data_args, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)

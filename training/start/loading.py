@@ -10,10 +10,10 @@ from ..arguments.model import ModelArguments
 
 
 def load_plain(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """An unquantized model in its own dtype, or one in a GGUF file, dequantized.
+    """Load an unquantized model in its own dtype, or a GGUF file, which is dequantized.
 
     Raises:
-        ValueError: it is quantized in a way that training cannot start from.
+        ValueError: the model is quantized in a format that training cannot start from.
     """
     kwargs = {"cache_dir": cache_dir, "dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
@@ -32,12 +32,13 @@ def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
         raise ValueError(
             f"--model_name_or_path {model_args.model_name_or_path!r} is quantized by "
             f"{getattr(model, 'quantization_method', None)}; training starts from BF16 weights, or from a local folder "
-            "packed in MXFP4 or MXFP8 by compressed-tensors or AutoRound (download a hub model first)"
+            "packed in MXFP4, MXFP8 or FP8 by compressed-tensors, or in MXFP4 or MXFP8 by AutoRound "
+            "(download a hub model first)"
         )
 
 
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):
-    """The model's tokenizer, cutting at `model_max_length`, with a padding token."""
+    """Load the model's tokenizer: it truncates at `model_max_length` and has a padding token."""
     kwargs = {"gguf_file": model_args.gguf_file} if model_args.gguf_file is not None else {}
     kwargs["trust_remote_code"] = model_args.trust_remote_code
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -58,7 +59,7 @@ def _dequantize_gguf() -> dict:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """The weights are plain now; what remembers the blocks would keep the model from being saved."""
+    """Remove the quantization attributes: the weights are plain now, and these would prevent saving."""
     model.hf_quantizer = None
     model.is_quantized = False
     for attribute in ("quantization_config", "_pre_quantization_dtype"):
@@ -69,7 +70,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 def without_weights(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """The model with its parameters on the meta device and its buffers in memory, for processes that read none."""
+    """The model with its parameters on the meta device and its buffers in memory: for processes that read no file."""
     kwargs = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
         kwargs["gguf_file"] = model_args.gguf_file

@@ -1,4 +1,4 @@
-"""Smoothing with the data at hand: a few training samples show how large each activation gets."""
+"""Smooth a model with its training data: a few samples give the maximum of each activation channel."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ _WORKSPACE = 2 << 30  # bytes beside the weights: a few logits of TOKENS x 256,0
 
 
 def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: torch.device) -> None:
-    """`qat.smoothing.smooth` over the beginnings of the first training samples (rows, when packed: those are the ones
-    of the longest samples), without padding.
+    """Run `qat.transforms.smoothing.smooth` on the beginnings of the first training samples, without padding.
+
+    When samples are packed, the first rows are those of the longest samples.
 
     Every process does the same. Under FSDP with `cpu_ram_efficient_loading` only the first one has weights; the others
     are given its smoothed ones when the model is sharded.
@@ -32,7 +33,8 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: 
     Args:
         model: prepared by `prepare_qat`.
         data_module: from `make_supervised_data_module`.
-        alpha: share of the difficulty that moves into the weights, above 0 and at most 1.
+        alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
+            above 0 and at most 1.
         device: where the model is moved first, and stays; unless it is to be sharded: then it computes there, if it
             fits, and is back where it was afterwards.
     """

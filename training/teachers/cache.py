@@ -48,14 +48,14 @@ PREFIX = "teacher_"  # of the columns that the collator adds to a batch
 def build_cache(
     root: Path, make_teacher: Callable | None, digest: str, dataset, settings: CacheSettings, what: str
 ) -> Path:
-    """The folder with the teacher's say about all samples of `dataset`; built unless it exists.
+    """The folder with the teacher's distributions of all samples of `dataset`; built unless it exists.
 
     Args:
         root: where caches lie.
         make_teacher: makes something whose `rows` gives HiddenRows (a FrozenTeacher), called only if the cache must be
             built; None in a process that waits for another one to build it.
         digest: `weights_digest` of the teacher's model.
-        what: names the data set in messages.
+        what: the name of the data set in messages.
 
     Raises:
         ValueError: the data set cannot be read ahead, or `root` cannot be written.
@@ -77,7 +77,7 @@ def build_cache(
         folder = build_once(root, key, build, "--distill_cache_dir")
     tokens = json.loads((folder / "about.json").read_text())["tokens"]
     size = sum(path.stat().st_size for path in folder.iterdir())
-    logger.info("teacher's say about %s: %d tokens, %.1f MB, %s", what, tokens, size / 1e6, folder)
+    logger.info("teacher's distributions of %s: %d tokens, %.1f MB, %s", what, tokens, size / 1e6, folder)
     return folder
 
 
@@ -151,7 +151,7 @@ class TeacherCache:
         return {"folder": self.folder, "_maps": None}
 
     def rows(self, samples: Iterable[Sample]) -> SampledRows:
-        """What the teacher said about all labelled tokens of `samples`, in order.
+        """The teacher's distributions of all labelled tokens of `samples`, in order.
 
         Raises:
             ValueError: a sample is not in the cache.
@@ -187,7 +187,7 @@ class TeacherCache:
 
 
 class CachedTeacher:
-    """A teacher that is not there: collators add to each batch what it said.
+    """A teacher that is not loaded: collators add its cached distributions to each batch.
 
     Args:
         folders: of `build_cache`, by "train" and "eval".
@@ -217,8 +217,8 @@ class _CachedCollator:
         batch = self.collate(samples)
         names = [name for name in ("input_ids", "labels", "position_ids") if name in batch]
         rows = ({name: batch[name][i].numpy() for name in names} for i in range(len(batch["labels"])))
-        said = self.cache.rows(sample for row in rows for sample in samples_of(row))
-        return {**batch, **{PREFIX + name: value for name, value in vars(said).items()}}
+        kept = self.cache.rows(sample for row in rows for sample in samples_of(row))
+        return {**batch, **{PREFIX + name: value for name, value in vars(kept).items()}}
 
 
 # ---- Making ----

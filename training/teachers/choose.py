@@ -1,4 +1,4 @@
-"""Which teacher a run has, by its arguments."""
+"""Choose the teacher of a run by its arguments."""
 
 from __future__ import annotations
 

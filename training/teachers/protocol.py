@@ -1,4 +1,4 @@
-"""Teacher: what the Trainer asks of whoever knows better than the student, whatever form it has."""
+"""Teacher: the interface through which the Trainer gets a teacher's distributions."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Teacher(Protocol):
 def as_teacher(
     teacher: PreTrainedModel | Teacher | str, student: PreTrainedModel, head: Head | None, accelerator: Accelerator
 ) -> Teacher:
-    """What a Trainer is given as `teacher`, as a Teacher.
+    """Turn the Trainer's argument `teacher` into a Teacher.
 
     Args:
         teacher: a model, which is frozen; a Teacher; or "self", the student with its quantizers off.
         head: of the student.
 
     Raises:
-        ValueError: none of these.
+        ValueError: it is none of these.
     """
     if isinstance(teacher, PreTrainedModel):
         return FrozenTeacher(teacher, accelerator.device, accelerator)

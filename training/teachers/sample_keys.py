@@ -1,6 +1,7 @@
-"""Samples by content: what a teacher says depends on a sample's tokens, and what is kept of it on its labels.
+"""Keys of samples by content: their tokens and labels.
 
-So the two are the key of a sample, whether it stands alone, in a packed row or in a padded batch.
+A teacher's distributions depend on a sample's tokens, and which of them are kept depends on its labels. So the two are
+the key of a sample, whether it stands alone, in a packed row or in a padded batch.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .compressed_tensors import CompressedTensors
 
 
 class Dialect(Protocol):
-    """What an export format knows.
+    """An export format.
 
     Attributes:
         name: as the command line has it.
@@ -63,13 +63,13 @@ def dialect_of(quantization_config: dict | None, where: object) -> Dialect:
     """The dialect of a checkpoint's `quantization_config`.
 
     Raises:
-        ValueError: none of ours; `where` is named.
+        ValueError: it is not a dialect of ours; the message names `where`.
     """
     method = (quantization_config or {}).get("quant_method")
     found = next((dialect for dialect in DIALECTS.values() if dialect.quant_method == method), None)
     if found is None:
         known = [dialect.quant_method for dialect in DIALECTS.values()]
-        raise ValueError(f"{where} is no packed checkpoint: its quant_method is {method!r}, not one of {known}")
+        raise ValueError(f"{where} is not a packed checkpoint: its quant_method is {method!r}, not one of {known}")
     return found
 
 

@@ -92,7 +92,7 @@ class CompressedTensors:
 
 
 def quantization_args(fmt: Format, dynamic: bool) -> dict:
-    """What compressed-tensors' `QuantizationArgs` say of a format."""
+    """The fields of compressed-tensors' `QuantizationArgs` for a format."""
     args: dict = {"num_bits": fmt.element.bits, "type": "float"}
     if fmt.block is None:
         args |= {"strategy": "token" if dynamic else "channel"}

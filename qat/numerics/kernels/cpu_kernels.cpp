@@ -501,7 +501,7 @@ void dequantize(const uint8_t* packed, const uint8_t* scales, void* y, int64_t b
 // ---- FP8: E4M3 values, a scale a row ----
 //
 // Each row is read twice, once for its maximum and once to be rounded; the second time it comes from the cache. The
-// arithmetic is that of fp8.py: scales are no powers of two, so divisions and products round.
+// arithmetic is that of fp8.py: scales are not powers of two, so divisions and products round.
 
 // How the scale of a row follows from its maximum; filled by cpu_fp8.py.
 extern "C" struct RowScale {

@@ -32,7 +32,7 @@ from ..formats import Format
 
 SWITCH = "MX_QAT_CPU_KERNELS"
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-# -ffp-contract=off: a fused multiply-add would change bits. -fno-trapping-math only says that nobody reads the
+# -ffp-contract=off: a fused multiply-add would change bits. -fno-trapping-math only declares that nobody reads the
 # floating-point exception flags; without it compilers keep branches that they could turn into SIMD selections.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-exceptions", "-fPIC")
 # GCC tunes for 256 bits on many CPUs with AVX-512; these loops gain a few percent by its full width.
@@ -127,20 +127,20 @@ def _library() -> ctypes.CDLL | None:
             try:
                 return ctypes.CDLL(str(_build(compiler, (*_FLAGS, *_X86_FLAGS, _OPENMP_FLAG))))
             except (OSError, subprocess.CalledProcessError) as error:  # e.g. clang's OpenMP next to GCC's runtime
-                reason = f"{_reason(error)}; name GCC's g++ in CXX to use all"
+                reason = f"{_reason(error)}; set CXX to GCC's g++ to use all"
         else:
-            reason = "PyTorch has loaded no OpenMP runtime that they could share"
+            reason = "PyTorch has loaded no OpenMP runtime that they could use"
         library = ctypes.CDLL(str(_build(compiler, (*_FLAGS, *_X86_FLAGS))))
     except (OSError, subprocess.CalledProcessError) as error:
         warnings.warn(
-            f"the MX kernels for the CPU could not be built ({_reason(error)}); quantization runs in plain PyTorch "
-            "instead, with the same results but about 100 times slower. Install g++ or clang++, or name a C++ compiler "
-            f"in CXX; {SWITCH}=0 silences this",
+            f"the CPU kernels could not be built ({_reason(error)}); quantization runs in plain PyTorch "
+            "instead, with the same results but about 100 times slower. Install g++ or clang++, or set "
+            f"CXX to a C++ compiler; {SWITCH}=0 silences this",
             stacklevel=3,
         )
         return None
     if torch.get_num_threads() > 1:
-        warnings.warn(f"the MX kernels for the CPU run on one thread: {reason}", stacklevel=3)
+        warnings.warn(f"the CPU kernels run on one thread: {reason}", stacklevel=3)
     return library
 
 
@@ -184,7 +184,8 @@ def _build(compiler: list[str], flags: tuple[str, ...]) -> Path:
     parts = (_SOURCE.read_text(), version, *compiler, *flags, _cpu_features())
     library = _cache_dir() / f"cpu_kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        # Built aside and moved into place: several processes may start at once, and none may load half a file.
+        # Built in a temporary folder and moved into place: several processes may start at once, and none may load a
+        # part of a file.
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             object_file, finished = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
             for command in (

@@ -5,7 +5,7 @@ kernel reads its input once and writes its output once. A program takes a tile o
 block: memory is contiguous, so a thread loads 16 bytes at a time, and four threads share a block and find its largest
 magnitude by exchanging registers.
 
-The arithmetic is that of reference.py, explained there: FP32, exact multiplications by powers of two, and rounding by
+The arithmetic is that of mx.py, which explains it: FP32, exact multiplications by powers of two, and rounding by
 adding and subtracting 1.5 * 2^(23 + k). Exponents are handled as FP32 bit patterns.
 
 Without Triton, `triton` and `tl` are None and the kernels plain functions that cannot be launched.
@@ -134,7 +134,7 @@ def _add_neighbours(x, ROWS: tl.constexpr, PAIRS: tl.constexpr):
 
 @_jit
 def _block_error(difference, ROWS: tl.constexpr):
-    """Sums of squares [ROWS]; neighbours are added in pairs, as in reference.py."""
+    """Sums of squares [ROWS]; neighbours are added in pairs, as in mx.py."""
     total = _add_neighbours(difference * difference, ROWS, 16)
     total = _add_neighbours(total, ROWS, 8)
     total = _add_neighbours(total, ROWS, 4)

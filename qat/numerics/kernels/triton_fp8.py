@@ -1,7 +1,7 @@
 """The FP8 formats on the GPU: one program a row. It holds rows of up to 4096 values in registers; it reads longer ones
 twice, once for their maximum and once to round them.
 
-Bit-equal to `fp8.py`: quotients are divided as IEEE 754 says (`div_rn`; Triton's `/` is an approximation), products are
+Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (`div_rn`; Triton's `/` is an approximation), products are
 not fused, and BF16 scales and quotients are rounded to nearest even.
 """
 

@@ -15,7 +15,7 @@ from helpers import make_llama, make_tokenizer
 
 from data import preview
 from data.conversations.schemas import recognise
-from data.sets.summary import padding_share
+from data.sets.summary import padding_fraction
 from data.sources.readers import parse_sources
 from utils import make_supervised_data_module
 
@@ -88,7 +88,7 @@ def test_weights_mix_without_repeating_and_sizes_may_be_shares(tmp_path):
         read(f"{a}:0.7,{b}:0.3", tmp_path, 200, 10)
     with pytest.raises(ValueError, match="weights to some"):
         parse_sources(f"{a}:0.7,{b}")
-    with pytest.raises(ValueError, match="-1.* no positive number"):
+    with pytest.raises(ValueError, match="-1.* not a positive number"):
         parse_sources(f"{a}:-1")
 
 
@@ -151,8 +151,8 @@ def test_a_stream_skips_aloud_and_mixes_by_weight(tmp_path, caplog):
         make_supervised_data_module(str(a), make_tokenizer(), 0.5, streaming=True)
 
 
-def test_padding_share_is_what_is_not_a_token():
-    assert padding_share([1, 3], 2) == pytest.approx(2 / 6) and padding_share([4, 4, 4], 2) == 0
+def test_padding_fraction_is_what_is_not_a_token():
+    assert padding_fraction([1, 3], 2) == pytest.approx(2 / 6) and padding_fraction([4, 4, 4], 2) == 0
 
 
 def test_the_preview_marks_exactly_what_is_learned(tmp_path, capsys):

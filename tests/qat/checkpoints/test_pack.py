@@ -177,7 +177,7 @@ def damaged(source: Path, folder: Path, damage: str) -> Path:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no config", "no Hugging Face checkpoint"),
+        ("no config", "not a Hugging Face checkpoint"),
         ("no weights", "has neither model.safetensors nor"),
         ("truncated", "model.safetensors is truncated or corrupted"),
         ("garbage", "model.safetensors is truncated or corrupted"),

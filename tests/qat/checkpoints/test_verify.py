@@ -117,5 +117,5 @@ def test_the_source_is_found_again_or_asked_for(pair, tmp_path):
     lonely = Path(shutil.copytree(packed, tmp_path / "lonely"))
     with pytest.raises(ValueError, match="give --source"):
         verify.verify(lonely, with_logits=False)
-    with pytest.raises(ValueError, match="is no packed checkpoint"):
+    with pytest.raises(ValueError, match="is not a packed checkpoint"):
         verify.verify(source, source, with_logits=False)

@@ -75,6 +75,6 @@ def test_metadata_of_sharded_states_is_read_without_running_what_is_pickled_in_i
     dcp.save(states, checkpoint_id=str(tmp_path / "optimizer_0"), no_dist=True)
     check_checkpoint(tmp_path)
     (tmp_path / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(ValueError, match="no metadata of a sharded checkpoint: it asks for posix.mkdir"):
+    with pytest.raises(ValueError, match="not the metadata of a sharded checkpoint: it asks for posix.mkdir"):
         check_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()

@@ -99,7 +99,7 @@ def test_the_summary_counts_layers_and_says_why_others_were_left(capsys):
     said = capsys.readouterr().out
     assert "12 linear layers in MXFP4" in said and "2 linear layers in MXFP8" in said
     assert "1 (ignored by 'lm_head'), e.g. lm_head" in said
-    assert "Conv1d is no torch.nn.Linear" in said and "'no_such' matched no linear layer" in said
+    assert "Conv1d is not a torch.nn.Linear" in said and "'no_such' matched no linear layer" in said
 
 
 def test_config_survives_saving_and_a_damaged_one_is_an_error(tmp_path):

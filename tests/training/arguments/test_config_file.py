@@ -51,9 +51,9 @@ def test_lists_and_mappings_in_the_file_mean_what_flags_mean(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_step: 7\n", r"run.yaml'?: 'max_step' is no argument of main.py; did you mean 'max_steps'"),
-        ("qqqqq: 7\n", r"run.yaml'?: 'qqqqq' is no argument of main.py$"),
-        ("- max_steps\n", "holds no mapping"),
+        ("max_step: 7\n", r"run.yaml'?: 'max_step' is not an argument of main.py; did you mean 'max_steps'"),
+        ("qqqqq: 7\n", r"run.yaml'?: 'qqqqq' is not an argument of main.py$"),
+        ("- max_steps\n", "is not a mapping"),
         ("max_steps: [\n", "cannot be read"),
         ("max_steps: 7\nlearning_rate: 1e-5\nmax_steps: 9\n", "'max_steps' twice"),
     ],
