@@ -23,7 +23,10 @@ _C_MODULES = ("builtins", "gc", "itertools", "marshal", "sys", "time", "_io", "_
 
 
 def read_python_docs() -> list[dict]:
-    """About 3,400 one-turn conversations in Daring-Anteater's schema, in a fixed order, no two answers alike."""
+    """About 3,000 one-turn conversations in Daring-Anteater's schema, in a fixed order, no two answers alike.
+
+    How many there are depends on the distribution of Python: 2,930 in Debian's 3.11.2, 3,400 in a complete 3.11.7.
+    """
     return [
         {"conversations": [{"from": "User", "value": question}, {"from": "Assistant", "value": answer}]}
         for question, answer in _distinct()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,17 @@ def check_checkpoint(folder: str | Path) -> None:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and name in _DTYPES
         is_metadata = module == _METADATA_MODULE and name in _METADATA_CLASSES
         if not (is_dtype or is_metadata or (module, name) in _OTHER_CLASSES):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """A member of an Enum, which early versions of Python 3.11 pickle as `getattr(class, name)`; no other attribute."""
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError(f"it asks for the attribute {name} of {owner}")
+    return owner[name]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import make_llama, save_llama
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from qat.files.trust import check_checkpoint
 from training.arguments.model import ModelArguments
@@ -78,3 +79,24 @@ def test_metadata_of_sharded_states_is_read_without_running_what_is_pickled_in_i
     with pytest.raises(ValueError, match="not the metadata of a sharded checkpoint: it asks for posix.mkdir"):
         check_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()
+
+
+class AttributeOf:
+    """Pickled as an attribute of a class, as early versions of Python 3.11 pickle members of an Enum."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_of_attributes_in_metadata_only_members_of_an_enum_are_read(tmp_path):
+    (tmp_path / "optimizer_0").mkdir()
+    path = tmp_path / "optimizer_0" / ".metadata"
+    path.write_bytes(pickle.dumps(AttributeOf(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")))
+    check_checkpoint(tmp_path)
+    for owner, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__class__"), (torch.Size, "numel")):
+        path.write_bytes(pickle.dumps(AttributeOf(owner, name)))
+        with pytest.raises(ValueError, match=f"not the metadata of a sharded checkpoint: .*{name}"):
+            check_checkpoint(tmp_path)
