@@ -310,6 +310,21 @@ def test_callbacks_are_restored_and_the_run_does_not_stop_again(trainer_with):
     assert second.state.global_step == 3
 
 
+def test_a_missing_best_checkpoint_is_logged(trainer_with, caplog):
+    trainer_with(
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, eval_delay=9,
+        load_best_model_at_end=True,
+    ).train()  # fmt: skip
+    assert "there is no best checkpoint to load, the last weights stay" in caplog.text
+
+
+def test_rebalanced_batches_come_in_an_order_of_the_seed(trainer_with):
+    def order(**seeds) -> list[list[int]]:
+        return list(trainer_with(train_sampling_strategy="batch_rebalance", **seeds)._get_train_sampler())
+
+    assert order(seed=1) == order(seed=2, data_seed=1) != order(seed=2)
+
+
 def test_tokens_are_counted(trainer_with):
     trainer = trainer_with(include_num_input_tokens_seen="non_padding")
     trainer.train()
