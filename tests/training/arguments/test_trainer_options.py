@@ -318,6 +318,14 @@ def test_a_missing_best_checkpoint_is_logged(trainer_with, caplog):
     assert "there is no best checkpoint to load, the last weights stay" in caplog.text
 
 
+def test_smoothed_labels_are_those_of_the_next_token_also_where_fsdp2_renamed_the_class(trainer_with):
+    plain, renamed = (trainer_with(name, label_smoothing_factor=0.1, max_steps=1) for name in ("plain", "renamed"))
+    renamed.model.__class__ = type("FSDPLlamaForCausalLM", (type(renamed.model),), {})
+    for trainer in (plain, renamed):
+        trainer.train()
+    assert losses(plain) == losses(renamed)
+
+
 def test_rebalanced_batches_come_in_an_order_of_the_seed(trainer_with):
     def order(**seeds) -> list[list[int]]:
         return list(trainer_with(train_sampling_strategy="batch_rebalance", **seeds)._get_train_sampler())
