@@ -232,7 +232,6 @@ def test_a_single_file_of_arguments_works(workspace, suffix):
         ),
         (("--metric_for_best_model", "kl"), "--metric_for_best_model kl is the divergence from a teacher"),
         (("--learn_exponent", "True", "--bf16", "False"), "--learn_exponent True: weights are saved"),
-        (("--learn_exponent", "True", "--fp16", "True"), "--learn_exponent True: weights are saved"),
         (("--gguf_file", "no.gguf"), "--gguf_file 'no.gguf'"),
         (("--eval_strategy", "sometimes"), "eval_strategy"),
         (("missing.yaml",), "missing.yaml"),

@@ -195,6 +195,8 @@ class QATTrainer(FaultTolerantTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, or with a teacher the forward KL (weighted with cross-entropy), a mean over tokens."""
+        if self.label_smoother is not None and self.compute_loss_func is None:
+            return self._smoothed_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._computes_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -221,6 +223,19 @@ class QATTrainer(FaultTolerantTrainer):
         model = self.accelerator.unwrap_model(self.model)
         routed = getattr(model.config.get_text_config(), "output_router_logits", False)
         return model.loss_function is ForCausalLMLoss and not routed
+
+    def _smoothed_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """Trainer's own loss with smoothed labels, which are shifted by one token for every model.
+
+        transformers 5.23 shifts them only for classes that it knows by name, and FSDP2 renames the class of a model.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = self.label_smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def _teacher_rows(self, model, inputs: dict) -> HiddenRows | SampledRows | None:
         """The teacher's distributions of a batch; removes cached columns from `inputs`."""

@@ -22,7 +22,7 @@ from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
 from .model import ModelArguments
 from .quantization import QuantizationArguments
-from .trainer_options import check_with_teacher
+from .trainer_options import check_metric, check_with_stream, check_with_teacher
 from .training import TrainingArguments
 
 GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments)
@@ -145,12 +145,9 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
 def _check_together(arguments: Arguments) -> None:
     """Raise a ValueError for settings of two groups that exclude each other."""
     training, distillation = arguments.training, arguments.distillation
-    metric = training.metric_for_best_model
-    if metric in ("kl", "eval_kl") and not distillation.distill:
-        raise ValueError(
-            f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
-            "True, or choose loss or perplexity"
-        )
+    check_metric(training, distillation.distill)
+    if arguments.data.streaming:
+        check_with_stream(training)
     if arguments.quantization.learn_exponent and not training.bf16:
         raise ValueError(
             "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
@@ -160,3 +157,5 @@ def _check_together(arguments: Arguments) -> None:
         check_with_teacher(training)
     if distillation.distill_teacher == "self" and training.do_train:
         raise ValueError(SELF_IN_TRAINING)
+    if not (training.do_train or training.do_eval):
+        raise ValueError("nothing is asked for: give --do_train True, --do_eval True, or both")

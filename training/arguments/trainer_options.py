@@ -8,17 +8,14 @@ late, or where it would succeed without doing what was asked. docs/trainer_optio
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import transformers
 
-Condition = Callable[[Any, Any], bool]  # (value of the option, all arguments) -> whether the value is refused
+from . import option_conditions as when
+from .option_conditions import Condition, plain
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,14 @@ def _refused(group: str, reason: str, remedy: str, *names: str, variable: str | 
     return [Option(name, group, refusals=(refusal,), works=False) for name in names]
 
 
-# ---- Conditions ----
+# ---- Optimizers and trackers ----
 
-# optimizer -> the keys of --optim_args that transformers reads for it; it ignores all other keys
-_OPTIM_ARGS: dict[str, frozenset[str] | None] = {
-    "sgd": frozenset({"momentum", "dampening", "weight_decay", "nesterov"}),
-    "adagrad": frozenset({"lr_decay", "weight_decay", "eps"}),
-    "rmsprop": frozenset({"momentum", "alpha", "eps", "weight_decay", "centered"}),
+# optimizer -> the keys of --optim_args that have an effect on it. transformers ignores all other keys; Trainer's own
+# groups of parameters have their --weight_decay, which wins over one in --optim_args.
+_OPTIM_ARGS: dict[str, frozenset[str]] = {
+    "sgd": frozenset({"momentum", "dampening", "nesterov"}),
+    "adagrad": frozenset({"lr_decay", "eps"}),
+    "rmsprop": frozenset({"momentum", "alpha", "eps", "centered"}),
     **dict.fromkeys(
         ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
         frozenset({"beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"}),
@@ -85,12 +83,14 @@ _OPTIM_ARGS: dict[str, frozenset[str] | None] = {
 }
 _TORCH = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 _TORCHAO = ("adamw_torch_8bit", "adamw_torch_4bit")
+_RMSPROP_BNB = ("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+_LION = ("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit")
 _BITSANDBYTES = (
     "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit",
-    "paged_ademamix_32bit", "paged_ademamix_8bit", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit",
-    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", *_LION, *_RMSPROP_BNB,
 )  # fmt: skip
 OPTIMIZERS = (*_TORCH, *_BITSANDBYTES, *_TORCHAO)
+_WITHOUT_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor", *_RMSPROP_BNB)
 _IN_BACKWARD = ("lomo", "adalomo", *(f"galore_{kind}_layerwise" for kind in ("adamw", "adamw_8bit", "adafactor")))
 _IN_BACKWARD += ("apollo_adamw_layerwise",)
 _SCHEDULE_FREE = ("schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd")
@@ -100,40 +100,9 @@ _UNTESTED = tuple(
     if name.value not in (*OPTIMIZERS, *_IN_BACKWARD, *_SCHEDULE_FREE)
 )
 _OTHER_OPTIMIZER = "choose another, such as adamw_torch_fused or adamw_bnb_8bit; docs/trainer_options.md lists them"
-
-
-def _among(names: tuple[str, ...]) -> Condition:
-    return lambda value, args: _plain(value) in names
-
-
-def _ignored_optim_args(value: str, args) -> bool:
-    keys = {pair.partition("=")[0].strip() for pair in value.split(",")}
-    return not keys <= _OPTIM_ARGS.get(_plain(args.optim), frozenset())
-
-
-def _accelerator_setting(name: str, refused: Any) -> Condition:
-    def applies(value, args) -> bool:
-        try:
-            if isinstance(value, str):
-                value = json.loads(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False  # transformers names the file
-        setting = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-        return setting is not None and bool(setting) is refused
-
-    return applies
-
-
-def _another_rank(value: int, args) -> bool:
-    return str(value) != os.environ.get("LOCAL_RANK", "-1")
-
-
-def _on_tpu(value, args) -> bool:
-    return "tpu_metrics_debug" in (value if isinstance(value, str) else [_plain(v) for v in value])
-
-
-def _not_masked(value: str, args) -> bool:
-    return value != "<HUB_TOKEN>"  # in place of a token, in every training_args.json
+_NAMED_RUNS = ("wandb", "trackio", "mlflow", "comet_ml", "swanlab")
+_METRICS = ("loss", "perplexity", "kl")
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 # ---- The table ----
@@ -163,14 +132,42 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _RUN,
         "do_train",
         "do_eval",
-        "num_train_epochs",
-        "max_steps",
-        "seed",
         output_dir="One run at a time writes there; see docs/faults.md.",
         use_cpu="Set by itself where there is no accelerator.",
         full_determinism="torch raises an error where an operation has no deterministic implementation.",
-        data_seed="Of the order of samples; --seed where it is not given.",
+        seed="A stream (--streaming True) has an order of its own.",
     ),  # fmt: skip
+    _partly(
+        _RUN,
+        "data_seed",
+        Refusal(
+            "samples come in the order of the data set",
+            "leave it out",
+            "with --train_sampling_strategy sequential",
+            lambda value, args: plain(args.train_sampling_strategy) == "sequential",
+        ),
+        note="Of the order of samples; --seed where it is not given. Refused with --streaming True.",
+    ),
+    _partly(
+        _RUN,
+        "num_train_epochs",
+        Refusal(
+            "nothing would be trained",
+            "give a positive number, or leave --do_train out",
+            "0 or less, without --max_steps",
+            when.no_epochs,
+        ),
+    ),
+    _partly(
+        _RUN,
+        "max_steps",
+        Refusal(
+            "nothing would be trained",
+            "give a positive number; or leave it out, and --num_train_epochs counts",
+            "0",
+            lambda value, args: value == 0,
+        ),
+    ),
     *_refused(
         _RUN,
         "there is no test set, and main.py writes no predictions: nothing would happen",
@@ -184,21 +181,66 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "it prints the counters of a TPU, which no kernel here runs on",
             "leave it out",
             "tpu_metrics_debug",
-            _on_tpu,
+            when.on_tpu,
         ),
         note="underflow_overflow works.",
     ),  # fmt: skip
     # Optimizer and schedule
-    *_works(
+    *_works(_OPTIMIZER, "learning_rate", "weight_decay"),
+    _partly(
         _OPTIMIZER,
-        "learning_rate",
+        "lr_scheduler_type",
+        Refusal(
+            "the schedule needs arguments that are not given, or does not know one that is",
+            "give --lr_scheduler_kwargs what the schedule takes: cosine_with_min_lr and cosine_warmup_with_min_lr need "
+            "min_lr or min_lr_rate, warmup_stable_decay needs num_decay_steps",
+            "with other --lr_scheduler_kwargs than the schedule takes",
+            when.schedule_cannot_be_made,
+        ),
+        note="Every schedule; reduce_lr_on_plateau and greedy need --eval_strategy.",
+    ),
+    _partly(
+        _OPTIMIZER,
         "lr_scheduler_kwargs",
+        Refusal(
+            "transformers ignores arguments of this schedule",
+            "choose another --lr_scheduler_type, or leave them out",
+            "with constant or constant_with_warmup",
+            when.with_schedules(("constant", "constant_with_warmup")),
+        ),
+        Refusal(
+            "the schedule does not take one of these arguments, or needs another",
+            "give what the schedule takes, see get_scheduler in the documentation of transformers",
+            "what --lr_scheduler_type does not take",
+            when.schedule_cannot_be_made,
+        ),
+    ),
+    _partly(
+        _OPTIMIZER,
         "warmup_steps",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        lr_scheduler_type="Every schedule; reduce_lr_on_plateau and greedy need --eval_strategy.",
+        Refusal(
+            "this schedule has no warmup",
+            "leave it out, or choose another --lr_scheduler_type, such as constant_with_warmup",
+            f"with {', '.join(_WITHOUT_WARMUP)}",
+            when.with_schedules(_WITHOUT_WARMUP),
+        ),
+    ),
+    *(
+        _partly(
+            _OPTIMIZER,
+            name,
+            Refusal(
+                "this optimizer does not read it",
+                "leave it out; some optimizers have --optim_args",
+                f"with {', '.join(optimizers)}",
+                when.with_optimizers(optimizers),
+            ),
+        )
+        for name, optimizers in (
+            ("adam_beta1", _WITHOUT_BETAS),
+            ("adam_beta2", _WITHOUT_BETAS),
+            ("adam_epsilon", _WITHOUT_BETAS + _LION),
+        )
     ),  # fmt: skip
     _partly(
         _OPTIMIZER,
@@ -208,20 +250,36 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "accumulated, and --exponent_learning_rate would have no effect",
             _OTHER_OPTIMIZER,
             ", ".join(_IN_BACKWARD),
-            _among(_IN_BACKWARD),
+            when.among(_IN_BACKWARD),
         ),
         Refusal(
             "it trains other weights than those it evaluates, and a run would save the former: checkpoints and the "
             "rounding before the last evaluation know one set of weights only",
             _OTHER_OPTIMIZER,
             ", ".join(_SCHEDULE_FREE),
-            _among(_SCHEDULE_FREE),
+            when.among(_SCHEDULE_FREE),
         ),
         Refusal(
             "whether it trains FP32 master weights, withholds steps with NaN and resumes exactly has not been tested",
             _OTHER_OPTIMIZER,
             ", ".join(_UNTESTED),
-            _among(_UNTESTED),
+            when.among(_UNTESTED),
+        ),
+        Refusal(
+            "transformers' Adafactor does not know sharded weights: its steps would be others under FSDP1, and under "
+            "FSDP2 they would fail",
+            "choose another, such as adamw_torch_fused",
+            "adafactor under FSDP",
+            when.fsdp_with(("adafactor",)),
+        ),
+        *(
+            Refusal(
+                f"{library} is not installed",
+                f"pip install {library}, or choose one of torch's optimizers, such as adamw_torch_fused",
+                f"those of {library} where it is not installed",
+                when.needs(library, names),
+            )
+            for library, names in (("bitsandbytes", _BITSANDBYTES), ("torchao", _TORCHAO))
         ),
         note=f"{', '.join(_TORCH)}; with bitsandbytes: {', '.join(_BITSANDBYTES)}; with torchao: {', '.join(_TORCHAO)}."
         " The last two groups were tried in one process (bitsandbytes 0.50.2, torchao 0.18.0), not under FSDP.",
@@ -230,12 +288,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _OPTIMIZER,
         "optim_args",
         Refusal(
-            "transformers ignores arguments that this optimizer does not take",
-            "give arguments of --optim sgd (momentum, dampening, weight_decay, nesterov), adagrad (lr_decay, "
-            "weight_decay, eps), rmsprop (momentum, alpha, eps, weight_decay, centered) or ademamix (beta1, beta2, "
-            "beta3, alpha, eps, t_alpha, t_beta3); AdamW has --adam_beta1, --adam_beta2 and --adam_epsilon",
+            "it has an argument without effect on this optimizer",
+            "give arguments of --optim sgd (momentum, dampening, nesterov), adagrad (lr_decay, eps), rmsprop "
+            "(momentum, alpha, eps, centered) or ademamix (beta1, beta2, beta3, alpha, eps, t_alpha, t_beta3); AdamW "
+            "has --adam_beta1, --adam_beta2 and --adam_epsilon, and all have --weight_decay",
             "arguments that --optim ignores",
-            _ignored_optim_args,
+            when.arguments_outside(_OPTIM_ARGS),
         ),
     ),
     *_refused(
@@ -247,13 +305,38 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     # Batches, loss and gradients
     *_works(
         _LOSS,
-        "per_device_train_batch_size",
-        "max_grad_norm",
-        gradient_accumulation_steps="The loss is a mean over the labelled tokens of the whole step.",
-        average_tokens_across_devices="False weights each process alike, whatever its number of labelled tokens.",
         neftune_noise_alpha="Noise on the student's embeddings; the teacher has none.",
         label_smoothing_factor="transformers' loss takes the place of the loss in chunks; evaluation is not smoothed. "
         "With a teacher it is refused, since its loss has no smoothing.",
+    ),
+    *(
+        _partly(
+            _LOSS,
+            name,
+            Refusal("nothing would be trained", "give a positive number", "0 or less", when.below(1)),
+            note=note,
+        )
+        for name, note in (
+            ("per_device_train_batch_size", ""),
+            ("gradient_accumulation_steps", "The loss is a mean over the labelled tokens of the whole step."),
+        )
+    ),
+    _partly(
+        _LOSS,
+        "max_grad_norm",
+        Refusal(
+            "gradients would not be clipped at all",
+            "give a positive number, or 0 for no clipping",
+            "negative numbers",
+            when.below(0),
+        ),
+    ),
+    *_refused(
+        _LOSS,
+        "the loss is a mean over the labelled tokens of all processes; each process's own mean would depend on the "
+        "number of processes, and the labelled tokens in the log would be those of one process",
+        "leave it out",
+        "average_tokens_across_devices",
     ),
     *_refused(
         _LOSS,
@@ -267,18 +350,85 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     *_works(
         _PRECISION,
         "tf32",
-        "torch_compile_backend",
-        "torch_compile_mode",
         "torch_empty_cache_steps",
         bf16="Default: linear layers compute in BF16 over FP32 master weights, on CPUs too.",
-        fp16="On GPUs; no test covers it. The loss scaler skips steps whose gradient overflows; they do not count "
-        "for --max_nan_steps.",
         torch_compile="Losses are computed outside of the compiled graph; inputs are not monitored.",
         activation_checkpointing="Not together with fsdp_activation_checkpointing.",
-        activation_checkpointing_kwargs="every_n_layers works everywhere, offload needs a GPU.",
         gradient_checkpointing="Older name of --activation_checkpointing.",
-        gradient_checkpointing_kwargs="Older name of --activation_checkpointing_kwargs.",
-        use_cache="Keeps keys and values in memory that training does not read; stands in the saved config.json.",
+    ),
+    _partly(
+        _PRECISION,
+        "fp16",
+        Refusal(
+            "accelerate computes in FP32 on a CPU",
+            "leave it out to compute in BF16, or ask for FP32 with --bf16 False",
+            "on CPUs",
+            when.on_cpu,
+        ),
+        note="On GPUs; no test covers it. The loss scaler skips steps whose gradient overflows; they do not count for "
+        "--max_nan_steps.",
+    ),
+    _partly(
+        _PRECISION,
+        "torch_compile_backend",
+        Refusal(
+            "accelerate has no such backend",
+            "choose inductor, eager, aot_eager or another of accelerate.utils.DynamoBackend",
+            "unknown names",
+            when.unknown_compile_backend,
+        ),
+    ),
+    _partly(
+        _PRECISION,
+        "torch_compile_mode",
+        Refusal(
+            "this backend has no modes",
+            "leave it out, or choose --torch_compile_backend inductor",
+            "with another backend than inductor",
+            when.without_inductor,
+        ),
+        Refusal(
+            "inductor has no such mode",
+            "choose default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs",
+            "unknown names",
+            when.unknown_compile_mode,
+        ),
+    ),
+    *(
+        _partly(
+            _PRECISION,
+            name,
+            Refusal(
+                "it has no effect without activation checkpointing",
+                "give --activation_checkpointing True too, or leave it out",
+                "without --activation_checkpointing True",
+                when.without_checkpointing,
+            ),
+            Refusal(
+                "activations are in the CPU's memory already",
+                "leave offload out",
+                "offload on CPUs",
+                when.offload_on_cpu,
+            ),
+            Refusal(
+                "activation checkpointing does not take one of these arguments",
+                "give every_n_layers (at least 1), offload, use_reentrant, preserve_rng_state, determinism_check, "
+                "debug or early_stop",
+                "unknown arguments",
+                when.unknown_checkpointing,
+            ),
+            note=note,
+        )
+        for name, note in (
+            ("activation_checkpointing_kwargs", ""),
+            ("gradient_checkpointing_kwargs", "Older name of --activation_checkpointing_kwargs."),
+        )
+    ),
+    *_refused(
+        _PRECISION,
+        "training reads no cache of keys and values, and with one transformers builds no mask between packed samples",
+        "leave it out; generation_config.json of the saved model says whether generation uses a cache",
+        "use_cache",
     ),
     *_refused(
         _PRECISION, _FULL_EVAL, "leave it out; --bf16 True computes in BF16, also in evaluations", "bf16_full_eval"
@@ -299,15 +449,26 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _DATA,
         "dataloader_num_workers",
         "dataloader_pin_memory",
-        "dataloader_persistent_workers",
         "dataloader_prefetch_factor",
-        "dataloader_multiprocessing_context",
         dataloader_drop_last="Default: True. Evaluation uses every sample.",
         remove_unused_columns="Samples hold input_ids and labels only.",
-        train_sampling_strategy="random, sequential or group_by_length; --group_by_length True is the last of these. A "
-        "stream comes in its own order.",
+        train_sampling_strategy="random, sequential, group_by_length (as --group_by_length True) or batch_rebalance. A "
+        "stream comes in its own order, so --streaming True refuses any but random.",
         length_column_name="Read where a dataset has that column; else tokens are counted.",
         ignore_data_skip="Accepts a checkpoint of other data and begins with the first sample.",
+    ),
+    *(
+        _partly(
+            _DATA,
+            name,
+            Refusal(
+                "it is about worker processes, and there are none",
+                "give --dataloader_num_workers too, or leave it out",
+                "without --dataloader_num_workers",
+                when.without("dataloader_num_workers"),
+            ),
+        )
+        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
     ),
     *_refused(
         _DATA,
@@ -322,13 +483,27 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     *_works(
         _EVALUATION,
         "eval_strategy",
-        "eval_steps",
         "eval_delay",
         "eval_on_start",
-        "per_device_eval_batch_size",
         "eval_accumulation_steps",
         prediction_loss_only="Changes nothing: evaluation never keeps logits.",
     ),  # fmt: skip
+    _partly(
+        _EVALUATION,
+        "per_device_eval_batch_size",
+        Refusal("nothing would be evaluated", "give a positive number", "0 or less", when.below(1)),
+    ),
+    _partly(
+        _EVALUATION,
+        "eval_steps",
+        Refusal(
+            "nothing would be evaluated while training",
+            "give a positive number, or leave --eval_strategy out",
+            "negative numbers",
+            when.below(0),
+        ),
+        note="Read with --eval_strategy steps.",
+    ),
     *_refused(
         _EVALUATION,
         "loss and perplexity are computed from the sums of all batches together",
@@ -357,34 +532,127 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     *_works(
         _LOGGING,
         "logging_strategy",
-        "logging_steps",
         "logging_first_step",
-        "logging_nan_inf_filter",
         "log_on_each_node",
         "disable_tqdm",
-        "run_name",
-        "project",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-        "include_num_input_tokens_seen",
         "skip_memory_metrics",
+        logging_nan_inf_filter="Of training losses. An evaluation with such a loss says so.",
+        include_num_input_tokens_seen="True counts all input tokens. The command line takes True and False only.",
         log_level="Of messages of transformers.",
         log_level_replica="Of messages of transformers in other processes.",
-        report_to="Any tracker that Trainer knows.",
     ),
+    _partly(
+        _LOGGING,
+        "logging_steps",
+        Refusal(
+            "nothing would be logged while training",
+            "give a positive number, or --logging_strategy no",
+            "negative numbers",
+            when.below(0),
+        ),
+    ),
+    _partly(
+        _LOGGING,
+        "report_to",
+        Refusal(
+            "transformers knows no such tracker",
+            "give tensorboard, wandb, trackio, mlflow, comet_ml, swanlab, clearml, or another that the documentation "
+            "of transformers lists; all; or none",
+            "unknown names",
+            when.unknown_tracker,
+        ),
+        Refusal(
+            "its library is not installed",
+            "install it with pip, or leave the tracker out",
+            "trackers that are not installed",
+            when.missing_tracker,
+        ),
+    ),
+    *(
+        _partly(
+            _LOGGING,
+            name,
+            Refusal(
+                f"only {', '.join(trackers)} read it" if len(trackers) > 1 else f"only {trackers[0]} reads it",
+                f"give --report_to {trackers[0]} too, or leave it out",
+                f"without --report_to {' or '.join(trackers)}",
+                when.without_trackers(trackers),
+            ),
+        )
+        for name, trackers in (
+            ("run_name", _NAMED_RUNS),
+            ("project", ("trackio",)),
+            ("trackio_space_id", ("trackio",)),
+            ("trackio_bucket_id", ("trackio",)),
+            ("trackio_static_space_id", ("trackio",)),
+        )
+    ),  # fmt: skip
     # Checkpoints
     *_works(
         _CHECKPOINTS,
-        "save_steps",
-        "load_best_model_at_end",
-        "greater_is_better",
-        save_strategy="SIGTERM saves a checkpoint whatever it says.",
-        save_total_limit="Never deletes the newest checkpoint nor the best.",
         save_on_each_node="For machines that share no storage.",
-        metric_for_best_model="loss, perplexity, with a teacher kl; of a named evaluation set NAME_loss.",
+        metric_for_best_model="loss, perplexity, or with a teacher kl.",
+        greater_is_better="main.py refuses True: each of its metrics is better when it is lower.",
         restore_callback_states_from_checkpoint="For callbacks of your own; those of main.py keep no state.",
-        resume_from_checkpoint="A folder; True: the newest, which is the default; False: start anew.",
+    ),
+    _partly(
+        _CHECKPOINTS,
+        "save_steps",
+        Refusal(
+            "no checkpoint would be written",
+            "give a positive number, or --save_strategy no",
+            "0 or less",
+            when.not_positive,
+        ),
+    ),
+    _partly(
+        _CHECKPOINTS,
+        "save_strategy",
+        Refusal(
+            "checkpoints are compared when they are evaluated, and none would be: none would be saved",
+            "give --eval_strategy steps or epoch too",
+            "best without --eval_strategy",
+            when.best_without_evaluation,
+        ),
+        Refusal(
+            "no metric says which checkpoint is best",
+            "give --metric_for_best_model loss, perplexity, or with a teacher kl",
+            "best without --metric_for_best_model",
+            when.best_of_what,
+        ),
+        note="SIGTERM saves a checkpoint whatever it says.",
+    ),
+    _partly(
+        _CHECKPOINTS,
+        "load_best_model_at_end",
+        Refusal(
+            "no checkpoint would be evaluated, so none would be the best",
+            "give --eval_strategy steps or epoch too",
+            "without --eval_strategy",
+            when.without_evaluation,
+        ),
+    ),
+    _partly(
+        _CHECKPOINTS,
+        "save_total_limit",
+        Refusal(
+            "it says neither how many checkpoints are kept nor that all are",
+            "give a positive number, or leave it out to keep all",
+            "negative numbers",
+            when.below(0),
+        ),
+        note="Never deletes the newest checkpoint nor the best. 0 keeps all.",
+    ),
+    _partly(
+        _CHECKPOINTS,
+        "resume_from_checkpoint",
+        Refusal(
+            "only training resumes from a checkpoint; it would not be read",
+            "give --do_train True too, or evaluate it: --model_name_or_path FOLDER",
+            "without --do_train True",
+            when.not_training,
+        ),
+        note="A folder; True: the newest, which is the default; False: start anew.",
     ),
     *_refused(
         _CHECKPOINTS,
@@ -417,11 +685,10 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         "hub_always_push",
         "hub_revision",
     ),  # fmt: skip
-    Option("hub_token", _HUB, "", (Refusal("a run uploads nothing", _UPLOAD, applies=_not_masked),), works=False),
+    Option("hub_token", _HUB, "", (Refusal("a run uploads nothing", _UPLOAD, applies=when.not_masked),), works=False),
     # Several devices
     *_works(
         _DEVICES,
-        "ddp_backend",
         "ddp_timeout",
         "ddp_bucket_cap_mb",
         "ddp_broadcast_buffers",
@@ -429,12 +696,22 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     ),  # fmt: skip
     _partly(
         _DEVICES,
+        "ddp_backend",
+        Refusal(
+            "a single process has no others to connect with",
+            "start several with accelerate launch, or leave it out",
+            "in a single process",
+            when.single_process,
+        ),
+    ),
+    _partly(
+        _DEVICES,
         "ddp_static_graph",
         Refusal(
             "torch 2.13 fails in the first backward pass when gradients are accumulated",
             "leave it out, or give --gradient_accumulation_steps 1",
             "with --gradient_accumulation_steps",
-            lambda value, args: bool(value) and args.gradient_accumulation_steps > 1,
+            when.static_graph_fails,
         ),
     ),  # fmt: skip
     _partly(
@@ -444,7 +721,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "a process takes its number from the environment variable LOCAL_RANK",
             "start with accelerate launch",
             "other numbers than LOCAL_RANK",
-            _another_rank,
+            when.another_rank,
         ),
     ),  # fmt: skip
     *_refused(
@@ -478,25 +755,31 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "a step would have fewer samples than the order of samples and the record of the run count",
             "give the batch size of one process: --per_device_train_batch_size",
             "split_batches: true",
-            _accelerator_setting("split_batches", True),
+            when.accelerator_setting("split_batches", True),
         ),
         Refusal(
             "the main process would join batches of all processes, which are padded to different lengths",
             "leave it out: each process reads its own batches",
             "dispatch_batches: true",
-            _accelerator_setting("dispatch_batches", True),
+            when.accelerator_setting("dispatch_batches", True),
         ),
         Refusal(
             "processes would evaluate different numbers of batches and wait for each other for ever",
             "leave it out",
             "even_batches: false",
-            _accelerator_setting("even_batches", False),
+            when.accelerator_setting("even_batches", False),
         ),
         Refusal(
             "accelerate's sampler is not used: the order of samples depends on seed and epoch alone already",
             "leave it out",
             "use_seedable_sampler: false",
-            _accelerator_setting("use_seedable_sampler", False),
+            when.accelerator_setting("use_seedable_sampler", False),
+        ),
+        Refusal(
+            "it has a setting that transformers does not know",
+            "give non_blocking or gradient_accumulation_kwargs",
+            "unknown settings",
+            when.unknown_accelerator_setting,
         ),
         note="non_blocking, gradient_accumulation_kwargs.",
     ),  # fmt: skip
@@ -510,7 +793,7 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
     """Refuse what does not work here. Call it before transformers reads the arguments, or after.
 
     Args:
-        args: with the options as attributes; those that are missing have their default.
+        args: with the options as attributes.
 
     Raises:
         ValueError: an option has a value that is refused. The message names the argument, its value, the reason and
@@ -518,7 +801,9 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
     """
     defaults = _defaults()
     for option in TRAINER_OPTIONS:
-        value = _plain(getattr(args, option.name, defaults[option.name]))
+        if option.name not in defaults:
+            continue  # an older transformers, from 5.17 on, does not know it
+        value = plain(getattr(args, option.name, defaults[option.name]))
         is_default = value == defaults[option.name] or value in (None, "", [], {})
         for refusal in option.refusals:
             if not is_default and refusal.applies(value, args):
@@ -529,6 +814,44 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
                     f"--{option.name}, asked for by accelerate launch ({refusal.variable}): {refusal.reason}; "
                     f"{refusal.remedy}"
                 )
+
+
+def check_with_stream(args: transformers.TrainingArguments) -> None:
+    """Refuse what has no effect on a stream, which comes in an order of its own.
+
+    Raises:
+        ValueError: an option asks for another order.
+    """
+    for name in ("train_sampling_strategy", "data_seed"):
+        if (value := plain(getattr(args, name))) != _defaults()[name]:
+            raise ValueError(
+                f"--{name} {value} has no effect with --streaming True: a stream is shuffled in a buffer while it is "
+                "read, in an order of its own; leave one of the two out"
+            )
+
+
+def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> None:
+    """Refuse a metric that an evaluation here does not have, and to prefer its higher values.
+
+    Raises:
+        ValueError: as said.
+    """
+    metric = args.metric_for_best_model
+    if metric is None:
+        return
+    name = metric.removeprefix("eval_")
+    if name == "kl" and not has_teacher:
+        raise ValueError(
+            f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
+            "True, or choose loss or perplexity"
+        )
+    if name not in _METRICS:
+        raise ValueError(f"--metric_for_best_model {metric} is not measured here; choose one of {', '.join(_METRICS)}")
+    if args.greater_is_better:
+        raise ValueError(
+            f"--greater_is_better True: {metric} is better when it is lower, so the worst checkpoint would count as "
+            "the best; leave it out"
+        )
 
 
 def check_with_teacher(args: transformers.TrainingArguments) -> None:
@@ -547,13 +870,9 @@ def check_with_teacher(args: transformers.TrainingArguments) -> None:
 def _defaults() -> dict[str, Any]:
     """The default of each option, as transformers has it."""
     return {
-        f.name: _plain(f.default if f.default is not MISSING else f.default_factory())
+        f.name: plain(f.default if f.default is not MISSING else f.default_factory())
         for f in fields(transformers.TrainingArguments)
     }
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
 
 
 # ---- The documentation ----

@@ -58,6 +58,11 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         check_trainer_options(self)
         if self.group_by_length:
+            if self.train_sampling_strategy not in ("random", "group_by_length"):
+                raise ValueError(
+                    f"--group_by_length True and --train_sampling_strategy {self.train_sampling_strategy} ask for two "
+                    "orders of samples; leave one of them out"
+                )
             self.train_sampling_strategy = "group_by_length"
         if self.max_nan_steps < 0:
             raise ValueError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")

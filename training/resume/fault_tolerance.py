@@ -83,9 +83,12 @@ class FaultTolerantTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
-        if dataset is None or not has_length(dataset) or strategy not in ("random", "group_by_length"):
-            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if dataset is None or not has_length(dataset) or strategy not in ("random", "group_by_length"):
+            sampler = super()._get_train_sampler(train_dataset)
+            if strategy == "batch_rebalance" and sampler is not None:
+                sampler.seed = seed  # transformers 5.23 shuffles by 42, whatever the arguments say
+            return sampler
         lengths = lengths_of(dataset, self.args.length_column_name) if strategy == "group_by_length" else None
         group = self.get_total_train_batch_size(self.args)
         self._train_sampler = EpochSampler(len(dataset), seed, lengths, group)
@@ -165,6 +168,9 @@ class FaultTolerantTrainer(Trainer):
             mean = total / max(self.state.global_step - first, 1)
             self._tr_loss.zero_()
             self._total_loss_scalar = mean * max(self.state.global_step - counted_from, 0.001)
+        wants_best = self.args.load_best_model_at_end and not self._guard.interrupted
+        if wants_best and self.state.best_model_checkpoint is None:
+            logger.warning("there is no best checkpoint to load, the last weights stay")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             return super()._finalize_training(*args, **kwargs)

@@ -27,7 +27,7 @@ _ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"
 _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _LEARNING = (
     *_KEPT, "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "max_grad_norm", "bf16",
-    "fp16",
+    "fp16", "optim_args", "lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha",
 )  # fmt: skip
 
 
@@ -64,6 +64,8 @@ class RunRecord:
         """
         order = {**_without(data or {}, _WITHOUT_EFFECT), **_some(args, _ORDER), "training data": digest(dataset)}
         order |= {"samples per step": samples_per_step, "steps per epoch": steps_per_epoch}
+        if steps_per_epoch is None:
+            order |= _sharing(args, dataset)
         return cls(_as_json(order), _as_json({**_some(args, _LEARNING), **(learning or {})}), args.world_size)
 
     def save(self, folder: str | Path, progress: dict) -> None:
@@ -114,6 +116,17 @@ def digest(dataset: Dataset) -> str | None:
         sample = dataset[i * count // min(count, _DIGEST_SAMPLES)]
         content.update(repr([(key, list(sample[key])) for key in ("input_ids", "labels") if key in sample]).encode())
     return f"{count} samples, checksum {content.hexdigest()}"
+
+
+def _sharing(args: TrainingArguments, stream: Dataset) -> dict:
+    """How processes and their workers share the files of a stream: which sample comes next depends on it.
+
+    With fewer files than processes, all processes read all files (accelerate 1.15).
+    """
+    files = getattr(stream, "num_shards", 1)
+    processes = args.world_size if files >= args.world_size else 1
+    workers = min(max(args.dataloader_num_workers, 1), max(files // processes, 1))
+    return {"processes that share the files": processes, "workers that share the files": workers}
 
 
 def _some(args, names: tuple[str, ...]) -> dict:

@@ -41,7 +41,8 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
 def test_lists_and_mappings_in_the_file_mean_what_flags_mean(tmp_path):
     path = write(
         tmp_path,
-        "model_name_or_path: m\noutput_dir: o\nlr_scheduler_kwargs: {num_cycles: 2}\nrun_name: null\n",
+        "model_name_or_path: m\noutput_dir: o\ndo_train: true\nlr_scheduler_type: cosine\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nrun_name: null\n",
     )
     training = parse_arguments([path]).training
     assert training.lr_scheduler_kwargs == {"num_cycles": 2} and not training.run_name

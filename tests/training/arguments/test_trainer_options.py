@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 import main
 from qat import prepare_qat
+from training.arguments import option_conditions, trainer_options
 from training.arguments.trainer_options import OPTIMIZERS, TRAINER_OPTIONS, check_trainer_options, document
 from training.arguments.training import TrainingArguments
 from utils import QATTrainer, make_supervised_data_module
@@ -69,7 +70,7 @@ def test_defaults_are_accepted_before_and_after_transformers_read_them():
     check_trainer_options(transformers.TrainingArguments("out", use_cpu=True))
 
 
-REFUSED = [
+REFUSED: list[tuple] = [  # option, value, other options
     ("do_predict", True), ("debug", "tpu_metrics_debug"), ("optim", "lomo"), ("optim", "galore_adamw_layerwise"),
     ("optim", "schedule_free_adamw"), ("optim", "grokadamw"), ("optim_args", "beta1=0.8"),
     ("optim_target_modules", "all-linear"), ("auto_find_batch_size", True), ("bf16_full_eval", True),
@@ -82,15 +83,35 @@ REFUSED = [
     ("deepspeed", {"zero_optimization": {"stage": 3}}), ("parallelism_config", "tp"),
     ("accelerator_config", {"split_batches": True}), ("accelerator_config", '{"dispatch_batches": true}'),
     ("accelerator_config", AcceleratorConfig(even_batches=False)),
-    ("accelerator_config", {"use_seedable_sampler": False}),
+    ("accelerator_config", {"use_seedable_sampler": False}), ("accelerator_config", {"no_such_setting": True}),
+    ("num_train_epochs", 0), ("max_steps", 0), ("data_seed", 7, {"train_sampling_strategy": "sequential"}),
+    ("lr_scheduler_type", "cosine_with_min_lr"), ("lr_scheduler_kwargs", {"no_such": 1}),
+    ("lr_scheduler_kwargs", '{"no_such": 1}', {"lr_scheduler_type": "constant"}),
+    ("warmup_steps", 3, {"lr_scheduler_type": "constant"}), ("adam_beta1", 0.5, {"optim": "sgd"}),
+    ("adam_beta2", 0.5, {"optim": "adagrad"}), ("adam_epsilon", 1e-3, {"optim": "rmsprop"}),
+    ("optim_args", "weight_decay=0.1", {"optim": "sgd"}), ("per_device_train_batch_size", 0),
+    ("per_device_eval_batch_size", 0), ("gradient_accumulation_steps", 0), ("max_grad_norm", -1.0),
+    ("average_tokens_across_devices", False), ("fp16", True), ("use_cache", True), ("torch_compile_backend", "no_such"),
+    ("torch_compile_mode", "no_such"), ("torch_compile_mode", "default", {"torch_compile_backend": "eager"}),
+    ("activation_checkpointing_kwargs", {"use_reentrant": False}),
+    ("activation_checkpointing_kwargs", {"no_such": 1}, {"activation_checkpointing": True}),
+    ("activation_checkpointing_kwargs", {"every_n_layers": 0}, {"activation_checkpointing": True}),
+    ("gradient_checkpointing_kwargs", {"offload": True}, {"gradient_checkpointing": True}),
+    ("dataloader_persistent_workers", True), ("dataloader_multiprocessing_context", "spawn"), ("eval_steps", -1),
+    ("logging_steps", -1), ("report_to", "no_such"), ("run_name", "mine", {"report_to": "tensorboard"}),
+    ("project", "mine"), ("trackio_space_id", "me/mine"), ("trackio_bucket_id", "me/mine"),
+    ("trackio_static_space_id", False), ("save_steps", 0), ("save_strategy", "best"),
+    ("save_strategy", "best", {"eval_strategy": "steps"}), ("load_best_model_at_end", True, {"save_strategy": "no"}),
+    ("save_total_limit", -1), ("resume_from_checkpoint", "True"), ("ddp_backend", "gloo"),
+    ("ddp_static_graph", True, {"gradient_accumulation_steps": 2}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name,value", REFUSED, ids=lambda v: v if isinstance(v, str) else "")
-def test_a_refused_option_is_named_with_its_value_reason_and_remedy(name, value):
+@pytest.mark.parametrize("name,value,others", [(*row, {})[:3] for row in REFUSED], ids=lambda v: f"{v}"[:32])
+def test_a_refused_option_is_named_with_its_value_reason_and_remedy(name, value, others):
     option = next(option for option in TRAINER_OPTIONS if option.name == name)
     with pytest.raises(ValueError) as error:
-        TrainingArguments("out", use_cpu=True, **{name: value})
+        TrainingArguments("out", use_cpu=True, **{name: value}, **others)
     message = str(error.value)
     assert message.startswith(f"--{name}: " if name == "hub_token" else f"--{name} {value}: ")
     assert any(f": {refusal.reason}; {refusal.remedy}" in message for refusal in option.refusals)
@@ -98,14 +119,70 @@ def test_a_refused_option_is_named_with_its_value_reason_and_remedy(name, value)
 
 
 def test_every_refusal_is_tried():
-    tried = {name for name, _ in REFUSED} | {"ddp_static_graph"}
-    assert {option.name for option in TRAINER_OPTIONS if option.refusals} == tried
+    assert {option.name for option in TRAINER_OPTIONS if option.refusals} == {row[0] for row in REFUSED}
 
 
-def test_a_static_graph_is_refused_with_accumulated_gradients_only():
-    TrainingArguments("out", use_cpu=True, ddp_static_graph=True)
-    with pytest.raises(ValueError, match="--ddp_static_graph True: .*--gradient_accumulation_steps 1"):
-        TrainingArguments("out", use_cpu=True, ddp_static_graph=True, gradient_accumulation_steps=2)
+ACCEPTED = [
+    {"ddp_static_graph": True}, {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"},
+    {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'},
+    {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
+    {"num_train_epochs": 0, "max_steps": 5}, {"max_grad_norm": 0.0}, {"save_total_limit": 0},
+    {"resume_from_checkpoint": "False"}, {"resume_from_checkpoint": "True", "do_train": True},
+    {"report_to": "all"}, {"report_to": ["tensorboard"]}, {"torch_compile_mode": "max-autotune"},
+    {"accelerator_config": '{"non_blocking": true}'}, {"optim": "rmsprop", "optim_args": "alpha = 0.9, centered=true"},
+    {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}, {"save_strategy": "best",
+     "eval_strategy": "steps", "metric_for_best_model": "loss"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ACCEPTED, ids=str)
+def test_other_values_of_options_that_are_refused_in_part_are_accepted(options):
+    check_trainer_options(TrainingArguments("out", use_cpu=True, **options))
+
+
+@pytest.mark.parametrize("library,name", [("bitsandbytes", "adamw_bnb_8bit"), ("torchao", "adamw_torch_8bit")])
+def test_an_optimizer_whose_library_is_missing_is_refused_before_anything_is_loaded(monkeypatch, library, name):
+    monkeypatch.setattr(option_conditions.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"--optim {name}: {library} is not installed; pip install {library}"):
+        TrainingArguments("out", use_cpu=True, optim=name)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(transformers.integrations, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="--report_to wandb: its library is not installed"):
+        TrainingArguments("out", use_cpu=True, report_to="wandb")
+
+
+def test_adafactor_is_refused_under_fsdp(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--optim adafactor: .* does not know sharded weights"):
+        TrainingArguments("out", use_cpu=True, optim="adafactor")
+
+
+def test_an_option_that_an_older_transformers_does_not_have_is_passed_over(monkeypatch):
+    newer = trainer_options.Option("of_a_later_release", "", refusals=(trainer_options.Refusal("", ""),))
+    monkeypatch.setattr(trainer_options, "TRAINER_OPTIONS", (newer,))
+    TrainingArguments("out", use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ((), "nothing is asked for: give --do_train True, --do_eval True, or both"),
+        (("--metric_for_best_model", "accuracy"), "accuracy is not measured here; choose one of loss, perplexity, kl"),
+        (("--metric_for_best_model", "loss", "--greater_is_better", "True"), "loss is better when it is lower"),
+        (("--streaming", "True", "--data_seed", "7"), "--data_seed 7 has no effect with --streaming True"),
+        (("--streaming", "True", "--group_by_length", "True"), "group_by_length has no effect with --streaming True"),
+        (
+            ("--group_by_length", "True", "--train_sampling_strategy", "sequential"),
+            "--group_by_length True and --train_sampling_strategy sequential ask for two orders of samples",
+        ),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(capsys, tmp_path, flags, message):
+    with pytest.raises(SystemExit):
+        main.parse_arguments(["--output_dir", str(tmp_path), *flags])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -149,13 +226,13 @@ def plain_losses(tmp_path_factory, data, untrained) -> list[float]:
 
 
 CHANGES_NOTHING = {
-    "memory": {"torch_empty_cache_steps": 1, "use_cache": True, "activation_checkpointing": True,
+    "memory": {"torch_empty_cache_steps": 1, "activation_checkpointing": True,
                "activation_checkpointing_kwargs": {"every_n_layers": 1}, "skip_memory_metrics": False},
     "evaluation": {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 1, "eval_delay": 1,
                    "eval_accumulation_steps": 1, "per_device_eval_batch_size": 2, "prediction_loss_only": True},
     "data": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "remove_unused_columns": False,
              "dataloader_multiprocessing_context": "fork", "data_seed": 42},
-    "others": {"debug": "underflow_overflow", "average_tokens_across_devices": False, "optim": "adamw_torch",
+    "others": {"debug": "underflow_overflow", "optim": "adamw_torch",
                "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 1}}, "ddp_static_graph": True},
 }  # fmt: skip
 
@@ -231,6 +308,29 @@ def test_callbacks_are_restored_and_the_run_does_not_stop_again(trainer_with):
     second = trainer_with(save_strategy="steps", save_steps=1, restore_callback_states_from_checkpoint=True)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 3
+
+
+def test_a_missing_best_checkpoint_is_logged(trainer_with, caplog):
+    trainer_with(
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, eval_delay=9,
+        load_best_model_at_end=True,
+    ).train()  # fmt: skip
+    assert "there is no best checkpoint to load, the last weights stay" in caplog.text
+
+
+def test_smoothed_labels_are_those_of_the_next_token_also_where_fsdp2_renamed_the_class(trainer_with):
+    plain, renamed = (trainer_with(name, label_smoothing_factor=0.1, max_steps=1) for name in ("plain", "renamed"))
+    renamed.model.__class__ = type("FSDPLlamaForCausalLM", (type(renamed.model),), {})
+    for trainer in (plain, renamed):
+        trainer.train()
+    assert losses(plain) == losses(renamed)
+
+
+def test_rebalanced_batches_come_in_an_order_of_the_seed(trainer_with):
+    def order(**seeds) -> list[list[int]]:
+        return list(trainer_with(train_sampling_strategy="batch_rebalance", **seeds)._get_train_sampler())
+
+    assert order(seed=1) == order(seed=2, data_seed=1) != order(seed=2)
 
 
 def test_tokens_are_counted(trainer_with):
