@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from qat.errors import reported_in_one_line
 from training.arguments.parse import Arguments, parse_arguments
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
@@ -96,4 +97,5 @@ def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

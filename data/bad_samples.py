@@ -6,11 +6,13 @@ import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+from qat.errors import UserError
+
 POLICIES = ("error", "skip")
 SHOWN = 3  # skipped samples that are shown in full
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """One sample (or one file) that cannot be used: `kind` is what is counted, `detail` what is particular to it."""
 
     def __init__(self, kind: str, detail: str = "", place: str = "") -> None:
@@ -35,12 +37,12 @@ class BadSamplePolicy:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise ValueError(f"--on_bad_sample {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
+            raise UserError(f"--on_bad_sample {self.policy!r} is unknown; choose one of {', '.join(POLICIES)}")
 
     def handle(self, error: BadSample) -> None:
         """Count `error`, or raise it as the ValueError that ends the run."""
         if self.policy == "error":
-            raise ValueError(f"{error}\nFix the data, or set --on_bad_sample skip to skip and count such samples")
+            raise UserError(f"{error}\nFix the data, or set --on_bad_sample skip to skip and count such samples")
         self.counts[error.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(str(error))

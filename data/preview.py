@@ -17,6 +17,8 @@ from itertools import groupby
 
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
+from qat.errors import reported_in_one_line
+
 from .bad_samples import POLICIES
 from .conversations.formatting import IGNORE_INDEX, TRAIN_ON
 from .sets.packing import PackedDataset
@@ -90,4 +92,5 @@ def _samples_of(row: dict) -> Iterable[list[tuple[int, int]]]:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

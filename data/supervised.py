@@ -10,6 +10,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from qat.errors import UserError
 from qat.files.build_once import build_once
 
 from .bad_samples import BadSamplePolicy
@@ -69,14 +70,14 @@ def make_supervised_data_module(
         batch_size: for the padding that the summary reports.
 
     Raises:
-        ValueError: a wrong argument, or data that cannot be used; the message states which, where, and what to do.
+        UserError: a wrong argument, or data that cannot be used; the message states which, where, and what to do.
     """
     if tokenizer is None:
-        raise ValueError("tokenizer=None: make_supervised_data_module needs the model's tokenizer")
+        raise UserError("tokenizer=None: make_supervised_data_module needs the model's tokenizer")
     for argument, size in (("train_size", train_size), ("eval_size", eval_size)):
         check_size(argument, size)
     if packing and model is None:
-        raise ValueError("packing=True needs model=..., to try whether it keeps packed samples apart")
+        raise UserError("packing=True needs model=..., to try whether it keeps packed samples apart")
     if packing:
         check_packing(model)
     set_chat_template(tokenizer, chat_template)
@@ -99,9 +100,9 @@ def make_supervised_data_module(
 
 
 def check_size(argument: str, size: float) -> None:
-    """Raise a ValueError unless `size` is 0, a whole number of samples or a fraction between 0 and 1."""
+    """Raise a UserError unless `size` is 0, a whole number of samples or a fraction between 0 and 1."""
     if not (0 <= size < 1 or (size >= 1 and float(size).is_integer())):
-        raise ValueError(
+        raise UserError(
             f"--{argument} {size:g} is neither a whole number of samples nor a fraction between 0 and 1; "
             "0 takes the default"
         )
@@ -113,7 +114,7 @@ class _Plan:
     def __init__(self, dataset, eval_dataset, split, train_size, eval_size, streaming) -> None:
         names = tuple(name.strip() for name in split.split(",")) if split else ()
         if len(names) > 2 or "" in names:
-            raise ValueError(f"--split {split!r} is neither TRAIN nor TRAIN,EVAL, such as train_sft,test_sft")
+            raise UserError(f"--split {split!r} is neither TRAIN nor TRAIN,EVAL, such as train_sft,test_sft")
         sources = parse_sources(dataset, "dataset", names, streaming)
         train_split = names[0] if names else "train"
         self.train = [(source, _existing_split(source, train_split)) for source in sources]
@@ -143,7 +144,7 @@ class _Plan:
 
 def _existing_split(source: Source, split: str) -> str:
     if split not in source.splits():
-        raise ValueError(f"--split {split!r}: {source.name} has the splits {', '.join(source.splits())}")
+        raise UserError(f"--split {split!r}: {source.name} has the splits {', '.join(source.splits())}")
     return split
 
 

@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch  # noqa: E402
 
 from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.layers.restore import prepare_as_saved, set_input_rule  # noqa: E402
 from qat.schemes.config import QATConfig  # noqa: E402
 from qat.schemes.presets import input_rules  # noqa: E402
@@ -118,7 +119,7 @@ def make_hf(folder: str, args: argparse.Namespace):
             prepare_as_saved(model, saved)
     if args.input_rule is not None:
         if saved is None:
-            raise ValueError(f"--input_rule {args.input_rule}: {folder} is not quantized; omit the argument")
+            raise UserError(f"--input_rule {args.input_rule}: {folder} is not quantized; omit the argument")
         set_input_rule(model, args.input_rule)
         described += f", activations {args.input_rule.upper()}"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -170,4 +171,5 @@ def make_table(results: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

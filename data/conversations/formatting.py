@@ -17,6 +17,8 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample
 from .templates import ChatTemplate, InexactTemplate, Piece
 
@@ -44,7 +46,7 @@ class Formatter:
         chat_template: "none" for INC's format, anything else for the tokenizer's own template.
 
     Raises:
-        ValueError: an unknown choice, a slow tokenizer.
+        UserError: an unknown choice, a slow tokenizer.
     """
 
     def __init__(
@@ -55,9 +57,9 @@ class Formatter:
         chat_template: str | None = None,
     ) -> None:
         if train_on not in TRAIN_ON:
-            raise ValueError(f"--train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
+            raise UserError(f"--train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer; use the fast tokenizer of the model")
+            raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; use the fast tokenizer of the model")
         self.train_on, self.max_length = train_on, max_length
         # A copy, so that neither padding nor truncation set elsewhere touches the data.
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -184,13 +186,13 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
     """Give `tokenizer` the template of a .jinja file, so that it is saved with the model; None and "none" do nothing.
 
     Raises:
-        ValueError: no such file, or a file that is not a template.
+        UserError: no such file, or a file that is not a template.
     """
     if chat_template is None or chat_template == "none":
         return
     path = Path(chat_template)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"--chat_template {chat_template!r} is not a file; give a .jinja file, or none for turns joined by newlines"
         )
     tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -200,7 +202,7 @@ def encode_conversation(sample: dict, tokenizer: PreTrainedTokenizerBase, max_le
     """`input_ids` and `labels` of one row of any known schema, cut at `max_length` tokens.
 
     Raises:
-        ValueError: an unknown schema or a bad sample.
+        UserError: an unknown schema or a bad sample.
     """
     from .schemas import recognise, unknown_schema
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample, shorten
 
 ROLES = {
@@ -42,10 +44,10 @@ def recognise(columns: Iterable[str]) -> Schema | None:
     return next((schema for schema in SCHEMAS if schema.required <= names), None)
 
 
-def unknown_schema(columns: Iterable[str], where: str) -> ValueError:
+def unknown_schema(columns: Iterable[str], where: str) -> UserError:
     """The error for columns that fit no schema: what was found, and what is known."""
     known = "\n".join(f"  {schema.name}" for schema in SCHEMAS)
-    return ValueError(f"{where}: columns {_columns(columns)} fit no known schema. Known schemas:\n{known}")
+    return UserError(f"{where}: columns {_columns(columns)} fit no known schema. Known schemas:\n{known}")
 
 
 def _columns(columns: Iterable[str]) -> str:

@@ -19,6 +19,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample
 
 Piece = tuple[str, bool]  # text, and whether it is learned
@@ -26,7 +28,7 @@ _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "STANDINANSWER"
 
 
-class InexactTemplate(ValueError):
+class InexactTemplate(UserError):
     """The chat template renders turns in a way that leaves open which tokens are the answers."""
 
     def __init__(self, reason: str) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.formatting import IGNORE_INDEX, Encoded, Formatter
 
@@ -62,7 +64,7 @@ def build(
             tokenizer's own threads share the work.
 
     Raises:
-        ValueError: the first bad sample (policy "error"), an inexact template, or nothing left.
+        UserError: the first bad sample (policy "error"), an inexact template, or nothing left.
     """
     if workers == 0:
         workers = min(cores(), _MAX_WORKERS, max(1, len(rows) // _MIN_SAMPLES_PER_WORKER))
@@ -86,7 +88,7 @@ def build(
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{totals.tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
     if not totals.samples:
-        raise ValueError(f"no usable sample is left among the {len(rows)} {description}. {policy.report()}")
+        raise UserError(f"no usable sample is left among the {len(rows)} {description}. {policy.report()}")
     return totals
 
 

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from qat.errors import UserError
+
 from ..conversations.formatting import IGNORE_INDEX
 
 _MASKED = ("eager", "sdpa", "flex_attention")  # one block-diagonal mask over each row
@@ -26,7 +28,7 @@ def plan_packing(lengths: list[int], capacity: int) -> list[list[int]]:
     the bits of one integer say which spaces occur, so the tightest is found at once.
 
     Raises:
-        ValueError: a sample longer than `capacity` tokens.
+        UserError: a sample longer than `capacity` tokens.
     """
     rows: list[list[int]] = []
     by_space: dict[int, list[int]] = {}
@@ -34,7 +36,7 @@ def plan_packing(lengths: list[int], capacity: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
         if length > capacity:
-            raise ValueError(f"sample {index} has {length} tokens, more than a row of {capacity}")
+            raise UserError(f"sample {index} has {length} tokens, more than a row of {capacity}")
         fitting = spaces >> length
         if fitting:
             space = length + (fitting & -fitting).bit_length() - 1
@@ -94,18 +96,18 @@ def check_packing(model: nn.Module) -> None:
     since everything but the attention kernel is the same.
 
     Raises:
-        ValueError: they are not, or the attention implementation is not known to keep them apart.
+        UserError: they are not, or the attention implementation is not known to keep them apart.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return  # nothing to try; the process that has the weights tries them
     name = model.config._attn_implementation
     if getattr(model.config, "use_cache", False):
-        raise ValueError(
+        raise UserError(
             "--packing True: with model.config.use_cache, transformers builds no mask between packed samples; "
             "set it to False"
         )
     if name is not None and name not in _MASKED and "flash" not in name:
-        raise ValueError(
+        raise UserError(
             f"--packing True: attention implementation {name!r} is not known to keep packed samples apart; "
             f"set --packing False, or load the model with one of {', '.join(_MASKED)}, flash_attention_2"
         )
@@ -118,7 +120,7 @@ def check_packing(model: nn.Module) -> None:
             model.set_attn_implementation("sdpa")
         leak, shift = _measure(model, device)
     except (TypeError, NotImplementedError) as error:
-        raise ValueError(
+        raise UserError(
             f"--packing True: {type(model).__name__} takes no position_ids ({error}); use --packing False"
         ) from error
     finally:
@@ -128,7 +130,7 @@ def check_packing(model: nn.Module) -> None:
     if leak > _LEAK or shift > _SHIFT:
         leaks = leak > _LEAK
         what = "a packed sample changes with its neighbour" if leaks else "positions do not restart at each sample"
-        raise ValueError(
+        raise UserError(
             f"--packing True: in {type(model).__name__} with {name} attention {what} (logits differ by "
             f"{max(leak, shift):.1e} of their size), so it would not train as it does unpacked; use --packing False"
         )

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.schemas import Schema, recognise, unknown_schema
 from ..sources.readers import DEFAULT_EVAL_SIZE, Source
@@ -65,7 +67,7 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
     """Read a whole split, check every row, and keep the good ones in the Arrow file `path`.
 
     Raises:
-        ValueError: an unknown schema, no good row at all, or (policy "error") the first bad sample.
+        UserError: an unknown schema, no good row at all, or (policy "error") the first bad sample.
     """
     schema: Schema | None = None
     hashes, texts, places = array("Q"), [], []
@@ -91,7 +93,7 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
         if texts:
             writer.write_batch(pa.record_batch([texts, places], schema=_SCHEMA))
     if schema is None or not hashes:
-        raise ValueError(f"{source.name} ({split}) has no usable sample. {policy.report() or 'It has no rows'}")
+        raise UserError(f"{source.name} ({split}) has no usable sample. {policy.report() or 'It has no rows'}")
     return Pool(source, datasets.Dataset.from_file(str(path)), np.array(hashes, dtype=np.uint64), schema)
 
 
@@ -111,7 +113,7 @@ def split_pools(
         train_size, eval_size: numbers of samples; between 0 and 1, fractions; 0, all and the default.
 
     Raises:
-        ValueError: sizes that the data cannot give; a sample in both sets (policy "error").
+        UserError: sizes that the data cannot give; a sample in both sets (policy "error").
     """
     rng = np.random.default_rng(SPLIT_SEED)
     orders = [rng_order(len(pool)) for pool in pools]
@@ -180,13 +182,13 @@ def _total(train_size: float, available: int, name: str) -> int:
         total = round(train_size * available)
     _check_size("train_size", total, available, name)
     if total == 0:
-        raise ValueError(f"--train_size {train_size:g} leaves no training sample of the {available} that {name} has")
+        raise UserError(f"--train_size {train_size:g} leaves no training sample of the {available} that {name} has")
     return total
 
 
 def _check_size(argument: str, size: int, available: int, name: str) -> None:
     if size > available:
-        raise ValueError(f"--{argument} {size} is more than {name} can give: {max(available, 0)} samples are available")
+        raise UserError(f"--{argument} {size} is more than {name} can give: {max(available, 0)} samples are available")
 
 
 def _apportion(total: int, weights: list[float]) -> list[int]:

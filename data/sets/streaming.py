@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import datasets
 import pyarrow as pa
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.formatting import Encoded, Formatter
 from ..conversations.schemas import Schema, recognise, unknown_schema
@@ -58,11 +60,11 @@ def make_stream(
     stream, all their copies included.
 
     Raises:
-        ValueError: sizes given as fractions, weights on some, a bad sample or an unknown schema at the beginning.
+        UserError: sizes given as fractions, weights on some, a bad sample or an unknown schema at the beginning.
     """
     for argument, size in (("train_size", train_size), ("eval_size", eval_size)):
         if 0 < size < 1:
-            raise ValueError(f"--{argument} {size:g}: a stream has no known length; give a number of samples")
+            raise UserError(f"--{argument} {size:g}: a stream has no known length; give a number of samples")
     policy = LoggedPolicy(policy.policy)
     own = [entry for entry in evaluation if entry is not None]
     rows = itertools.chain.from_iterable(_samples([entry], policy) for entry in own or train[:1])
@@ -177,5 +179,5 @@ def _held_out(
         if len(good) == count:
             break
     if not good:
-        raise ValueError(f"no usable sample to evaluate on. {policy.report()}")
+        raise UserError(f"no usable sample to evaluate on. {policy.report()}")
     return datasets.Dataset(pa.Table.from_batches([to_record_batch(good)])), hashes

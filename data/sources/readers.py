@@ -15,6 +15,8 @@ from pathlib import Path
 
 import datasets
 
+from qat.errors import UserError
+
 from ..bad_samples import BadSample
 from .files import READERS, Row, read_file
 from .python_docs import read_python_docs
@@ -81,7 +83,7 @@ class LocalFiles(Source):
         known = [p for p in files if p.suffix.lower() in READERS]
         if not known:
             found = ", ".join(sorted({p.suffix or p.name for p in files})[:8]) or "nothing"
-            raise ValueError(f"--dataset {self.name}: found {found}; give files among {', '.join(FILE_KINDS)}")
+            raise UserError(f"--dataset {self.name}: found {found}; give files among {', '.join(FILE_KINDS)}")
         names = dict.fromkeys((*self.requested, "validation", "test"))
         self._files: dict[str, list[Path]] = {"train": []}
         for file in known:
@@ -116,7 +118,7 @@ class HubDataset(Source):
             self._splits = datasets.load_dataset(self.hub_id, self.configuration, streaming=self.streaming)
         except Exception as error:  # dozens of kinds: network, access, missing configuration, broken files
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
+            raise UserError(
                 f"--dataset {self.name!r} cannot be loaded from the hub as {self.hub_id!r} ({detail[:300]}). "
                 f"Known are {HELP}; python-docs needs no network"
             ) from error
@@ -154,7 +156,7 @@ def parse_sources(
         streaming: read hub datasets as streams.
 
     Raises:
-        ValueError: no such dataset, a weight that is not a positive number, weights on some sources only.
+        UserError: no such dataset, a weight that is not a positive number, weights on some sources only.
     """
     parts = [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",")]
     sources = []
@@ -162,7 +164,7 @@ def parse_sources(
         name, weight = _split_weight(part, argument)
         sources.append(_open(name, weight, argument, requested, streaming))
     if len({source.weight is None for source in sources}) > 1:
-        raise ValueError(f"--{argument} {spec!r} gives weights to some datasets only; give one to each, or to none")
+        raise UserError(f"--{argument} {spec!r} gives weights to some datasets only; give one to each, or to none")
     return sources
 
 
@@ -175,7 +177,7 @@ def _split_weight(part: str, argument: str) -> tuple[str, float | None]:
     except ValueError:
         return part, None
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"--{argument} {part!r}: the weight {number} is not a positive number")
+        raise UserError(f"--{argument} {part!r}: the weight {number} is not a positive number")
     return name, weight
 
 
@@ -188,7 +190,7 @@ def _open(name: str, weight: float | None, argument: str, requested: tuple[str, 
         return HubDataset(name, weight, *_HUB[name], streaming)
     looks_local = Path(name).suffix.lower() in READERS or name.startswith((".", "/", "~"))
     if looks_local or name.count("/") != 1:
-        raise ValueError(f"--{argument} {name!r} is neither a known dataset nor an existing path; known are {HELP}")
+        raise UserError(f"--{argument} {name!r} is neither a known dataset nor an existing path; known are {HELP}")
     hub_id, _, configuration = name.partition("@")
     return HubDataset(name, weight, hub_id, configuration or None, streaming)
 

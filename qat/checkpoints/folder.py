@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..errors import UserError
+
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,23 +40,23 @@ class CheckpointFolder:
         """Read the headers of `folder`.
 
         Raises:
-            ValueError: it is not a checkpoint in safetensors files, or one that is damaged or incomplete.
+            UserError: it is not a checkpoint in safetensors files, or one that is damaged or incomplete.
         """
         path = Path(folder)
         if not path.is_dir():
-            raise ValueError(f"{str(folder)!r} is not a folder; name the folder of a Hugging Face checkpoint")
+            raise UserError(f"{str(folder)!r} is not a folder; name the folder of a Hugging Face checkpoint")
         config = _read_json(path / CONFIG_NAME, f"{path} is not a Hugging Face checkpoint: it has no {CONFIG_NAME}")
         if (path / INDEX_NAME).is_file():
             index = _read_json(path / INDEX_NAME, "")
             if not isinstance(index.get("weight_map"), dict):
-                raise ValueError(f"{path / INDEX_NAME} has no weight_map; copy or save the checkpoint again")
+                raise UserError(f"{path / INDEX_NAME} has no weight_map; copy or save the checkpoint again")
             promised: dict[str, set[str]] = {}
             for name, file in index["weight_map"].items():
                 promised.setdefault(file, set()).add(name)
         elif (path / SINGLE_NAME).is_file():
             promised = {SINGLE_NAME: set()}
         else:
-            raise ValueError(
+            raise UserError(
                 f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}; weights in other files (.bin, .gguf) must be "
                 "loaded and saved with transformers first"
             )
@@ -93,25 +95,25 @@ class CheckpointFolder:
 
 def _read_json(path: Path, missing: str) -> dict:
     if not path.is_file():
-        raise ValueError(missing)
+        raise UserError(missing)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it holds no JSON object")
     return content
 
 
 def _names_in(path: Path, promised: set[str]) -> tuple[str, ...]:
     """Names in the shard at `path`, which must have those that the index promised."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, though {INDEX_NAME} names it; copy the checkpoint again")
+        raise UserError(f"{path} is missing, though {INDEX_NAME} names it; copy the checkpoint again")
     try:
         with safe_open(path, framework="pt") as shard:
             names = tuple(shard.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or corrupted ({error}); copy or save the checkpoint again") from error
+        raise UserError(f"{path} is truncated or corrupted ({error}); copy or save the checkpoint again") from error
     if lacking := sorted(promised - set(names)):
-        raise ValueError(f"{path} lacks {len(lacking)} tensors that {INDEX_NAME} promises, e.g. {lacking[0]}")
+        raise UserError(f"{path} lacks {len(lacking)} tensors that {INDEX_NAME} promises, e.g. {lacking[0]}")
     return names

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
@@ -64,7 +65,7 @@ def export_checkpoint(
         `target`.
 
     Raises:
-        ValueError: see `CheckpointFolder.open`; or the source is packed already, has no scheme, lacks a weight, holds
+        UserError: see `CheckpointFolder.open`; or the source is packed already, has no scheme, lacks a weight, holds
             NaN or infinity in a weight; the format cannot hold the scheme; or the target must not be overwritten.
         OSError: the disk is full. After any error nothing is left at `target`.
     """
@@ -72,9 +73,9 @@ def export_checkpoint(
     checkpoint, target = CheckpointFolder.open(source), Path(target)
     if checkpoint.quantization_config is not None:
         method = checkpoint.quantization_config.get("quant_method")
-        raise ValueError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
+        raise UserError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
-        raise ValueError(f"the target {target} would replace the source {source}; name another folder")
+        raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
     model, qat_config = prepared_skeleton(checkpoint, scheme, ignore)
     sites = quantized_sites(model)
@@ -138,7 +139,7 @@ def _pack_site(site: Site, weight: torch.Tensor, dialect: Dialect) -> dict[str, 
     spec = site.scheme.weight
     quantized = pack_weight(weight, spec)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
-        raise ValueError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
+        raise UserError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))
 
 

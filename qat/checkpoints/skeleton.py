@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from ..errors import UserError
 from ..layers.learned_scales import check_baked
 from ..layers.prepare import prepare_qat
 from ..layers.quant_linear import is_quantlinear
@@ -45,11 +46,11 @@ def prepared_skeleton(
         saved: how the checkpoint was trained; default: its own `qat_config.json`.
 
     Raises:
-        ValueError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
+        UserError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
     """
     saved = saved or QATConfig.load(checkpoint.path)
     if scheme is None and saved is None:
-        raise ValueError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
+        raise UserError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
     check_baked(checkpoint.names, checkpoint.path)
     model = load_skeleton(checkpoint)
     with contextlib.redirect_stdout(io.StringIO()):  # its messages are about training
@@ -77,7 +78,7 @@ def load_skeleton(checkpoint: CheckpointFolder) -> PreTrainedModel:
     """The model that transformers makes of `checkpoint`, on the meta device.
 
     Raises:
-        ValueError: a parameter of the model is missing in the files, or has another shape there.
+        UserError: a parameter of the model is missing in the files, or has another shape there.
     """
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -87,12 +88,12 @@ def load_skeleton(checkpoint: CheckpointFolder) -> PreTrainedModel:
         )
         model, report = loaded
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{checkpoint.path} does not fit the model of its {CONFIG_NAME}: {error}") from error
+        raise UserError(f"{checkpoint.path} does not fit the model of its {CONFIG_NAME}: {error}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.path} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {missing[0]}; "
             "copy or save the checkpoint again"
         )
@@ -104,11 +105,11 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for site in sites:
         if any(site.weight is weight for weight in embeddings):
-            raise ValueError(
+            raise UserError(
                 f"{site.name} shares its weight with the embedding, which stays BF16; add {site.name!r} to `ignore`"
             )
         if site.tensor not in names:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint.path} has no tensor {site.tensor}, the weight of a quantized layer; load and save it "
                 "with transformers, so that its tensors have the model's names"
             )

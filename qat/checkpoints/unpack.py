@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from ..errors import UserError
 from ..layers.sites import LINEAR, find_sites
 from ..numerics import ops
 from ..numerics.families import get_format
@@ -55,7 +56,7 @@ def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:
         A plain model, and the QATConfig that describes how it was packed.
 
     Raises:
-        ValueError: the folder is damaged or incomplete, or packed in a format that is not known.
+        UserError: the folder is damaged or incomplete, or packed in a format that is not known.
     """
     checkpoint = CheckpointFolder.open(folder)
     quantization_config = checkpoint.quantization_config or {}
@@ -72,7 +73,7 @@ def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
             problem = kind.replace("_", " ")
-            raise ValueError(f"{folder}: {len(names)} {problem} for {model_class.__name__}, e.g. {names[0]}")
+            raise UserError(f"{folder}: {len(names)} {problem} for {model_class.__name__}, e.g. {names[0]}")
     model.config._name_or_path = model.name_or_path = str(folder)
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -86,12 +87,12 @@ def packed_layers(checkpoint: CheckpointFolder) -> dict[str, tuple[str, str]]:
     """The packed layers of a checkpoint by module name: the names of their codes and of their scales.
 
     Raises:
-        ValueError: tensors that none of our formats has (zero points, global scales), or codes without scales.
+        UserError: tensors that none of our formats has (zero points, global scales), or codes without scales.
     """
     names = checkpoint.names
     suffixes = (".weight_zero_point", ".weight_global_scale", ".qweight", ".weight_shape", ".input_global_scale")
     if other := sorted(name for name in names if name.endswith(suffixes)):
-        raise ValueError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {other[0]}")
+        raise UserError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {other[0]}")
     layers = {}
     for layer in sorted(name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)):
         packed = f"{layer}.weight_packed"
@@ -99,9 +100,9 @@ def packed_layers(checkpoint: CheckpointFolder) -> dict[str, tuple[str, str]]:
     expected = {codes for codes, _ in layers.values()}
     lacking = (expected - names) | {n for n in names if n.endswith(".weight_packed") and n not in expected}
     if lacking:
-        raise ValueError(f"{checkpoint.path} is incomplete: {sorted(lacking)[0]} or its weight_scale is missing")
+        raise UserError(f"{checkpoint.path} is incomplete: {sorted(lacking)[0]} or its weight_scale is missing")
     if not layers:
-        raise ValueError(f"{checkpoint.path} has a quantization_config, but no packed tensor (weight_scale)")
+        raise UserError(f"{checkpoint.path} has a quantization_config, but no packed tensor (weight_scale)")
     return layers
 
 
@@ -131,12 +132,12 @@ def _format_of(layer: str, codes: torch.Tensor, scale: torch.Tensor) -> Format:
         if codes.ndim == 2 and codes.dtype == fmt.element.storage and is_scale:
             shape = fmt.value_shape(codes)
             if tuple(scale.shape) != fmt.scale_shape(shape):
-                raise ValueError(
+                raise UserError(
                     f"{layer} has codes {tuple(codes.shape)} and scales {tuple(scale.shape)}; in {fmt.name} the scales "
                     f"must be {fmt.scale_shape(shape)}"
                 )
             return fmt
-    raise ValueError(f"{layer} has codes in {codes.dtype}, scales in {scale.dtype}: no layout of {_KNOWN}")
+    raise UserError(f"{layer} has codes in {codes.dtype}, scales in {scale.dtype}: no layout of {_KNOWN}")
 
 
 def _derive_config(model: nn.Module, found: dict[str, Format], quantization_config: dict) -> QATConfig:

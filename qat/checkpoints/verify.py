@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from ..errors import UserError
 from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..version import VERSION
@@ -51,7 +52,7 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
         The verdict, as in `verification.json`.
 
     Raises:
-        ValueError: one of the folders is not a checkpoint, or no source is known.
+        UserError: one of the folders is not a checkpoint, or no source is known.
         VerificationError: something differs; the message names the first tensor.
     """
     packed = CheckpointFolder.open(folder)
@@ -59,7 +60,7 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
     checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path))
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
-        raise ValueError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
+        raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
     model, _ = prepared_skeleton(checkpoint, saved=qat_config)
     sites = quantized_sites(model)
     count = compare_weights(packed, checkpoint, sites, dialect)
@@ -117,8 +118,8 @@ def _recorded_source(folder: Path) -> Path:
         recorded = folder / json.loads(path.read_text(encoding="utf-8"))["source"]
         if (recorded / CONFIG_NAME).is_file():
             return recorded.resolve()
-        raise ValueError(f"{path} names {recorded} as the source, which is not there; give --source")
-    raise ValueError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")
+        raise UserError(f"{path} names {recorded} as the source, which is not there; give --source")
+    raise UserError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")
 
 
 def _real_text(packed: CheckpointFolder, tokens: int) -> tuple[str, torch.Tensor]:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +27,7 @@ def written_atomically(target: str | Path, overwrite: bool = False) -> Iterator[
     """Yield an empty folder beside `target` that replaces it on success and is removed on any error.
 
     Raises:
-        ValueError: `target` is a file, or a folder that must not be replaced.
+        UserError: `target` is a file, or a folder that must not be replaced.
     """
     target = Path(target).absolute()
     check_target(target, overwrite)
@@ -98,15 +100,15 @@ def flush_path(path: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise a ValueError for a file, for a non-empty folder, and for one to overwrite that holds no checkpoint."""
+    """Raise a UserError for a file, for a non-empty folder, and for one to overwrite that holds no checkpoint."""
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; give a new folder")
+        raise UserError(f"{target} is a file; give a new folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target} exists and is not empty; give another folder, or overwrite it (--overwrite)")
+        raise UserError(f"{target} exists and is not empty; give another folder, or overwrite it (--overwrite)")
     if not (target / "config.json").is_file():
-        raise ValueError(f"{target} holds no checkpoint (no config.json), so it is not overwritten; remove it yourself")
+        raise UserError(f"{target} holds no checkpoint (no config.json), so it is not overwritten; remove it yourself")
 
 
 @contextmanager

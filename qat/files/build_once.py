@@ -17,6 +17,7 @@ from pathlib import Path
 
 import filelock
 
+from ..errors import UserError
 from .atomic import flush_to_disk
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def build_once(root: Path, key: str, build: Callable[[Path], None], setting: str
         setting: the argument that chooses `root`.
 
     Raises:
-        ValueError: `root` cannot be written.
+        UserError: `root` cannot be written.
     """
     folder = root / key
     if folder.is_dir():
@@ -58,7 +59,7 @@ def _acquire(root: Path, key: str, setting: str) -> filelock.BaseFileLock:
     except NotImplementedError:
         logger.warning("the file system of %s has no locks, so every process builds the folder", root)
     except OSError as error:
-        raise ValueError(f"the cache {root} cannot be written ({error.strerror}); give another {setting}") from error
+        raise UserError(f"the cache {root} cannot be written ({error.strerror}); give another {setting}") from error
     return lock
 
 

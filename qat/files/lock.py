@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..errors import UserError
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -41,14 +43,14 @@ def locked(folder: Path, writers: Writers) -> Iterator[None]:
     """Hold `folder` until the end of the block; the process that leads does so for all.
 
     Raises:
-        ValueError: on all processes; another run holds the folder, or it cannot be written.
+        UserError: on all processes; another run holds the folder, or it cannot be written.
     """
     lock, complaint = _Lock(folder / LOCK_NAME), None
     try:
         if writers.leads:
             complaint = lock.take()
         if complaints := [text for text in writers.gather(complaint) if text]:
-            raise ValueError(complaints[0])
+            raise UserError(complaints[0])
         yield
     finally:
         lock.release()

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import xxhash
 
+from ..errors import UserError
+
 MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 22
@@ -46,10 +48,10 @@ def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
 def _read(path: Path) -> dict[str, dict]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["format_version"] != _FORMAT_VERSION:
-        raise ValueError(f"format_version is {content['format_version']}, this program reads {_FORMAT_VERSION}")
+        raise UserError(f"format_version is {content['format_version']}, this program reads {_FORMAT_VERSION}")
     for name, entry in content["files"].items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"it names {name!r}, which lies outside")
+            raise UserError(f"it names {name!r}, which lies outside")
         int(entry["bytes"]), str(entry["xxh3_128"])
     return content["files"]
 

@@ -13,6 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
@@ -35,7 +37,7 @@ def check_model_folder(folder: str | Path) -> None:
     """Refuse a local folder whose weights are pickled, or whose index points outside; hub ids pass.
 
     Raises:
-        ValueError: the weights are pickled, or the index names a file outside.
+        UserError: the weights are pickled, or the index names a file outside.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -44,7 +46,7 @@ def check_model_folder(folder: str | Path) -> None:
         check_index(index)
     pickled = sorted(p.name for pattern in _PICKLE_PATTERNS for p in folder.glob(f"pytorch_model{pattern}"))
     if pickled and not any((folder / name).is_file() for name in _SAFE_NAMES):
-        raise ValueError(
+        raise UserError(
             f"{folder} has its weights in {pickled[0]}, a pickle, which can run code when it is loaded; only "
             'safetensors are read. If you trust its author, convert it once: python -c "from transformers import '
             f"AutoModelForCausalLM as M; M.from_pretrained('{folder}', use_safetensors=False, dtype='auto')"
@@ -56,22 +58,22 @@ def check_index(path: Path) -> None:
     """Refuse an index of weight files that names one outside of its folder.
 
     Raises:
-        ValueError: it does, or it is damaged.
+        UserError: it does, or it is damaged.
     """
     try:
         files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: it has no weight_map ({error})") from error
+        raise UserError(f"{path} is damaged: it has no weight_map ({error})") from error
     for name in files:
         if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-            raise ValueError(f"{path} names the weight file {name!r}, which does not lie in its folder; do not use it")
+            raise UserError(f"{path} names the weight file {name!r}, which does not lie in its folder; do not use it")
 
 
 def check_checkpoint(folder: str | Path) -> None:
     """Refuse the same in a checkpoint to resume from, and unsafe metadata of its sharded states.
 
     Raises:
-        ValueError: it names files outside, or holds a pickle with anything but such metadata in it.
+        UserError: it names files outside, or holds a pickle with anything but such metadata in it.
     """
     for index in Path(folder).glob("*.index.json"):
         check_index(index)
@@ -80,7 +82,7 @@ def check_checkpoint(folder: str | Path) -> None:
             with path.open("rb") as file:
                 _MetadataUnpickler(file).load()
         except Exception as error:
-            raise ValueError(f"{path} is not the metadata of a sharded checkpoint: {error}") from error
+            raise UserError(f"{path} is not the metadata of a sharded checkpoint: {error}") from error
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..errors import UserError
 from ..numerics import mx, ops
 from ..numerics.formats import Format, Quantized
 from ..schemes.config import QATConfig
@@ -97,9 +98,9 @@ def optimizer_settings(learning_rate: float) -> dict[str, dict]:
 
 
 def check_learnable(fmt: Format) -> None:
-    """Raise a ValueError for a format whose scales are not exponents."""
+    """Raise a UserError for a format whose scales are not exponents."""
     if fmt.name not in mx.FORMATS:
-        raise ValueError(
+        raise UserError(
             f"learn_exponent=True needs power-of-two scales, and {fmt.name} has {fmt.scale.name}; choose one of "
             f"{', '.join(mx.FORMATS)}, or learn_exponent=False"
         )
@@ -144,18 +145,18 @@ def baked_config(config: QATConfig) -> QATConfig:
 
 
 def check_baked(names: Iterable[str], folder: str | Path) -> None:
-    """Raise a ValueError if a checkpoint with tensors of these names still needs its learned exponents."""
+    """Raise a UserError if a checkpoint with tensors of these names still needs its learned exponents."""
     if any(name.endswith(SUFFIX) for name in names):
-        raise ValueError(
+        raise UserError(
             f"{folder} is a checkpoint to resume from: its block exponents are learned and lie beside FP32 masters. "
             "Resume the run (--resume_from_checkpoint), or use the folder that the finished run saved"
         )
 
 
 def check_compute_dtype(config: QATConfig | None, dtype: torch.dtype) -> None:
-    """Raise a ValueError if a run that learns exponents computes in another dtype than weights are baked in."""
+    """Raise a UserError if a run that learns exponents computes in another dtype than weights are baked in."""
     if config is not None and config.training.get(SETTING) and dtype != VIEW_DTYPE:
-        raise ValueError(
+        raise UserError(
             f"--learn_exponent True: weights are saved as they are quantized in bfloat16, and this run computes in "
             f"{str(dtype).removeprefix('torch.')}; give --bf16 True, or leave --learn_exponent out"
         )

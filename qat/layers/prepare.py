@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..errors import UserError
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_scheme
 from ..schemes.spec import Scheme
@@ -47,7 +48,7 @@ def prepare_qat(
         `model`, its quantization written into `model.qat_config`.
 
     Raises:
-        ValueError: an unknown scheme, rule or key, a key that matches no linear layer, a layer that the blocks of its
+        UserError: an unknown scheme, rule or key, a key that matches no linear layer, a layer that the blocks of its
             scheme do not divide, or nothing left to quantize. The model is unchanged then.
     """
     by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
@@ -116,7 +117,7 @@ def _check_untied(model: nn.Module, chosen: list[tuple[Site, str]]) -> None:
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for site, _ in chosen:
         if any(site.weight is weight for weight in embeddings):
-            raise ValueError(
+            raise UserError(
                 f"{site.name} shares its weight with the embedding, for which no exponents can be learned; "
                 f"add {site.name!r} to `ignore`, or use learn_exponent=False"
             )
@@ -127,7 +128,7 @@ def _normalize_key(key: type | str) -> str:
         return LINEAR.key
     if isinstance(key, str):
         return key
-    raise ValueError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over names such as '*.down_proj'")
+    raise UserError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over names such as '*.down_proj'")
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -139,7 +140,7 @@ def _choose_sites(
 ) -> tuple[list[tuple[Site, str]], dict[str, str]]:
     """[(site, scheme name)] of what is to be quantized, {name: reason} of weight-bearing modules left alone."""
     if prepared := quantized_sites(model):
-        raise ValueError(f"{prepared[0].name} is already a QuantLinear; prepare_qat takes an unprepared model")
+        raise UserError(f"{prepared[0].name} is already a QuantLinear; prepare_qat takes an unprepared model")
     sites = find_sites(model)
     left_alone = _unknown_modules(model, {site.name for site in sites})
     chosen: list[tuple[Site, str]] = []
@@ -157,9 +158,9 @@ def _choose_sites(
     for key in mapping:
         if key not in used_keys:
             found = _examples(chosen, left_alone)
-            raise ValueError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {found}")
+            raise UserError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {found}")
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}; "
             f"it has {_examples(chosen, left_alone)}"
         )

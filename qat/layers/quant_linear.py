@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import UserError
 from ..schemes.spec import Scheme
 from .linear_function import quantized_linear
 from .tensor_quantizer import TensorQuantizer
@@ -81,7 +82,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: b
 
     Raises:
         TypeError: `module` is not a plain nn.Linear.
-        ValueError: the blocks of the scheme's formats do not divide its in_features.
+        UserError: the blocks of the scheme's formats do not divide its in_features.
     """
     check_convertible(module, scheme, name)
     module.__class__ = QuantLinear
@@ -102,7 +103,7 @@ def check_convertible(module: nn.Module, scheme: Scheme, name: str = "") -> None
         raise TypeError(f"{label} is a {type(module).__name__}; only a plain torch.nn.Linear can be converted")
     for spec in filter(None, (scheme.weight, scheme.input)):
         if not spec.format.fits(module.in_features):
-            raise ValueError(
+            raise UserError(
                 f"{label} has in_features={module.in_features}, which is not a multiple of the block size "
                 f"{spec.format.block} of {spec.format.name}; add {name!r} to `ignore` to leave it unquantized"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..errors import UserError
 from ..numerics import ops
 from ..numerics.codes import as_stored
 from ..schemes.spec import TensorSpec
@@ -31,7 +32,7 @@ class TensorQuantizer(nn.Module):
         device: where they live.
 
     Raises:
-        ValueError: an argument that no format has.
+        UserError: an argument that no format has.
     """
 
     exponent_offset: nn.Parameter | None
@@ -50,7 +51,7 @@ class TensorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if learn_exponent and scale_shape is None:
-            raise ValueError("learn_exponent=True needs the shape of a weight; give scale_shape=(N, K)")
+            raise UserError("learn_exponent=True needs the shape of a weight; give scale_shape=(N, K)")
         self.spec = TensorSpec.of(data_type, bits, block_size, sym)
         self.if_quant = if_quant
         self._enabled = True
@@ -146,7 +147,7 @@ class TensorQuantizer(nn.Module):
             unchanged.
 
         Raises:
-            ValueError: a scale of another shape or dtype.
+            UserError: a scale of another shape or dtype.
         """
         fmt = self.spec.format
         fmt.check_scales(weight.shape, scale)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import UserError
 from ..version import VERSION
 
 QAT_CONFIG_NAME = "qat_config.json"
@@ -61,7 +62,7 @@ class QATConfig:
         """Read the config of `folder`, or None where there is none.
 
         Raises:
-            ValueError: the file is damaged, or written by a newer version.
+            UserError: the file is damaged, or written by a newer version.
         """
         path = Path(folder, QAT_CONFIG_NAME)
         if not path.is_file():
@@ -70,7 +71,7 @@ class QATConfig:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("format_version")
             if version != _FORMAT_VERSION:
-                raise ValueError(f"format_version is {version}, this program reads {_FORMAT_VERSION}")
+                raise UserError(f"format_version is {version}, this program reads {_FORMAT_VERSION}")
             return cls(**{**content, "ignore": tuple(content["ignore"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a QAT configuration that this program can read: {error}") from error
+            raise UserError(f"{path} is not a QAT configuration that this program can read: {error}") from error

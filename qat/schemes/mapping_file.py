@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .presets import SCHEMES
 
 DEFAULT_IGNORE = ("lm_head",)
@@ -20,18 +21,18 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         The mapping and the layers to ignore (default: lm_head), as `prepare_qat` takes them.
 
     Raises:
-        ValueError: the file does not exist, is not JSON, or holds something else.
+        UserError: the file does not exist, is not JSON, or holds something else.
     """
     content = _read(path)
     expected = 'expected {"mapping": {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}, "ignore": ["lm_head"]}'
     mapping = content.get("mapping", content) if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(value, str) for value in mapping.values()):
-        raise ValueError(f"the mapping file {str(path)!r} holds no mapping from layers to schemes; {expected}")
+        raise UserError(f"the mapping file {str(path)!r} holds no mapping from layers to schemes; {expected}")
     if unknown := sorted({value for value in mapping.values() if value.upper() not in SCHEMES}):
-        raise ValueError(f"the mapping file {str(path)!r} names {unknown[0]!r}; choose one of {', '.join(SCHEMES)}")
+        raise UserError(f"the mapping file {str(path)!r} names {unknown[0]!r}; choose one of {', '.join(SCHEMES)}")
     ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
     if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
-        raise ValueError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
+        raise UserError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
     return {key: scheme.upper() for key, scheme in mapping.items()}, tuple(ignore)
 
 
@@ -43,13 +44,13 @@ def load_measurement(path: str | Path) -> dict[str, object]:
         it; one that was written by hand need not.
 
     Raises:
-        ValueError: one of them is something else.
+        UserError: one of them is something else.
     """
     content = _read(path)
     found = {key: content[key] for key in ("smooth_alpha", "scale_rules") if "mapping" in content and key in content}
     if not isinstance(found.get("smooth_alpha", 0), int | float) or not isinstance(found.get("scale_rules", {}), dict):
         expected = '"smooth_alpha": 0.7, "scale_rules": {"MXFP4": {"weight": "search", "input": "even"}}'
-        raise ValueError(f"the mapping file {str(path)!r} records {found}; expected {expected}, or neither")
+        raise UserError(f"the mapping file {str(path)!r} records {found}; expected {expected}, or neither")
     return found
 
 
@@ -58,4 +59,4 @@ def _read(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the mapping file {str(path)!r} cannot be read: {error}") from error
+        raise UserError(f"the mapping file {str(path)!r} cannot be read: {error}") from error

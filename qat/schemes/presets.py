@@ -5,6 +5,7 @@ They stand here as data because importing AutoRound takes seconds, in every proc
 
 from __future__ import annotations
 
+from ..errors import UserError
 from ..numerics.families import get_format
 from .spec import Scheme, TensorSpec
 
@@ -30,10 +31,10 @@ def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule
     """The preset called `name`, in any case; a rule given here replaces the preset's.
 
     Raises:
-        ValueError: the name is not one of SCHEMES, or its formats do not have the rule.
+        UserError: the name is not one of SCHEMES, or its formats do not have the rule.
     """
     if not isinstance(name, str) or name.upper() not in PRESETS:
-        raise ValueError(f"quantization scheme {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        raise UserError(f"quantization scheme {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
     return PRESETS[name.upper()].with_rules(weight_scale_rule, input_scale_rule)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import UserError
 from ..numerics.families import formats
 from ..numerics.formats import Format
 
@@ -24,7 +25,7 @@ class TensorSpec:
         rule: one of `format.rules`.
 
     Raises:
-        ValueError: the format has no such rule.
+        UserError: the format has no such rule.
     """
 
     format: Format
@@ -32,7 +33,7 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if self.rule not in self.format.rules:
-            raise ValueError(
+            raise UserError(
                 f"scale rule {self.rule!r} does not exist for {self.format.name}; choose one of "
                 f"{', '.join(self.format.rules)}"
             )
@@ -49,21 +50,21 @@ class TensorSpec:
             sym: False is refused: these formats have no zero point.
 
         Raises:
-            ValueError: no format has these properties.
+            UserError: no format has these properties.
         """
         base, rule = _split_rule(data_type)
         base, named_bits = _ALIASES.get(base, (base, bits or DEFAULT_BITS))
         found = [f for f in formats().values() if f.data_type == base and f.element.bits == named_bits]
         if not found or bits not in (None, named_bits):
             kinds = ", ".join(f"{f.data_type} with bits={f.element.bits}" for f in formats().values())
-            raise ValueError(f"data_type={data_type!r} with bits={bits} is unknown; choose one of {kinds}")
+            raise UserError(f"data_type={data_type!r} with bits={bits} is unknown; choose one of {kinds}")
         fmt = found[0]
         if block_size not in (None, fmt.block or -1):
-            raise ValueError(
+            raise UserError(
                 f"block_size={block_size} is not the block size of {fmt.name}; the only choice is {fmt.block or -1}"
             )
         if not sym:
-            raise ValueError(f"sym=False is not possible: {fmt.name} is symmetric and has no zero point; use sym=True")
+            raise UserError(f"sym=False is not possible: {fmt.name} is symmetric and has no zero point; use sym=True")
         return cls(fmt, rule or fmt.rules[0])
 
     def with_rule(self, rule: str | None) -> TensorSpec:
@@ -120,14 +121,14 @@ class Scheme:
         """This scheme under other scale rules; None keeps its own.
 
         Raises:
-            ValueError: a rule that the format does not have, or that no engine applies to inputs.
+            UserError: a rule that the format does not have, or that no engine applies to inputs.
         """
         spec = self.input
         if input is not None:
             if spec is None:
-                raise ValueError(f"{self.name} does not quantize inputs, so it has no scale rule {input!r} for them")
+                raise UserError(f"{self.name} does not quantize inputs, so it has no scale rule {input!r} for them")
             if input not in spec.format.input_rules:
-                raise ValueError(
+                raise UserError(
                     f"scale rule {input!r} is not possible for inputs in {spec.format.name}; choose one of "
                     f"{', '.join(spec.format.input_rules)}"
                 )

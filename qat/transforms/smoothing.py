@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..layers.quant_linear import is_quantlinear
 from ..layers.sites import quantizers_off
 
@@ -73,10 +74,10 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
             above 0 and at most 1.
 
     Raises:
-        ValueError: alpha out of range, nothing to smooth, or a model that does not compute the same afterwards.
+        UserError: alpha out of range, nothing to smooth, or a model that does not compute the same afterwards.
     """
     if not 0 < alpha <= 1:
-        raise ValueError(f"smoothing alpha {alpha} is out of range; choose a number above 0 and at most 1, such as 0.7")
+        raise UserError(f"smoothing alpha {alpha} is out of range; choose a number above 0 and at most 1, such as 0.7")
     batches = list(batches)
     was_training = model.training
     model.eval()
@@ -85,7 +86,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
             before = model(**batches[0]).logits
             groups = _observe(model, batches)
             if not groups:
-                raise ValueError(
+                raise UserError(
                     f"{type(model).__name__} has no activation that could be smoothed: no norm, v_proj or up_proj "
                     "whose output is read by quantized linear layers; leave smoothing off (alpha 0)"
                 )
@@ -96,7 +97,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
         model.train(was_training)
     moved = float((after - before).abs().max() / before.abs().max())
     if not moved < _TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"smoothing changes what {type(model).__name__} computes (logits move by {moved:.2g} of the largest), so "
             "one of its activations is used in a way that is not known here; leave smoothing off (alpha 0)"
         )

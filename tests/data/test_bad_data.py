@@ -17,6 +17,7 @@ from data.conversations.formatting import Formatter
 from data.conversations.schemas import recognise
 from data.sets.selection import collect
 from data.sources.files import MAX_LINE_BYTES, read_file
+from qat.errors import UserError
 from utils import make_supervised_data_module
 
 GOOD = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]}
@@ -147,7 +148,7 @@ def _damage(content: bytes, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_every_damaged_file_ends_in_samples_counted_skips_or_a_clear_error(tmp_path, kind):
-    """Nothing but ValueError escapes, and every row is either a sample or counted."""
+    """Nothing but UserError escapes, and every row is either a sample or counted."""
     rng, formatter = random.Random(kind), Formatter(make_chat_tokenizer(SMOLLM2), 200)
     path = tmp_path / f"c{kind}"
     intact = _intact(kind, path)
@@ -193,9 +194,9 @@ def test_damaged_files_through_the_whole_path(tmp_path, caplog):
                     str(path), tokenizer, eval_size=1, on_bad_sample=policy, data_cache_dir=str(tmp_path / "cache")
                 )
                 ends["data"] += 1
-            except ValueError as error:
+            except UserError as error:
                 ends["error"] += 1
-                assert type(error) is ValueError  # not a library's kind of it
+                assert type(error) is UserError  # not a library's kind of it
                 assert path.name in str(error) or "eval_size" in str(error), error
     assert min(ends.values()) > 10, ends
 

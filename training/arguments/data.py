@@ -8,6 +8,7 @@ from data.bad_samples import POLICIES
 from data.conversations.formatting import TRAIN_ON
 from data.sources.readers import HELP as DATASET_HELP
 from data.supervised import check_size
+from qat.errors import UserError
 
 
 @dataclass
@@ -66,4 +67,4 @@ class DataArguments:
         for argument in ("train_size", "eval_size"):
             check_size(argument, getattr(self, argument))
         if self.preprocessing_num_workers < 0:
-            raise ValueError(f"--preprocessing_num_workers {self.preprocessing_num_workers} is negative; 0 chooses one")
+            raise UserError(f"--preprocessing_num_workers {self.preprocessing_num_workers} is negative; 0 chooses one")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from qat.errors import UserError
+
 TEACHERS = ("copy", "cache", "self")
 SELF_IN_TRAINING = (
     "--distill_teacher self is for evaluation (--do_eval without --do_train): while weights train, the teacher changes "
@@ -31,9 +33,9 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
-            raise ValueError(f"--distill_top_k {self.top_k} is negative; 0 keeps sampled tokens only")
+            raise UserError(f"--distill_top_k {self.top_k} is negative; 0 keeps sampled tokens only")
         if self.samples < 1:
-            raise ValueError(
+            raise UserError(
                 f"--distill_samples {self.samples}: at least 1 token must stand for the rest of the distribution"
             )
 
@@ -79,18 +81,18 @@ class DistillationArguments:
     def __post_init__(self) -> None:
         self.distill = self.distill or self.teacher_model_name_or_path is not None or self.distill_teacher != "copy"
         if self.distill_teacher not in TEACHERS:
-            raise ValueError(
+            raise UserError(
                 f"--distill_teacher {self.distill_teacher!r} is unknown; choose one of {', '.join(TEACHERS)}"
             )
         if self.distill_teacher == "self" and self.teacher_model_name_or_path is not None:
-            raise ValueError(
+            raise UserError(
                 f"--distill_teacher self and --teacher_model_name_or_path {self.teacher_model_name_or_path!r} name two "
                 "teachers; give one of them"
             )
         if not 0 < self.distill_temperature < math.inf:
-            raise ValueError(f"--distill_temperature {self.distill_temperature} must be greater than 0, and finite")
+            raise UserError(f"--distill_temperature {self.distill_temperature} must be greater than 0, and finite")
         if not 0 <= self.distill_ce_weight < 1:
-            raise ValueError(
+            raise UserError(
                 f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1, at which nothing is "
                 "learned from a teacher: leave --distill out then"
             )
@@ -108,4 +110,4 @@ class DistillationArguments:
             )
         for name, wanted in unused.items():
             if (value := getattr(self, name)) != getattr(type(self), name):
-                raise ValueError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")
+                raise UserError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")

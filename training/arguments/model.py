@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qat.errors import UserError
+
 
 @dataclass
 class ModelArguments:
@@ -26,7 +28,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():
-            raise ValueError(
+            raise UserError(
                 f"--gguf_file {self.gguf_file!r} is not in --model_name_or_path {self.model_name_or_path!r}; "
                 "name a .gguf file that lies in that local folder"
             )

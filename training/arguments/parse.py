@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from qat.checkpoints.model_card import CardFacts
+from qat.errors import UserError
 
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
@@ -98,15 +99,15 @@ def read_config(path: str | Path) -> dict:
     """The arguments in a file, by name.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, or it is not a mapping from names to values.
+        UserError: there is no such file, it cannot be read, or it is not a mapping from names to values.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = yaml.load(text, Loader=_UniqueKeys)  # JSON is YAML
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {str(path)!r} cannot be read: {error}") from error
+        raise UserError(f"--config {str(path)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {str(path)!r} is not a mapping from arguments to values, such as max_steps: 1000")
+        raise UserError(f"--config {str(path)!r} is not a mapping from arguments to values, such as max_steps: 1000")
     return content
 
 
@@ -126,7 +127,7 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
     """The command-line words for the arguments in a file.
 
     Raises:
-        ValueError: a name that is not an argument; the message suggests the nearest one.
+        UserError: a name that is not an argument; the message suggests the nearest one.
     """
     known = {field.name for group in GROUPS for field in fields(group) if field.init}
     words: list[str] = []
@@ -134,7 +135,7 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"--config {str(path)!r}: {name!r} is not an argument of main.py{hint}")
+            raise UserError(f"--config {str(path)!r}: {name!r} is not an argument of main.py{hint}")
         if value is None:
             continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -143,19 +144,19 @@ def as_flags(content: dict, path: str | Path) -> list[str]:
 
 
 def _check_together(arguments: Arguments) -> None:
-    """Raise a ValueError for settings of two groups that exclude each other."""
+    """Raise a UserError for settings of two groups that exclude each other."""
     training, distillation = arguments.training, arguments.distillation
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)
     if arguments.quantization.learn_exponent and not training.bf16:
-        raise ValueError(
+        raise UserError(
             "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
             "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
         )
     if distillation.distill:
         check_with_teacher(training)
     if distillation.distill_teacher == "self" and training.do_train:
-        raise ValueError(SELF_IN_TRAINING)
+        raise UserError(SELF_IN_TRAINING)
     if not (training.do_train or training.do_eval):
-        raise ValueError("nothing is asked for: give --do_train True, --do_eval True, or both")
+        raise UserError("nothing is asked for: give --do_train True, --do_eval True, or both")

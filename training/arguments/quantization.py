@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from qat import SCHEMES, get_scheme
 from qat.checkpoints.dialects import EXPORT_FORMATS
+from qat.errors import UserError
 from qat.layers.learned_scales import optimizer_settings
 from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
@@ -17,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_smooth_alpha(alpha: float) -> None:
-    """Raises ValueError unless `alpha` is 0, for no smoothing, or at most 1."""
+    """Raises UserError unless `alpha` is 0, for no smoothing, or at most 1."""
     if not 0 <= alpha <= 1:
-        raise ValueError(f"--smooth_alpha {alpha} is out of range; choose 0 (off) to 1, such as 0.7")
+        raise UserError(f"--smooth_alpha {alpha} is out of range; choose 0 (off) to 1, such as 0.7")
 
 
 @dataclass
@@ -85,47 +86,47 @@ class QuantizationArguments:
 
     def __post_init__(self) -> None:
         if self.export_format not in (*EXPORT_FORMATS, "none"):
-            raise ValueError(
+            raise UserError(
                 f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
             )
         check_smooth_alpha(self.smooth_alpha)
         for name, choices in (("weight_scale_rule", weight_rules()), ("input_scale_rule", input_rules())):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
-                raise ValueError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
+                raise UserError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
         if not 0 < self.exponent_learning_rate < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0, and finite"
             )
         if self.exponent_learning_rate != type(self).exponent_learning_rate and not self.learn_exponent:
-            raise ValueError(
+            raise UserError(
                 f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
                 "give that too, or omit it"
             )
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
-                raise ValueError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
+                raise UserError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
             self._check_rules(*load_mapping(self.quant_mapping)[0].values())
             load_measurement(self.quant_mapping)
             return
         if self.quant_scheme is None:
             if self.weight_scale_rule or self.input_scale_rule:
-                raise ValueError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
+                raise UserError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
             return
         if self.quant_scheme.upper() not in SCHEMES:
-            raise ValueError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+            raise UserError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
         self.quant_scheme = self.quant_scheme.upper()
         self._check_rules(self.quant_scheme)
 
     def _check_rules(self, *schemes: str) -> None:
-        """Raises ValueError for a scale rule that the formats of a scheme do not have."""
+        """Raises UserError for a scale rule that the formats of a scheme do not have."""
         given = {"weight_scale_rule": (self.weight_scale_rule, None), "input_scale_rule": (None, self.input_scale_rule)}
         for scheme in schemes:
             for name, rules in given.items():
                 try:
                     get_scheme(scheme, *rules)
                 except ValueError as error:
-                    raise ValueError(f"--{name} does not go with the scheme {scheme}: {error}") from error
+                    raise UserError(f"--{name} does not go with the scheme {scheme}: {error}") from error
 
     def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
         """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
@@ -154,10 +155,10 @@ class QuantizationArguments:
                 )  # fmt: skip
 
     def check_unused(self) -> None:
-        """Raise a ValueError for a setting that has no effect where nothing is quantized."""
+        """Raise a UserError for a setting that has no effect where nothing is quantized."""
         for name in ("learn_exponent", "smooth_alpha"):
             if (value := getattr(self, name)) != getattr(type(self), name):
-                raise ValueError(
+                raise UserError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
                     "--quant_mapping, or omit it"
                 )

@@ -14,6 +14,8 @@ from typing import Any
 
 import transformers
 
+from qat.errors import UserError
+
 from . import option_conditions as when
 from .option_conditions import Condition, plain
 
@@ -796,7 +798,7 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
         args: with the options as attributes.
 
     Raises:
-        ValueError: an option has a value that is refused. The message names the argument, its value, the reason and
+        UserError: an option has a value that is refused. The message names the argument, its value, the reason and
             the remedy.
     """
     defaults = _defaults()
@@ -808,9 +810,9 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
         for refusal in option.refusals:
             if not is_default and refusal.applies(value, args):
                 shown = "" if option.name == "hub_token" else f" {value}"
-                raise ValueError(f"--{option.name}{shown}: {refusal.reason}; {refusal.remedy}")
+                raise UserError(f"--{option.name}{shown}: {refusal.reason}; {refusal.remedy}")
             if refusal.variable and os.environ.get(refusal.variable, "").lower() in ("true", "1"):
-                raise ValueError(
+                raise UserError(
                     f"--{option.name}, asked for by accelerate launch ({refusal.variable}): {refusal.reason}; "
                     f"{refusal.remedy}"
                 )
@@ -820,11 +822,11 @@ def check_with_stream(args: transformers.TrainingArguments) -> None:
     """Refuse what has no effect on a stream, which comes in an order of its own.
 
     Raises:
-        ValueError: an option asks for another order.
+        UserError: an option asks for another order.
     """
     for name in ("train_sampling_strategy", "data_seed"):
         if (value := plain(getattr(args, name))) != _defaults()[name]:
-            raise ValueError(
+            raise UserError(
                 f"--{name} {value} has no effect with --streaming True: a stream is shuffled in a buffer while it is "
                 "read, in an order of its own; leave one of the two out"
             )
@@ -834,21 +836,21 @@ def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> Non
     """Refuse a metric that an evaluation here does not have, and to prefer its higher values.
 
     Raises:
-        ValueError: as said.
+        UserError: as said.
     """
     metric = args.metric_for_best_model
     if metric is None:
         return
     name = metric.removeprefix("eval_")
     if name == "kl" and not has_teacher:
-        raise ValueError(
+        raise UserError(
             f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
             "True, or choose loss or perplexity"
         )
     if name not in _METRICS:
-        raise ValueError(f"--metric_for_best_model {metric} is not measured here; choose one of {', '.join(_METRICS)}")
+        raise UserError(f"--metric_for_best_model {metric} is not measured here; choose one of {', '.join(_METRICS)}")
     if args.greater_is_better:
-        raise ValueError(
+        raise UserError(
             f"--greater_is_better True: {metric} is better when it is lower, so the worst checkpoint would count as "
             "the best; leave it out"
         )
@@ -858,10 +860,10 @@ def check_with_teacher(args: transformers.TrainingArguments) -> None:
     """Refuse what a loss against a teacher's distributions would ignore.
 
     Raises:
-        ValueError: labels are to be smoothed.
+        UserError: labels are to be smoothed.
     """
     if args.label_smoothing_factor:
-        raise ValueError(
+        raise UserError(
             f"--label_smoothing_factor {args.label_smoothing_factor} has no effect with a teacher: its distributions "
             "take the place of labels; leave it out, or train without --distill True"
         )

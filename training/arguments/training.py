@@ -10,6 +10,8 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from qat.errors import UserError
+
 from .trainer_options import check_trainer_options
 
 GATHER_DTYPES = ("float32", "bfloat16")
@@ -59,15 +61,15 @@ class TrainingArguments(transformers.TrainingArguments):
         check_trainer_options(self)
         if self.group_by_length:
             if self.train_sampling_strategy not in ("random", "group_by_length"):
-                raise ValueError(
+                raise UserError(
                     f"--group_by_length True and --train_sampling_strategy {self.train_sampling_strategy} ask for two "
                     "orders of samples; leave one of them out"
                 )
             self.train_sampling_strategy = "group_by_length"
         if self.max_nan_steps < 0:
-            raise ValueError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")
+            raise UserError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")
         if self.model_max_length < 2:
-            raise ValueError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
+            raise UserError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.fp16:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
+from qat.errors import UserError
 from qat.layers.names import original_name
 
 
@@ -24,10 +25,10 @@ def set_precision(plugin, gather_dtype: str = "float32") -> None:
     """Let accelerate's FSDP `plugin` gather parameters in `gather_dtype` and reduce gradients in FP32.
 
     Raises:
-        ValueError: FSDP1 without `fsdp_use_orig_params`, whose flat parameters would all get the same weight decay.
+        UserError: FSDP1 without `fsdp_use_orig_params`, whose flat parameters would all get the same weight decay.
     """
     if plugin.fsdp_version == 1 and not plugin.use_orig_params:
-        raise ValueError(
+        raise UserError(
             "fsdp_use_orig_params: false flattens weights, norms and biases into one parameter, so that weight decay "
             "cannot tell them apart; set fsdp_use_orig_params: true in the accelerate configuration"
         )

@@ -25,6 +25,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from qat.errors import UserError
+
 from .distillation import CHUNK, Objective, chunks, labelled_rows
 
 # What models do to the head's output, by the name of the setting in their config: Gemma 2; Granite; Cohere; Falcon-H1.
@@ -36,7 +38,7 @@ _TRANSFORMS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 }
 
 
-class UnknownHead(ValueError):
+class UnknownHead(UserError):
     """A model's logits are not a known function of its base model's last hidden states."""
 
 

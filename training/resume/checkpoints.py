@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from qat import QATConfig
+from qat.errors import UserError
 from qat.files.manifest import MANIFEST_NAME, problems
 from qat.files.trust import check_checkpoint
 
@@ -28,7 +29,7 @@ def find_checkpoint(
         qat_config: of the model about to be trained; None in the BF16 stage.
 
     Raises:
-        ValueError: no such checkpoint, none that is complete, or it belongs to another stage or scheme.
+        UserError: no such checkpoint, none that is complete, or it belongs to another stage or scheme.
     """
     writers = writers or Writers()
     wanted = str(resume_from_checkpoint or "").lower()
@@ -37,7 +38,7 @@ def find_checkpoint(
     if wanted in ("", "true"):
         checkpoint = _newest_complete(output_dir, writers)
         if checkpoint is None and wanted == "true":
-            raise ValueError(f"--resume_from_checkpoint True: --output_dir {output_dir!r} holds no checkpoint")
+            raise UserError(f"--resume_from_checkpoint True: --output_dir {output_dir!r} holds no checkpoint")
     else:
         checkpoint = resume_from_checkpoint
         _check_named(checkpoint, writers)
@@ -57,7 +58,7 @@ def _newest_complete(output_dir: str, writers: Writers) -> str | None:
             return str(path)
         logger.warning("skipping %s: %s", path, "; ".join(faults))
     if steps:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(steps)} checkpoints in --output_dir {output_dir!r} is complete (checkpoint-{step}: "
             f"{'; '.join(faults)}). Give one that you trust (--resume_from_checkpoint PATH), or start anew "
             "(--resume_from_checkpoint False)"
@@ -67,14 +68,14 @@ def _newest_complete(output_dir: str, writers: Writers) -> str | None:
 
 def _check_named(checkpoint: str, writers: Writers) -> None:
     if not Path(checkpoint, "trainer_state.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"--resume_from_checkpoint {checkpoint!r} is not a checkpoint (it has no trainer_state.json); "
             "give a checkpoint-N folder, or omit the argument to resume from the newest in --output_dir"
         )
     if not Path(checkpoint, MANIFEST_NAME).is_file():
         logger.warning("%s has no %s: whether it is complete is not known", checkpoint, MANIFEST_NAME)
     elif faults := _faults(Path(checkpoint), writers):
-        raise ValueError(f"--resume_from_checkpoint {checkpoint!r} is not complete: {'; '.join(faults)}")
+        raise UserError(f"--resume_from_checkpoint {checkpoint!r} is not complete: {'; '.join(faults)}")
 
 
 def _faults(path: Path, writers: Writers) -> list[str]:
@@ -87,7 +88,7 @@ def _faults(path: Path, writers: Writers) -> list[str]:
 def _check_same_training(checkpoint: str, saved: QATConfig | None, current: QATConfig | None) -> None:
     if (saved is None) == (current is None) and (saved is None or saved.same_training(current)):
         return
-    raise ValueError(
+    raise UserError(
         f"cannot resume from {checkpoint}: it was written by {_describe(saved)}, this run is {_describe(current)}. "
         "Use the same --quant_scheme, or another --output_dir, or --resume_from_checkpoint False to start anew"
     )

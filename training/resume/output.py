@@ -17,6 +17,7 @@ from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
+from qat.errors import UserError
 from qat.files.atomic import clear_leftovers
 from qat.files.lock import LOCK_NAME, locked
 
@@ -54,7 +55,7 @@ class OutputFolder:
         """Keep the folder for this run alone: made if it is missing, tried, locked, cleared of what killed runs left.
 
         Raises:
-            ValueError: nothing can be written there, or another run is writing there.
+            UserError: nothing can be written there, or another run is writing there.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ class OutputFolder:
                 probe.write(b"0" * 4096)
                 probe.flush()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {str(self.path)!r} cannot be written ({error.strerror}); give a folder that can"
             ) from error
         with locked(self.path, self.writers):

@@ -16,6 +16,8 @@ from pathlib import Path
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainingArguments
 
+from qat.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "run.json"
@@ -77,7 +79,7 @@ class RunRecord:
         """Compare with the run that wrote `checkpoint`; returns the progress kept there, empty if there is none.
 
         Raises:
-            ValueError: the next samples would not be those of the run that is resumed.
+            UserError: the next samples would not be those of the run that is resumed.
         """
         path = Path(checkpoint, RECORD_NAME)
         if not path.is_file():
@@ -87,7 +89,7 @@ class RunRecord:
         if differing := _differences(content["order"], self.order):
             complaint = f"{checkpoint} was written with other data or another order of it: {'; '.join(differing)}"
             if not ignore_data_skip:
-                raise ValueError(
+                raise UserError(
                     f"{complaint}. Give the same values; or --ignore_data_skip True, to resume from the checkpoint's "
                     "weights at the beginning of the data; or another --output_dir, to start anew"
                 )

@@ -9,6 +9,7 @@ from torch import nn
 
 from qat import is_quantlinear
 from qat.checkpoints.skeleton import FUSED
+from qat.errors import UserError
 from qat.schemes.spec import Scheme
 
 from ..monitoring.layer_groups import block_of
@@ -55,11 +56,11 @@ def propose(units: Sequence[Unit], narrow: Scheme, wide: Scheme, budget: float) 
     the wide scheme does not help stays narrow.
 
     Raises:
-        ValueError: the budget is less than the narrow scheme needs.
+        UserError: the budget is less than the narrow scheme needs.
     """
     low, high = nominal_bits(narrow), nominal_bits(wide)
     if budget < low:
-        raise ValueError(f"--bits_budget {budget} is less than the {low} bits a weight that {narrow.name} needs")
+        raise UserError(f"--bits_budget {budget} is less than the {low} bits a weight that {narrow.name} needs")
     gain = {unit.name: (unit.kl[narrow.name] - unit.kl[wide.name]) / unit.weights for unit in units}
     left = (budget - low) / (high - low) * sum(unit.weights for unit in units)
     chosen = []

@@ -32,6 +32,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from data.supervised import make_supervised_data_module
 from qat import SCHEMES, get_scheme, is_quantlinear, prepare_qat
+from qat.errors import UserError
 from qat.schemes.presets import input_rules, weight_rules
 from qat.schemes.spec import Scheme
 
@@ -90,14 +91,14 @@ class SensitivityArguments:
     def __post_init__(self) -> None:
         check_smooth_alpha(self.smooth_alpha)
         if self.samples < 1:
-            raise ValueError(f"--samples {self.samples}: at least 1 training sample is needed to measure on")
+            raise UserError(f"--samples {self.samples}: at least 1 training sample is needed to measure on")
         schemes = [get_scheme(name, self.weight_scale_rule, self.input_scale_rule) for name in self.schemes]
         self.narrow_scheme, self.wide_scheme = (scheme.name for scheme in schemes)
         low, high = map(nominal_bits, schemes)
         if not low < high:
-            raise ValueError(f"--wide_scheme {self.wide_scheme} is not wider than --narrow_scheme {self.narrow_scheme}")
+            raise UserError(f"--wide_scheme {self.wide_scheme} is not wider than --narrow_scheme {self.narrow_scheme}")
         if not low <= self.bits_budget <= high:
-            raise ValueError(
+            raise UserError(
                 f"--bits_budget {self.bits_budget} must lie between the {low} bits a weight of {schemes[0].name} and "
                 f"the {high} of {schemes[1].name}"
             )

@@ -6,6 +6,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qat.errors import UserError
+
 from ..arguments.model import ModelArguments
 
 
@@ -13,7 +15,7 @@ def load_plain(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
     """Load an unquantized model in its own dtype, or a GGUF file, which is dequantized.
 
     Raises:
-        ValueError: the model is quantized in a format that training cannot start from.
+        UserError: the model is quantized in a format that training cannot start from.
     """
     kwargs = {"cache_dir": cache_dir, "dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
     if model_args.gguf_file is not None:
@@ -29,7 +31,7 @@ def load_plain(model_args: ModelArguments, cache_dir: str | None = None) -> PreT
 
 def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
     if model_args.gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {model_args.model_name_or_path!r} is quantized by "
             f"{getattr(model, 'quantization_method', None)}; training starts from BF16 weights, or from a local folder "
             "packed in MXFP4, MXFP8 or FP8 by compressed-tensors, or in MXFP4 or MXFP8 by AutoRound "

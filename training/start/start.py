@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 from qat import QATConfig, prepare_qat
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.unpack import is_packed, load_packed
+from qat.errors import UserError
 from qat.files.trust import check_model_folder
 from qat.layers.learned_scales import SETTING, check_baked
 from qat.layers.restore import prepare_as_saved
@@ -58,7 +59,7 @@ class Start:
         """Find out what the model is; reads no weights.
 
         Raises:
-            ValueError: weights that are pickled, an index that points outside of its folder, a damaged
+            UserError: weights that are pickled, an index that points outside of its folder, a damaged
                 qat_config.json, or a checkpoint to resume from whose learned exponents are not in its weights yet.
         """
         name = model_args.model_name_or_path
@@ -74,7 +75,7 @@ class Start:
         """Refuse what would learn from, or smooth, a model that is quantized already.
 
         Raises:
-            ValueError: the teacher would be such a model; smoothing would undo the rounding of a packed one; or a
+            UserError: the teacher would be such a model; smoothing would undo the rounding of a packed one; or a
                 setting of quantization has no effect, because nothing is quantized.
         """
         folder = self.model_args.model_name_or_path
@@ -83,7 +84,7 @@ class Start:
         elif quant_args.quant_scheme is None and quant_args.quant_mapping is None:
             quant_args.check_unused()
         if self.is_packed and quant_args.smooth_alpha:
-            raise ValueError(
+            raise UserError(
                 f"--smooth_alpha {quant_args.smooth_alpha} would undo the rounding that --model_name_or_path "
                 f"{folder!r} was packed with; give --smooth_alpha 0, or start from the unquantized model"
             )
@@ -98,13 +99,13 @@ class Start:
         remedy = "name the unquantized model that it came from with --teacher_model_name_or_path"
         if distill_args.distill_teacher == "self":
             if self.is_packed or (self.qat_config is not None and self.qat_config.training.get(SETTING)):
-                raise ValueError(
+                raise UserError(
                     f"--distill_teacher self: the weights of --model_name_or_path {folder!r} are quantized values, "
                     f"with its quantizers off, too; leave --distill_teacher out and {remedy}"
                 )
             return
         how = "packed" if self.qat_config is None else self.qat_config.summary
-        raise ValueError(
+        raise UserError(
             f"--distill True: the teacher would be a copy of --model_name_or_path {folder!r}, which is quantized "
             f"already or was trained to be ({how}); {remedy}"
         )
@@ -160,7 +161,7 @@ def saved_config(name_or_path: str, cache_dir: str | None = None) -> QATConfig |
     """The qat_config.json of a local folder or a hub id; None where there is none.
 
     Raises:
-        ValueError: it is damaged.
+        UserError: it is damaged.
     """
     if Path(name_or_path).is_dir():
         return QATConfig.load(name_or_path)

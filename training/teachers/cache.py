@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from data.conversations.formatting import IGNORE_INDEX
 from data.sets.cache import default_root, fingerprint
+from qat.errors import UserError
 from qat.files.build_once import build_once
 
 from ..arguments.distillation import CacheSettings
@@ -58,10 +59,10 @@ def build_cache(
         what: the name of the data set in messages.
 
     Raises:
-        ValueError: the data set cannot be read ahead, or `root` cannot be written.
+        UserError: the data set cannot be read ahead, or `root` cannot be written.
     """
     if not hasattr(dataset, "__len__"):
-        raise ValueError("--distill_teacher cache needs a data set that can be read ahead; use --streaming False")
+        raise UserError("--distill_teacher cache needs a data set that can be read ahead; use --streaming False")
     samples = {}
     for index in tqdm(range(len(dataset)), desc=f"keys of {what}", disable=len(dataset) < 10_000):
         samples.update((sample.key, sample) for sample in samples_of(dataset[index]))
@@ -154,7 +155,7 @@ class TeacherCache:
         """The teacher's distributions of all labelled tokens of `samples`, in order.
 
         Raises:
-            ValueError: a sample is not in the cache.
+            UserError: a sample is not in the cache.
         """
         if self._maps is None:
             self._open()
@@ -162,7 +163,7 @@ class TeacherCache:
         for sample in samples:
             found = self._index.get(sample.key)
             if found is None:
-                raise ValueError(
+                raise UserError(
                     f"a sample of {len(sample.ids)} tokens is not in the teacher's cache {self.folder}; the data of "
                     "this run must be the data that the cache was built from"
                 )
@@ -237,7 +238,7 @@ def make_cached_teacher(
     root = Path(folder) if folder else default_root().with_name("teachers")
     builds = training_args.local_process_index == 0
     if builds and any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             "--distill_teacher cache is built by the first process of each machine, which has no weights here; set "
             "fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, or choose --distill_teacher copy"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
+from qat.errors import UserError
+
 from ..arguments.distillation import DistillationArguments
 from .cache import CachedTeacher, make_cached_teacher
 from .load import load_teacher
@@ -16,14 +18,14 @@ def choose_teacher(
     """The teacher, before the student is quantized: a frozen model, "self", or None without distillation.
 
     Raises:
-        ValueError: a cache of more tokens of each distribution than the model has.
+        UserError: a cache of more tokens of each distribution than the model has.
     """
     if not settings.distill:
         return None
     top_k, samples = settings.distill_top_k, settings.distill_samples
     vocabulary = model.config.get_text_config().vocab_size
     if settings.distill_teacher == "cache" and top_k + samples > vocabulary:
-        raise ValueError(
+        raise UserError(
             f"--distill_top_k {top_k} and --distill_samples {samples} are more than the {vocabulary} tokens of the "
             "vocabulary; choose fewer, such as 16 and 16, or --distill_teacher copy"
         )

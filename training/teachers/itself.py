@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qat.errors import UserError
 from qat.layers.sites import quantized_sites, quantizers_off
 
 from ..arguments.distillation import SELF_IN_TRAINING
@@ -22,17 +23,17 @@ class SelfTeacher:
     only. In training the student could lower the divergence by changing its teacher; that is refused.
 
     Raises:
-        ValueError: the model has no quantized layer, or its head is not known.
+        UserError: the model has no quantized layer, or its head is not known.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head | None) -> None:
         if not quantized_sites(model):
-            raise ValueError(
+            raise UserError(
                 "--distill_teacher self: the model has no quantized layer, so it is its own teacher already; "
                 "give --quant_scheme, or choose copy or cache"
             )
         if head is None:
-            raise ValueError(
+            raise UserError(
                 f"--distill_teacher self needs a head of known form, {type(model).__name__}'s is not; choose copy"
             )
         self.model, self.head = model, head
@@ -44,7 +45,7 @@ class SelfTeacher:
     def check(self, trains: bool) -> None:
         """See `Teacher.check`: only while no weight changes."""
         if trains:
-            raise ValueError(SELF_IN_TRAINING)
+            raise UserError(SELF_IN_TRAINING)
 
     @torch.no_grad()
     def rows(self, inputs: dict[str, torch.Tensor], student: nn.Module) -> HiddenRows:

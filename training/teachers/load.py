@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from qat.errors import UserError
 from qat.files.trust import check_model_folder
 
 
@@ -43,11 +44,11 @@ def check_teacher(student: nn.Module, teacher: nn.Module, student_tokenizer=None
     """Refuse a teacher whose logits mean other tokens than the student's.
 
     Raises:
-        ValueError: the vocabularies differ in size, or the tokenizers in content.
+        UserError: the vocabularies differ in size, or the tokenizers in content.
     """
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise UserError(
             f"--teacher_model_name_or_path has a vocabulary of {sizes[1]} tokens, the student of {sizes[0]}; "
             "distillation compares distributions over the same tokens, so choose a teacher of the same family"
         )
@@ -56,7 +57,7 @@ def check_teacher(student: nn.Module, teacher: nn.Module, student_tokenizer=None
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token = next(iter({*ours.items()} ^ {*theirs.items()}))[0]
-        raise ValueError(
+        raise UserError(
             f"the teacher's tokenizer differs from the student's, at token {token!r} (ids {theirs.get(token)} and "
             f"{ours.get(token)}); choose a teacher with the same tokenizer"
         )

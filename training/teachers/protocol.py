@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from qat.errors import UserError
+
 from ..losses.chunked import Head
 from ..losses.distillation import HiddenRows, SampledRows
 from .frozen import FrozenTeacher
@@ -31,7 +33,7 @@ class Teacher(Protocol):
         """The collator of the "train" or the "eval" set, with what this teacher needs in a batch."""
 
     def check(self, trains: bool) -> None:
-        """Raise a ValueError if it cannot teach a run that trains, or one that evaluates only."""
+        """Raise a UserError if it cannot teach a run that trains, or one that evaluates only."""
 
 
 def as_teacher(
@@ -44,12 +46,12 @@ def as_teacher(
         head: of the student.
 
     Raises:
-        ValueError: it is none of these.
+        UserError: it is none of these.
     """
     if isinstance(teacher, PreTrainedModel):
         return FrozenTeacher(teacher, accelerator.device, accelerator)
     if teacher == "self":
         return SelfTeacher(student, head)
     if isinstance(teacher, str):
-        raise ValueError(f"teacher={teacher!r} is neither a model nor a Teacher nor 'self'")
+        raise UserError(f"teacher={teacher!r} is neither a model nor a Teacher nor 'self'")
     return teacher

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from ...errors import UserError
 from ...schemes.spec import Scheme, TensorSpec
 from .auto_round import AutoRound
 from .compressed_tensors import CompressedTensors
@@ -52,10 +53,10 @@ def get_dialect(name: str) -> Dialect:
     """The dialect called `name`.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if name not in DIALECTS:
-        raise ValueError(f"export format {name!r} is unknown; choose one of {', '.join(DIALECTS)}")
+        raise UserError(f"export format {name!r} is unknown; choose one of {', '.join(DIALECTS)}")
     return DIALECTS[name]
 
 
@@ -63,18 +64,18 @@ def dialect_of(quantization_config: dict | None, where: object) -> Dialect:
     """The dialect of a checkpoint's `quantization_config`.
 
     Raises:
-        ValueError: it is not a dialect of ours; the message names `where`.
+        UserError: it is not a dialect of ours; the message names `where`.
     """
     method = (quantization_config or {}).get("quant_method")
     found = next((dialect for dialect in DIALECTS.values() if dialect.quant_method == method), None)
     if found is None:
         known = [dialect.quant_method for dialect in DIALECTS.values()]
-        raise ValueError(f"{where} is not a packed checkpoint: its quant_method is {method!r}, not one of {known}")
+        raise UserError(f"{where} is not a packed checkpoint: its quant_method is {method!r}, not one of {known}")
     return found
 
 
 def check_schemes(dialect: Dialect, sites: Mapping[str, Scheme]) -> None:
-    """Raise a ValueError that names the first site whose scheme the dialect cannot hold."""
+    """Raise a UserError that names the first site whose scheme the dialect cannot hold."""
     for name, scheme in sites.items():
         if reason := dialect.can_hold(scheme):
-            raise ValueError(f"{name} {reason}")
+            raise UserError(f"{name} {reason}")

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from ...errors import UserError
 from ...numerics.mx import FORMATS
 from ...schemes.spec import Scheme
 from .compressed_tensors import CompressedTensors
@@ -75,7 +76,7 @@ def _block_prefix(names: list[str]) -> str:
     numbered = (re.match(r"(.+?)\.\d+\.", name) for name in names)
     common = os.path.commonprefix([match[1].split(".") for match in numbered if match])
     if not common:
-        raise ValueError(
+        raise UserError(
             "AutoRound's format needs layers in numbered blocks such as model.layers.0, and this model has none; "
             "use the export format compressed-tensors"
         )
