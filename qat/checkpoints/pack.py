@@ -101,8 +101,10 @@ def pack_weight(weight: torch.Tensor, spec: TensorSpec) -> Quantized:
     """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized."""
     step = weight.shape[0] if ops.has_kernels(weight, spec.format.name) else max(1, _SLAB_VALUES // weight.shape[1])
     slabs = [ops.quantize(slab, spec.format.name, spec.rule, VIEW_DTYPE) for slab in weight.split(step)]
+    if len(slabs) == 1:
+        return slabs[0]
     codes, *scales = map(torch.cat, zip(*(slab.tensors for slab in slabs), strict=True))
-    return slabs[0] if len(slabs) == 1 else Quantized(codes, tuple(scales))
+    return Quantized(codes, tuple(scales))
 
 
 def exported_dtype(tensor: torch.Tensor, config: dict) -> torch.dtype:
