@@ -24,7 +24,9 @@ class DataclassParser(OneLineParser, HfArgumentParser):
         A wrong value, an unknown argument or a UserError of a dataclass ends the program with one line.
         """
         words = list(sys.argv[1:] if argv is None else argv)
-        self.refuse_unknown(self.parse_known_args(words)[1])  # before a dataclass complains of what was not meant for it
+        self.refuse_unknown(
+            self.parse_known_args(words)[1]
+        )  # before a dataclass complains of what was not meant for it
         try:
             return self.parse_args_into_dataclasses(words, look_for_args_file=False)
         except ValueError as error:

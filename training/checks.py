@@ -235,7 +235,9 @@ def _check_sample_lengths(sets: list[Dataset], max_length: int, skeleton: PreTra
     if longest <= limit:
         return
     tables = [n for n, module in skeleton.named_modules() if isinstance(module, nn.Embedding) and _is_of_positions(n)]
-    message = f"the longest sample has {longest} tokens, and the model has {limit} positions; give --model_max_length {limit}"
+    message = (
+        f"the longest sample has {longest} tokens, and the model has {limit} positions; give --model_max_length {limit}"
+    )
     if tables:
         raise UserError(f"--model_max_length {max_length}: {message}")
     logger.warning("%s", message)

@@ -61,7 +61,15 @@ def check_apart(argument: str, output: str | Path, inputs: Mapping[str, str | Pa
         if not Path(given).exists():
             continue
         read = Path(given).resolve()
-        how = "is" if place == read else "contains" if place in read.parents else "lies in" if read in place.parents else ""
+        how = (
+            "is"
+            if place == read
+            else "contains"
+            if place in read.parents
+            else "lies in"
+            if read in place.parents
+            else ""
+        )
         if how:
             raise UserError(
                 f"{argument} {str(output)!r} {how} {name} {str(given)!r}, which would be overwritten or read again; "

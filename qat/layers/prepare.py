@@ -175,7 +175,7 @@ def _check_effects(
     for pattern in ignore:
         if pattern not in DEFAULT_IGNORE and not any(matches(name, pattern) for name in names):
             raise UserError(
-                f"the ignore pattern {pattern!r} (--ignore, or \"ignore\" in a mapping file) matches no layer; give "
+                f'the ignore pattern {pattern!r} (--ignore, or "ignore" in a mapping file) matches no layer; give '
                 f"{PATTERN_HELP}; the model has {_examples(chosen, left_alone)}"
             )
     for key in mapping:

@@ -71,6 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     try:
         config, flags = _split_config(argv)
         given = [] if config is None else as_flags(read_config(config), config, GROUPS)
+        _check_precision([*given, *flags])
         *groups, _ = parser.parse([*given, *flags])
         arguments = Arguments(*groups)
         _check_together(arguments)
@@ -95,12 +96,29 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return (found.config[0] if found.config else None), rest
 
 
+def _check_precision(words: list[str]) -> None:
+    """Raise a UserError if both --fp16 and --bf16 are asked for; --bf16 is the default, so afterwards nobody knows."""
+    parser = OneLineParser(add_help=False)
+    for name in ("fp16", "bf16"):
+        parser.add_argument(f"--{name}", nargs="?", const="true", default="")
+    found, _ = parser.parse_known_args(words)
+    if all(str(value).lower() in ("true", "t", "yes", "y", "1") for value in vars(found).values()):
+        raise UserError("--fp16 True and --bf16 True ask for two precisions; give one of them, or --bf16 False")
+
+
 def _check_together(arguments: Arguments) -> None:
     """Raise a UserError for settings of two groups that exclude each other."""
     training, distillation = arguments.training, arguments.distillation
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)
+    if training.do_train and training.learning_rate == 0 and not arguments.quantization.learn_exponent:
+        raise UserError("--learning_rate 0.0: nothing would be learned; give a positive number, such as 1e-5")
+    if arguments.quantization.export_format == "auto_round" and not training.do_train:
+        raise UserError(
+            "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
+            "out, or pack the folder with scripts/export.py"
+        )
     if arguments.quantization.learn_exponent and not training.bf16:
         raise UserError(
             "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "

@@ -75,7 +75,11 @@ def test_meta_models_convert_and_compute_after_materializing():
         ({"*.no_such": "MXFP4"}, (), "'\\*.no_such' matches no torch.nn.Linear"),
         ({nn.Conv2d: "MXFP4"}, (), "mapping key .*Conv2d.* is neither"),
         ({nn.Linear: "MXFP4"}, ("*",), "nothing to quantize"),
-        ({nn.Linear: "MXFP4"}, ("no_such",), "ignore pattern 'no_such' .* matches no layer; give a name such as lm_head"),
+        (
+            {nn.Linear: "MXFP4"},
+            ("no_such",),
+            "ignore pattern 'no_such' .* matches no layer; give a name such as lm_head",
+        ),
         ({nn.Linear: "MXFP4"}, ("lm_head", "model.layers.0"), "ignore pattern 'model.layers.0' .* matches no layer"),
         ({nn.Linear: "MXFP4"}, ("re:down_proj",), "ignore pattern 're:down_proj' .* matches no layer"),
         ({nn.Linear: "MXFP4"}, ("re:(",), "'re:\\(' is not a regular expression"),
