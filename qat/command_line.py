@@ -1,7 +1,7 @@
 """OneLineParser: an argparse parser that ends the program with one line, `error: ...`, and status 2.
 
-argparse prints a usage of hundreds of lines first, guesses abbreviations, and does not suggest what a wrong name may have
-meant.
+argparse prints a usage of hundreds of lines first, guesses abbreviations, and does not suggest what a wrong name may
+have meant.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import NoReturn
 
 from .errors import STATUS, report
 
-_KINDS = {"int": "a whole number", "float": "a number", "positive": "a whole number of at least 1"}
+_KINDS = {  # what the types of arguments are called
+    "int": "a whole number",
+    "float": "a number",
+    "positive": "a whole number of at least 1",
+    "not_negative": "a whole number of at least 0",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -61,6 +66,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def positive(text: str) -> int:
     """A whole number of at least 1: a type for `add_argument`."""
     if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0: a type for `add_argument`."""
+    if (number := int(text)) < 0:
         raise ValueError
     return number
 

@@ -14,23 +14,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-import pyarrow.compute
-from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.sets.packing import PackedDataset
 from qat import QATConfig
 from qat.checkpoints.exportable import check_exportable
 from qat.errors import UserError
 from qat.files.paths import check_apart, check_model_path, make_writable
-from qat.files.trust import check_model_folder
 
 from .arguments.parse import Arguments
-from .arguments.training import TrainingArguments
 from .resume.output import OutputFolder
 from .resume.steps import check_steps
-from .start.loading import without_weights
+from .start.data_checks import check_fit, local_paths
+from .start.skeleton import check_length, skeleton_of, unreadable
 from .start.start import Start
 from .teachers.choose import check_cached_size
 from .teachers.load import check_teacher
@@ -52,26 +48,17 @@ def check_paths(arguments: Arguments) -> None:
     teacher = distill_args.teacher_model_name_or_path
     if teacher is not None:
         check_model_path("--teacher_model_name_or_path", teacher)
-    inputs = {f"--dataset {path}": path for path in _local_paths(data_args.dataset)}
-    inputs |= {f"--eval_dataset {path}": path for path in _local_paths(data_args.eval_dataset)}
+    inputs = [("--dataset", path) for path in local_paths(data_args.dataset)]
+    inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
     if args.do_train:
-        inputs["--model_name_or_path"] = model_args.model_name_or_path
-        inputs |= {} if teacher is None else {"--teacher_model_name_or_path": teacher}
+        inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
+        inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]
     check_apart("--output_dir", args.output_dir, inputs)
     for name, folder in (
         ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
     ):  # fmt: skip
         if folder is not None:
             make_writable(name, folder)
-
-
-def _local_paths(spec: str | None) -> Iterator[Path]:
-    """The files and folders among the datasets of a list, which may have weights behind a colon."""
-    for part in [spec] if spec and Path(spec).exists() else (spec or "").split(","):
-        for name in (part.strip(), part.strip().rpartition(":")[0]):
-            if name and Path(name).exists():
-                yield Path(name)
-                break
 
 
 # ---- The model, without its weights ----
@@ -89,8 +76,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             packed model's folder is occupied; or the checkpoint to resume from is not there or of another training.
     """
     args, quant_args, distill_args = arguments.training, arguments.quantization, arguments.distillation
-    skeleton = _skeleton(start)
-    _check_length(args, skeleton.config)
+    skeleton = skeleton_of(start)
+    check_length(args.model_max_length, type(args).model_max_length, skeleton.config)
     if distill_args.distill:
         check_cached_size(skeleton.config, distill_args)
         if distill_args.teacher_model_name_or_path is not None:
@@ -105,51 +92,16 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     return skeleton
 
 
-def _skeleton(start: Start) -> PreTrainedModel:
-    try:
-        return without_weights(start.model_args, start.cache_dir)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable("--model_name_or_path", start.model_args.model_name_or_path, error) from error
-
-
-def _unreadable(argument: str, name: str, error: Exception) -> UserError:
-    """transformers' first line is the reason; others explain its own interface."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"{argument} {name!r} is no causal language model that can be loaded: {reason[:300].rstrip('.: ')}. Give a "
-        "local folder, or the hub id of one that is in the cache or can be downloaded"
-    )
-
-
-def _check_length(args: TrainingArguments, config: PretrainedConfig) -> None:
-    limit = positions_of(config)
-    if limit is not None and args.model_max_length > limit and args.model_max_length != type(args).model_max_length:
-        raise UserError(
-            f"--model_max_length {args.model_max_length} is more than the {limit} positions of the model; give at most "
-            f"{limit}, or raise max_position_embeddings in its config.json if it can take more"
-        )
-
-
-def positions_of(config: PretrainedConfig) -> int | None:
-    """The tokens that a model has positions for, scaled ones included; None where its configuration does not say."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return None
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings", limit)
-    return max(limit, int(original * factor)) if factor else limit
-
-
 def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:
-    check_model_folder(name)
     model_args = start.model_args
     options = {"cache_dir": start.cache_dir, "trust_remote_code": model_args.trust_remote_code}
     try:
         teacher = SimpleNamespace(config=AutoConfig.from_pretrained(name, **options))
         tokenizers = [AutoTokenizer.from_pretrained(n, **options) for n in (model_args.model_name_or_path, name)]
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable("--teacher_model_name_or_path", name, error) from error
+        raise unreadable("--teacher_model_name_or_path", name, error) from error
     check_teacher(skeleton, teacher, *tokenizers)
 
 
@@ -187,61 +139,4 @@ def check_data(arguments: Arguments, data: dict, tokenizer: PreTrainedTokenizerB
     """
     if arguments.training.do_train:
         check_steps(arguments.training, data["train_dataset"])
-    sets = [_samples(data[name]) for name in ("train_dataset", "eval_dataset")]
-    known = [samples for samples in sets if samples is not None]
-    _check_tokens(known, tokenizer, skeleton.get_input_embeddings().weight.shape[0])
-    _check_sample_lengths(known, arguments.training.model_max_length, skeleton)
-
-
-def _samples(dataset) -> Dataset | None:
-    """The tokenized samples of a set, packed or not; None for a stream, which is not read before it trains."""
-    samples = dataset.samples if isinstance(dataset, PackedDataset) else dataset
-    return samples if isinstance(samples, Dataset) else None
-
-
-def _check_tokens(sets: list[Dataset], tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    vocabulary = tokenizer.get_vocab()
-    if max(vocabulary.values(), default=0) < rows:
-        return  # no token can lie beyond the embedding: the usual case, in which no data is read
-    remedy = (
-        f"and the model's embedding has {rows} rows; resize it once with model.resize_token_embeddings(len(tokenizer)) "
-        "and save both, or give the tokenizer that belongs to the model"
-    )
-    for name in ("pad", "eos", "bos"):
-        number = getattr(tokenizer, f"{name}_token_id")
-        if number is not None and number >= rows:
-            raise UserError(
-                f"--model_name_or_path: the tokenizer's {name} token {getattr(tokenizer, f'{name}_token')!r} has the "
-                f"id {number}, {remedy}"
-            )
-    for samples in sets:
-        largest = _largest(samples, "input_ids")
-        if largest >= rows:
-            token = tokenizer.convert_ids_to_tokens(largest)
-            raise UserError(f"--dataset has the token {token!r} with the id {largest}, {remedy}")
-
-
-def _largest(samples: Dataset, column: str) -> int:
-    chunks = samples.data.column(column).chunks
-    values = (chunk.flatten() if hasattr(chunk, "flatten") and column == "input_ids" else chunk for chunk in chunks)
-    return max((pyarrow.compute.max(chunk).as_py() or 0 for chunk in values), default=0)
-
-
-def _check_sample_lengths(sets: list[Dataset], max_length: int, skeleton: PreTrainedModel) -> None:
-    limit = positions_of(skeleton.config)
-    if limit is None or max_length <= limit:
-        return
-    longest = max((_largest(samples, "length") for samples in sets), default=0)
-    if longest <= limit:
-        return
-    tables = [n for n, module in skeleton.named_modules() if isinstance(module, nn.Embedding) and _is_of_positions(n)]
-    message = (
-        f"the longest sample has {longest} tokens, and the model has {limit} positions; give --model_max_length {limit}"
-    )
-    if tables:
-        raise UserError(f"--model_max_length {max_length}: {message}")
-    logger.warning("%s", message)
-
-
-def _is_of_positions(name: str) -> bool:
-    return "position" in name or name.rpartition(".")[2] in ("wpe", "embed_pos")
+    check_fit(data, tokenizer, skeleton, arguments.training.model_max_length)

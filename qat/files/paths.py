@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UserError
@@ -44,20 +44,20 @@ def check_model_path(argument: str, name: str, has_config: bool = True) -> None:
         raise UserError(f"{given} does not exist; give the folder of a Hugging Face model, or its id on the hub")
 
 
-def check_apart(argument: str, output: str | Path, inputs: Mapping[str, str | Path]) -> None:
+def check_apart(argument: str, output: str | Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
     """Refuse to write where something is read: what is read would be changed, or what is written be read next time.
 
     Args:
         argument: the name of the argument that says where to write.
         output: the file or folder to write.
-        inputs: the files and folders that are read, by what messages call them. Names of the hub, which no path has,
+        inputs: the files and folders that are read, each behind its argument. Names of the hub, which no path has,
             pass.
 
     Raises:
         UserError: `output` is one of the inputs, contains one, or lies in one; links are followed.
     """
     place = Path(output).resolve()
-    for name, given in inputs.items():
+    for name, given in inputs:
         if not Path(given).exists():
             continue
         read = Path(given).resolve()

@@ -37,8 +37,8 @@ def prepare_qat(
     Args:
         model: any module; layers may live on the meta device.
         mapping: scheme names (`presets.SCHEMES`) by module type (`torch.nn.Linear`, or the string "torch.nn.Linear") or
-            by a pattern over full module names (schemes/patterns.py). Later entries win: `{nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}`.
-            Default: every nn.Linear in MXFP8.
+            by a pattern over full module names (schemes/patterns.py). Later entries win:
+            `{nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}`. Default: every nn.Linear in MXFP8.
         ignore: patterns of layers to leave alone. A pattern matches a full name or any dotted end of it, so "lm_head"
             also covers "model.lm_head".
         weight_scale_rule: a scale rule (see `numerics.rules`) in place of the presets' own, for every scheme.

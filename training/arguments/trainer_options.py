@@ -140,8 +140,8 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _RUN,
         "do_train",
         "do_eval",
-        output_dir="One run at a time writes there; see docs/faults.md. Refused: the folder of the model, the teacher or "
-        "the data, one that contains it, and one inside.",
+        output_dir="One run at a time writes there; see docs/faults.md. Refused: the folder of the model, the teacher "
+        "or the data, one that contains it, and one inside.",
         use_cpu="Set by itself where there is no accelerator.",
         full_determinism="torch raises an error where an operation has no deterministic implementation.",
     ),  # fmt: skip
