@@ -67,7 +67,7 @@ class PreviewArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare the data as main.py would, and print the first few training samples."""
-    (args,) = DataclassParser(PreviewArguments).parse(argv)
+    (args,) = DataclassParser(PreviewArguments, prog="data.preview").parse(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("data").setLevel(logging.INFO)
     tokenizer = _load_tokenizer(args)

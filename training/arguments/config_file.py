@@ -25,7 +25,10 @@ def read_config(path: str | Path) -> dict:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_UniqueKeys)  # JSON is YAML
+        is_json = Path(path).suffix == ".json"
+        content = json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, Loader=_UniqueKeys)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--config {str(path)!r}, line {error.lineno} cannot be read: {error.msg}") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"--config {str(path)!r}{line} cannot be read: {error.problem}") from error
@@ -37,6 +40,15 @@ def read_config(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"--config {str(path)!r} is not a mapping from arguments to values, such as max_steps: 1000")
     return content
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    """The same for JSON: a ValueError for a key that stands twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"it holds {name!r} twice")
+    return dict(pairs)
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -64,7 +64,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith(SUFFIXES):
         argv = ["--config", *argv]
-    parser = DataclassParser(GROUPS)
+    parser = DataclassParser(GROUPS, prog="main.py")
     parser.add_argument(
         "--config", help="A .yaml or .json file of arguments by name, such as recipes/mxfp4.yaml; flags win over it."
     )

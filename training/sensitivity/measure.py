@@ -128,7 +128,8 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
 
 def main(argv: list[str] | None = None) -> None:
     """Check, load the model and data, measure, and write the results."""
-    model_args, data_args, args = DataclassParser((ModelArguments, DataArguments, SensitivityArguments)).parse(argv)
+    parser = DataclassParser((ModelArguments, DataArguments, SensitivityArguments), prog="training.sensitivity")
+    model_args, data_args, args = parser.parse(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if device.type == "cpu" and is_needed():
