@@ -13,8 +13,10 @@ from __future__ import annotations
 import logging
 import sys
 
+from data.sets.packing import check_packing
 from qat.errors import reported_in_one_line
 from training.arguments.parse import Arguments, parse_arguments
+from training.checks import check_data, check_model, check_paths
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
 from training.resume.safeguards import INTERRUPTED
@@ -31,21 +33,27 @@ def main(argv: list[str] | None = None) -> None:
     """Run one stage: parse, seed, and keep the output folder for this run while it lasts."""
     arguments = parse_arguments(argv)
     set_up(arguments.training)
+    check_paths(arguments)
     output = OutputFolder.of(arguments.training)
     with output.held():
         run(arguments, output)
 
 
 def run(arguments: Arguments, output: OutputFolder) -> None:
-    """Load, quantize, read data, train, evaluate, save."""
-    model_args, args, _, quant_args, distill_args = arguments
+    """Check, read data, load, quantize, train, evaluate, save."""
+    model_args, args, data_args, quant_args, distill_args = arguments
     start = Start.read(model_args, args.cache_dir)
     start.check(quant_args, distill_args)
-    model, tokenizer = start.load_model(), start.load_tokenizer(args.model_max_length)
+    skeleton = check_model(arguments, start, output)
+    tokenizer = start.load_tokenizer(args.model_max_length)
+    data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)
+    check_data(arguments, data, tokenizer, skeleton)
+    model = start.load_model()
+    if data_args.packing:
+        check_packing(model)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
     start.quantize(model, quant_args)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None))
-    data = make_supervised_data_module(tokenizer=tokenizer, model=model, **arguments.data_options)
     teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)

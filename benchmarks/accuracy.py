@@ -35,6 +35,7 @@ from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
 from training.arguments.distillation import CacheSettings  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
@@ -235,7 +236,7 @@ def write_csv(rows: list[dict], path: Path, workers: int, device: str) -> None:
 
 def main() -> None:
     """Fine-tune once, then run the rows, several at a time, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.workloads import SHAPES
+from qat.command_line import OneLineParser
 from training.backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: tensors of 128 KiB and more are mapped one by one
@@ -17,7 +18,7 @@ _WORKLOAD = ("shape", "layers", "batch", "length", "device")
 
 def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     """A parser of --repeats, with this default, and --out."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser

@@ -39,11 +39,12 @@ from data.sets.selection import Chosen, collect  # noqa: E402
 from data.sets.summary import padding_fraction  # noqa: E402
 from data.sources.python_docs import read_python_docs  # noqa: E402
 from data.sources.readers import parse_sources  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
 
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--gguf_file", default=None)
     parser.add_argument("--tokens", type=int, default=300_000, help="size of the set that is timed")

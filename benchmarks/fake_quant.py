@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.formats import Format  # noqa: E402
 from qat.numerics.kernels import KERNELS  # noqa: E402
@@ -91,7 +92,7 @@ def measure(x: torch.Tensor, fmt: Format, rounds: int, report: Report) -> dict[s
 
 def main() -> None:
     """Measure, print, write CSV and PNG."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, default=4096, help="the tensor is SIZE x SIZE")
     parser.add_argument("--rounds", type=int, default=15)

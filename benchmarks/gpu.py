@@ -26,6 +26,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.fake_quant import kernels_for  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
 from qat.layers import linear_function  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.mx import FORMATS  # noqa: E402
@@ -263,7 +264,7 @@ def free_memory() -> None:
 
 def main() -> None:
     """Run every section; one that fails is reported and does not stop the others."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where gpu.csv goes")
     parser.add_argument(
         "--layers", type=int, help="decoder layers of the 8B-shaped model; default: 6, or 2 below 100 GB"

@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 
 from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
 CE_WEIGHT = ROWS["default"].distill_options["distill_ce_weight"]
@@ -190,7 +191,7 @@ def show(row: dict) -> None:
 
 def main() -> None:
     """Run everything, print the table, write multi_gpu.csv."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of ddp, fsdp1, fsdp2")
     parser.add_argument("--stages", default=",".join(STAGES), help="of BF16, MXFP4, distilled")

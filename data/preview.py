@@ -14,12 +14,15 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qat.errors import reported_in_one_line
+from qat.errors import UserError, reported_in_one_line
+from qat.files.paths import check_model_path, make_writable
 
 from .bad_samples import POLICIES
+from .command_line import DataclassParser
 from .conversations.formatting import IGNORE_INDEX, TRAIN_ON
 from .sets.packing import PackedDataset
 from .sources.readers import HELP
@@ -47,20 +50,29 @@ class PreviewArguments:
     count: int = field(default=3, metadata={"help": "Samples or rows to show."})
     color: str = field(default="auto", metadata={"help": "Colour, or marks instead.", "choices": list(COLORS)})
 
+    def __post_init__(self) -> None:
+        if self.model_max_length < 2:
+            raise UserError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
+        if self.count < 1:
+            raise UserError(f"--count {self.count} shows nothing; give a positive number")
+        check_model_path("--model_name_or_path", self.model_name_or_path, has_config=False)
+        if self.data_cache_dir is not None:
+            make_writable("--data_cache_dir", self.data_cache_dir)
+        if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():
+            raise UserError(
+                f"--gguf_file {self.gguf_file!r} is not in --model_name_or_path {self.model_name_or_path!r}; name a "
+                ".gguf file that lies in that local folder"
+            )
+
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare the data as main.py would, and print the first few training samples."""
-    parser = HfArgumentParser(PreviewArguments)
-    (args,) = parser.parse_args_into_dataclasses(argv)
+    (args,) = DataclassParser(PreviewArguments, prog="data.preview").parse(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("data").setLevel(logging.INFO)
-    source = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, model_max_length=args.model_max_length, **source)
+    tokenizer = _load_tokenizer(args)
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
-    try:
-        module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
-    except ValueError as error:
-        parser.error(str(error))
+    module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
     samples = module["train_dataset"]
     rows = PackedDataset(samples, args.model_max_length) if args.packing else samples
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
@@ -69,6 +81,19 @@ def main(argv: list[str] | None = None) -> None:
         learned = sum(label != IGNORE_INDEX for label in row["labels"])
         print(f"--- {number + 1} of {len(rows)}: {len(row['input_ids'])} tokens, {learned} of them learned ---")
         print(show(row, tokenizer, color) + "\n")
+
+
+def _load_tokenizer(args: PreviewArguments) -> PreTrainedTokenizerBase:
+    source = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    name = args.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, model_max_length=args.model_max_length, **source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--model_name_or_path {name!r} has no tokenizer that can be loaded: {reason[:300].rstrip('.: ')}. Give a "
+            "local folder, or the hub id of one that is in the cache or can be downloaded"
+        ) from error
 
 
 def show(row: dict, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:

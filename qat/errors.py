@@ -33,7 +33,7 @@ def reported_in_one_line() -> Iterator[None]:
         sys.exit(STATUS)
 
 
-def report(error: BaseException) -> None:
+def report(error: BaseException | str) -> None:
     """Print `error: MESSAGE` in one line on standard error; see `reported_in_one_line`."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":

@@ -7,22 +7,28 @@ packed, fake-quantized under its own scheme; a packed folder as the backend's en
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "tasks")]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import local_data  # noqa: E402
 import torch  # noqa: E402
 
 from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
+from qat.command_line import OneLineParser, not_negative, positive, suggestion  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
+from qat.files.paths import check_apart, check_writable_file  # noqa: E402
 from qat.layers.restore import prepare_as_saved, set_input_rule  # noqa: E402
 from qat.schemes.config import QATConfig  # noqa: E402
 from qat.schemes.presets import input_rules  # noqa: E402
@@ -36,6 +42,7 @@ LOCAL_TASKS = tuple(sorted(path.stem for path in TASKS.glob("*.yaml")))
 def main(argv: list[str] | None = None) -> None:
     """Evaluate each folder, print the table, write the JSON."""
     args = parse(argv)
+    check(args)
     manager = task_manager(args)
     results = {folder: evaluate(folder, manager, args) for folder in args.folders}
     print(make_table(results))
@@ -46,42 +53,142 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; a wrong one ends the program with one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="DIR")
     parser.add_argument(
         "--tasks", default=os.environ.get("TASKS", "gsm8k"),
         help=f"names, separated by commas; without network: {', '.join(LOCAL_TASKS)}",
     )  # fmt: skip
     parser.add_argument("--backend", choices=("hf", "vllm"), default=os.environ.get("BACKEND", "hf"))
-    parser.add_argument("--batch_size", default=os.environ.get("BATCH_SIZE", "8"))
-    parser.add_argument("--limit", type=int, help="samples of each task; default: all")
-    parser.add_argument("--num_fewshot", type=int, help="default: the task's own number")
-    parser.add_argument("--text", help="with local_text: a text file")
+    parser.add_argument(
+        "--batch_size", type=batch_size, default=os.environ.get("BATCH_SIZE", "8"), help="a number, or auto"
+    )
+    parser.add_argument("--limit", type=positive, help="samples of each task; default: all")
+    parser.add_argument("--num_fewshot", type=not_negative, help="default: the task's own number")
+    parser.add_argument("--text", help="with local_text: a text file; default: held-out answers of python-docs")
     parser.add_argument(
         "--input_rule", choices=input_rules(),
         help="hf: quantize activations under this rule, with this program's operators; default: the folder's rule",
     )  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max_model_len", type=int, default=4096, help="vllm: longest sequence")
+    parser.add_argument("--device", help="hf: default cuda, or cpu where there is none")
+    parser.add_argument("--max_model_len", type=positive, help="vllm: longest sequence; default 4096")
     parser.add_argument("--output", help="write all results to this JSON file")
     args = parser.parse_args(argv)
-    for folder in args.folders:
-        if not Path(folder, "config.json").is_file():
-            parser.error(f"{folder!r} is not a checkpoint folder (it has no config.json)")
-        if args.backend == "vllm" and not is_packed(folder) and QATConfig.load(folder) is not None:
-            parser.error(f"{folder!r} is not packed: vLLM would run it in BF16; pack it (scripts/export.py), or use hf")
-    if args.backend == "vllm" and args.input_rule:
-        parser.error("--input_rule is for the hf backend; vLLM's rule is that of its kernels (docs/serving.md)")
+    try:
+        _check_together(args)
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 
+def batch_size(text: str) -> str:
+    """The text of --batch_size, which lm_eval reads: a positive number, "auto", or "auto:N"."""
+    if not re.fullmatch(r"auto(:\d+)?|0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
+    return text
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise a UserError for arguments without effect, and for what is known without lm_eval."""
+    args.tasks = [name.strip() for name in args.tasks.split(",")]
+    if not all(args.tasks):
+        raise UserError(f"--tasks {','.join(args.tasks)!r} has an empty name; give such as {','.join(LOCAL_TASKS)}")
+    if args.text is not None and "local_text" not in args.tasks:
+        raise UserError(
+            f"--text {args.text!r} has no effect without --tasks local_text; give that too, or leave it out"
+        )
+    unused = ("device", "input_rule") if args.backend == "vllm" else ("max_model_len",)
+    for name in unused:
+        if (value := getattr(args, name)) is not None:
+            reason = "vLLM's rule is that of its kernels (docs/serving.md)" if name == "input_rule" else "leave it out"
+            raise UserError(f"--{name} {value} has no effect with --backend {args.backend}: {reason}")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.max_model_len = args.max_model_len or 4096
+    for folder in args.folders:
+        if not Path(folder, "config.json").is_file():
+            raise UserError(f"DIR {folder!r} is not a checkpoint folder (it has no config.json)")
+        if args.backend == "vllm" and not is_packed(folder) and QATConfig.load(folder) is not None:
+            raise UserError(
+                f"DIR {folder!r} is not packed: vLLM would run it in BF16; pack it (scripts/export.py), or use hf"
+            )
+        if args.input_rule is not None and not is_packed(folder) and QATConfig.load(folder) is None:
+            raise UserError(f"--input_rule {args.input_rule}: {folder} is not quantized; omit the argument")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what would end the evaluation late: a device, a library, a file or a task that is not there.
+
+    Raises:
+        UserError: as described.
+    """
+    for library, wanted in (("lm_eval", True), ("vllm", args.backend == "vllm")):
+        if wanted and importlib.util.find_spec(library) is None:
+            raise UserError(f"--backend {args.backend}: {library} is not installed; pip install {library}")
+    if args.backend == "hf":
+        check_device(args.device)
+    if args.output is not None:
+        check_writable_file("--output", args.output)
+        check_apart("--output", args.output, [("DIR", folder) for folder in args.folders])
+    if args.text is not None:
+        local_data.read_text(args.text)
+    for task in args.tasks:
+        if not is_mentioned(task):
+            raise unknown_task(task, LOCAL_TASKS)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not know, or that this machine lacks.
+
+    Raises:
+        UserError: as described.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu", *([found.type] if found else [])]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is no device of torch; choose one of {', '.join(known)}") from error
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count() if device.type in known else 0
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name!r} is not on this machine; choose one of {', '.join(known)}")
+
+
+def is_mentioned(task: str) -> bool:
+    """Whether the name stands in any of lm_eval's files of tasks: told in a second, before they are parsed."""
+    (folder,) = importlib.util.find_spec("lm_eval").submodule_search_locations
+    name = task.encode()
+    return task in LOCAL_TASKS or any(name in path.read_bytes() for path in Path(folder, "tasks").rglob("*.yaml"))
+
+
+def unknown_task(task: str, known: Iterable[str]) -> UserError:
+    """The error for a task that lm_eval does not have."""
+    return UserError(
+        f"--tasks {task!r} is no task of lm_eval{suggestion(task, known)}; without network: {', '.join(LOCAL_TASKS)}"
+    )
+
+
 def task_manager(args: argparse.Namespace):
-    """lm_eval's list of tasks with ours; only ours where no other is wanted, since reading all takes seconds."""
+    """lm_eval's list of tasks with ours; only ours where no other is wanted, since reading all takes seconds.
+
+    Raises:
+        UserError: a task is not known, or its data cannot be loaded.
+    """
     from lm_eval.tasks import TaskManager
 
     metadata = {"text": str(Path(args.text).absolute())} if args.text else {}
-    only_local = set(args.tasks.split(",")) <= set(LOCAL_TASKS)
-    return TaskManager(include_path=str(TASKS), include_defaults=not only_local, metadata=metadata)
+    others = [task for task in args.tasks if task not in LOCAL_TASKS]
+    manager = TaskManager(include_path=str(TASKS), include_defaults=bool(others), metadata=metadata)
+    for task in others:
+        if task not in manager.task_index:
+            raise unknown_task(task, manager.task_index)
+        try:
+            manager.load(task)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:  # of the libraries that fetch its data
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--tasks {task!r}: its data cannot be loaded ({reason}); without network: {', '.join(LOCAL_TASKS)}"
+            ) from error
+    return manager
 
 
 def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
@@ -90,7 +197,7 @@ def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
 
     described, model = (make_vllm if args.backend == "vllm" else make_hf)(folder, args)
     output = lm_eval.simple_evaluate(
-        model=model, tasks=args.tasks.split(","), limit=args.limit, num_fewshot=args.num_fewshot,
+        model=model, tasks=args.tasks, limit=args.limit, num_fewshot=args.num_fewshot,
         task_manager=manager, log_samples=False, bootstrap_iters=0,
     )  # fmt: skip
     results = {
@@ -118,8 +225,6 @@ def make_hf(folder: str, args: argparse.Namespace):
         if saved is not None:
             prepare_as_saved(model, saved)
     if args.input_rule is not None:
-        if saved is None:
-            raise UserError(f"--input_rule {args.input_rule}: {folder} is not quantized; omit the argument")
         set_input_rule(model, args.input_rule)
         described += f", activations {args.input_rule.upper()}"
     tokenizer = AutoTokenizer.from_pretrained(folder)

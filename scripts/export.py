@@ -20,11 +20,22 @@ from qat.checkpoints.dialects import EXPORT_FORMATS  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import UserError, report, reported_in_one_line  # noqa: E402
+from qat.files.atomic import check_target  # noqa: E402
+from qat.files.paths import check_model_path  # noqa: E402
+from qat.schemes.mapping_file import DEFAULT_IGNORE  # noqa: E402
+from qat.schemes.patterns import HELP as PATTERNS  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export and verify, or only verify; returns the exit status."""
+    """Export and verify, or only verify; returns the exit status, 1 where the proof fails.
+
+    Raises:
+        UserError: what was given cannot be exported, or the disk is full.
+    """
     args = parse(argv)
+    check_folders(args)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("qat").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was half written is removed
@@ -36,20 +47,25 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
         if args.verify is not None or not args.no_verify:
             verify(args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only)
-    except (ValueError, OSError, VerificationError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except VerificationError as error:
+        report(error)
         return 1
+    except OSError as error:
+        raise UserError(f"DST {args.target or args.verify!r}: {error}") from error
     return 0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; a wrong one ends the program with one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source_folder", metavar="SRC", nargs="?", help="a checkpoint in BF16, from QAT or plain")
     parser.add_argument("target", metavar="DST", nargs="?", help="the new folder for the packed checkpoint")
     parser.add_argument("--format", default=EXPORT_FORMATS[0], choices=EXPORT_FORMATS)
     parser.add_argument("--quant_scheme", type=str.upper, choices=SCHEMES, help="default: as SRC was trained")
-    parser.add_argument("--ignore", nargs="*", default=["lm_head"], help="layers to leave in BF16, with --quant_scheme")
+    parser.add_argument(
+        "--ignore", nargs="*", metavar="PATTERN",
+        help=f"layers to leave in BF16, with --quant_scheme: {PATTERNS}; default {', '.join(DEFAULT_IGNORE)}",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a packed checkpoint in DST")
     parser.add_argument("--base_model", help="for the model card: the model that training began from")
     parser.add_argument("--dataset", help="for the model card: what it was trained on")
@@ -58,10 +74,50 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights_only", action="store_true", help="verify weights, load no model for logits")
     parser.add_argument("--no_verify", action="store_true", help="export without verifying")
     args = parser.parse_args(argv)
-    if (args.verify is None) == (args.target is None):
-        parser.error("give SRC and DST to export, or --verify DIR")
+    try:
+        _check_together(args)
+    except UserError as error:
+        parser.error(str(error))
+    args.ignore = list(DEFAULT_IGNORE) if args.ignore is None else args.ignore
     return args
 
 
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise a UserError for arguments without effect."""
+    if (args.verify is None) == (args.target is None):
+        raise UserError("give SRC and DST to export, or --verify DIR")
+    given = {name for name, value in vars(args).items() if value not in (None, False)}
+    if args.format != EXPORT_FORMATS[0] and args.verify is not None:
+        raise UserError(f"--format {args.format} has no effect with --verify, which only compares; leave it out")
+    for name in ("quant_scheme", "ignore", "overwrite", "base_model", "dataset", "no_verify"):
+        if args.verify is not None and name in given:
+            raise UserError(f"--{name} has no effect with --verify, which only compares; leave it out")
+    if args.source is not None and args.verify is None:
+        raise UserError(f"--source {args.source} has no effect without --verify; the source is the first word: SRC DST")
+    if args.no_verify and args.weights_only:
+        raise UserError("--weights_only has no effect with --no_verify; give one of the two")
+    if args.ignore is not None and args.quant_scheme is None and args.verify is None:
+        raise UserError(
+            f"--ignore {' '.join(args.ignore)} has no effect without --quant_scheme: the layers that SRC was trained "
+            "without stay in BF16; give --quant_scheme too, or leave --ignore out"
+        )
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Refuse folders that cannot be read or written.
+
+    Raises:
+        UserError: as described.
+    """
+    for name, folder in (("SRC", args.source_folder), ("--verify", args.verify), ("--source", args.source)):
+        if folder is not None:
+            check_model_path(name, folder)
+    if args.target is not None:
+        if not args.target.strip():
+            raise UserError("DST is empty; give the new folder for the packed checkpoint")
+        check_target(Path(args.target), args.overwrite)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    with reported_in_one_line():
+        sys.exit(main())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
+from qat.files.paths import check_writable_file  # noqa: E402
+
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402
 
 NAMES = {
     "bf16": "BF16",
@@ -21,8 +27,13 @@ NAMES = {
 
 
 def main(out: Path) -> None:
-    """Read the stages in `out`, print the table and draw `out/losses.png`."""
-    loss = {name: read_json(out / name / "all_results.json")["eval_loss"] for name in NAMES}
+    """Read the stages in `out`, print the table and draw `out/losses.png`.
+
+    Raises:
+        UserError: a stage has not finished there, or the plot cannot be written.
+    """
+    loss = {name: eval_loss(out / name / "all_results.json") for name in NAMES}
+    check_writable_file("the plot", out / "losses.png")
     lost = loss["mxfp4-untrained"] - loss["bf16"]
     recovered = {name: (loss["mxfp4-untrained"] - loss[name]) / lost for name in ("mxfp4-qat", "mxfp4-packed")}
 
@@ -57,12 +68,40 @@ def draw(out: Path, loss: dict[str, float]) -> None:
     figure.savefig(out / "losses.png", dpi=120)
 
 
-def read_json(path: Path) -> dict:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def eval_loss(path: Path) -> float:
+    """The evaluation loss of a finished stage.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return read_json(path)["eval_loss"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} has no eval_loss; run scripts/quickstart.sh again") from error
+
+
+def read_json(path: Path):
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is not there, or is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{path} cannot be read ({reason}); give the output folder of a finished scripts/quickstart.sh"
+        ) from error
+
+
+def parse(argv: list[str] | None = None) -> Path:
+    """The command line; a wrong one ends the program with one line."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the output folder of scripts/quickstart.sh")
+    return parser.parse_args(argv).folder
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="the output folder of scripts/quickstart.sh")
-    main(parser.parse_args().folder)
+    with reported_in_one_line():
+        main(parse())

@@ -23,7 +23,8 @@ ROOMS = {
     "data/conversations": {"data/bad_samples.py"},
     "data/sets": {"data/bad_samples.py", "data/sources", "data/conversations", "qat/files"},
     "data/supervised.py": {"data/*", "qat/files"},
-    "data/preview.py": {"data/*"},
+    "data/command_line.py": set(),
+    "data/preview.py": {"data/*", "qat/files"},
     "training/arguments": {"qat/*", "data/*"},
     "training/backends": {"qat/*"},
     "training/losses": {"data/*"},
@@ -34,6 +35,9 @@ ROOMS = {
     "training/sensitivity": {
         "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
         "training/start",
+    },
+    "training/checks.py": {
+        "qat/*", "data/*", "training/arguments", "training/resume", "training/start", "training/teachers",
     },
     "training/trainer.py": {
         "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
@@ -46,7 +50,14 @@ ROOMS = {
 }  # fmt: skip
 FLOORS = {"qat": 4, "data": 5, "training": 3}  # rooms in the longest chain of imports
 LOADS_MODELS = "qat/checkpoints"  # the only room of qat that imports transformers
-FACES = {"qat/__init__.py", "qat/version.py", "qat/errors.py", "data/__init__.py", "training/__init__.py"}
+FACES = {
+    "qat/__init__.py",
+    "qat/version.py",
+    "qat/errors.py",
+    "qat/command_line.py",
+    "data/__init__.py",
+    "training/__init__.py",
+}
 
 
 @cache

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ..errors import UserError
 from ..schemes.config import QATConfig
+from ..schemes.mapping_file import DEFAULT_IGNORE
+from ..schemes.patterns import HELP as PATTERN_HELP
+from ..schemes.patterns import matches
 from ..schemes.presets import get_scheme
 from ..schemes.spec import Scheme
 from .learned_scales import SETTING
@@ -35,10 +37,10 @@ def prepare_qat(
     Args:
         model: any module; layers may live on the meta device.
         mapping: scheme names (`presets.SCHEMES`) by module type (`torch.nn.Linear`, or the string "torch.nn.Linear") or
-            by a glob over full module names. Later entries win: `{nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}`.
-            Default: every nn.Linear in MXFP8.
-        ignore: globs of layers to leave alone. A pattern matches a full name or any dotted end of it, so "lm_head" also
-            covers "model.lm_head".
+            by a pattern over full module names (schemes/patterns.py). Later entries win:
+            `{nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}`. Default: every nn.Linear in MXFP8.
+        ignore: patterns of layers to leave alone. A pattern matches a full name or any dotted end of it, so "lm_head"
+            also covers "model.lm_head".
         weight_scale_rule: a scale rule (see `numerics.rules`) in place of the presets' own, for every scheme.
         input_scale_rule: the same for inputs, which cannot be searched; must be the rule of the engine that will serve.
         learn_exponent: train the block exponents of weights along with them, see learned_scales.py.
@@ -48,8 +50,9 @@ def prepare_qat(
         `model`, its quantization written into `model.qat_config`.
 
     Raises:
-        UserError: an unknown scheme, rule or key, a key that matches no linear layer, a layer that the blocks of its
-            scheme do not divide, or nothing left to quantize. The model is unchanged then.
+        UserError: an unknown scheme, rule or key, a key that matches no linear layer or ignored ones only, a pattern of
+            `ignore` that matches nothing (lm_head, the default, may), a layer that the blocks of its scheme do not
+            divide, or nothing left to quantize. The model is unchanged then.
     """
     by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
@@ -128,11 +131,7 @@ def _normalize_key(key: type | str) -> str:
         return LINEAR.key
     if isinstance(key, str):
         return key
-    raise UserError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over names such as '*.down_proj'")
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    raise UserError(f"mapping key {key!r} is neither torch.nn.Linear nor a pattern over names such as '*.down_proj'")
 
 
 def _choose_sites(
@@ -146,9 +145,9 @@ def _choose_sites(
     chosen: list[tuple[Site, str]] = []
     used_keys: set[str] = set()
     for site in sites:
-        keys = [key for key in mapping if key == KINDS[site.kind].key or _matches(site.name, key)]
+        keys = [key for key in mapping if key == KINDS[site.kind].key or matches(site.name, key)]
         used_keys.update(keys)
-        pattern = next((p for p in ignore if _matches(site.name, p)), None)
+        pattern = next((p for p in ignore if matches(site.name, p)), None)
         if pattern is not None:
             left_alone[site.name] = f"ignored by {pattern!r}"
         elif keys:
@@ -164,7 +163,24 @@ def _choose_sites(
             f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}; "
             f"it has {_examples(chosen, left_alone)}"
         )
+    _check_effects(mapping, ignore, chosen, left_alone)
     return chosen, left_alone
+
+
+def _check_effects(
+    mapping: Mapping[str, str], ignore: tuple[str, ...], chosen: list[tuple[Site, str]], left_alone: dict[str, str]
+) -> None:
+    """Raise a UserError for a pattern of `ignore` that matches nothing, and a key that matches ignored layers only."""
+    names = [*(site.name for site, _ in chosen), *left_alone]
+    for pattern in ignore:
+        if pattern not in DEFAULT_IGNORE and not any(matches(name, pattern) for name in names):
+            raise UserError(
+                f'the ignore pattern {pattern!r} (--ignore, or "ignore" in a mapping file) matches no layer; give '
+                f"{PATTERN_HELP}; the model has {_examples(chosen, left_alone)}"
+            )
+    for key in mapping:
+        if key not in {kind.key for kind in KINDS.values()} and not any(matches(s.name, key) for s, _ in chosen):
+            raise UserError(f"mapping key {key!r} matches only layers that ignore={list(ignore)} leaves alone")
 
 
 def _unknown_modules(model: nn.Module, sites: set[str]) -> dict[str, str]:
@@ -194,8 +210,5 @@ def _print_summary(config: QATConfig, chosen: list[tuple[Site, str]], left_alone
         lines.append(f"  left unquantized: {count} ({reason}), e.g. {example}")
     for name, value in config.training.items():
         lines.append(f"  {name}: {value}")
-    for pattern in config.ignore:
-        if f"ignored by {pattern!r}" not in reasons:
-            lines.append(f"  ignore pattern {pattern!r} matched no linear layer")
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines), flush=True)

@@ -8,9 +8,10 @@ from dataclasses import replace
 from torch import nn
 
 from ..schemes.config import QATConfig
+from ..schemes.patterns import matches
 from .learned_scales import SETTING
 from .prepare import prepare_qat, set_qat_config
-from .sites import quantized_sites
+from .sites import find_sites, quantized_sites
 
 
 def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool | None = None) -> nn.Module:
@@ -23,9 +24,10 @@ def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool |
     Returns:
         `model`, which is changed; its `qat_config` is set.
     """
-    prepare_qat(
-        model, config.mapping, config.ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules
-    )
+    # A pattern that matches nothing is a mistake in a request; in what was saved it is a fact without effect.
+    names = [site.name for site in find_sites(model)]
+    ignore = tuple(pattern for pattern in config.ignore if any(matches(name, pattern) for name in names))
+    prepare_qat(model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules)
     if learn_exponent is None:
         set_qat_config(model, config)
     else:

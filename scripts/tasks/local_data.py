@@ -5,7 +5,6 @@ python scripts/tasks/local_data.py FILE    # write the samples that no task hold
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from functools import lru_cache
@@ -17,6 +16,9 @@ import datasets
 from data.bad_samples import BadSamplePolicy
 from data.sets.selection import Chosen, collect, split_pools
 from data.sources.readers import parse_sources
+from qat.command_line import OneLineParser
+from qat.errors import UserError, reported_in_one_line
+from qat.files.paths import check_writable_file
 
 HELD_OUT = 256  # samples that training on python-docs never sees, when its --eval_size is at most this
 CHOICES = 4
@@ -28,15 +30,25 @@ def text(text: str | None = None, **_unused) -> dict[str, datasets.Dataset]:
     """Rows {"text"} of the file `text`, cut into documents at line ends; default: held-out python-docs answers.
 
     Raises:
-        ValueError: the file is missing or empty.
+        UserError: the file is missing, empty or no text.
     """
-    if text is None:
-        documents = [answer for _, answer in _held_out()]
-    elif not Path(text).is_file() or not Path(text).read_text(encoding="utf-8").strip():
-        raise ValueError(f"--text {text!r} is not a file, or is empty; give a text file in UTF-8")
-    else:
-        documents = _cut(Path(text).read_text(encoding="utf-8"))
+    documents = [answer for _, answer in _held_out()] if text is None else _cut(read_text(text))
     return {"test": datasets.Dataset.from_list([{"text": document} for document in documents])}
+
+
+def read_text(path: str) -> str:
+    """The text of the file of --text.
+
+    Raises:
+        UserError: it is missing, empty or no text.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"--text {path!r} cannot be read ({error}); give a text file in UTF-8") from error
+    if not content.strip():
+        raise UserError(f"--text {path!r} is not a file, or is empty; give a text file in UTF-8")
+    return content
 
 
 def choices(**_unused) -> dict[str, datasets.Dataset]:
@@ -93,7 +105,15 @@ def _cut(text: str) -> list[str]:
     return [*documents, current] if current.strip() else documents
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write calibration samples that the local tasks do not hold out.")
+def main(argv: list[str] | None = None) -> None:
+    """Write the calibration samples; a wrong command line ends the program with one line."""
+    parser = OneLineParser(description="Write calibration samples that the local tasks do not hold out.")
     parser.add_argument("file", type=Path, help='the JSON Lines file to write, rows of {"text": ...}')
-    write_calibration(parser.parse_args().file)
+    path = parser.parse_args(argv).file
+    check_writable_file("FILE", path)
+    write_calibration(path)
+
+
+if __name__ == "__main__":
+    with reported_in_one_line():
+        main()

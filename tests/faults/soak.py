@@ -21,11 +21,12 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 
 from faults.kinds import KINDS, Lost, Reference  # noqa: E402
 from faults.runs import make_workspace  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
 
 
 def main() -> int:
     """Returns the number of faults not survived."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=25, help="faults to inject (default 25)")
     parser.add_argument("--seed", type=int, default=0, help="of the points at which they strike (default 0)")
     parser.add_argument("--keep", action="store_true", help="keep the folder of runs that were lost")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from data.bad_samples import POLICIES
@@ -9,6 +10,8 @@ from data.conversations.formatting import TRAIN_ON
 from data.sources.readers import HELP as DATASET_HELP
 from data.supervised import check_size
 from qat.errors import UserError
+
+from .trainer_options import MOST_WORKERS, WORKERS_OF_A_CORE
 
 
 @dataclass
@@ -68,3 +71,9 @@ class DataArguments:
             check_size(argument, getattr(self, argument))
         if self.preprocessing_num_workers < 0:
             raise UserError(f"--preprocessing_num_workers {self.preprocessing_num_workers} is negative; 0 chooses one")
+        most = max(MOST_WORKERS, WORKERS_OF_A_CORE * (os.cpu_count() or 1))
+        if self.preprocessing_num_workers > most:
+            raise UserError(
+                f"--preprocessing_num_workers {self.preprocessing_num_workers} is more processes than this machine can "
+                f"run; give at most {most}, or 0, which chooses by cores and number of samples"
+            )

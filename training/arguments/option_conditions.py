@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable
 from enum import Enum
@@ -74,6 +75,26 @@ def below(limit: float) -> Condition:
 def not_positive(value: float, args) -> bool:
     """The value is 0, negative or NaN."""
     return not value > 0
+
+
+def not_finite_or_negative(value: float, args) -> bool:
+    """The value is negative, infinite or NaN."""
+    return not 0 <= value < math.inf
+
+
+def outside(low: float, high: float) -> Condition:
+    """The value is not in the half-open interval [low, high), or is NaN."""
+    return lambda value, args: not low <= value < high
+
+
+def negative_but(exception: float) -> Condition:
+    """The value is negative and not the one that means "not given"."""
+    return lambda value, args: value < 0 and value != exception
+
+
+def more_workers_than(factor: int, at_least: int) -> Condition:
+    """The value is more than `factor` processes for each core of the machine, and more than `at_least`."""
+    return lambda value, args: value > max(at_least, factor * (os.cpu_count() or 1))
 
 
 def on_tpu(value: str | list, args) -> bool:
@@ -160,8 +181,8 @@ def not_training(value: str, args) -> bool:
 
 
 def no_epochs(value: float, args) -> bool:
-    """There is no epoch to train, and no number of steps."""
-    return not_positive(value, args) and args.max_steps <= 0
+    """There is no finite number of epochs to train, and no number of steps."""
+    return not 0 < value < math.inf and args.max_steps <= 0
 
 
 def with_schedules(names: tuple[str, ...]) -> Condition:

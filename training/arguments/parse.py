@@ -5,20 +5,15 @@ A recipe (`--config recipes/mxfp4.yaml`) is a file of arguments by name; flags b
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import json
 import sys
-from dataclasses import fields
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-from transformers import HfArgumentParser
-
+from data.command_line import DataclassParser
 from qat.checkpoints.model_card import CardFacts
+from qat.command_line import OneLineParser
 from qat.errors import UserError
 
+from .config_file import SUFFIXES, as_flags, read_config
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
 from .model import ModelArguments
@@ -27,7 +22,6 @@ from .trainer_options import check_metric, check_with_stream, check_with_teacher
 from .training import TrainingArguments
 
 GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments)
-SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class Arguments(NamedTuple):
@@ -63,84 +57,53 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Parse flags, and the file that `--config` names or that is the only argument.
+    """Parse flags, and the file that `--config` names or that is the first word.
 
     A wrong value ends the program with one clear line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) == 1 and argv[0].endswith(SUFFIXES):
-        argv = ["--config", argv[0]]
-    parser = HfArgumentParser(GROUPS)
+    if argv and argv[0].endswith(SUFFIXES):
+        argv = ["--config", *argv]
+    parser = DataclassParser(GROUPS, prog="main.py")
     parser.add_argument(
         "--config", help="A .yaml or .json file of arguments by name, such as recipes/mxfp4.yaml; flags win over it."
     )
     try:
         config, flags = _split_config(argv)
-        given = [] if config is None else as_flags(read_config(config), config)
-        *groups, _ = parser.parse_args_into_dataclasses([*given, *flags])
+        given = [] if config is None else as_flags(read_config(config), config, GROUPS)
+        _check_precision([*given, *flags])
+        *groups, _ = parser.parse([*given, *flags])
         arguments = Arguments(*groups)
         _check_together(arguments)
         if arguments.data.streaming:  # each process reads for itself: batches of different lengths cannot be dealt out
             arguments.training.accelerator_config.dispatch_batches = False
         return arguments
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --config, and the other words."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=None)
-    parser.add_argument("--config")
+    """The value of --config, and the other words.
+
+    Raises:
+        UserError: two files are given.
+    """
+    parser = OneLineParser(add_help=False)
+    parser.add_argument("--config", action="append", default=[])
     found, rest = parser.parse_known_args(argv)
-    return found.config, rest
+    if len(found.config) > 1:
+        raise UserError(f"--config {found.config[1]!r}: {found.config[0]!r} is given already; give one file, flags win")
+    return (found.config[0] if found.config else None), rest
 
 
-def read_config(path: str | Path) -> dict:
-    """The arguments in a file, by name.
-
-    Raises:
-        UserError: there is no such file, it cannot be read, or it is not a mapping from names to values.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_UniqueKeys)  # JSON is YAML
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {str(path)!r} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {str(path)!r} is not a mapping from arguments to values, such as max_steps: 1000")
-    return content
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A mapping that holds a key twice is an error; YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """See yaml.SafeLoader."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"it holds {key!r} twice")
-        return super().construct_mapping(node, deep)
-
-
-def as_flags(content: dict, path: str | Path) -> list[str]:
-    """The command-line words for the arguments in a file.
-
-    Raises:
-        UserError: a name that is not an argument; the message suggests the nearest one.
-    """
-    known = {field.name for group in GROUPS for field in fields(group) if field.init}
-    words: list[str] = []
-    for name, value in content.items():
-        if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise UserError(f"--config {str(path)!r}: {name!r} is not an argument of main.py{hint}")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        words += [f"--{name}", *map(str, values)]
-    return words
+def _check_precision(words: list[str]) -> None:
+    """Raise a UserError if both --fp16 and --bf16 are asked for; --bf16 is the default, so afterwards nobody knows."""
+    parser = OneLineParser(add_help=False)
+    for name in ("fp16", "bf16"):
+        parser.add_argument(f"--{name}", nargs="?", const="true", default="")
+    found, _ = parser.parse_known_args(words)
+    if all(str(value).lower() in ("true", "t", "yes", "y", "1") for value in vars(found).values()):
+        raise UserError("--fp16 True and --bf16 True ask for two precisions; give one of them, or --bf16 False")
 
 
 def _check_together(arguments: Arguments) -> None:
@@ -149,6 +112,13 @@ def _check_together(arguments: Arguments) -> None:
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)
+    if training.do_train and training.learning_rate == 0 and not arguments.quantization.learn_exponent:
+        raise UserError("--learning_rate 0.0: nothing would be learned; give a positive number, such as 1e-5")
+    if arguments.quantization.export_format == "auto_round" and not training.do_train:
+        raise UserError(
+            "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
+            "out, or pack the folder with scripts/export.py"
+        )
     if arguments.quantization.learn_exponent and not training.bf16:
         raise UserError(
             "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "

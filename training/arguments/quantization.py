@@ -162,6 +162,11 @@ class QuantizationArguments:
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
                     "--quant_mapping, or omit it"
                 )
+        if self.export_format not in (type(self).export_format, "none"):
+            raise UserError(
+                f"--export_format {self.export_format} has no effect: nothing is quantized, so nothing is packed; give "
+                f"--quant_scheme (one of {', '.join(SCHEMES)}) or --quant_mapping, or omit it"
+            )
 
     @property
     def parameter_groups(self) -> dict[str, dict]:

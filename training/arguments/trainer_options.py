@@ -107,8 +107,14 @@ _METRICS = ("loss", "perplexity", "kl")
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
+WORKERS_OF_A_CORE, MOST_WORKERS = 4, 64  # processes that read or tokenize data: more would only wait for each other
+
 # ---- The table ----
 
+_SEED = Refusal(
+    "it is no seed of NumPy's generator", "give a whole number from 0 to 2^32 - 1", "others than 0 to 2^32 - 1",
+    when.outside(0, 2**32),
+)  # fmt: skip
 _UPLOAD = "upload the folder when the run has ended: hf upload REPOSITORY FOLDER"
 _ONE_SAMPLE = "leave it out: evaluation keeps one sum and one count for each sample, so there is nothing to save"
 _FULL_EVAL = (
@@ -134,11 +140,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _RUN,
         "do_train",
         "do_eval",
-        output_dir="One run at a time writes there; see docs/faults.md.",
+        output_dir="One run at a time writes there; see docs/faults.md. Refused: the folder of the model, the teacher "
+        "or the data, one that contains it, and one inside.",
         use_cpu="Set by itself where there is no accelerator.",
         full_determinism="torch raises an error where an operation has no deterministic implementation.",
-        seed="A stream (--streaming True) has an order of its own.",
     ),  # fmt: skip
+    _partly(_RUN, "seed", _SEED, note="A stream (--streaming True) has an order of its own."),
     _partly(
         _RUN,
         "data_seed",
@@ -148,6 +155,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "with --train_sampling_strategy sequential",
             lambda value, args: plain(args.train_sampling_strategy) == "sequential",
         ),
+        _SEED,
         note="Of the order of samples; --seed where it is not given. Refused with --streaming True.",
     ),
     _partly(
@@ -156,7 +164,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         Refusal(
             "nothing would be trained",
             "give a positive number, or leave --do_train out",
-            "0 or less, without --max_steps",
+            "0 or less, or infinite, without --max_steps",
             when.no_epochs,
         ),
     ),
@@ -168,6 +176,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "give a positive number; or leave it out, and --num_train_epochs counts",
             "0",
             lambda value, args: value == 0,
+        ),
+        Refusal(
+            "it is no number of steps",
+            "give a positive number; or leave it out, and --num_train_epochs counts",
+            "negative numbers but -1",
+            when.negative_but(-1),
         ),
     ),
     *_refused(
@@ -188,7 +202,27 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         note="underflow_overflow works.",
     ),  # fmt: skip
     # Optimizer and schedule
-    *_works(_OPTIMIZER, "learning_rate", "weight_decay"),
+    *(
+        _partly(
+            _OPTIMIZER,
+            name,
+            Refusal(
+                "no optimizer takes it",
+                f"give a finite number, such as {example}",
+                "negative, infinite or NaN",
+                when.not_finite_or_negative,
+            ),
+            note=note,
+        )
+        for name, example, note in (
+            (
+                "learning_rate",
+                "1e-5",
+                "0 is refused for a training, unless --learn_exponent True trains exponents alone.",
+            ),
+            ("weight_decay", "0", ""),
+        )
+    ),  # fmt: skip
     _partly(
         _OPTIMIZER,
         "lr_scheduler_type",
@@ -226,6 +260,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             f"with {', '.join(_WITHOUT_WARMUP)}",
             when.with_schedules(_WITHOUT_WARMUP),
         ),
+        Refusal(
+            "it is no number of steps",
+            "give a number of steps, or a fraction of all steps between 0 and 1",
+            "negative, infinite or NaN",
+            when.not_finite_or_negative,
+        ),
     ),
     *(
         _partly(
@@ -237,11 +277,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
                 f"with {', '.join(optimizers)}",
                 when.with_optimizers(optimizers),
             ),
+            Refusal("no optimizer takes it", f"give a number {numbers}", f"numbers not {numbers}", condition),
         )
-        for name, optimizers in (
-            ("adam_beta1", _WITHOUT_BETAS),
-            ("adam_beta2", _WITHOUT_BETAS),
-            ("adam_epsilon", _WITHOUT_BETAS + _LION),
+        for name, optimizers, numbers, condition in (
+            ("adam_beta1", _WITHOUT_BETAS, "from 0 to below 1", when.outside(0, 1)),
+            ("adam_beta2", _WITHOUT_BETAS, "from 0 to below 1", when.outside(0, 1)),
+            ("adam_epsilon", _WITHOUT_BETAS + _LION, "of at least 0, and finite", when.not_finite_or_negative),
         )
     ),  # fmt: skip
     _partly(
@@ -305,10 +346,27 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         "optim_target_modules",
     ),
     # Batches, loss and gradients
-    *_works(
+    _partly(
         _LOSS,
-        neftune_noise_alpha="Noise on the student's embeddings; the teacher has none.",
-        label_smoothing_factor="transformers' loss takes the place of the loss in chunks; evaluation is not smoothed. "
+        "neftune_noise_alpha",
+        Refusal(
+            "it is no size of noise",
+            "give a positive number, such as 5",
+            "negative, infinite or NaN",
+            when.not_finite_or_negative,
+        ),
+        note="Noise on the student's embeddings; the teacher has none.",
+    ),
+    _partly(
+        _LOSS,
+        "label_smoothing_factor",
+        Refusal(
+            "it is the fraction of a label's probability that other tokens get",
+            "give a number from 0 to below 1, such as 0.1",
+            "numbers not from 0 to below 1",
+            when.outside(0, 1),
+        ),
+        note="transformers' loss takes the place of the loss in chunks; evaluation is not smoothed. "
         "With a teacher it is refused, since its loss has no smoothing.",
     ),
     *(
@@ -352,11 +410,15 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     *_works(
         _PRECISION,
         "tf32",
-        "torch_empty_cache_steps",
         bf16="Default: linear layers compute in BF16 over FP32 master weights, on CPUs too.",
         torch_compile="Losses are computed outside of the compiled graph; inputs are not monitored.",
         activation_checkpointing="Not together with fsdp_activation_checkpointing.",
         gradient_checkpointing="Older name of --activation_checkpointing.",
+    ),
+    _partly(
+        _PRECISION,
+        "torch_empty_cache_steps",
+        Refusal("it is no number of steps", "give a positive number, or leave it out", "0 or less", when.below(1)),
     ),
     _partly(
         _PRECISION,
@@ -368,7 +430,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             when.on_cpu,
         ),
         note="On GPUs; no test covers it. The loss scaler skips steps whose gradient overflows; they do not count for "
-        "--max_nan_steps.",
+        "--max_nan_steps. Together with --bf16 True it is refused.",
     ),
     _partly(
         _PRECISION,
@@ -449,15 +511,24 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     # Data
     *_works(
         _DATA,
-        "dataloader_num_workers",
         "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
         dataloader_drop_last="Default: True. Evaluation uses every sample.",
         remove_unused_columns="Samples hold input_ids and labels only.",
         train_sampling_strategy="random, sequential, group_by_length (as --group_by_length True) or batch_rebalance. A "
         "stream comes in its own order, so --streaming True refuses any but random.",
         length_column_name="Read where a dataset has that column; else tokens are counted.",
         ignore_data_skip="Accepts a checkpoint of other data and begins with the first sample.",
+    ),
+    _partly(
+        _DATA,
+        "dataloader_num_workers",
+        Refusal("it is no number of processes", "give 0 or a positive number", "negative numbers", when.below(0)),
+        Refusal(
+            "it is more processes than this machine can run",
+            f"give at most {WORKERS_OF_A_CORE} for each core",
+            f"more than {MOST_WORKERS} and {WORKERS_OF_A_CORE} for each core",
+            when.more_workers_than(WORKERS_OF_A_CORE, MOST_WORKERS),
+        ),
     ),
     *(
         _partly(
@@ -469,9 +540,27 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
                 "without --dataloader_num_workers",
                 when.without("dataloader_num_workers"),
             ),
+            *others,
         )
-        for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context")
-    ),
+        for name, others in (
+            ("dataloader_persistent_workers", ()),
+            (
+                "dataloader_multiprocessing_context",
+                (
+                    Refusal(
+                        "torch starts processes in no such way",
+                        "choose fork, spawn or forkserver",
+                        "unknown names",
+                        lambda value, args: value not in ("fork", "spawn", "forkserver"),
+                    ),
+                ),
+            ),
+            (
+                "dataloader_prefetch_factor",
+                (Refusal("it is no number of batches", "give a positive number", "0 or less", when.below(1)),),
+            ),
+        )
+    ),  # fmt: skip
     *_refused(
         _DATA,
         "batches would come in the order in which workers finish, so no run could be repeated or resumed exactly",
@@ -485,15 +574,28 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     *_works(
         _EVALUATION,
         "eval_strategy",
-        "eval_delay",
         "eval_on_start",
-        "eval_accumulation_steps",
         prediction_loss_only="Changes nothing: evaluation never keeps logits.",
     ),  # fmt: skip
     _partly(
         _EVALUATION,
         "per_device_eval_batch_size",
         Refusal("nothing would be evaluated", "give a positive number", "0 or less", when.below(1)),
+    ),
+    _partly(
+        _EVALUATION,
+        "eval_accumulation_steps",
+        Refusal("it is no number of batches", "give a positive number, or leave it out", "0 or less", when.below(1)),
+    ),
+    _partly(
+        _EVALUATION,
+        "eval_delay",
+        Refusal(
+            "it is no number of steps or epochs",
+            "give 0 or a positive number",
+            "negative, infinite or NaN",
+            when.not_finite_or_negative,
+        ),
     ),
     _partly(
         _EVALUATION,
@@ -691,11 +793,13 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     # Several devices
     *_works(
         _DEVICES,
-        "ddp_timeout",
-        "ddp_bucket_cap_mb",
         "ddp_broadcast_buffers",
         "ddp_find_unused_parameters",
     ),  # fmt: skip
+    *(
+        _partly(_DEVICES, name, Refusal(f"it is no {what}", "give a positive number", "0 or less", when.below(1)))
+        for name, what in (("ddp_timeout", "number of seconds"), ("ddp_bucket_cap_mb", "size"))
+    ),
     _partly(
         _DEVICES,
         "ddp_backend",
@@ -819,11 +923,16 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
 
 
 def check_with_stream(args: transformers.TrainingArguments) -> None:
-    """Refuse what has no effect on a stream, which comes in an order of its own.
+    """Refuse what has no effect on a stream, which comes in an order of its own and has no length.
 
     Raises:
-        UserError: an option asks for another order.
+        UserError: an option asks for another order, or a training has no number of steps.
     """
+    if args.do_train and args.max_steps <= 0:
+        raise UserError(
+            "--streaming True needs --max_steps: a stream has no known length, so epochs cannot be counted; give the "
+            "number of steps, or leave --streaming out"
+        )
     for name in ("train_sampling_strategy", "data_seed"):
         if (value := plain(getattr(args, name))) != _defaults()[name]:
             raise UserError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import transformers
@@ -15,6 +18,9 @@ from qat.errors import UserError
 from .trainer_options import check_trainer_options
 
 GATHER_DTYPES = ("float32", "bfloat16")
+
+
+_OF_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # dicts that may also be given as a JSON file
 
 
 @dataclass
@@ -58,6 +64,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.output_dir is not None and not self.output_dir.strip():
+            raise UserError("--output_dir is empty; give the folder to write to")
+        self._check_json()
         check_trainer_options(self)
         if self.group_by_length:
             if self.train_sampling_strategy not in ("random", "group_by_length"):
@@ -77,11 +86,49 @@ class TrainingArguments(transformers.TrainingArguments):
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if metric.endswith(("kl", "perplexity")) and self.greater_is_better is None:
             self.greater_is_better = False  # as transformers has it for losses only
-        if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
-            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
-        super().__post_init__()
+        self._read_by_transformers()
         if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
             self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+
+    def _check_json(self) -> None:
+        """Raise a UserError for an option that is to be a JSON object and is other text."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            try:
+                text = value if value.startswith("{") or name not in _OF_FILES else Path(value).read_text("utf-8")
+                is_object = isinstance(json.loads(text), dict)
+            except (OSError, ValueError, RecursionError):
+                is_object = False
+            if not is_object:
+                or_file = ", or a file of one" if name in _OF_FILES else ""
+                raise UserError(f"--{name} {value!r} is not a JSON object{or_file}; give one, such as '{{\"key\": 1}}'")
+
+    def _read_by_transformers(self) -> None:
+        """transformers' own reading of its options.
+
+        Raises:
+            UserError: it refuses one of them; the message begins with the option.
+        """
+        try:
+            if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
+                PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+            super().__post_init__()
+        except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+            raise UserError(self._named(str(error))) from error
+
+    def _named(self, message: str) -> str:
+        """A message of transformers that begins with the option that it is about."""
+        options = {field.name: getattr(self, field.name, None) for field in fields(self)}
+        value = message.partition(" is not a valid ")[0]  # of an enumeration, whose options are not named
+        name = next((name for name, own in options.items() if value != message and own == value), None)
+        if name is None:
+            found = re.search(rf"\b({'|'.join(sorted(options, key=len, reverse=True))})\b", message)
+            name = found[1] if found else None
+        if name is None:
+            return f"the arguments of training cannot be used: {message}"
+        return message if message.startswith(f"--{name}") else f"--{name} {options[name]}: {message}"
 
     @property
     def n_gpu(self) -> int:

@@ -38,7 +38,7 @@ def find_checkpoint(
     if wanted in ("", "true"):
         checkpoint = _newest_complete(output_dir, writers)
         if checkpoint is None and wanted == "true":
-            raise UserError(f"--resume_from_checkpoint True: --output_dir {output_dir!r} holds no checkpoint")
+            raise UserError(_no_checkpoint(output_dir))
     else:
         checkpoint = resume_from_checkpoint
         _check_named(checkpoint, writers)
@@ -46,6 +46,27 @@ def find_checkpoint(
         check_checkpoint(checkpoint)
         _check_same_training(checkpoint, QATConfig.load(checkpoint), qat_config)
     return checkpoint
+
+
+def check_resumable(output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None) -> None:
+    """Refuse what `find_checkpoint` is going to refuse, as far as a look at small files shows it.
+
+    Raises:
+        UserError: no such checkpoint, or the newest one belongs to another stage or scheme.
+    """
+    wanted = str(resume_from_checkpoint or "").lower()
+    found = [] if wanted == "false" else checkpoints_in(output_dir)
+    if wanted == "true" and not found:
+        raise UserError(_no_checkpoint(output_dir))
+    if wanted not in ("", "true", "false"):
+        _check_is_checkpoint(resume_from_checkpoint)
+        found = [Path(resume_from_checkpoint)]
+    if found:
+        _check_same_training(str(found[-1]), QATConfig.load(found[-1]), qat_config)
+
+
+def _no_checkpoint(output_dir: str) -> str:
+    return f"--resume_from_checkpoint True: --output_dir {output_dir!r} holds no checkpoint"
 
 
 def _newest_complete(output_dir: str, writers: Writers) -> str | None:
@@ -66,12 +87,16 @@ def _newest_complete(output_dir: str, writers: Writers) -> str | None:
     return None
 
 
-def _check_named(checkpoint: str, writers: Writers) -> None:
+def _check_is_checkpoint(checkpoint: str) -> None:
     if not Path(checkpoint, "trainer_state.json").is_file():
         raise UserError(
             f"--resume_from_checkpoint {checkpoint!r} is not a checkpoint (it has no trainer_state.json); "
             "give a checkpoint-N folder, or omit the argument to resume from the newest in --output_dir"
         )
+
+
+def _check_named(checkpoint: str, writers: Writers) -> None:
+    _check_is_checkpoint(checkpoint)
     if not Path(checkpoint, MANIFEST_NAME).is_file():
         logger.warning("%s has no %s: whether it is complete is not known", checkpoint, MANIFEST_NAME)
     elif faults := _faults(Path(checkpoint), writers):

@@ -26,6 +26,7 @@ from .checkpoints import find_checkpoint
 from .run_record import RunRecord
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
+from .steps import check_steps, check_trained
 from .written import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,20 @@ class FaultTolerantTrainer(Trainer):
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Trainer's own; True resumes from the newest complete checkpoint."""
+        """Trainer's own; True resumes from the newest complete checkpoint.
+
+        Raises:
+            UserError: there is no step to train, see steps.py.
+        """
         if resume_from_checkpoint is True:
             config = getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
             resume_from_checkpoint = find_checkpoint(self.args.output_dir, "True", config, self._writers)
+        check_steps(self.args, self.train_dataset)
         with self._guard.listening():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if not self.was_interrupted:
+            check_trained(self.state.global_step)
+        return result
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Trainer's own, whose loss the guard sees."""

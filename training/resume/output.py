@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +17,12 @@ from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
 from qat.errors import UserError
-from qat.files.atomic import clear_leftovers
+from qat.files.atomic import check_target, clear_leftovers
 from qat.files.lock import LOCK_NAME, locked
+from qat.files.paths import make_writable
 
 from ..backends.writers import Writers
-from .checkpoints import find_checkpoint
+from .checkpoints import check_resumable, find_checkpoint
 from .written import MODEL_PARTIAL
 
 logger = logging.getLogger(__name__)
@@ -57,15 +57,7 @@ class OutputFolder:
         Raises:
             UserError: nothing can be written there, or another run is writing there.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path) as probe:
-                probe.write(b"0" * 4096)
-                probe.flush()
-        except OSError as error:
-            raise UserError(
-                f"--output_dir {str(self.path)!r} cannot be written ({error.strerror}); give a folder that can"
-            ) from error
+        make_writable("--output_dir", self.path)
         with locked(self.path, self.writers):
             for path in sorted(self.path.iterdir()) if self.writers.leads else ():
                 _clear(path)
@@ -77,9 +69,32 @@ class OutputFolder:
             return None
         return find_checkpoint(str(self.path), args.resume_from_checkpoint, qat_config, self.writers)
 
+    def check_resumable(self, args: TrainingArguments, qat_config: QATConfig | None) -> None:
+        """Refuse, before weights are read, a checkpoint to resume from that is not there or of another training.
+
+        Raises:
+            UserError: see `checkpoints.check_resumable`.
+        """
+        check_resumable(str(self.path), args.resume_from_checkpoint, qat_config)
+
+    def check_packable(self, qat_config: QATConfig) -> None:
+        """Refuse, before training, what `pack` would refuse to replace.
+
+        Raises:
+            UserError: a file, or a folder without a checkpoint, is where the packed model goes.
+        """
+        try:
+            check_target(self._packed(qat_config), overwrite=True)
+        except UserError as error:
+            raise UserError(f"--output_dir {str(self.path)!r}: {error}, or give another --output_dir") from error
+
+    def _packed(self, qat_config: QATConfig) -> Path:
+        """The folder of the packed model, named after its schemes."""
+        return self.path / "-".join(dict.fromkeys(qat_config.mapping.values()))
+
     def pack(self, qat_config: QATConfig, export_format: str, facts: CardFacts) -> Path:
         """Pack the model of this folder into a folder named after its scheme, and prove that it is the same model."""
-        target = self.path / "-".join(dict.fromkeys(qat_config.mapping.values()))
+        target = self._packed(qat_config)
         export_checkpoint(self.path, target, export_format, overwrite=True, facts=facts)
         verify(target, self.path)
         return target
@@ -88,7 +103,7 @@ class OutputFolder:
 def unused_folder(folder: str | Path) -> Path:
     """`folder` if it is free, else a new folder inside it."""
     path, number = Path(folder), 0
-    while path.exists() and any(child.name != LOCK_NAME for child in path.iterdir()):
+    while path.is_dir() and any(child.name != LOCK_NAME for child in path.iterdir()):
         number += 1
         path = Path(folder, f"evaluation-{number}")
     return path

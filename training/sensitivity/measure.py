@@ -18,95 +18,39 @@ The results are `mapping.json` (for --quant_mapping and `prepare_qat`, with all 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
+from data.command_line import DataclassParser
+from data.sets.packing import check_packing
 from data.supervised import make_supervised_data_module
-from qat import SCHEMES, get_scheme, is_quantlinear, prepare_qat
+from qat import get_scheme, is_quantlinear, prepare_qat
 from qat.errors import UserError
-from qat.schemes.presets import input_rules, weight_rules
+from qat.files.paths import check_apart, check_model_path, make_writable
 from qat.schemes.spec import Scheme
 
 from ..arguments.data import DataArguments
 from ..arguments.model import ModelArguments
-from ..arguments.quantization import check_smooth_alpha
 from ..backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from ..losses.distillation import forward_kl, labelled_rows
-from ..start.loading import load_tokenizer
+from ..start.data_checks import check_fit, local_paths
+from ..start.skeleton import check_length, skeleton_of
 from ..start.smoothing import smooth_with_data
-from ..start.start import load_model
-from .bits_budget import Unit, average_bits, find_units, nominal_bits, propose
+from ..start.start import Start
+from .arguments import SensitivityArguments
+from .bits_budget import Unit, average_bits, find_units, propose
 from .plot import draw
 
 logger = logging.getLogger(__name__)
-UNITS = ("projection", "block")
-
-
-@dataclass
-class SensitivityArguments:
-    """What is measured, and the bits budget."""
-
-    output_dir: str = field(default="sensitivity", metadata={"help": "Folder for mapping.json and sensitivity.png."})
-    bits_budget: float = field(default=5.0, metadata={"help": "Bits per quantized weight on average, scales included."})
-    narrow_scheme: str = field(default="MXFP4", metadata={"help": f"For most layers: one of {', '.join(SCHEMES)}."})
-    wide_scheme: str = field(default="MXFP8", metadata={"help": "For the layers that gain most by it."})
-    weight_scale_rule: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(weight_rules())}; default: the schemes' own."}
-    )
-    input_scale_rule: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(input_rules())}; default: the schemes' own."}
-    )
-    smooth_alpha: float = field(
-        default=0.0, metadata={"help": "Smooth the model first, as main.py does with the same value. 0: off."}
-    )
-    units: str = field(
-        default="projection",
-        metadata={
-            "help": "What gets one scheme: projection (layers, those that engines fuse together), or block (all layers "
-            "of a numbered block; fewer measurements).",
-            "choices": list(UNITS),
-        },
-    )
-    ignore: list[str] = field(
-        default_factory=lambda: ["lm_head"], metadata={"help": "Layers to leave unquantized, names or globs."}
-    )
-    samples: int = field(
-        default=64,
-        metadata={
-            "help": "Training samples to measure on, evenly spread (rows with --packing); all if there are fewer."
-        },
-    )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Samples computed at once."})
-    model_max_length: int = field(default=512, metadata={"help": "Samples are cut at this many tokens."})
-
-    def __post_init__(self) -> None:
-        check_smooth_alpha(self.smooth_alpha)
-        if self.samples < 1:
-            raise UserError(f"--samples {self.samples}: at least 1 training sample is needed to measure on")
-        schemes = [get_scheme(name, self.weight_scale_rule, self.input_scale_rule) for name in self.schemes]
-        self.narrow_scheme, self.wide_scheme = (scheme.name for scheme in schemes)
-        low, high = map(nominal_bits, schemes)
-        if not low < high:
-            raise UserError(f"--wide_scheme {self.wide_scheme} is not wider than --narrow_scheme {self.narrow_scheme}")
-        if not low <= self.bits_budget <= high:
-            raise UserError(
-                f"--bits_budget {self.bits_budget} must lie between the {low} bits a weight of {schemes[0].name} and "
-                f"the {high} of {schemes[1].name}"
-            )
-
-    @property
-    def schemes(self) -> tuple[str, str]:
-        """The narrow one and the wide one."""
-        return self.narrow_scheme, self.wide_scheme
 
 
 class Sensitivity:
@@ -183,21 +127,21 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load the model and data, measure, and write the results."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, SensitivityArguments))
-    try:
-        model_args, data_args, args = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        parser.error(str(error))
+    """Check, load the model and data, measure, and write the results."""
+    parser = DataclassParser((ModelArguments, DataArguments, SensitivityArguments), prog="training.sensitivity")
+    model_args, data_args, args = parser.parse(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if device.type == "cpu" and is_needed():
         use_fast_bfloat16()
-    model = load_model(model_args).eval()
-    tokenizer = load_tokenizer(model_args, args.model_max_length)
-    data = make_supervised_data_module(tokenizer=tokenizer, model=model, **{**vars(data_args), "streaming": False})
-    mapping = {torch.nn.Linear: args.narrow_scheme}
-    prepare_qat(model, mapping, args.ignore, args.weight_scale_rule, args.input_scale_rule)
+    start, skeleton = check(model_args, data_args, args)
+    tokenizer = start.load_tokenizer(args.model_max_length)
+    data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **vars(data_args))
+    check_fit(data, tokenizer, skeleton, args.model_max_length)
+    model = start.load_model().eval()
+    if data_args.packing:
+        check_packing(model)
+    prepare(model, args)
     if args.smooth_alpha:
         smooth_with_data(model, data, args.smooth_alpha, device)
     round_weights(model)
@@ -206,10 +150,48 @@ def main(argv: list[str] | None = None) -> None:
     batches = DataLoader(samples, args.per_device_eval_batch_size, collate_fn=data["data_collator"])
     result = propose_mapping(Sensitivity(model, batches), args) | {"samples": len(samples)}
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "mapping.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(result, folder / "sensitivity.png")
     report(result, args, folder)
+
+
+def check(
+    model_args: ModelArguments, data_args: DataArguments, args: SensitivityArguments
+) -> tuple[Start, PreTrainedModel]:
+    """What is measured, and its model without weights: what cannot be measured or written is refused.
+
+    Raises:
+        UserError: a path cannot be read or written; the model is quantized or trained for it already; a pattern matches
+            nothing; or a setting has no effect here.
+    """
+    name = model_args.model_name_or_path
+    if data_args.streaming:
+        raise UserError("--streaming True: samples are chosen evenly spread over the training set; leave it out")
+    check_model_path("--model_name_or_path", name, model_args.gguf_file is None)
+    inputs = [("--dataset", p) for spec in (data_args.dataset, data_args.eval_dataset) for p in local_paths(spec)]
+    check_apart("--output_dir", args.output_dir, [("--model_name_or_path", name), *inputs])
+    make_writable("--output_dir", args.output_dir)
+    if data_args.data_cache_dir is not None:
+        make_writable("--data_cache_dir", data_args.data_cache_dir)
+    start = Start.read(model_args)
+    if start.is_packed or start.qat_config is not None:
+        how = "packed" if start.qat_config is None else start.qat_config.summary
+        raise UserError(
+            f"--model_name_or_path {name!r} is quantized already, or was trained to be ({how}), so it is no reference "
+            "to measure against; give the unquantized model that it came from"
+        )
+    skeleton = skeleton_of(start)
+    check_length(args.model_max_length, SensitivityArguments.model_max_length, skeleton.config)
+    with contextlib.redirect_stdout(io.StringIO()):  # the model itself is prepared aloud
+        prepare(skeleton, args)
+    return start, skeleton
+
+
+def prepare(model: PreTrainedModel, args: SensitivityArguments) -> None:
+    """Prepare all layers that are measured, for the narrow scheme."""
+    prepare_qat(
+        model, {torch.nn.Linear: args.narrow_scheme}, args.ignore, args.weight_scale_rule, args.input_scale_rule
+    )
 
 
 def spread_samples(dataset, count: int) -> list[dict]:

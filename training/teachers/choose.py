@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from qat.errors import UserError
 
@@ -15,23 +15,28 @@ from .load import load_teacher
 def choose_teacher(
     model: PreTrainedModel, settings: DistillationArguments, cache_dir: str | None, trust_remote_code: bool
 ) -> PreTrainedModel | str | None:
-    """The teacher, before the student is quantized: a frozen model, "self", or None without distillation.
-
-    Raises:
-        UserError: a cache of more tokens of each distribution than the model has.
-    """
+    """The teacher, before the student is quantized: a frozen model, "self", or None without distillation."""
     if not settings.distill:
         return None
+    check_cached_size(model.config, settings)
+    if settings.distill_teacher == "self":
+        return "self"
+    return load_teacher(model, settings.teacher_model_name_or_path, cache_dir, trust_remote_code)
+
+
+def check_cached_size(config: PretrainedConfig, settings: DistillationArguments) -> None:
+    """Refuse a cache of more tokens of each distribution than the model has.
+
+    Raises:
+        UserError: it would hold more.
+    """
     top_k, samples = settings.distill_top_k, settings.distill_samples
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = config.get_text_config().vocab_size
     if settings.distill_teacher == "cache" and top_k + samples > vocabulary:
         raise UserError(
             f"--distill_top_k {top_k} and --distill_samples {samples} are more than the {vocabulary} tokens of the "
             "vocabulary; choose fewer, such as 16 and 16, or --distill_teacher copy"
         )
-    if settings.distill_teacher == "self":
-        return "self"
-    return load_teacher(model, settings.teacher_model_name_or_path, cache_dir, trust_remote_code)
 
 
 def cached_where_asked(

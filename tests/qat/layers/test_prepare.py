@@ -40,6 +40,11 @@ def test_globs_alone_leave_other_layers_unquantized():
     assert all(name.startswith("model.layers.1.") for name in quantized(model)) and len(quantized(model)) == 6
 
 
+def test_regular_expressions_match_from_the_beginning_of_a_name():
+    model = prepare_qat(make_llama(), {r"re:model\.layers\.\d\.mlp": "MXFP4"}, ignore=("re:.*down_proj$",))
+    assert set(quantized(model)) == {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up")}
+
+
 def test_disabled_quantizers_show_in_the_format():
     layer = prepare_qat(make_llama(), {"*.o_proj": "MXFP4"}).model.layers[0].self_attn.o_proj
     layer.input_quantizer.disable()
@@ -70,6 +75,16 @@ def test_meta_models_convert_and_compute_after_materializing():
         ({"*.no_such": "MXFP4"}, (), "'\\*.no_such' matches no torch.nn.Linear"),
         ({nn.Conv2d: "MXFP4"}, (), "mapping key .*Conv2d.* is neither"),
         ({nn.Linear: "MXFP4"}, ("*",), "nothing to quantize"),
+        (
+            {nn.Linear: "MXFP4"},
+            ("no_such",),
+            "ignore pattern 'no_such' .* matches no layer; give a name such as lm_head",
+        ),
+        ({nn.Linear: "MXFP4"}, ("lm_head", "model.layers.0"), "ignore pattern 'model.layers.0' .* matches no layer"),
+        ({nn.Linear: "MXFP4"}, ("re:down_proj",), "ignore pattern 're:down_proj' .* matches no layer"),
+        ({nn.Linear: "MXFP4"}, ("re:(",), "'re:\\(' is not a regular expression"),
+        ({"re:nothing": "MXFP4"}, (), "'re:nothing' matches no torch.nn.Linear"),
+        ({nn.Linear: "MXFP4", "lm_head": "MXFP8"}, ("lm_head",), "'lm_head' matches only layers that ignore"),
     ],
 )
 def test_requests_that_cannot_be_met_are_errors_and_change_nothing(mapping, ignore, message):
@@ -95,11 +110,11 @@ def test_a_prepared_model_is_refused():
 def test_the_summary_counts_layers_and_says_why_others_were_left(capsys):
     model = make_llama()
     model.extra = nn.Conv1d(4, 4, 1)
-    prepare_qat(model, {nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}, ignore=("lm_head", "no_such"))
+    prepare_qat(model, {nn.Linear: "MXFP4", "*.down_proj": "MXFP8"}, ignore=("lm_head",))
     said = capsys.readouterr().out
     assert "12 linear layers in MXFP4" in said and "2 linear layers in MXFP8" in said
     assert "1 (ignored by 'lm_head'), e.g. lm_head" in said
-    assert "Conv1d is not a torch.nn.Linear" in said and "'no_such' matched no linear layer" in said
+    assert "Conv1d is not a torch.nn.Linear" in said
 
 
 def test_config_survives_saving_and_a_damaged_one_is_an_error(tmp_path):

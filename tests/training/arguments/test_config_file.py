@@ -9,7 +9,8 @@ import yaml
 from helpers import ROOT
 
 from benchmarks.accuracy_rows import ROWS
-from training.arguments.parse import as_flags, parse_arguments
+from training.arguments.config_file import as_flags
+from training.arguments.parse import GROUPS, parse_arguments
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -46,7 +47,8 @@ def test_lists_and_mappings_in_the_file_mean_what_flags_mean(tmp_path):
     )
     training = parse_arguments([path]).training
     assert training.lr_scheduler_kwargs == {"num_cycles": 2} and not training.run_name
-    assert as_flags({"include_for_metrics": ["loss", "inputs"]}, path) == ["--include_for_metrics", "loss", "inputs"]
+    words = as_flags({"include_for_metrics": ["loss", "inputs"]}, path, GROUPS)
+    assert words == ["--include_for_metrics", "loss", "inputs"]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,14 @@ REFUSED: list[tuple] = [  # option, value, other options
     ("trackio_static_space_id", False), ("save_steps", 0), ("save_strategy", "best"),
     ("save_strategy", "best", {"eval_strategy": "steps"}), ("load_best_model_at_end", True, {"save_strategy": "no"}),
     ("save_total_limit", -1), ("resume_from_checkpoint", "True"), ("ddp_backend", "gloo"),
-    ("ddp_static_graph", True, {"gradient_accumulation_steps": 2}),
+    ("ddp_static_graph", True, {"gradient_accumulation_steps": 2}), ("seed", -1), ("seed", 2**32), ("data_seed", -1),
+    ("num_train_epochs", float("inf")), ("max_steps", -5), ("learning_rate", -1.0), ("learning_rate", float("nan")),
+    ("weight_decay", -0.1), ("warmup_steps", -1), ("adam_beta1", 1.0), ("adam_beta2", -0.1), ("adam_epsilon", -1e-8),
+    ("neftune_noise_alpha", -4.0), ("label_smoothing_factor", 2.0), ("torch_empty_cache_steps", 0),
+    ("dataloader_num_workers", -1), ("dataloader_num_workers", 100_000), ("dataloader_prefetch_factor", 2),
+    ("dataloader_prefetch_factor", 0, {"dataloader_num_workers": 1}), ("eval_accumulation_steps", 0),
+    ("dataloader_multiprocessing_context", "thread", {"dataloader_num_workers": 1}), ("eval_delay", -1.0),
+    ("ddp_timeout", 0), ("ddp_bucket_cap_mb", 0),
 ]  # fmt: skip
 
 

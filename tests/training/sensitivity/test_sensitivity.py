@@ -291,7 +291,7 @@ def test_a_bare_mapping_is_a_mapping_file_too(tmp_path):
         (("--bits_budget", "4"), "--bits_budget 4.0 must lie between the 4.25"),
         (("--narrow_scheme", "MXFP8"), "--wide_scheme MXFP8 is not wider"),
         (("--wide_scheme", "MXFP9"), "'MXFP9' is unknown"),
-        (("--units", "neuron"), "invalid choice"),
+        (("--units", "neuron"), "--units 'neuron' is unknown; choose one of projection, block"),
         (("--samples", "0"), "--samples 0: at least 1 training sample"),
         (("--smooth_alpha", "1.5"), "--smooth_alpha 1.5 is out of range; choose 0 (off) to 1"),
     ],

@@ -1,0 +1,110 @@
+"""Paths that a user gives, checked before any work: a model to read, a place to write, and that the two are apart."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import UserError
+
+_CONFIG_NAME, _ADAPTER_NAME = "config.json", "adapter_config.json"
+_PROBE_BYTES = 4096
+
+
+def check_model_path(argument: str, name: str, has_config: bool = True) -> None:
+    """Refuse what is neither a model's folder nor a name that the hub can know.
+
+    Args:
+        argument: its name on the command line.
+        name: a local folder or a hub id.
+        has_config: False for a folder of GGUF files, which needs no config.json.
+
+    Raises:
+        UserError: the name is empty, or is the path of a file, of a missing folder or of one without config.json.
+    """
+    given = f"{argument} {name!r}"
+    if not name.strip():
+        raise UserError(f"{argument} is empty; give the folder of a Hugging Face model, or its id on the hub")
+    path = Path(name)
+    try:
+        if path.is_file():
+            raise UserError(f"{given} is a file; give the folder of a Hugging Face model")
+        if path.is_dir():
+            known = (path / _CONFIG_NAME).is_file() or (path / _ADAPTER_NAME).is_file()
+            if has_config and not known:
+                raise UserError(f"{given} has no {_CONFIG_NAME}; give the folder of a Hugging Face model")
+            return
+    except OSError as error:
+        raise UserError(f"{given} cannot be read ({error.strerror}); give a folder that can") from error
+    except ValueError as error:  # a null byte
+        raise UserError(f"{given} is not a path ({error}); give the folder of a Hugging Face model") from error
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise UserError(f"{given} does not exist; give the folder of a Hugging Face model, or its id on the hub")
+
+
+def check_apart(argument: str, output: str | Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
+    """Refuse to write where something is read: what is read would be changed, or what is written be read next time.
+
+    Args:
+        argument: the name of the argument that says where to write.
+        output: the file or folder to write.
+        inputs: the files and folders that are read, each behind its argument. Names of the hub, which no path has,
+            pass.
+
+    Raises:
+        UserError: `output` is one of the inputs, contains one, or lies in one; links are followed.
+    """
+    place = Path(output).resolve()
+    for name, given in inputs:
+        if not Path(given).exists():
+            continue
+        read = Path(given).resolve()
+        how = (
+            "is"
+            if place == read
+            else "contains"
+            if place in read.parents
+            else "lies in"
+            if read in place.parents
+            else ""
+        )
+        if how:
+            raise UserError(
+                f"{argument} {str(output)!r} {how} {name} {str(given)!r}, which would be overwritten or read again; "
+                "give another folder"
+            )
+
+
+def make_writable(argument: str, folder: str | Path) -> None:
+    """Make `folder` if it is missing, and try to write there.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    if not str(folder).strip():
+        raise UserError(f"{argument} is empty; give a folder to write to")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0" * _PROBE_BYTES)
+            probe.flush()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{argument} {str(folder)!r} cannot be written ({reason}); give a folder that can") from error
+
+
+def check_writable_file(argument: str, path: str | Path) -> None:
+    """Refuse a file that cannot be written: one in a missing folder, a folder itself, one without permission.
+
+    Raises:
+        UserError: as described.
+    """
+    path = Path(path)
+    if not str(path).strip() or path.is_dir():
+        raise UserError(f"{argument} {str(path)!r} is a folder; give the name of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{argument} {str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{argument} {str(path)!r} cannot be written; give another file")

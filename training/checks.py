@@ -1,0 +1,142 @@
+"""All checks of a run that need no weights, before any weights are read.
+
+A setting that cannot work is found within seconds, whatever the size of the model: paths first, then the model's
+skeleton, prepared as the model is going to be, then the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qat import QATConfig
+from qat.checkpoints.exportable import check_exportable
+from qat.errors import UserError
+from qat.files.paths import check_apart, check_model_path, make_writable
+
+from .arguments.parse import Arguments
+from .resume.output import OutputFolder
+from .resume.steps import check_steps
+from .start.data_checks import check_fit, local_paths
+from .start.skeleton import check_length, skeleton_of, unreadable
+from .start.start import Start
+from .teachers.choose import check_cached_size
+from .teachers.load import check_teacher
+
+logger = logging.getLogger(__name__)
+
+
+# ---- Paths ----
+
+
+def check_paths(arguments: Arguments) -> None:
+    """Refuse models that are not there, places that cannot be written, and to write where something is read.
+
+    Raises:
+        UserError: as described. An evaluation may write into the folder of its model: it makes a new folder there.
+    """
+    model_args, args, data_args, _, distill_args = arguments
+    check_model_path("--model_name_or_path", model_args.model_name_or_path, model_args.gguf_file is None)
+    teacher = distill_args.teacher_model_name_or_path
+    if teacher is not None:
+        check_model_path("--teacher_model_name_or_path", teacher)
+    inputs = [("--dataset", path) for path in local_paths(data_args.dataset)]
+    inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
+    if args.do_train:
+        inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
+        inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]
+    check_apart("--output_dir", args.output_dir, inputs)
+    for name, folder in (
+        ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
+    ):  # fmt: skip
+        if folder is not None:
+            make_writable(name, folder)
+
+
+# ---- The model, without its weights ----
+
+
+def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> PreTrainedModel:
+    """The model without weights, prepared as it is going to be trained: what cannot be done with it is refused.
+
+    Returns:
+        The model, its parameters on the meta device.
+
+    Raises:
+        UserError: its configuration cannot be read, or is not of a causal language model; --model_max_length is more
+            than its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the
+            packed model's folder is occupied; or the checkpoint to resume from is not there or of another training.
+    """
+    args, quant_args, distill_args = arguments.training, arguments.quantization, arguments.distillation
+    skeleton = skeleton_of(start)
+    check_length(args.model_max_length, type(args).model_max_length, skeleton.config)
+    if distill_args.distill:
+        check_cached_size(skeleton.config, distill_args)
+        if distill_args.teacher_model_name_or_path is not None:
+            _check_teacher(start, skeleton, distill_args.teacher_model_name_or_path)
+    with _silenced():  # the model itself is prepared aloud
+        start.quantize(skeleton, quant_args)
+    config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
+    if args.do_train and config is not None and quant_args.export_format != "none":
+        _check_export(skeleton, config, quant_args.quant_mapping, quant_args.export_format, output)
+    if args.do_train and not (start.is_packed and config is None):  # which is known once it is unpacked
+        output.check_resumable(args, config)
+    return skeleton
+
+
+def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:
+    model_args = start.model_args
+    options = {"cache_dir": start.cache_dir, "trust_remote_code": model_args.trust_remote_code}
+    try:
+        teacher = SimpleNamespace(config=AutoConfig.from_pretrained(name, **options))
+        tokenizers = [AutoTokenizer.from_pretrained(n, **options) for n in (model_args.model_name_or_path, name)]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable("--teacher_model_name_or_path", name, error) from error
+    check_teacher(skeleton, teacher, *tokenizers)
+
+
+def _check_export(
+    skeleton: nn.Module, config: QATConfig, mapping: str | None, export_format: str, output: OutputFolder
+) -> None:
+    try:
+        check_exportable(skeleton, export_format)
+    except UserError as error:
+        raise UserError(f"--quant_mapping {mapping!r}: {error}" if mapping else str(error)) from error
+    output.check_packable(config)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Neither prints nor warnings inside."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+# ---- The data ----
+
+
+def check_data(arguments: Arguments, data: dict, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> None:
+    """Refuse data of which nothing can be trained, or tokens that the model does not have.
+
+    Raises:
+        UserError: fewer rows than one batch of all processes; a token beyond the embedding; samples longer than the
+            model's table of positions.
+    """
+    if arguments.training.do_train:
+        check_steps(arguments.training, data["train_dataset"])
+    check_fit(data, tokenizer, skeleton, arguments.training.model_max_length)

@@ -1,0 +1,58 @@
+"""The model that a stage starts from without its weights: what cannot be done with it is found before they are read."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from qat.errors import UserError
+
+from .loading import without_weights
+from .start import Start
+
+
+def skeleton_of(start: Start) -> PreTrainedModel:
+    """The model with its parameters on the meta device, unquantized.
+
+    Raises:
+        UserError: its configuration cannot be read, or is not of a causal language model.
+    """
+    try:
+        return without_weights(start.model_args, start.cache_dir)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable("--model_name_or_path", start.model_args.model_name_or_path, error) from error
+
+
+def unreadable(argument: str, name: str, error: Exception) -> UserError:
+    """The error for a model that transformers cannot make; the first line of its own is the reason."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"{argument} {name!r} is no causal language model that can be loaded: {reason[:300].rstrip('.: ')}. Give a "
+        "local folder, or the hub id of one that is in the cache or can be downloaded"
+    )
+
+
+def check_length(max_length: int, default: int, config: PretrainedConfig) -> None:
+    """Refuse samples longer than the model has positions for; the default is no such wish.
+
+    Raises:
+        UserError: as described.
+    """
+    limit = positions_of(config)
+    if limit is not None and max_length > limit and max_length != default:
+        raise UserError(
+            f"--model_max_length {max_length} is more than the {limit} positions of the model; give at most {limit}, "
+            "or raise max_position_embeddings in its config.json if it can take more"
+        )
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The tokens that a model has positions for, scaled ones included; None where its configuration does not say."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(original * factor)) if factor else limit
