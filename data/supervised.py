@@ -23,6 +23,7 @@ from .sets.selection import collect, split_pools
 from .sets.streaming import make_stream
 from .sets.summary import describe_set
 from .sources.readers import Source, parse_sources
+from .sources.splits import first_of, is_for_training
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ def make_supervised_data_module(
     data_cache_dir: str | None = None,
     preprocessing_num_workers: int = 0,
     batch_size: int = 8,
+    seed: int = 42,
+    evaluate: bool = True,
 ) -> dict:
     """What a Trainer needs for supervised fine-tuning: `train_dataset`, `eval_dataset` and `data_collator`.
 
@@ -56,7 +59,7 @@ def make_supervised_data_module(
         dataset: see `data.sources.readers.HELP`.
         tokenizer: a fast tokenizer; samples are cut at its `model_max_length`.
         train_size, eval_size: numbers of samples, or fractions between 0 and 1; 0: all, and the dataset's default.
-        eval_dataset: evaluate on this instead of held-out samples; written like `dataset`.
+        eval_dataset: evaluate on this instead of held-out samples; written like `dataset`. "none" holds nothing out.
         split: "TRAIN" or "TRAIN,EVAL": splits by name. TRAIN alone holds samples out of it. Default: "train", evaluated
             on the split "validation" where there is one.
         chat_template: None for the tokenizer's, "none" for turns joined by newlines, or a .jinja file, which
@@ -68,6 +71,9 @@ def make_supervised_data_module(
         data_cache_dir: where tokenized sets are kept.
         preprocessing_num_workers: processes that tokenize; 0 chooses.
         batch_size: for the padding that the summary reports.
+        seed: of the order of a stream; a set that is read ahead is shuffled by the Trainer.
+        evaluate: whether there has to be an evaluation set. Without, `eval_dataset` is None where none can be had. What
+            is held out does not depend on it, so that a later run can evaluate what this one trains.
 
     Raises:
         UserError: a wrong argument, or data that cannot be used; the message states which, where, and what to do.
@@ -85,15 +91,23 @@ def make_supervised_data_module(
     logger.info("format: %s", formatter.description)
     policy = BadSamplePolicy(on_bad_sample)
     plan = _Plan(dataset, eval_dataset, split, train_size, eval_size, streaming)
+    if evaluate and plan.holds_nothing_out:
+        raise UserError("--eval_dataset none leaves nothing to evaluate on; leave it out, or ask for no evaluation")
+    for line in plan.report():
+        logger.info(line)
     collator = SupervisedCollator(_pad_token_id(tokenizer), one_row=packing and needs_one_row(model))
     if streaming:
-        train, held_out = make_stream(plan.train, plan.evaluation, train_size, eval_size, formatter, policy, packing)
+        train, held_out = make_stream(
+            plan.train, plan.evaluation, train_size, eval_size, formatter, policy, packing, seed
+        )
+        _check_evaluation(held_out, evaluate, plan)
         return {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
 
     key = fingerprint({"data": plan.identity(), "format": formatter.fingerprint, "on_bad_sample": on_bad_sample})
     root = Path(data_cache_dir) if data_cache_dir else default_root()
     folder = build_once(root, key, lambda f: _build_sets(f, plan, formatter, policy, preprocessing_num_workers))
     train, held_out = _open(folder, "train"), _open(folder, "eval")
+    _check_evaluation(held_out, evaluate, plan)
     packed = PackedDataset(train, formatter.max_length) if packing else None
     _report(folder, train, held_out, packed, formatter.max_length, batch_size)
     return {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
@@ -119,16 +133,29 @@ class _Plan:
         train_split = names[0] if names else "train"
         self.train = [(source, _existing_split(source, train_split)) for source in sources]
         self.sizes = (float(train_size), float(eval_size))
-        if eval_dataset is not None:
+        self.holds_nothing_out = eval_dataset == "none"
+        if self.holds_nothing_out:
+            if eval_size or len(names) > 1:
+                raise UserError("--eval_dataset none excludes --eval_size and a second name in --split; leave one out")
+            self.evaluation: list[tuple[Source, str] | None] = []
+        elif eval_dataset is not None:
             wanted = names[1] if len(names) > 1 else None
             own = parse_sources(eval_dataset, "eval_dataset", names, streaming)
-            self.evaluation: list[tuple[Source, str] | None] = [(s, _eval_split(s, wanted)) for s in own]
+            self.evaluation = [(s, _eval_split(s, wanted)) for s in own]
         elif len(names) > 1:
             self.evaluation = [(source, _existing_split(source, names[1])) for source in sources]
         else:
-            use = not names
-            self.evaluation = [(s, "validation") if use and "validation" in s.splits() else None for s in sources]
+            found = [None if names else first_of(source.splits(), "validation") for source in sources]
+            self.evaluation = [name and (source, name) for source, name in zip(sources, found, strict=True)]
         self.has_own_evaluation = eval_dataset is not None
+        self.sources = sources if eval_dataset is None or self.holds_nothing_out else [*sources, *own]
+
+    def report(self) -> list[str]:
+        """Lines about the files of each source, and about sources that are given twice."""
+        names = [source.name for source, _ in self.train]
+        repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        lines = dict.fromkeys(line for source in self.sources for line in source.report())
+        return [*lines, *(f"{name}: given more than once, so its samples are repeated" for name in repeated)]
 
     def identity(self) -> list:
         """What a cache must tell apart: contents, weights and sizes."""
@@ -144,7 +171,9 @@ class _Plan:
 
 def _existing_split(source: Source, split: str) -> str:
     if split not in source.splits():
-        raise UserError(f"--split {split!r}: {source.name} has the splits {', '.join(source.splits())}")
+        found = source.splits()
+        hint = next((f"; give --split {name}" for name in found if is_for_training(name)), "")
+        raise UserError(f"--split {split!r}: {source.name} has the splits {', '.join(found)}{hint}")
     return split
 
 
@@ -152,7 +181,19 @@ def _eval_split(source: Source, wanted: str | None) -> str:
     """An evaluation set of its own: the split asked for, else its validation, test or only split."""
     if wanted is not None:
         return _existing_split(source, wanted)
-    return next((name for name in ("validation", "test") if name in source.splits()), source.splits()[0])
+    return first_of(source.splits(), "validation", "test") or source.splits()[0]
+
+
+def _check_evaluation(held_out: datasets.Dataset | None, evaluate: bool, plan: _Plan) -> None:
+    if held_out is not None:
+        return
+    if evaluate:
+        names = " and ".join(source.name for source, _ in plan.train)
+        raise UserError(
+            f"--dataset {names}: all samples are alike, so none can be held out to evaluate on; give --eval_dataset, "
+            "or ask for no evaluation"
+        )
+    logger.info("nothing is held out: there is no evaluation set")
 
 
 # ---- Building and opening ----
@@ -167,23 +208,29 @@ def _build_sets(folder: Path, plan: _Plan, formatter: Formatter, policy: BadSamp
     chosen = dict(zip(("train", "eval"), split_pools(pools, held_out, *plan.sizes, policy), strict=True))
     totals = {}
     for name, words in (("train", "training samples"), ("eval", "evaluation samples")):
+        if name == "eval" and not len(chosen[name]):
+            continue
         totals[name] = build(chosen[name].rows(), folder / f"{name}.arrow", formatter, policy, words, workers).as_dict()
-    schemas = {pool.source.name: pool.schema.name for pool in (*pools, *held_out) if pool is not None}
-    report = {"schemas": schemas, "totals": totals, "skipped": policy.report()}
+    notes = [f"{pool.source.name}: {note}" for pool in (*pools, *held_out) if pool is not None for note in pool.notes]
+    notes = list(dict.fromkeys([*notes, *chosen["eval"].notes]))
+    report = {"notes": notes, "totals": totals, "skipped": policy.report()}
     (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for path in folder.glob("raw-*"):
         path.unlink()
 
 
-def _open(folder: Path, name: str) -> datasets.Dataset:
-    return datasets.Dataset.from_file(str(folder / f"{name}.arrow"))
+def _open(folder: Path, name: str) -> datasets.Dataset | None:
+    path = folder / f"{name}.arrow"
+    return datasets.Dataset.from_file(str(path)) if path.exists() else None
 
 
 def _report(folder: Path, train, held_out, packed: PackedDataset | None, max_length: int, batch_size: int) -> None:
     report = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    for source, schema in report["schemas"].items():
-        logger.info("%s: schema %s", source, schema)
+    for note in report["notes"]:
+        logger.info(note)
     for name, samples, rows in (("train", train, packed and len(packed)), ("eval", held_out, None)):
+        if samples is None:
+            continue
         lengths = samples.data.column("length").to_numpy()
         logger.info(describe_set(name, report["totals"][name], lengths, batch_size, max_length, rows))
     if report["skipped"]:

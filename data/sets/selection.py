@@ -6,7 +6,7 @@ Samples are collected into one Arrow file per split, so that memory holds eight 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import logging
 from array import array
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from qat.errors import UserError
 
 from ..bad_samples import BadSample, BadSamplePolicy
-from ..conversations.schemas import Schema, recognise, unknown_schema
 from ..sources.readers import DEFAULT_EVAL_SIZE, Source
+from .samples import Begun, read_samples, survey
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Pool:
     source: Source
     rows: datasets.Dataset
     hashes: np.ndarray  # uint64 [samples]
-    schema: Schema
+    notes: list[str] = field(default_factory=list)  # what the log tells about them
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -48,6 +48,7 @@ class Chosen:
     """Samples taken from pools, in order."""
 
     parts: list[tuple[Pool, np.ndarray]] = field(default_factory=list)  # int64 indices into the pool
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return sum(len(indices) for _, indices in self.parts)
@@ -67,34 +68,25 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
     """Read a whole split, check every row, and keep the good ones in the Arrow file `path`.
 
     Raises:
-        UserError: an unknown schema, no good row at all, or (policy "error") the first bad sample.
+        UserError: an unknown schema, two schemas, no good row at all, or (policy "error") the first bad sample.
     """
-    schema: Schema | None = None
-    hashes, texts, places = array("Q"), [], []
+    parts = source.parts(split)
+    found = survey(parts if len(parts) > 1 else [Begun(part) for part in parts])
+    samples = tqdm(read_samples(found.parts, policy), desc=f"Reading {source.name} ({split})", unit=" samples")
+    hashes = array("Q")
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-        for place, row in tqdm(source.rows(split), desc=f"Reading {source.name} ({split})", unit=" samples"):
-            try:
-                if isinstance(row, BadSample):
-                    raise row
-                if schema is None:
-                    schema = recognise(row)
-                    if schema is None:
-                        raise unknown_schema(row, place)
-                text = json.dumps(schema.sample_of(row), ensure_ascii=False)
-            except BadSample as error:
-                policy.handle(error.at(place))
-                continue
-            texts.append(text)
-            places.append(place)
-            hashes.append(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
-            if len(texts) == _WRITE_EVERY:
-                writer.write_batch(pa.record_batch([texts, places], schema=_SCHEMA))
-                texts, places = [], []
-        if texts:
+        while batch := list(itertools.islice(samples, _WRITE_EVERY)):
+            places, texts = zip(*batch, strict=True)
             writer.write_batch(pa.record_batch([texts, places], schema=_SCHEMA))
-    if schema is None or not hashes:
-        raise UserError(f"{source.name} ({split}) has no usable sample. {policy.report() or 'It has no rows'}")
-    return Pool(source, datasets.Dataset.from_file(str(path)), np.array(hashes, dtype=np.uint64), schema)
+            hashes.extend(_hash_of(text) for text in texts)
+    if not hashes:
+        nothing = policy.report() or "; ".join(found.notes) or "It has no rows"
+        raise UserError(f"{source.name} ({split}) has no usable sample. {nothing}")
+    return Pool(source, datasets.Dataset.from_file(str(path)), np.array(hashes, dtype=np.uint64), found.notes)
+
+
+def _hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def split_pools(
@@ -109,7 +101,7 @@ def split_pools(
     Args:
         pools: one per source of the training set.
         held_out: beside each, the pool that evaluates it, or None to hold samples out of the pool itself; or any number
-            of evaluation pools of their own.
+            of evaluation pools of their own. With none at all, or where all samples are alike, nothing is held out.
         train_size, eval_size: numbers of samples; between 0 and 1, fractions; 0, all and the default.
 
     Raises:
@@ -118,25 +110,42 @@ def split_pools(
     rng = np.random.default_rng(SPLIT_SEED)
     orders = [rng_order(len(pool)) for pool in pools]
     evaluation = Chosen()
-    quotas = _eval_quotas(pools, held_out, eval_size)
-    _, inverse, counts = np.unique(np.concatenate([p.hashes for p in pools]), return_inverse=True, return_counts=True)
-    occurs_once = np.split(counts[inverse.reshape(-1)] == 1, np.cumsum([len(p) for p in pools])[:-1])
-    for i, quota in enumerate(quotas):
+    left_out = 0
+    for i, quota in enumerate(_eval_quotas(pools, held_out, eval_size)):
         pool = held_out[i]
         if pool is not None:
-            _check_size("eval_size", quota, len(pool), pool.source.name)
+            _check_size("eval_size", eval_size, quota, len(pool), pool.source.name, policy)
             evaluation.parts.append((pool, rng_order(len(pool))[:quota]))
             continue
-        # A sample that occurs twice must not be in both sets, so only those that occur once are held out.
-        candidates = orders[i][occurs_once[i][orders[i]]]
-        _check_size("eval_size", quota, min(len(candidates), len(pools[i]) - 1), pools[i].source.name)
-        taken = candidates[len(candidates) - quota :]
+        most = max(0, len(np.unique(pools[i].hashes[orders[i]])) - 1)
+        if eval_size == 0:
+            quota = min(quota, most)
+        _check_size("eval_size", eval_size, quota, most, pools[i].source.name, policy)
+        taken = _hold_out(pools, orders, i, quota)
         evaluation.parts.append((pools[i], taken))
-        orders[i] = orders[i][~np.isin(orders[i], taken)]
+        lengths = sum(map(len, orders))
+        orders = [o[~np.isin(p.hashes[o], pools[i].hashes[taken])] for p, o in zip(pools, orders, strict=True)]
+        left_out += lengths - sum(map(len, orders)) - quota
     evaluation.parts = [part for part in evaluation.parts if len(part[1])]
+    if left_out:
+        evaluation.notes.append(f"left {left_out} copies of held-out samples out of the training set")
     orders = _without_duplicates(pools, orders, evaluation, policy)
-    train = Chosen([(p, o) for p, o in zip(pools, _sized(pools, orders, train_size, rng), strict=True) if len(o)])
+    train = Chosen(
+        [(p, o) for p, o in zip(pools, _sized(pools, orders, train_size, rng, policy), strict=True) if len(o)]
+    )
     return train, evaluation
+
+
+def _hold_out(pools: list[Pool], orders: list[np.ndarray], i: int, quota: int) -> np.ndarray:
+    """`quota` different samples of pool `i`: those that occur once, and one copy of others if they are too few."""
+    hashes = np.concatenate([pool.hashes[order] for pool, order in zip(pools, orders, strict=True)])
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    begin = sum(map(len, orders[:i]))
+    copies = counts[inverse.reshape(-1)[begin : begin + len(orders[i])]]
+    once, repeated = orders[i][copies == 1], orders[i][copies > 1]
+    _, first = np.unique(pools[i].hashes[repeated], return_index=True)
+    candidates = np.concatenate([repeated[np.sort(first)], once])
+    return candidates[len(candidates) - quota :]
 
 
 def rng_order(count: int) -> np.ndarray:
@@ -156,39 +165,50 @@ def _eval_quotas(pools: list[Pool], held_out: list[Pool | None], eval_size: floa
     if eval_size < 1:
         return [max(1, round(eval_size * count)) for count in available]
     weights = [(own or pools[i]).source.weight for i, own in enumerate(held_out)]
+    if not held_out:
+        return []
     return _apportion(int(eval_size), [w if w is not None else n for w, n in zip(weights, available, strict=True)])
 
 
 def _sized(
-    pools: list[Pool], orders: list[np.ndarray], train_size: float, rng: np.random.Generator
+    pools: list[Pool],
+    orders: list[np.ndarray],
+    train_size: float,
+    rng: np.random.Generator,
+    policy: BadSamplePolicy,
 ) -> list[np.ndarray]:
     """Samples per pool by size and weights; with weights, as many as possible without repeating any."""
     available = [len(order) for order in orders]
     weights = [pool.source.weight for pool in pools]
     if weights[0] is not None:
         most = min(int(n * sum(weights) / w + 1e-9) for n, w in zip(available, weights, strict=True))
-        total = _total(train_size, most, "the datasets in these weights, none repeated,")
+        total = _total(train_size, most, "the datasets in these weights, none repeated,", policy)
         return [order[:count] for order, count in zip(orders, _apportion(total, weights), strict=True)]
-    total = _total(train_size, sum(available), " and ".join(pool.source.name for pool in pools))
+    total = _total(train_size, sum(available), " and ".join(pool.source.name for pool in pools), policy)
     if total == sum(available) or len(pools) == 1:
         return [order[:total] for order in orders]
     owner = rng.permutation(np.repeat(np.arange(len(pools)), available))[:total]
     return [order[: int((owner == i).sum())] for i, order in enumerate(orders)]
 
 
-def _total(train_size: float, available: int, name: str) -> int:
+def _total(train_size: float, available: int, name: str, policy: BadSamplePolicy) -> int:
     total = available if train_size == 0 else int(train_size)
     if 0 < train_size < 1:
         total = round(train_size * available)
-    _check_size("train_size", total, available, name)
+    _check_size("train_size", train_size, total, available, name, policy)
     if total == 0:
-        raise UserError(f"--train_size {train_size:g} leaves no training sample of the {available} that {name} has")
+        given = f"--train_size {train_size:g} leaves" if train_size else "the evaluation set leaves"
+        raise UserError(f"{given} no training sample of the {available} that {name} has")
     return total
 
 
-def _check_size(argument: str, size: int, available: int, name: str) -> None:
+def _check_size(argument: str, given: float, size: int, available: int, name: str, policy: BadSamplePolicy) -> None:
     if size > available:
-        raise UserError(f"--{argument} {size} is more than {name} can give: {max(available, 0)} samples are available")
+        asked = "" if size == given else f", which is {size},"
+        raise UserError(
+            f"--{argument} {given:g}{asked} is more than {name} can give: {max(available, 0)} samples are available. "
+            f"{policy.report()}".rstrip(". ")
+        )
 
 
 def _apportion(total: int, weights: list[float]) -> list[int]:

@@ -19,18 +19,16 @@ from qat.errors import UserError
 
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.formatting import Encoded, Formatter
-from ..conversations.schemas import Schema, recognise, unknown_schema
-from ..sources.files import read_file
-from ..sources.readers import LocalFiles, Source
+from ..sources.readers import Source
 from .building import to_record_batch
 from .packing import pack, plan_packing
+from .samples import SurveyedPart, read_samples, survey
 
 logger = logging.getLogger(__name__)
 
 BUFFER_SAMPLES = 2048  # of which the next sample is drawn at random
 DEFAULT_EVAL_SIZE = 256
 _ENCODE_BATCH, _PACK_BATCH = 64, 512
-_SEED = 42
 _TOKENS = datasets.List(datasets.Value("int32"))
 
 
@@ -53,32 +51,39 @@ def make_stream(
     formatter: Formatter,
     policy: BadSamplePolicy,
     packing: bool,
-) -> tuple[datasets.IterableDataset, datasets.Dataset]:
-    """A stream of training samples, and the evaluation set.
+    seed: int = 42,
+) -> tuple[datasets.IterableDataset, datasets.Dataset | None]:
+    """A stream of training samples in an order that `seed` decides, and the evaluation set.
 
     Without an evaluation set of their own, the first `eval_size` good samples of the first source are held out of the
-    stream, all their copies included.
+    stream, all their copies included. With `evaluation` empty, or only one sample, nothing is held out.
 
     Raises:
-        UserError: sizes given as fractions, weights on some, a bad sample or an unknown schema at the beginning.
+        UserError: sizes given as fractions, weights on some, a bad sample or an unknown schema at the beginning, files
+            of different schemas, more samples to hold out than there are.
     """
     for argument, size in (("train_size", train_size), ("eval_size", eval_size)):
         if 0 < size < 1:
             raise UserError(f"--{argument} {size:g}: a stream has no known length; give a number of samples")
     policy = LoggedPolicy(policy.policy)
-    own = [entry for entry in evaluation if entry is not None]
-    rows = itertools.chain.from_iterable(_samples([entry], policy) for entry in own or train[:1])
-    held_out, hashes = _held_out(rows, int(eval_size) or DEFAULT_EVAL_SIZE, formatter, policy)
-    parts = [_stream_of(entry, hashes, bool(own), policy) for entry in train]
+    surveys = [_surveyed(entry) for entry in train]
+    own = [_surveyed(entry) for entry in evaluation if entry is not None]
+    if own:
+        held_out, hashes = _taken(own, int(eval_size) or DEFAULT_EVAL_SIZE, formatter, policy)
+    elif evaluation:
+        held_out, hashes = _held_out(surveys[0], train[0][0].name, int(eval_size), formatter, policy)
+    else:
+        held_out, hashes = None, set()
+    parts = [_stream_of(survey, hashes, bool(own), policy) for survey in surveys]
     weights = [source.weight for source, _ in train]
     if weights[0] is not None:
         probabilities = [weight / sum(weights) for weight in weights]
-        stream = datasets.interleave_datasets(parts, probabilities, seed=_SEED, stopping_strategy="first_exhausted")
+        stream = datasets.interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="first_exhausted")
     else:
         stream = datasets.concatenate_datasets(parts)
     if train_size:
         stream = stream.take(int(train_size))
-    stream = stream.shuffle(seed=_SEED, buffer_size=BUFFER_SAMPLES)
+    stream = stream.shuffle(seed=seed, buffer_size=BUFFER_SAMPLES)
     columns = {"input_ids": _TOKENS, "labels": _TOKENS}
     stream = stream.map(
         _Encode(formatter, policy), batched=True, batch_size=_ENCODE_BATCH, remove_columns=["sample", "place"],
@@ -120,40 +125,34 @@ class _Pack:
 # ---- Samples of the common form ----
 
 
-def _samples(shards: list[tuple], policy: BadSamplePolicy) -> Iterator[tuple[str, str]]:
-    """(place, JSON text) of each good row."""
-    schema: Schema | None = None
-    for source, split, *file in shards:
-        for place, row in read_file(file[0]) if file else source.rows(split):
-            try:
-                if isinstance(row, BadSample):
-                    raise row
-                schema = schema or recognise(row)
-                if schema is None:
-                    raise unknown_schema(row, place)
-                yield place, json.dumps(schema.sample_of(row), ensure_ascii=False)
-            except BadSample as error:
-                policy.handle(error.at(place))
-
-
-def _stream_of(entry: tuple[Source, str], held_out: set[bytes], is_error: bool, policy: BadSamplePolicy):
+def _surveyed(entry: tuple[Source, str]) -> list[SurveyedPart]:
     source, split = entry
-    shards = [(source, split, file) for file in source.files(split)] if isinstance(source, LocalFiles) else [entry]
-    arguments = {"shards": shards, "held_out": held_out, "is_error": is_error, "policy": policy}
+    found = survey(source.parts(split))
+    for note in found.notes:
+        logger.info("%s: %s", source.name, note)
+    if not found.parts:
+        raise UserError(f"{source.name} ({split}) has no usable sample. {'; '.join(found.notes)}")
+    return found.parts
+
+
+def _stream_of(parts: list[SurveyedPart], held_out: set[bytes], is_error: bool, policy: BadSamplePolicy):
+    arguments = {"parts": parts, "held_out": held_out, "is_error": is_error, "policy": policy}
     features = datasets.Features({"place": datasets.Value("string"), "sample": datasets.Value("string")})
     return datasets.IterableDataset.from_generator(_generate, features, gen_kwargs=arguments)
 
 
-def _generate(shards: list[tuple], held_out: set[bytes], is_error: bool, policy: BadSamplePolicy) -> Iterator[dict]:
+def _generate(
+    parts: list[SurveyedPart], held_out: set[bytes], is_error: bool, policy: BadSamplePolicy
+) -> Iterator[dict]:
     passed_over = 0
-    for place, text in _samples(shards, policy):
+    for place, text in read_samples(parts, policy):
         if _hash(text) not in held_out:
             yield {"place": place, "sample": text}
         elif is_error:
             policy.handle(BadSample("duplicate of an evaluation sample", "", place))
         else:
             passed_over += 1
-    logger.info("end of %s: skipped %d samples held out for evaluation", shards[0][0].name, passed_over)
+    logger.info("end of %s: skipped %d samples held out for evaluation", parts[0][0].name, passed_over)
     if policy.total:
         logger.warning(policy.report())
 
@@ -162,22 +161,51 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _held_out(
-    rows: Iterator, count: int, formatter: Formatter, policy: BadSamplePolicy
+# ---- The evaluation set ----
+
+
+def _taken(
+    sets: list[list[SurveyedPart]], count: int, formatter: Formatter, policy: BadSamplePolicy
 ) -> tuple[datasets.Dataset, set[bytes]]:
-    good: list[Encoded] = []
-    hashes: set[bytes] = set()
-    for place, text in rows:
-        if _hash(text) in hashes:
+    """The first `count` different samples of evaluation sets."""
+    samples = list(itertools.islice(_different(itertools.chain(*sets), formatter, policy), count))
+    if not samples:
+        raise UserError(f"no usable sample to evaluate on. {policy.report()}")
+    return _as_dataset(samples)
+
+
+def _held_out(
+    parts: list[SurveyedPart], name: str, size: int, formatter: Formatter, policy: BadSamplePolicy
+) -> tuple[datasets.Dataset | None, set[bytes]]:
+    """The first `size` different samples of a training set, of which one at least is left; 0: the default."""
+    wanted = size or DEFAULT_EVAL_SIZE
+    samples = list(itertools.islice(_different(iter(parts), formatter, policy), wanted + 1))
+    if not samples:
+        raise UserError(f"{name} has no usable sample. {policy.report()}")
+    if size and len(samples) <= size:
+        raise UserError(f"--eval_size {size} is more than {name} can give: {len(samples) - 1} samples are available")
+    if len(samples) <= wanted:  # a small set, of which a tenth is held out, as without --streaming
+        wanted = min(max(1, len(samples) // 10), len(samples) - 1)
+    return _as_dataset(samples[:wanted]) if wanted else (None, set())
+
+
+def _as_dataset(samples: list[tuple[bytes, Encoded]]) -> tuple[datasets.Dataset, set[bytes]]:
+    table = pa.Table.from_batches([to_record_batch([encoded for _, encoded in samples])])
+    return datasets.Dataset(table), {key for key, _ in samples}
+
+
+def _different(
+    parts: Iterator[SurveyedPart], formatter: Formatter, policy: BadSamplePolicy
+) -> Iterator[tuple[bytes, Encoded]]:
+    """Each good sample once, with its hash."""
+    seen: set[bytes] = set()
+    for place, text in read_samples(parts, policy):
+        key = _hash(text)
+        if key in seen:
             continue
         [encoded] = formatter.encode([json.loads(text)])
         if isinstance(encoded, BadSample):
             policy.handle(encoded.at(place))
             continue
-        hashes.add(_hash(text))
-        good.append(encoded)
-        if len(good) == count:
-            break
-    if not good:
-        raise UserError(f"no usable sample to evaluate on. {policy.report()}")
-    return datasets.Dataset(pa.Table.from_batches([to_record_batch(good)])), hashes
+        seen.add(key)
+        yield key, encoded

@@ -36,7 +36,9 @@ class Arguments(NamedTuple):
     @property
     def data_options(self) -> dict:
         """For `make_supervised_data_module`."""
-        return {**vars(self.data), "batch_size": self.training.per_device_train_batch_size}
+        seed = self.training.seed if self.training.data_seed is None else self.training.data_seed
+        options = {"batch_size": self.training.per_device_train_batch_size, "seed": seed}
+        return {**vars(self.data), **options, "evaluate": self.training.do_eval}
 
     @property
     def trainer_options(self) -> dict:

@@ -98,10 +98,10 @@ def test_splits_are_chosen_by_name_and_by_rule(tmp_path):
     for name, mark, count in (("train", "t", 9), ("validation", "v", 3), ("test", "e", 2), ("extra_sft", "x", 5)):
         write(folder / f"{name}.jsonl", count, mark)
     spec = str(folder)
-    assert read(spec, tmp_path) == ({"t": 9, "x": 5}, {"v": 3})
+    assert read(spec, tmp_path) == ({"t": 9}, {"v": 3})
     assert read(spec, tmp_path, 0, 2, split="extra_sft") == ({"x": 3}, {"x": 2})
     assert read(spec, tmp_path, split="extra_sft,test") == ({"x": 5}, {"e": 2})
-    assert read(spec, tmp_path, eval_dataset=str(folder / "test.jsonl")) == ({"t": 9, "x": 5}, {"e": 2})
+    assert read(spec, tmp_path, eval_dataset=str(folder / "test.jsonl")) == ({"t": 9}, {"e": 2})
     with pytest.raises(ValueError, match="--split 'nope'.*train, test, validation"):
         read(spec, tmp_path, split="nope")
 
