@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from qat.errors import reported_in_one_line
 
@@ -24,6 +24,7 @@ from .conversations.formatting import IGNORE_INDEX, TRAIN_ON
 from .sets.packing import PackedDataset
 from .sources.readers import HELP
 from .supervised import make_supervised_data_module
+from .tokenizer import load_tokenizer
 
 COLORS = ("auto", "always", "never")
 _GREEN, _RESET = "\033[1;32m", "\033[0m"
@@ -35,6 +36,7 @@ class PreviewArguments:
 
     model_name_or_path: str = field(metadata={"help": "Whose tokenizer to use: hub id or local folder."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in that folder."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the tokenizer."})
     dataset: str = field(default="python-docs", metadata={"help": HELP})
     eval_dataset: str | None = field(default=None, metadata={"help": "As for main.py."})
     split: str | None = field(default=None, metadata={"help": "As for main.py."})
@@ -54,8 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("data").setLevel(logging.INFO)
-    source = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, model_max_length=args.model_max_length, **source)
+    tokenizer = load_tokenizer(
+        args.model_name_or_path, args.model_max_length, gguf_file=args.gguf_file,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
     try:
         module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})

@@ -32,10 +32,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify is None:
             export_checkpoint(
                 args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
-                CardFacts(args.base_model, args.dataset),
+                CardFacts(args.base_model, args.dataset), args.trust_remote_code,
             )  # fmt: skip
         if args.verify is not None or not args.no_verify:
-            verify(args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only)
+            verify(
+                args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
+                trust_remote_code=args.trust_remote_code,
+            )  # fmt: skip
     except (ValueError, OSError, VerificationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,6 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", metavar="SRC", help="with --verify: the source, where it is not recorded in DIR")
     parser.add_argument("--weights_only", action="store_true", help="verify weights, load no model for logits")
     parser.add_argument("--no_verify", action="store_true", help="export without verifying")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with SRC")
     args = parser.parse_args(argv)
     if (args.verify is None) == (args.target is None):
         parser.error("give SRC and DST to export, or --verify DIR")

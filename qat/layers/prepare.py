@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ..errors import UserError
 from ..schemes.config import QATConfig
+from ..schemes.patterns import matches
 from ..schemes.presets import get_scheme
 from ..schemes.spec import Scheme
 from .learned_scales import SETTING
@@ -131,10 +131,6 @@ def _normalize_key(key: type | str) -> str:
     raise UserError(f"mapping key {key!r} is neither torch.nn.Linear nor a glob over names such as '*.down_proj'")
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
 def _choose_sites(
     model: nn.Module, mapping: Mapping[str, str], ignore: tuple[str, ...]
 ) -> tuple[list[tuple[Site, str]], dict[str, str]]:
@@ -146,9 +142,9 @@ def _choose_sites(
     chosen: list[tuple[Site, str]] = []
     used_keys: set[str] = set()
     for site in sites:
-        keys = [key for key in mapping if key == KINDS[site.kind].key or _matches(site.name, key)]
+        keys = [key for key in mapping if key == KINDS[site.kind].key or matches(site.name, key)]
         used_keys.update(keys)
-        pattern = next((p for p in ignore if _matches(site.name, p)), None)
+        pattern = next((p for p in ignore if matches(site.name, p)), None)
         if pattern is not None:
             left_alone[site.name] = f"ignored by {pattern!r}"
         elif keys:

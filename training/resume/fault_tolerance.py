@@ -26,7 +26,13 @@ from .checkpoints import find_checkpoint
 from .run_record import RunRecord
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
-from .written import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
+from .written import (
+    check_saved_model,
+    checkpoint_written_whole,
+    checkpoints_in,
+    delete_older_checkpoints,
+    model_written_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +192,8 @@ class FaultTolerantTrainer(Trainer):
             return
         with model_written_whole(output_dir or self.args.output_dir, self.args.should_save) as partial:
             super().save_model(str(partial), _internal_call=True)
+            if self.args.should_save:
+                check_saved_model(partial)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

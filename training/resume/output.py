@@ -77,11 +77,15 @@ class OutputFolder:
             return None
         return find_checkpoint(str(self.path), args.resume_from_checkpoint, qat_config, self.writers)
 
-    def pack(self, qat_config: QATConfig, export_format: str, facts: CardFacts) -> Path:
+    def pack(
+        self, qat_config: QATConfig, export_format: str, facts: CardFacts, trust_remote_code: bool = False
+    ) -> Path:
         """Pack the model of this folder into a folder named after its scheme, and prove that it is the same model."""
         target = self.path / "-".join(dict.fromkeys(qat_config.mapping.values()))
-        export_checkpoint(self.path, target, export_format, overwrite=True, facts=facts)
-        verify(target, self.path)
+        export_checkpoint(
+            self.path, target, export_format, overwrite=True, facts=facts, trust_remote_code=trust_remote_code
+        )
+        verify(target, self.path, trust_remote_code=trust_remote_code)
         return target
 
 
