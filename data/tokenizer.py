@@ -56,6 +56,6 @@ def _problem(error: Exception, name: str, argument: str) -> str:
     text = " ".join(str(error).split())
     short = text if len(text) <= 200 else f"{text[:197]}..."
     return (
-        f"{argument} {name!r} has no tokenizer that can be read ({type(error).__name__}: {short}); copy the files of "
-        "its tokenizer (tokenizer.json, tokenizer_config.json) there"
+        f"{argument} {name!r} has no tokenizer that can be read ({type(error).__name__}: {short}); it needs the files "
+        "of one (tokenizer.json, tokenizer_config.json) and a sound config.json"
     )

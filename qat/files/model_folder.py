@@ -121,7 +121,8 @@ def adapter_error(name: str | Path, argument: str, adapter: dict[str, Any]) -> U
 
 def quantizer_of(folder: Path | None, config: dict[str, Any]) -> str | None:
     """The method that quantized a model, by its config.json and the files beside it; None for a plain model."""
-    settings = config.get("quantization_config") or config.get("compression_config")
+    settings = config.get("quantization_config")
+    settings = config.get("compression_config") if settings is None else settings
     if settings is None:
         found = (method for file, method in _FOREIGN.items() if folder is not None and (folder / file).is_file())
         return next(found, None)
