@@ -42,9 +42,7 @@ class Loading:
     def conversion_error(self) -> str | None:
         """The tensor that could not be converted, and why."""
         for table in self.tables:
-            if match := re.search(
-                r"^(\S+)\s*\|\s*CONVERSION.*?(?:^(Error\b[^\n]*|\S*Error: [^\n]*))", table, re.M | re.S
-            ):
+            if match := re.search(r"^([^\n]+?)\s*\|\s*CONVERSION\b.*?^(Error\b.*?)$", table, re.M | re.S):
                 return f"{match[1]} ({match[2]})"
         return None
 

@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from ..errors import UserError
 from ..files.json_file import read_object
-from ..files.model_folder import ADAPTER_NAME, CONFIG_NAME, adapter_error, check_model_folder, quantizer_of
+from ..files.model_folder import ADAPTER_NAME, CONFIG_NAME, adapter_error, check_files, check_model_folder, quantizer_of
 from .fit import code_error, first_line
 from .folder import is_packed_by, read_config_file
 
@@ -30,18 +30,20 @@ def find_folder(name: str | Path, argument: str = "--model_name_or_path", cache_
     folder = check_model_folder(name, argument)
     if folder is not None:
         return folder
-    if (adapter := cached_file(str(name), ADAPTER_NAME, cache_dir=cache_dir, **_QUIET)) is not None:
-        raise adapter_error(name, argument, read_object(adapter))
     try:
-        config = cached_file(str(name), CONFIG_NAME, cache_dir=cache_dir)
+        adapter = cached_file(str(name), ADAPTER_NAME, cache_dir=cache_dir, **_QUIET)
+        config = None if adapter else cached_file(str(name), CONFIG_NAME, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{argument} {str(name)!r} is neither a folder nor a model that can be had from the hub or its cache: "
             f"{first_line(error)}"
         ) from error
+    if adapter is not None:
+        raise adapter_error(name, argument, read_object(adapter))
     assert config is not None
-    read_config_file(Path(config).parent)
-    return Path(config).parent
+    folder = Path(config).parent
+    check_files(folder)
+    return folder
 
 
 def check_readable(folder: Path, where: object) -> bool:

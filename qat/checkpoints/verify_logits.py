@@ -107,8 +107,8 @@ def _trusted(trust_remote_code: bool) -> list[str]:
 def _failure(arguments: list[str], status: int, errors: str) -> str:
     """One line about a process that failed, from what it wrote."""
     what, folder = arguments[0], arguments[2]
-    said = [line.strip() for line in errors.splitlines() if re.match(r"\w*(Error|Exception)\b.*:", line.strip())]
-    reason = said[-1] if said else f"its process ended with status {status}"
+    said = [line.strip() for line in errors.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line.strip())]
+    reason = said[-1].removeprefix("qat.errors.UserError: ") if said else f"its process ended with status {status}"
     if what == "packed":
         return f"{folder} is not proven, and has no verification.json: transformers cannot load it: {reason}"
     return f"{folder}: the logits of the fake-quantized model cannot be computed, so nothing is proven: {reason}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .json_file import read_object
+from .json_file import read_object, shown
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -37,6 +37,7 @@ _READ_FOLDERS = ("additional_chat_templates", "custom_generate")
 # Files in which other quantizers leave their settings beside config.json.
 _FOREIGN = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
+_MAX_HUB_ID = 96
 
 
 def check_model_folder(name: str | Path, argument: str = "--model_name_or_path") -> Path | None:
@@ -54,16 +55,21 @@ def check_model_folder(name: str | Path, argument: str = "--model_name_or_path")
     if not _is_folder(str(name)):
         _check_hub_id(str(name), argument)
         return None
+    check_files(folder)
+    if (folder / ADAPTER_NAME).is_file():
+        raise adapter_error(name, argument, read_object(folder / ADAPTER_NAME))
+    _check_pickles(folder)
+    return folder
+
+
+def check_files(folder: Path) -> None:
+    """Refuse links out of a folder, damaged JSON, and an index that names files outside, by the file's name."""
     _check_links(folder)
     for path in (*(folder / file for file in _JSON), *folder.glob("*.index.json")):
         if path.exists():
             content = read_object(path)
             if path.name.endswith(".index.json"):
                 weight_files(path, content)
-            elif path.name == ADAPTER_NAME:
-                raise adapter_error(name, argument, content)
-    _check_pickles(folder)
-    return folder
 
 
 def weight_files(path: Path, index: dict[str, Any] | None = None) -> dict[str, str]:
@@ -154,8 +160,8 @@ def _is_folder(name: str) -> bool:
 def _check_hub_id(name: str, argument: str) -> None:
     if len(name) < 256 and Path(name).is_file():
         raise UserError(f"{argument} {name!r} is a file; give the folder of a Hugging Face checkpoint, or a hub id")
-    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise UserError(f"{argument} {name!r} is neither a folder nor a hub id such as HuggingFaceTB/SmolLM2-135M")
+    if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID or ".." in name or "--" in name:
+        raise UserError(f"{argument} {shown(name)} is neither a folder nor a hub id such as HuggingFaceTB/SmolLM2-135M")
 
 
 def _check_links(folder: Path) -> None:
