@@ -100,7 +100,9 @@ def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> Non
     if arguments.training.report:
         report_run(output.path, trainer, arguments)
     if trainer.qat_config is not None and arguments.quantization.export_format != "none":
-        packed = output.pack(trainer.qat_config, arguments.quantization.export_format, arguments.facts)
+        packed = output.pack(
+            trainer.qat_config, arguments.quantization.export_format, arguments.facts, arguments.model.trust_remote_code
+        )
         logger.info("Serve it: vllm serve %s", packed)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from qat.errors import UserError, reported_in_one_line
 from qat.files.paths import check_model_path, make_writable
@@ -27,6 +27,7 @@ from .conversations.formatting import IGNORE_INDEX, TRAIN_ON
 from .sets.packing import PackedDataset
 from .sources.readers import HELP
 from .supervised import make_supervised_data_module
+from .tokenizer import load_tokenizer
 
 COLORS = ("auto", "always", "never")
 _GREEN, _RESET = "\033[1;32m", "\033[0m"
@@ -38,6 +39,7 @@ class PreviewArguments:
 
     model_name_or_path: str = field(metadata={"help": "Whose tokenizer to use: hub id or local folder."})
     gguf_file: str | None = field(default=None, metadata={"help": "Name of a GGUF file in that folder."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the tokenizer."})
     dataset: str = field(default="python-docs", metadata={"help": HELP})
     eval_dataset: str | None = field(default=None, metadata={"help": "As for main.py."})
     split: str | None = field(default=None, metadata={"help": "As for main.py."})
@@ -70,7 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = DataclassParser(PreviewArguments, prog="data.preview").parse(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("data").setLevel(logging.INFO)
-    tokenizer = _load_tokenizer(args)
+    tokenizer = load_tokenizer(
+        args.model_name_or_path, args.model_max_length, gguf_file=args.gguf_file,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
     module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
     samples = module["train_dataset"]
@@ -81,19 +86,6 @@ def main(argv: list[str] | None = None) -> None:
         learned = sum(label != IGNORE_INDEX for label in row["labels"])
         print(f"--- {number + 1} of {len(rows)}: {len(row['input_ids'])} tokens, {learned} of them learned ---")
         print(show(row, tokenizer, color) + "\n")
-
-
-def _load_tokenizer(args: PreviewArguments) -> PreTrainedTokenizerBase:
-    source = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    name = args.model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name, model_max_length=args.model_max_length, **source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--model_name_or_path {name!r} has no tokenizer that can be loaded: {reason[:300].rstrip('.: ')}. Give a "
-            "local folder, or the hub id of one that is in the cache or can be downloaded"
-        ) from error
 
 
 def show(row: dict, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:

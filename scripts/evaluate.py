@@ -25,7 +25,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import local_data  # noqa: E402
 import torch  # noqa: E402
 
-from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
+from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
+from qat.checkpoints.load import check_loadable, load_plain  # noqa: E402
+from qat.checkpoints.unpack import (  # noqa: E402
+    check_packed_values,  # noqa: E402
+    is_packed,
+    load_packed,
+)
+from qat.checkpoints.verify_logits import load_for_logits  # noqa: E402
 from qat.command_line import OneLineParser, not_negative, positive, suggestion  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.files.paths import check_apart, check_writable_file  # noqa: E402
@@ -70,6 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--input_rule", choices=input_rules(),
         help="hf: quantize activations under this rule, with this program's operators; default: the folder's rule",
     )  # fmt: skip
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the folders")
     parser.add_argument("--device", help="hf: default cuda, or cpu where there is none")
     parser.add_argument("--max_model_len", type=positive, help="vllm: longest sequence; default 4096")
     parser.add_argument("--output", help="write all results to this JSON file")
@@ -210,35 +219,37 @@ def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
 def make_hf(folder: str, args: argparse.Namespace):
     """A description of the folder's model, and an lm_eval model of it."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    saved, packed = QATConfig.load(folder), is_packed(folder)
+    saved, packed = QATConfig.load(folder), CheckpointFolder.open(folder, "DIR").is_packed
+    tokenizer = load_tokenizer(folder, argument="DIR", trust_remote_code=args.trust_remote_code)
     if packed and args.input_rule is None:
-        model, described = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), "packed, in transformers"
+        check_packed_values(folder, "DIR")
+        model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
     elif packed:
-        model, saved = load_packed(folder)
+        model, saved = load_packed(folder, "DIR")
         described = "packed"
         prepare_as_saved(model, saved)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = load_plain(folder, "DIR", torch.bfloat16, args.trust_remote_code)
         described = "BF16" if saved is None else f"fake-quantized, {saved.summary}"
         if saved is not None:
             prepare_as_saved(model, saved)
     if args.input_rule is not None:
         set_input_rule(model, args.input_rule)
         described += f", activations {args.input_rule.upper()}"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = model.to(args.device).eval()
     return described, HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size)
 
 
 def make_vllm(folder: str, args: argparse.Namespace):
     """The same with vLLM as the engine."""
+    packed = CheckpointFolder.open(folder, "DIR").is_packed
+    check_packed_values(folder, "DIR") if packed else check_loadable(folder, "DIR", args.trust_remote_code)
     model = _import_vllm_model()(
         pretrained=folder, dtype="bfloat16", batch_size=args.batch_size, max_model_len=args.max_model_len,
-        gpu_memory_utilization=0.8,
+        gpu_memory_utilization=0.8, trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
-    return "packed, in vLLM" if is_packed(folder) else "BF16, in vLLM", model
+    return "packed, in vLLM" if packed else "BF16, in vLLM", model
 
 
 def _import_vllm_model():

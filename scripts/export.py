@@ -43,10 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify is None:
             export_checkpoint(
                 args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
-                CardFacts(args.base_model, args.dataset),
+                CardFacts(args.base_model, args.dataset), args.trust_remote_code,
             )  # fmt: skip
         if args.verify is not None or not args.no_verify:
-            verify(args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only)
+            verify(
+                args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
+                trust_remote_code=args.trust_remote_code,
+            )  # fmt: skip
     except VerificationError as error:
         report(error)
         return 1
@@ -73,6 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", metavar="SRC", help="with --verify: the source, where it is not recorded in DIR")
     parser.add_argument("--weights_only", action="store_true", help="verify weights, load no model for logits")
     parser.add_argument("--no_verify", action="store_true", help="export without verifying")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with SRC")
     args = parser.parse_args(argv)
     try:
         _check_together(args)

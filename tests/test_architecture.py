@@ -14,7 +14,7 @@ from helpers import ROOT
 ROOMS = {
     "qat/files": set(),
     "qat/numerics": set(),
-    "qat/schemes": {"qat/numerics"},
+    "qat/schemes": {"qat/files", "qat/numerics"},
     "qat/layers": {"qat/numerics", "qat/schemes"},
     "qat/transforms": {"qat/numerics", "qat/schemes", "qat/layers"},
     "qat/checkpoints": {"qat/files", "qat/numerics", "qat/schemes", "qat/layers"},
@@ -22,6 +22,7 @@ ROOMS = {
     "data/sources": {"data/bad_samples.py"},
     "data/conversations": {"data/bad_samples.py"},
     "data/sets": {"data/bad_samples.py", "data/sources", "data/conversations", "qat/files"},
+    "data/tokenizer.py": {"qat/files"},
     "data/supervised.py": {"data/*", "qat/files"},
     "data/command_line.py": set(),
     "data/preview.py": {"data/*", "qat/files"},

@@ -58,6 +58,7 @@ def test_bf16_stage_learns_and_saves_in_the_original_dtype(workspace, bf16_stage
     assert bf16_stage["eval_loss"] < 0.95 * math.log(260)
     assert bf16_stage["eval_perplexity"] == pytest.approx(math.exp(bf16_stage["eval_loss"]))
     config = json.loads((workspace / "bf16" / "config.json").read_text())
+    assert config["use_cache"] is True  # as in the model's own, though training switches it off
     assert config["dtype"] == "bfloat16" and QATConfig.load(workspace / "bf16") is None
     with safe_open(workspace / "bf16" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118

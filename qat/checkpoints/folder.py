@@ -7,18 +7,47 @@ names and the folder lacks, and a tensor that its shard lacks are found here, no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
+from ..files.json_file import read_object
+from ..files.model_folder import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    check_model_folder,
+    listing,
+    quantizer_of,
+    weight_files,
+)
+from .dialects import DIALECTS
 
-CONFIG_NAME = "config.json"
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stored"]
+
+_KNOWN_METHODS = tuple(dialect.quant_method for dialect in DIALECTS.values())
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+_FEW_LAYERS = 1000  # are built in seconds
+_SHARD_OF_RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the header of a file says of a tensor.
+
+    Attributes:
+        dtype: as safetensors writes it, such as "BF16".
+        shape: of the tensor.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,39 +57,40 @@ class CheckpointFolder:
     Attributes:
         path: the folder.
         config: the content of its `config.json`.
-        shards: tensor names by file name, files in the order of their names.
+        shards: what the headers say by tensor name, by file name; files in the order of their names.
     """
 
     path: Path
-    config: dict
-    shards: dict[str, tuple[str, ...]]
+    config: dict[str, Any]
+    shards: dict[str, dict[str, Stored]]
 
     @classmethod
-    def open(cls, folder: str | Path) -> CheckpointFolder:
+    def open(cls, folder: str | Path, argument: str = "the checkpoint folder") -> CheckpointFolder:
         """Read the headers of `folder`.
 
+        Args:
+            argument: by which argument the user named it, for messages.
+
         Raises:
-            UserError: it is not a checkpoint in safetensors files, or one that is damaged or incomplete.
+            UserError: see `check_model_folder`; or it is not a checkpoint in safetensors files, or one that is damaged
+                or incomplete.
         """
-        path = Path(folder)
-        if not path.is_dir():
-            raise UserError(f"{str(folder)!r} is not a folder; name the folder of a Hugging Face checkpoint")
-        config = _read_json(path / CONFIG_NAME, f"{path} is not a Hugging Face checkpoint: it has no {CONFIG_NAME}")
-        if (path / INDEX_NAME).is_file():
-            index = _read_json(path / INDEX_NAME, "")
-            if not isinstance(index.get("weight_map"), dict):
-                raise UserError(f"{path / INDEX_NAME} has no weight_map; copy or save the checkpoint again")
-            promised: dict[str, set[str]] = {}
-            for name, file in index["weight_map"].items():
-                promised.setdefault(file, set()).add(name)
-        elif (path / SINGLE_NAME).is_file():
-            promised = {SINGLE_NAME: set()}
-        else:
+        path = check_model_folder(folder, argument)
+        if path is None:
             raise UserError(
-                f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}; weights in other files (.bin, .gguf) must be "
-                "loaded and saved with transformers first"
+                f"{argument} {str(folder)!r} is not a folder; name the folder of a Hugging Face checkpoint (download "
+                "a hub model first)"
             )
-        return cls(path, config, {file: _names_in(path / file, names) for file, names in sorted(promised.items())})
+        config = read_config_file(path)
+        shards = {file: _tensors_in(path / file, names) for file, names in sorted(_promised(path).items())}
+        _check_unique(path, shards)
+        _check_layer_count(path, config, sum(map(len, shards.values())))
+        return cls(path, config, shards)
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """What the headers say, by tensor name."""
+        return {name: tensor for tensors in self.shards.values() for name, tensor in tensors.items()}
 
     @property
     def names(self) -> set[str]:
@@ -73,9 +103,18 @@ class CheckpointFolder:
         return sum((self.path / file).stat().st_size for file in self.shards)
 
     @property
-    def quantization_config(self) -> dict | None:
+    def quantization_config(self) -> dict[str, Any] | None:
         """The quantization settings in config.json; None for a plain checkpoint."""
         return self.config.get("quantization_config")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is quantized by compressed-tensors or AutoRound, so that `load_packed` should read it.
+
+        Raises:
+            UserError: it is quantized by another method.
+        """
+        return is_packed_by(quantizer_of(self.path, self.config), self.path)
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one shard, memory-mapped: what is not kept costs no memory."""
@@ -93,27 +132,88 @@ class CheckpointFolder:
         return result
 
 
-def _read_json(path: Path, missing: str) -> dict:
-    if not path.is_file():
-        raise UserError(missing)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return content
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """The content of the config.json of `folder`.
+
+    Raises:
+        UserError: there is none, or it is damaged, or names weights in another file.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise UserError(f"{folder} is not a Hugging Face checkpoint: it has no {CONFIG_NAME}; {listing(folder)}")
+    config = read_object(path)
+    if other := config.get("transformers_weights"):
+        raise UserError(f"{path} has its weights in {other!r}; only {SINGLE_NAME} and {INDEX_NAME} are read")
+    return config
 
 
-def _names_in(path: Path, promised: set[str]) -> tuple[str, ...]:
-    """Names in the shard at `path`, which must have those that the index promised."""
+def is_packed_by(method: str | None, where: object) -> bool:
+    """Whether weights quantized by `method` are read by this program; False for a plain model.
+
+    Raises:
+        UserError: the method is another one.
+    """
+    if method is not None and method not in _KNOWN_METHODS:
+        raise UserError(
+            f"{where} is quantized by {method}, which is not read; give the BF16 checkpoint that it was made of, or a "
+            "local folder packed in MXFP4, MXFP8 or FP8 by compressed-tensors, or in MXFP4 or MXFP8 by AutoRound"
+        )
+    return method is not None
+
+
+def _promised(path: Path) -> dict[str, set[str]]:
+    """The weight files of a folder, and the names that an index promises in each."""
+    if odd := next((p.name for p in path.iterdir() if _SHARD_OF_RANKS.fullmatch(p.name)), None):
+        raise UserError(f"{path} has the weights of single processes ({odd}); load and save it with transformers first")
+    has_single, has_index = (path / SINGLE_NAME).is_file(), (path / INDEX_NAME).is_file()
+    promised: dict[str, set[str]] = {}
+    for name, file in weight_files(path / INDEX_NAME).items() if has_index else ():
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{path / INDEX_NAME} names the weight file {file!r}, which is no .safetensors file")
+        promised.setdefault(file, set()).add(name)
+    if has_single and set(promised) - {SINGLE_NAME}:
+        raise UserError(
+            f"{path} has both {SINGLE_NAME} and {INDEX_NAME}, which names other files: one of them is left from "
+            "another save; remove it"
+        )
+    if not has_single and not has_index:
+        raise UserError(
+            f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}; {listing(path)}; weights in other files (.bin, .gguf) "
+            "must be loaded and saved with transformers first"
+        )
+    return promised or {SINGLE_NAME: set()}
+
+
+def _tensors_in(path: Path, promised: set[str]) -> dict[str, Stored]:
+    """What the header of the shard at `path` says; it must have the names that the index promised."""
     if not path.is_file():
         raise UserError(f"{path} is missing, though {INDEX_NAME} names it; copy the checkpoint again")
     try:
         with safe_open(path, framework="pt") as shard:
-            names = tuple(shard.keys())
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no dict
+            found = {name: Stored(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or corrupted ({error}); copy or save the checkpoint again") from error
-    if lacking := sorted(promised - set(names)):
+    if lacking := sorted(promised - set(found)):
         raise UserError(f"{path} lacks {len(lacking)} tensors that {INDEX_NAME} promises, e.g. {lacking[0]}")
-    return names
+    return found
+
+
+def _check_unique(path: Path, shards: dict[str, dict[str, Stored]]) -> None:
+    seen: dict[str, str] = {}
+    for file, tensors in shards.items():
+        for name in tensors:
+            if name in seen:
+                raise UserError(f"{path} has the tensor {name} twice, in {seen[name]} and {file}; save it again")
+            seen[name] = file
+
+
+def _check_layer_count(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a config.json that promises more layers than there are tensors, before all of them are built."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _LAYER_COUNTS:
+            if isinstance(count := part.get(key), int) and count > max(tensors, _FEW_LAYERS):
+                raise UserError(
+                    f"{path / CONFIG_NAME} has {key} {json.dumps(count)}, but the weights are {tensors} tensors; "
+                    "copy or save the checkpoint again"
+                )

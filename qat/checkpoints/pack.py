@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
+from ..files.model_folder import is_own_file
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -28,17 +30,19 @@ from ..numerics.formats import Quantized
 from ..schemes.spec import VIEW_DTYPE, TensorSpec
 from .dialects import Dialect, check_schemes, get_dialect
 from .dialects.compressed_tensors import packed_tensors
+from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .model_card import CardFacts, write_card
-from .skeleton import describe_sites, prepared_skeleton, unquantized_layers
+from .skeleton import UNTIED, describe_sites, prepared_skeleton, unquantized_layers
 
 logger = logging.getLogger(__name__)
 
 _SLAB_VALUES = 1 << 22  # quantized at a time where there are no kernels; bounds the FP32 temporaries
 _COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "*.py", "LICENSE*",
+    "*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "LICENSE*",
 )  # fmt: skip
+_CODE = ("*.py",)
 
 
 def export_checkpoint(
@@ -49,6 +53,7 @@ def export_checkpoint(
     ignore: Iterable[str] = ("lm_head",),
     overwrite: bool = False,
     facts: CardFacts | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Pack the checkpoint in `source` into the new folder `target`; `source` is only read.
 
@@ -60,6 +65,7 @@ def export_checkpoint(
         ignore: layers to leave alone, as in `prepare_qat`; with the default scheme, those of the training.
         overwrite: replace a packed checkpoint that is already there.
         facts: for the model card.
+        trust_remote_code: run Python code that comes with the source, and copy it.
 
     Returns:
         `target`.
@@ -70,14 +76,15 @@ def export_checkpoint(
         OSError: the disk is full. After any error nothing is left at `target`.
     """
     dialect = get_dialect(export_format)
-    checkpoint, target = CheckpointFolder.open(source), Path(target)
-    if checkpoint.quantization_config is not None:
-        method = checkpoint.quantization_config.get("quant_method")
+    checkpoint, target = CheckpointFolder.open(source, "the source"), Path(target)
+    if checkpoint.is_packed:
+        method = (checkpoint.quantization_config or {}).get("quant_method")
         raise UserError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
-    model, qat_config = prepared_skeleton(checkpoint, scheme, ignore)
+    model, qat_config = prepared_skeleton(checkpoint, scheme, ignore, trust_remote_code=trust_remote_code)
+    _log_surplus(model, checkpoint)
     sites = quantized_sites(model)
     schemes = {site.name: site.scheme for site in sites}
     check_schemes(dialect, schemes)
@@ -86,8 +93,8 @@ def export_checkpoint(
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
         packed_bytes = _write_shards(checkpoint, sites, dialect, folder)
-        _write_config(checkpoint, quantization_config, folder)
-        _copy_companions(checkpoint.path, folder)
+        _write_config(checkpoint, model, quantization_config, folder)
+        _copy_companions(checkpoint, folder, trust_remote_code)
         qat_config.save(folder)
         write_card(
             folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, schemes, dialect,
@@ -125,6 +132,7 @@ def _write_shards(checkpoint: CheckpointFolder, sites: list[Site], dialect: Dial
                 if name in by_tensor:
                     packed |= _pack_site(by_tensor[name], tensor, dialect)
                 else:
+                    check_finite([(name, tensor)], checkpoint.path)
                     packed[name] = tensor.to(exported_dtype(tensor, checkpoint.config))
                 progress.update(tensor.nbytes)
             save_file(packed, folder / file, metadata={"format": "pt"})
@@ -145,8 +153,26 @@ def _pack_site(site: Site, weight: torch.Tensor, dialect: Dialect) -> dict[str, 
     return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))
 
 
-def _write_config(checkpoint: CheckpointFolder, quantization_config: dict, folder: Path) -> None:
+def _log_surplus(model: PreTrainedModel, checkpoint: CheckpointFolder) -> None:
+    """Log what is copied without being a part of the model, such as layers that predict several tokens ahead."""
+    own, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
+    if surplus := sorted(n for n in checkpoint.names if not {n, prefix + n, n.removeprefix(prefix)} & own):
+        logger.warning(
+            "%s: %d tensors are no part of %s and are copied as they are, e.g. %s",
+            checkpoint.path,
+            len(surplus),
+            type(model).__name__,
+            surplus[0],
+        )
+
+
+def _write_config(
+    checkpoint: CheckpointFolder, model: PreTrainedModel, quantization_config: dict, folder: Path
+) -> None:
     config = dict(checkpoint.config)
+    if not getattr(model.config, "tie_word_embeddings", False) and config.get("tie_word_embeddings"):
+        logger.warning("%s: %s", checkpoint.path, UNTIED)
+        config["tie_word_embeddings"] = False
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if config.get(key) != "bfloat16":
         logger.warning("the source is in %s; what is not packed is exported in bfloat16", config.get(key, "float32"))
@@ -158,11 +184,19 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat template: everything that a served model needs beside weights and config."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in _COMPANIONS):
+def _copy_companions(checkpoint: CheckpointFolder, folder: Path, with_code: bool) -> None:
+    """Tokenizer, generation config, chat template: everything that a served model needs beside weights and config.
+
+    Regular files of the source alone: what a link out of it points to is somebody else's. Code only where it may run.
+    """
+    patterns = (*_COMPANIONS, *(_CODE if with_code else ()))
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.suffix == ".safetensors" or not any(fnmatchcase(path.name, pattern) for pattern in patterns):
+            continue
+        if is_own_file(path, checkpoint.path):
             shutil.copyfile(path, folder / path.name)
+        elif not path.is_dir():
+            logger.warning("%s is not copied: it is a link out of its folder, or no regular file", path)
 
 
 def _check_space(folder: Path, checkpoint: CheckpointFolder, sites: list[Site]) -> None:

@@ -11,11 +11,11 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import cast
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..layers.learned_scales import check_baked
@@ -24,10 +24,16 @@ from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved
 from ..layers.sites import LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
-from .folder import CONFIG_NAME, CheckpointFolder
+from .fit import check_dtypes, load_checked
+from .folder import CheckpointFolder
+from .model_config import read_config
 
 logger = logging.getLogger(__name__)
 
+UNTIED = (
+    "tie_word_embeddings is true, and the head that is stored differs from the embedding; they are two tensors, and "
+    "are saved as such, with tie_word_embeddings false"
+)
 # Engines fuse these into one matrix, so layers of one group must have one scheme.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -37,6 +43,7 @@ def prepared_skeleton(
     scheme: str | Mapping[str, str] | None = None,
     ignore: Iterable[str] = ("lm_head",),
     saved: QATConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, QATConfig]:
     """The model of `checkpoint` on the meta device, prepared for `scheme`, and its configuration.
 
@@ -44,6 +51,7 @@ def prepared_skeleton(
         scheme: a name or a mapping as in `prepare_qat`; None for what the checkpoint was trained with, whose own
             `ignore` then counts.
         saved: how the checkpoint was trained; default: its own `qat_config.json`.
+        trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
         UserError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
@@ -52,7 +60,7 @@ def prepared_skeleton(
     if scheme is None and saved is None:
         raise UserError(f"{checkpoint.path} has no qat_config.json, so it has no scheme; give --quant_scheme")
     check_baked(checkpoint.names, checkpoint.path)
-    model = load_skeleton(checkpoint)
+    model = load_skeleton(checkpoint, trust_remote_code)
     with contextlib.redirect_stdout(io.StringIO()):  # its messages are about training
         if scheme is None:
             assert saved is not None
@@ -74,30 +82,54 @@ def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[s
     return own + sorted(stored - set(modules))
 
 
-def load_skeleton(checkpoint: CheckpointFolder) -> PreTrainedModel:
+def load_skeleton(checkpoint: CheckpointFolder, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that transformers makes of `checkpoint`, on the meta device.
 
     Raises:
-        UserError: a parameter of the model is missing in the files, or has another shape there.
+        UserError: a parameter of the model is missing in the files, has another shape or integers there, or the files
+            are those of another model.
     """
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, device_map="meta", output_loading_info=True, local_files_only=True
-        )
-        model, report = loaded
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{checkpoint.path} does not fit the model of its {CONFIG_NAME}: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{checkpoint.path} lacks {len(missing)} tensors of {type(model).__name__}, e.g. {missing[0]}; "
-            "copy or save the checkpoint again"
-        )
+    config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
+    model = load_checked(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, config=config, device_map="meta", output_loading_info=True, local_files_only=True,
+            use_safetensors=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+        ),
+        checkpoint.path,
+    )  # fmt: skip
+    check_dtypes(checkpoint.stored, model, checkpoint.path)
+    _tie_as_stored(model, checkpoint)
     return model
+
+
+def _tie_as_stored(model: PreTrainedModel, checkpoint: CheckpointFolder) -> None:
+    """Tie weights that are stored twice as transformers does when it loads them: if their values are equal.
+
+    On the meta device it cannot compare them, and leaves them apart.
+    """
+    names = checkpoint.names
+    twice = [(a, b) for a, b in model.all_tied_weights_keys.items() if {a, b} <= names]
+    for target, source in twice:
+        a, b = checkpoint.read(target, source)
+        if torch.equal(a, b.to(a.dtype)):
+            module, _, parameter = target.rpartition(".")
+            setattr(model.get_submodule(module), parameter, model.get_parameter(source))
+    if twice:
+        untie_if_different(model)
+
+
+def untie_if_different(model: PreTrainedModel) -> bool:
+    """Let the configuration say that head and embedding are two tensors where they are; returns whether it changed.
+
+    Engines believe `tie_word_embeddings`: they would compute with the embedding and leave the head out.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    configs = [c for c in (model.config, model.config.get_text_config()) if getattr(c, "tie_word_embeddings", False)]
+    if head is None or not configs or getattr(head, "weight", None) is embedding.weight:
+        return False
+    for config in configs:
+        config.tie_word_embeddings = False
+    return True
 
 
 def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:

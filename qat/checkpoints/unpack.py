@@ -6,27 +6,35 @@ its tensors, not by the configuration. A power-of-two scale makes every dequanti
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import logging
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..errors import UserError
-from ..layers.sites import LINEAR, find_sites
+from ..files.json_file import read_object
+from ..files.model_folder import CONFIG_NAME, quantizer_of
+from ..layers.restore import prepare_as_saved
+from ..layers.sites import LINEAR, find_sites, quantized_sites
 from ..numerics import ops
 from ..numerics.families import get_format
-from ..numerics.formats import BF16, Format, Quantized
-from ..schemes.config import QATConfig
+from ..numerics.formats import BF16, E8M0, Format, Quantized
+from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import DIALECTS, dialect_of
-from .folder import CONFIG_NAME, CheckpointFolder
+from .fit import check_dtypes, check_finite, is_finite, load_checked
+from .folder import CheckpointFolder, Stored
+from .model_config import read_config
+from .skeleton import untie_if_different
 
 logger = logging.getLogger(__name__)
 
@@ -36,108 +44,209 @@ for _name, _scheme in PRESETS.items():
     _WEIGHT_FORMATS.setdefault(_scheme.weight.format.name, _name)
 _KNOWN = ", ".join(_WEIGHT_FORMATS.values())
 _SCALE = ".weight_scale"
+_E8M0_NAN = 255
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether `folder` is a checkpoint that `load_packed` should read: quantized by compressed-tensors or AutoRound."""
+    """Whether `folder` is a checkpoint that `load_packed` should read: quantized by compressed-tensors or AutoRound.
+
+    Raises:
+        UserError: its config.json is damaged.
+    """
     path = Path(folder, CONFIG_NAME)
     if not path.is_file():
         return False
     # As JSON: AutoConfig would ask at the terminal whether to run a folder's own code.
-    quantization_config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
-    return method in {dialect.quant_method for dialect in DIALECTS.values()}
+    return quantizer_of(Path(folder), read_object(path)) in {dialect.quant_method for dialect in DIALECTS.values()}
 
 
-def load_packed(folder: str | Path) -> tuple[PreTrainedModel, QATConfig]:
+def load_packed(folder: str | Path, argument: str = "the packed folder") -> tuple[PreTrainedModel, QATConfig]:
     """The model in a packed checkpoint, its weights dequantized exactly, BF16, on the CPU.
+
+    Args:
+        argument: by which argument the user named the folder, for messages.
 
     Returns:
         A plain model, and the QATConfig that describes how it was packed.
 
     Raises:
-        UserError: the folder is damaged or incomplete, or packed in a format that is not known.
+        UserError: see `check_packed`; or a tensor holds NaN or infinity.
     """
-    checkpoint = CheckpointFolder.open(folder)
-    quantization_config = checkpoint.quantization_config or {}
-    dialect_of(quantization_config, checkpoint.path)
-    layers = packed_layers(checkpoint)
-    plain, found = _plain_tensors(checkpoint, layers)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    del config.quantization_config
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
-    model, report = model_class.from_pretrained(
-        None, config=config, state_dict=plain, dtype=VIEW_DTYPE, output_loading_info=True
-    )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            problem = kind.replace("_", " ")
-            raise UserError(f"{folder}: {len(names)} {problem} for {model_class.__name__}, e.g. {names[0]}")
+    checkpoint, layers, own = check_packed(folder, argument)
+    plain = _plain_tensors(checkpoint, layers)
+    model = _model_of(checkpoint, plain)
+    check_finite(model.named_parameters(), checkpoint.path)
+    untie_if_different(model)
     model.config._name_or_path = model.name_or_path = str(folder)
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    own = QATConfig.load(folder)
-    config = own or _derive_config(model, found, quantization_config)
+    found = {name: layer.format for name, layer in layers.items()}
+    config = own or _derive_config(model, found, checkpoint.quantization_config or {})
     logger.info("%s: %d packed layers dequantized to BF16", folder, len(layers))
     return model, _keep_values(model, found, config, is_ours=own is not None)
 
 
-def packed_layers(checkpoint: CheckpointFolder) -> dict[str, tuple[str, str]]:
-    """The packed layers of a checkpoint by module name: the names of their codes and of their scales.
+def check_packed(
+    folder: str | Path, argument: str = "the packed folder"
+) -> tuple[CheckpointFolder, dict[str, PackedLayer], QATConfig | None]:
+    """Open a packed checkpoint and refuse one that lacks anything, by its headers alone.
+
+    Returns:
+        The folder, its packed layers by name, and its own qat_config.json; None where it has none.
+
+    Raises:
+        UserError: the folder is damaged or incomplete, packed in a format that is not known, or in another than its
+            qat_config.json says.
+    """
+    checkpoint = CheckpointFolder.open(folder, argument)
+    dialect_of(checkpoint.quantization_config, checkpoint.path)
+    layers = packed_layers(checkpoint)
+    packed_names = {name for layer in layers.values() for name in (layer.codes, layer.scale)}
+    stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed_names}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
+    empty = {name: torch.empty(shape, dtype=VIEW_DTYPE, device="meta") for name, shape in shapes.items()}
+    model = _model_of(checkpoint, empty, device_map="meta")
+    check_dtypes(stored, model, checkpoint.path)
+    own = QATConfig.load(folder)
+    if own is not None:
+        _check_own_config(own, model, layers, checkpoint.path)
+    return checkpoint, layers, own
+
+
+def check_packed_values(folder: str | Path, argument: str = "the packed folder") -> None:
+    """`check_packed`, and a UserError for scales, codes or other tensors that are NaN or infinite."""
+    checkpoint, layers, _ = check_packed(folder, argument)
+    formats = {layer.scale: layer.format for layer in layers.values()}
+    for file in checkpoint.shards:
+        for name, tensor in checkpoint.tensors(file):
+            if name in formats:
+                check_scale(name, tensor, formats[name], checkpoint.path)
+            else:
+                check_finite([(name, tensor)], checkpoint.path)
+
+
+def _model_of(checkpoint: CheckpointFolder, tensors: dict[str, torch.Tensor], **kwargs: Any) -> PreTrainedModel:
+    """The model of a packed checkpoint with plain `tensors`, all of which it must have."""
+    config = read_config(checkpoint.path, checkpoint.path, local_files_only=True)
+    del config.quantization_config
+
+    def load() -> Any:
+        with torch.device("meta"):
+            model_class = type(AutoModelForCausalLM.from_config(config))
+        return model_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
+            ignore_mismatched_sizes=True, **kwargs,
+        )  # fmt: skip
+
+    return load_checked(load, checkpoint.path, strict=True)
+
+
+def _check_own_config(own: QATConfig, model: nn.Module, layers: dict[str, PackedLayer], folder: Path) -> None:
+    """Raise a UserError where qat_config.json and the packed tensors disagree; `model` is changed."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # messages about training
+            sites = quantized_sites(prepare_as_saved(model, own))
+    except UserError as error:
+        raise UserError(f"{folder / QAT_CONFIG_NAME} does not fit the model in {folder}: {error}") from error
+    said = {site.name: site.scheme.weight.format.name for site in sites}
+    for name in sorted({*said, *layers}):
+        found = layers[name].format.name if name in layers else "no packed format"
+        if found != said.get(name, "no packed format"):
+            raise UserError(
+                f"{folder / QAT_CONFIG_NAME} contradicts the weights in {folder}: {name} is packed in {found}, and it "
+                f"says {said.get(name, 'that the layer is not quantized')}; restore the file that was exported, or "
+                "remove it to take the formats of the weights"
+            )
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer whose weight is stored in codes and scales.
+
+    Attributes:
+        codes, scale: names of its tensors.
+        format: that they are in.
+        shape: of the weight.
+    """
+
+    codes: str
+    scale: str
+    format: Format
+    shape: tuple[int, ...]
+
+
+def packed_layers(checkpoint: CheckpointFolder) -> dict[str, PackedLayer]:
+    """The packed layers of a checkpoint by module name.
 
     Raises:
         UserError: tensors that none of our formats has (zero points, global scales), or codes without scales.
     """
-    names = checkpoint.names
+    stored = checkpoint.stored
+    names = set(stored)
     suffixes = (".weight_zero_point", ".weight_global_scale", ".qweight", ".weight_shape", ".input_global_scale")
     if other := sorted(name for name in names if name.endswith(suffixes)):
         raise UserError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {other[0]}")
-    layers = {}
+    pairs = {}
     for layer in sorted(name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)):
         packed = f"{layer}.weight_packed"
-        layers[layer] = (packed if packed in names else f"{layer}.weight", f"{layer}{_SCALE}")
-    expected = {codes for codes, _ in layers.values()}
+        pairs[layer] = (packed if packed in names else f"{layer}.weight", f"{layer}{_SCALE}")
+    expected = {codes for codes, _ in pairs.values()}
     lacking = (expected - names) | {n for n in names if n.endswith(".weight_packed") and n not in expected}
     if lacking:
         raise UserError(f"{checkpoint.path} is incomplete: {sorted(lacking)[0]} or its weight_scale is missing")
-    if not layers:
+    if not pairs:
         raise UserError(f"{checkpoint.path} has a quantization_config, but no packed tensor (weight_scale)")
+    layers = {}
+    for layer, (codes, scale) in pairs.items():
+        fmt = _format_of(checkpoint.path, layer, stored[codes], stored[scale])
+        layers[layer] = PackedLayer(codes, scale, fmt, _value_shape(fmt, stored[codes]))
     return layers
 
 
-def _plain_tensors(
-    checkpoint: CheckpointFolder, layers: dict[str, tuple[str, str]]
-) -> tuple[dict[str, torch.Tensor], dict[str, Format]]:
-    """All tensors under the names of an unquantized checkpoint, and the formats that the packed layers had."""
-    packed_names = {name for names in layers.values() for name in names}
-    plain, found = {}, {}
+def _plain_tensors(checkpoint: CheckpointFolder, layers: dict[str, PackedLayer]) -> dict[str, torch.Tensor]:
+    """All tensors under the names of an unquantized checkpoint."""
+    packed_names = {name for layer in layers.values() for name in (layer.codes, layer.scale)}
+    plain = {}
     for file in checkpoint.shards:
         for name, tensor in checkpoint.tensors(file):
             if name not in packed_names:
                 plain[name] = tensor
-    for layer, names in tqdm(layers.items(), desc="Dequantizing", unit="layer"):
-        codes, scale = checkpoint.read(*names)
-        found[layer] = _format_of(layer, codes, scale)
-        quantized = Quantized(codes.view(torch.uint8), (scale.to(found[layer].scale.storage),))
-        plain[f"{layer}.weight"] = ops.dequantize(quantized, found[layer].name, VIEW_DTYPE)
-    return plain, found
+    for name, layer in tqdm(layers.items(), desc="Dequantizing", unit="layer"):
+        codes, scale = checkpoint.read(layer.codes, layer.scale)
+        check_scale(layer.scale, scale, layer.format, checkpoint.path)
+        quantized = Quantized(codes.view(torch.uint8), (scale.to(layer.format.scale.storage),))
+        plain[f"{name}.weight"] = ops.dequantize(quantized, layer.format.name, VIEW_DTYPE)
+    return plain
 
 
-def _format_of(layer: str, codes: torch.Tensor, scale: torch.Tensor) -> Format:
+def check_scale(name: str, scale: torch.Tensor, fmt: Format, where: object) -> None:
+    """Raise a UserError for scales that are NaN, infinite or, in E8M0, the byte 255, which is NaN."""
+    broken = int(scale.max()) == _E8M0_NAN if fmt.scale == E8M0 else not is_finite(scale)
+    if broken:
+        raise UserError(f"{where}: {name} holds scales that are NaN or infinite; export or copy the checkpoint again")
+
+
+def _format_of(where: object, layer: str, codes: Stored, scale: Stored) -> Format:
     """Which format tensors of these dtypes and shapes are in."""
     for name in _WEIGHT_FORMATS:
         fmt = get_format(name)
-        is_scale = scale.dtype == fmt.scale.storage or (fmt.scale == BF16 and scale.is_floating_point())
-        if codes.ndim == 2 and codes.dtype == fmt.element.storage and is_scale:
-            shape = fmt.value_shape(codes)
-            if tuple(scale.shape) != fmt.scale_shape(shape):
+        is_scale = scale.dtype == _STORED_AS.get(fmt.scale.storage) or (fmt.scale == BF16 and scale.dtype in _FLOATS)
+        if len(codes.shape) == 2 and codes.dtype == _STORED_AS.get(fmt.element.storage) and is_scale:
+            expected = fmt.scale_shape(_value_shape(fmt, codes))
+            if scale.shape != tuple(expected):
                 raise UserError(
-                    f"{layer} has codes {tuple(codes.shape)} and scales {tuple(scale.shape)}; in {fmt.name} the scales "
-                    f"must be {fmt.scale_shape(shape)}"
+                    f"{where}: {layer} has codes {codes.shape} and scales {scale.shape}; in {fmt.name} the scales must "
+                    f"be {tuple(expected)}"
                 )
             return fmt
-    raise UserError(f"{layer} has codes in {codes.dtype}, scales in {scale.dtype}: no layout of {_KNOWN}")
+    raise UserError(f"{where}: {layer} has codes in {codes.dtype}, scales in {scale.dtype}: no layout of {_KNOWN}")
+
+
+def _value_shape(fmt: Format, codes: Stored) -> tuple[int, ...]:
+    return tuple(fmt.value_shape(torch.empty(codes.shape, dtype=fmt.element.storage, device="meta")))
 
 
 def _derive_config(model: nn.Module, found: dict[str, Format], quantization_config: dict) -> QATConfig:

@@ -21,13 +21,14 @@ import transformers
 from transformers import AutoTokenizer
 
 from ..errors import UserError
+from ..files.json_file import read_object
 from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..version import VERSION
 from .dialects import Dialect, dialect_of
 from .folder import CONFIG_NAME, CheckpointFolder
 from .skeleton import prepared_skeleton
-from .verify_logits import fake_quantized_logits, packed_logits
+from .verify_logits import VerificationError, fake_quantized_logits, packed_logits
 from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
@@ -35,11 +36,13 @@ logger = logging.getLogger(__name__)
 VERDICT_NAME = "verification.json"
 
 
-class VerificationError(RuntimeError):
-    """A packed checkpoint is not the model it was made of."""
-
-
-def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 128, with_logits: bool = True) -> dict:
+def verify(
+    folder: str | Path,
+    source: str | Path | None = None,
+    tokens: int = 128,
+    with_logits: bool = True,
+    trust_remote_code: bool = False,
+) -> dict:
     """Compare the packed checkpoint in `folder` with the BF16 one in `source`; write the verdict into `folder`.
 
     Args:
@@ -47,21 +50,24 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
         source: the checkpoint it was made of; default: the one that an earlier verdict names.
         tokens: length of the text whose logits are compared.
         with_logits: False compares weights only (no model is loaded), which the verdict then states.
+        trust_remote_code: run Python code that comes with the two folders.
 
     Returns:
         The verdict, as in `verification.json`.
 
     Raises:
         UserError: one of the folders is not a checkpoint, or no source is known.
-        VerificationError: something differs; the message names the first tensor.
+        VerificationError: something differs, and the message names the first tensor; or transformers cannot load the
+            folder, which then has no verdict.
     """
-    packed = CheckpointFolder.open(folder)
+    packed = CheckpointFolder.open(folder, "the packed folder")
     dialect = dialect_of(packed.quantization_config, packed.path)
-    checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path))
+    checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path), "the source")
+    (packed.path / VERDICT_NAME).unlink(missing_ok=True)  # that of files that may have been others
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
-    model, _ = prepared_skeleton(checkpoint, saved=qat_config)
+    model, _ = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
     sites = quantized_sites(model)
     count = compare_weights(packed, checkpoint, sites, dialect)
     verdict: dict[str, Any] = {
@@ -73,7 +79,7 @@ def verify(folder: str | Path, source: str | Path | None = None, tokens: int = 1
         "versions": _versions(),
     }
     if with_logits and verdict["verified"]:
-        verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens)
+        verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
         verdict["verified"] = verdict["logits"]["bit_equal"]
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path)
@@ -86,13 +92,16 @@ def compare_logits(
     sites: list[Site],
     dialect: Dialect,
     tokens: int = 128,
+    trust_remote_code: bool = False,
 ) -> dict:
     """The logits part of the verdict: transformers on the packed folder against the fake-quantized model."""
-    text_name, input_ids = _real_text(packed, tokens)
+    text_name, input_ids = _real_text(packed, tokens, trust_remote_code)
     schemes = {site.scheme.name: site.scheme for site in sites}
     engine_rules = {name: dialect.input_rule(scheme) for name, scheme in schemes.items()}
-    served = packed_logits(packed.path, input_ids)
-    expected, as_trained = fake_quantized_logits(checkpoint.path, packed.path, input_ids, engine_rules)
+    served = packed_logits(packed.path, input_ids, trust_remote_code)
+    expected, as_trained = fake_quantized_logits(
+        checkpoint.path, packed.path, input_ids, engine_rules, trust_remote_code
+    )
     finite = bool(served.isfinite().all() and expected.isfinite().all())
     return {
         "text": text_name,
@@ -115,20 +124,22 @@ def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:
 def _recorded_source(folder: Path) -> Path:
     path = folder / VERDICT_NAME
     if path.is_file():
-        recorded = folder / json.loads(path.read_text(encoding="utf-8"))["source"]
+        recorded = folder / str(read_object(path).get("source", ""))
         if (recorded / CONFIG_NAME).is_file():
             return recorded.resolve()
         raise UserError(f"{path} names {recorded} as the source, which is not there; give --source")
     raise UserError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")
 
 
-def _real_text(packed: CheckpointFolder, tokens: int) -> tuple[str, torch.Tensor]:
+def _real_text(packed: CheckpointFolder, tokens: int, trust_remote_code: bool) -> tuple[str, torch.Tensor]:
     """`tokens` token ids [1, tokens] of Python's language reference; its bytes where there is no tokenizer."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))[: 32 * tokens]
     if (packed.path / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(packed.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            packed.path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         ids = tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
         return "Python's language reference", torch.tensor([ids])
     vocabulary = packed.config.get("vocab_size", 256)

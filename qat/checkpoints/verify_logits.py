@@ -7,7 +7,9 @@ and compares what they write. Nothing of the exporting process can leak into eit
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,28 +19,44 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..errors import UserError
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
 from ..schemes.config import QATConfig
+from .fit import load_checked
+
+logger = logging.getLogger(__name__)
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def packed_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
+class VerificationError(UserError):
+    """A packed checkpoint is not the model it was made of, or its engine cannot load it."""
+
+
+def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
     """What transformers computes with a packed checkpoint, on the CPU, in a fresh process.
 
     Args:
         folder: the packed checkpoint.
         input_ids: int64 [batch, time].
+        trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
         BF16 [batch, time, vocabulary].
+
+    Raises:
+        VerificationError: transformers cannot load it.
     """
-    return _in_fresh_process(["packed", "--folder", str(folder)], input_ids)["logits"]
+    return _in_fresh_process(["packed", "--folder", str(folder), *_trusted(trust_remote_code)], input_ids)["logits"]
 
 
 def fake_quantized_logits(
-    source: Path, qat_config_folder: Path, input_ids: torch.Tensor, engine_rules: dict[str, str | None]
+    source: Path,
+    qat_config_folder: Path,
+    input_ids: torch.Tensor,
+    engine_rules: dict[str, str | None],
+    trust_remote_code: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the fake-quantized model computes, on the CPU, in a fresh process.
 
@@ -47,13 +65,14 @@ def fake_quantized_logits(
         qat_config_folder: where the `qat_config.json` in force lies.
         input_ids: int64 [batch, time].
         engine_rules: by scheme, the rule under which the engine quantizes activations.
+        trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
         BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
     """
     rules = [f"{scheme}={rule}" for scheme, rule in engine_rules.items() if rule is not None]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
-    result = _in_fresh_process(command, input_ids)
+    result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
     return result["logits"], result["logits_as_trained"]
 
 
@@ -76,8 +95,23 @@ def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+            logger.debug("%s failed:\n%s", " ".join(command), done.stderr)
+            raise VerificationError(_failure(arguments, done.returncode, done.stderr))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
+
+
+def _trusted(trust_remote_code: bool) -> list[str]:
+    return ["--trust_remote_code"] if trust_remote_code else []
+
+
+def _failure(arguments: list[str], status: int, errors: str) -> str:
+    """One line about a process that failed, from what it wrote."""
+    what, folder = arguments[0], arguments[2]
+    said = [line.strip() for line in errors.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line.strip())]
+    reason = said[-1].removeprefix("qat.errors.UserError: ") if said else f"its process ended with status {status}"
+    if what == "packed":
+        return f"{folder} is not proven, and has no verification.json: transformers cannot load it: {reason}"
+    return f"{folder}: the logits of the fake-quantized model cannot be computed, so nothing is proven: {reason}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,10 +121,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--qat_config")
     parser.add_argument("--rules", nargs="*", default=())
+    parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
     args = parser.parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.bfloat16, local_files_only=True).eval()
+    model = load_for_logits(args.folder, args.trust_remote_code).eval()
     input_ids = load_file(args.inputs)["input_ids"]
     if args.what == "fake-quantized":
         config = QATConfig.load(args.qat_config)
@@ -102,6 +137,17 @@ def main(argv: list[str] | None = None) -> None:
         assert not any(is_quantlinear(module) for module in model.modules())
         result = {}
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
+
+
+def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model in `folder`, plain or packed, as transformers loads it in BF16; an error where weights do not fit."""
+    return load_checked(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+        ),
+        folder,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -7,15 +7,20 @@ holds an unquantized model.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..files.json_file import read_object, shown
 from ..version import VERSION
+from .patterns import check_patterns
+from .presets import get_scheme
 
 QAT_CONFIG_NAME = "qat_config.json"
+TRAINING = {"learn_exponent": bool}  # the settings that `QATConfig.training` may hold, and their types
 _FORMAT_VERSION = 1
 _VERSIONS = {"torch": torch.__version__.split("+")[0], "mx-qat": VERSION}
 
@@ -65,13 +70,56 @@ class QATConfig:
             UserError: the file is damaged, or written by a newer version.
         """
         path = Path(folder, QAT_CONFIG_NAME)
-        if not path.is_file():
+        if not path.exists():
             return None
+        content = read_object(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            version = content.pop("format_version")
-            if version != _FORMAT_VERSION:
-                raise UserError(f"format_version is {version}, this program reads {_FORMAT_VERSION}")
-            return cls(**{**content, "ignore": tuple(content["ignore"])})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            _check(content)
+        except UserError as error:
             raise UserError(f"{path} is not a QAT configuration that this program can read: {error}") from error
+        del content["format_version"]
+        return cls(**{**content, "ignore": tuple(content["ignore"])})
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Raise a UserError for a content of qat_config.json that is not what `QATConfig.save` writes."""
+    if (version := content.get("format_version")) != _FORMAT_VERSION:
+        raise UserError(f"format_version is {version!r}, this program reads {_FORMAT_VERSION}")
+    known = {"format_version", *(f.name for f in fields(QATConfig))}
+    if unknown := sorted(set(content) - known):
+        raise UserError(f"it has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    if lacking := sorted({"mapping", "ignore"} - set(content)):
+        raise UserError(f"it lacks {lacking[0]!r}")
+    mapping, ignore = content["mapping"], content["ignore"]
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise UserError(f"mapping is {shown(mapping)}, not an object of layers and their schemes")
+    if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
+        raise UserError(f"ignore is {shown(ignore)}, not a list of patterns")
+    check_patterns([*mapping, *ignore])
+    for name in mapping.values():
+        get_scheme(name)
+    _check_rules(content.get("scale_rules", {}))
+    _check_entries("training", content.get("training", {}), TRAINING)
+    versions = content.get("versions", {})
+    _check_entries("versions", versions, dict.fromkeys(versions, str))
+
+
+def _check_rules(rules: Any) -> None:
+    if not isinstance(rules, dict):
+        raise UserError(f"scale_rules is {shown(rules)}, not an object")
+    for name, chosen in rules.items():
+        if not isinstance(chosen, dict) or set(chosen) != {"weight", "input"}:
+            raise UserError(f'scale_rules of {name} is {shown(chosen)}, not {{"weight": RULE, "input": RULE}}')
+        if not all(rule is None or isinstance(rule, str) for rule in chosen.values()):
+            raise UserError(f"scale_rules of {name} is {shown(chosen)}; rules are texts")
+        get_scheme(name).with_rules(**chosen)
+
+
+def _check_entries(field_name: str, entries: Any, types: Any) -> None:
+    if not isinstance(entries, dict):
+        raise UserError(f"{field_name} is {shown(entries)}, not an object")
+    for name, value in entries.items():
+        if name not in types:
+            raise UserError(f"{field_name} has the unknown setting {name!r}; known are {', '.join(types)}")
+        if not isinstance(value, types[name]):
+            raise UserError(f"{field_name}.{name} is {shown(value)}, not of type {types[name].__name__}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.json_file import read_json
+from .patterns import check_patterns
 from .presets import SCHEMES
 
 DEFAULT_IGNORE = ("lm_head",)
@@ -33,6 +34,7 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
     if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
         raise UserError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
+    check_patterns([*mapping, *ignore])
     return {key: scheme.upper() for key, scheme in mapping.items()}, tuple(ignore)
 
 
@@ -55,8 +57,8 @@ def load_measurement(path: str | Path) -> dict[str, object]:
 
 
 def _read(path: str | Path) -> Any:
-    """The file's JSON content, of any type; ValueError if it is not JSON."""
+    """The file's JSON content, of any type; UserError if it is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path)
+    except UserError as error:
         raise UserError(f"the mapping file {str(path)!r} cannot be read: {error}") from error

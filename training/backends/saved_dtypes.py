@@ -19,10 +19,12 @@ class SavedDtypes:
     Attributes:
         main: that config.json names; None where it is not known, and tensors are saved as they are.
         by_name: of each floating-point tensor.
+        use_cache: what config.json said of it, since training changes that in memory; None where it says nothing.
     """
 
     main: torch.dtype | None = None
     by_name: dict[str, torch.dtype] = field(default_factory=dict)
+    use_cache: bool | None = None
 
     def cast(self, model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Each tensor in its dtype; tied weights, gathered apart by FSDP, share memory again."""
@@ -37,11 +39,13 @@ class SavedDtypes:
         return result
 
     def write(self, folder: Path) -> None:
-        """Let config.json name the main dtype; save_pretrained wrote that of the masters in memory."""
+        """Let config.json name the main dtype and `use_cache`; save_pretrained wrote those of the training."""
         path = folder / CONFIG_NAME
         if self.main is None or not path.is_file():
             return
         config = json.loads(path.read_text(encoding="utf-8"))
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(self.main).removeprefix("torch.")
+        if self.use_cache is not None:
+            config["use_cache"] = self.use_cache
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

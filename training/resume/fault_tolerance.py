@@ -27,7 +27,13 @@ from .run_record import RunRecord
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
 from .steps import check_steps, check_trained
-from .written import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
+from .written import (
+    check_saved_model,
+    checkpoint_written_whole,
+    checkpoints_in,
+    delete_older_checkpoints,
+    model_written_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +201,8 @@ class FaultTolerantTrainer(Trainer):
             return
         with model_written_whole(output_dir or self.args.output_dir, self.args.should_save) as partial:
             super().save_model(str(partial), _internal_call=True)
+            if self.args.should_save:
+                check_saved_model(partial)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

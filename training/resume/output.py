@@ -92,11 +92,15 @@ class OutputFolder:
         """The folder of the packed model, named after its schemes."""
         return self.path / "-".join(dict.fromkeys(qat_config.mapping.values()))
 
-    def pack(self, qat_config: QATConfig, export_format: str, facts: CardFacts) -> Path:
+    def pack(
+        self, qat_config: QATConfig, export_format: str, facts: CardFacts, trust_remote_code: bool = False
+    ) -> Path:
         """Pack the model of this folder into a folder named after its scheme, and prove that it is the same model."""
         target = self._packed(qat_config)
-        export_checkpoint(self.path, target, export_format, overwrite=True, facts=facts)
-        verify(target, self.path)
+        export_checkpoint(
+            self.path, target, export_format, overwrite=True, facts=facts, trust_remote_code=trust_remote_code
+        )
+        verify(target, self.path, trust_remote_code=trust_remote_code)
         return target
 
 

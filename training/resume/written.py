@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qat.checkpoints.folder import CONFIG_NAME
+from qat.checkpoints.folder import CONFIG_NAME, CheckpointFolder
+from qat.checkpoints.skeleton import load_skeleton
+from qat.errors import UserError
 from qat.files.atomic import clear_leftovers, disk_full_reported, flush_path, flush_to_disk, partial_of, put_in_place
 from qat.files.manifest import describe, write_manifest
 from qat.schemes.config import QAT_CONFIG_NAME
@@ -125,6 +127,28 @@ def model_written_whole(folder: str | Path, leads: bool) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_saved_model(folder: Path) -> None:
+    """Compare the names and shapes of the weights in `folder` with those of the model that transformers makes of it.
+
+    transformers saves some models under other names than it loads, and tensors can be lost on the way. No weight is
+    read. A folder without config.json holds no model of transformers, and is not looked at.
+
+    Raises:
+        UserError: something is missing, of another shape, or has no place in the model.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    try:
+        checkpoint = CheckpointFolder.open(folder)
+        # Code beside the weights is that of the model in memory, which has run already.
+        load_skeleton(checkpoint, trust_remote_code="auto_map" in checkpoint.config)
+    except UserError as error:
+        raise UserError(
+            f"the model was not saved, since it could not be loaded again: {error}. transformers loses weights of this "
+            "model when it saves them; the checkpoints that the run has written keep what was trained"
+        ) from error
 
 
 def _install(partial: Path, folder: Path) -> None:

@@ -4,51 +4,45 @@ from __future__ import annotations
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qat.errors import UserError
+from data.tokenizer import load_tokenizer as tokenizer_of
+from qat.checkpoints.fit import check_finite, load_checked
+from qat.checkpoints.load import load_plain
+from qat.checkpoints.model_config import read_config
 
 from ..arguments.model import ModelArguments
 
 
-def load_plain(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
+def load_unquantized(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
     """Load an unquantized model in its own dtype, or a GGUF file, which is dequantized.
 
     Raises:
-        UserError: the model is quantized in a format that training cannot start from.
+        UserError: see `load_plain`; or the GGUF file cannot be read.
     """
-    kwargs = {"cache_dir": cache_dir, "dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
-    if model_args.gguf_file is not None:
-        kwargs |= {"gguf_file": model_args.gguf_file, "dtype": torch.bfloat16, **_dequantize_gguf()}
-    else:
-        kwargs["use_safetensors"] = True
-    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
-    _check_plain(model, model_args)
-    if model_args.gguf_file is not None:
-        _forget_gguf(model)
+    if model_args.gguf_file is None:
+        return load_plain(
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code, cache_dir=cache_dir
+        )
+    where = f"--gguf_file {model_args.gguf_file!r} in --model_name_or_path {model_args.model_name_or_path!r}"
+    model = load_checked(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path, gguf_file=model_args.gguf_file, cache_dir=cache_dir, dtype=torch.bfloat16,
+            trust_remote_code=model_args.trust_remote_code, output_loading_info=True, **_dequantize_gguf(),
+        ),
+        where,
+    )  # fmt: skip
+    check_finite(model.named_parameters(), where)
+    _forget_gguf(model)
     return model
 
 
-def _check_plain(model: PreTrainedModel, model_args: ModelArguments) -> None:
-    if model_args.gguf_file is None and getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"--model_name_or_path {model_args.model_name_or_path!r} is quantized by "
-            f"{getattr(model, 'quantization_method', None)}; training starts from BF16 weights, or from a local folder "
-            "packed in MXFP4, MXFP8 or FP8 by compressed-tensors, or in MXFP4 or MXFP8 by AutoRound "
-            "(download a hub model first)"
-        )
-
-
 def load_tokenizer(model_args: ModelArguments, model_max_length: int, cache_dir: str | None = None):
-    """Load the model's tokenizer: it truncates at `model_max_length` and has a padding token."""
-    kwargs = {"gguf_file": model_args.gguf_file} if model_args.gguf_file is not None else {}
-    kwargs["trust_remote_code"] = model_args.trust_remote_code
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, cache_dir=cache_dir, model_max_length=model_max_length, **kwargs
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    """The model's tokenizer, see `data.tokenizer`: it truncates at `model_max_length` and has a padding token."""
+    return tokenizer_of(
+        model_args.model_name_or_path, model_max_length, gguf_file=model_args.gguf_file,
+        trust_remote_code=model_args.trust_remote_code, cache_dir=cache_dir,
+    )  # fmt: skip
 
 
 def _dequantize_gguf() -> dict:
@@ -73,10 +67,9 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 def without_weights(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers in memory: for processes that read no file."""
-    kwargs = {"cache_dir": cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    if model_args.gguf_file is not None:
-        kwargs["gguf_file"] = model_args.gguf_file
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **kwargs)
+    name, gguf = model_args.model_name_or_path, model_args.gguf_file
+    options = {} if gguf is None else {"gguf_file": gguf}
+    config = read_config(name, f"--model_name_or_path {name!r}", model_args.trust_remote_code, cache_dir, **options)
     if getattr(config, "quantization_config", None) is not None:  # packed: the first process dequantizes it
         del config.quantization_config
     with init_empty_weights(include_buffers=False):

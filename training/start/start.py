@@ -18,9 +18,11 @@ from transformers.utils import cached_file
 
 from qat import QATConfig, prepare_qat
 from qat.checkpoints.folder import CheckpointFolder
-from qat.checkpoints.unpack import is_packed, load_packed
+from qat.checkpoints.load import TEACHER_ARGUMENT, check_loadable
+from qat.checkpoints.model_config import check_readable, find_folder
+from qat.checkpoints.unpack import check_packed, load_packed
 from qat.errors import UserError
-from qat.files.trust import check_model_folder
+from qat.files.model_folder import check_file_name, check_model_folder
 from qat.layers.learned_scales import SETTING, check_baked
 from qat.layers.restore import prepare_as_saved
 from qat.schemes.config import QAT_CONFIG_NAME
@@ -30,9 +32,10 @@ from ..arguments.model import ModelArguments
 from ..arguments.quantization import QuantizationArguments
 from ..backends.saved_dtypes import SavedDtypes
 from ..backends.weightless import first_process_loads, waits_for_weights
-from .loading import load_plain, load_tokenizer, without_weights
+from .loading import load_tokenizer, load_unquantized, without_weights
 
 logger = logging.getLogger(__name__)
+_ARGUMENT = "--model_name_or_path"
 
 
 @dataclass
@@ -59,15 +62,26 @@ class Start:
         """Find out what the model is; reads no weights.
 
         Raises:
-            UserError: weights that are pickled, an index that points outside of its folder, a damaged
-                qat_config.json, or a checkpoint to resume from whose learned exponents are not in its weights yet.
+            UserError: there is no such folder or model, it is an adapter, its files are damaged or pickled or lie
+                outside of the folder, it is quantized by a method that is not read, or is a checkpoint to resume from
+                whose learned exponents are not in its weights yet.
         """
         name = model_args.model_name_or_path
-        check_model_folder(name)
-        start = cls(model_args, cache_dir, is_packed(name), saved_config(name, cache_dir))
-        if Path(name).is_dir() and start.qat_config is not None and start.qat_config.training.get(SETTING):
-            check_baked(CheckpointFolder.open(name).names, name)
-        return start
+        if model_args.gguf_file is not None:
+            check_model_folder(name, _ARGUMENT)
+            check_file_name(name, _ARGUMENT, model_args.gguf_file, "--gguf_file")
+            return cls(model_args, cache_dir, False, QATConfig.load(name))
+        folder = find_folder(name, _ARGUMENT, cache_dir)
+        is_packed = check_readable(folder, f"{_ARGUMENT} {name!r}")
+        if not Path(name).is_dir():
+            return cls(model_args, cache_dir, False, saved_config(name, cache_dir))
+        qat_config = QATConfig.load(folder)
+        names = CheckpointFolder.open(name, _ARGUMENT).names
+        if is_packed:
+            check_packed(name, _ARGUMENT)
+        elif qat_config is not None and qat_config.training.get(SETTING):
+            check_baked(names, name)
+        return cls(model_args, cache_dir, is_packed, qat_config)
 
     # ---- May this stage start here? ----
 
@@ -75,10 +89,12 @@ class Start:
         """Refuse what would learn from, or smooth, a model that is quantized already.
 
         Raises:
-            UserError: the teacher would be such a model; smoothing would undo the rounding of a packed one; or a
-                setting of quantization has no effect, because nothing is quantized.
+            UserError: the teacher cannot be loaded, or would be such a model; smoothing would undo the rounding of a
+                packed one; or a setting of quantization has no effect, because nothing is quantized.
         """
         folder = self.model_args.model_name_or_path
+        if (teacher := distill_args.teacher_model_name_or_path) is not None:
+            check_loadable(teacher, TEACHER_ARGUMENT, self.model_args.trust_remote_code, self.cache_dir)
         if self.is_packed or self.qat_config is not None:
             self._check_teacher(distill_args)
         elif quant_args.quant_scheme is None and quant_args.quant_mapping is None:
@@ -123,7 +139,7 @@ class Start:
             model = self._load_with_weights()
             tensors = model.state_dict(keep_vars=True)
             by_name = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
-            self.dtypes = SavedDtypes(model.dtype, by_name)
+            self.dtypes = SavedDtypes(model.dtype, by_name, getattr(model.config, "use_cache", None))
             model.float()
         if first_process_loads():
             self._share()
@@ -133,8 +149,8 @@ class Start:
 
     def _load_with_weights(self) -> PreTrainedModel:
         if not self.is_packed:
-            return load_plain(self.model_args, self.cache_dir)
-        model, self.qat_config = load_packed(self.model_args.model_name_or_path)
+            return load_unquantized(self.model_args, self.cache_dir)
+        model, self.qat_config = load_packed(self.model_args.model_name_or_path, _ARGUMENT)
         return model
 
     def _share(self) -> None:

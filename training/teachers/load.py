@@ -6,26 +6,28 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from data.tokenizer import load_tokenizer
+from qat.checkpoints.load import TEACHER_ARGUMENT, load_plain
 from qat.errors import UserError
-from qat.files.trust import check_model_folder
 
 
 def load_teacher(
     model: PreTrainedModel, name_or_path: str | None, cache_dir: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name."""
+    """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name.
+
+    Raises:
+        UserError: see `load_plain` and `check_teacher`; or one of the two has no tokenizer.
+    """
     if name_or_path is None:
         teacher = _bfloat16_copy(model)
     else:
-        check_model_folder(name_or_path)
-        kwargs = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-        teacher = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=torch.bfloat16, use_safetensors=True, **kwargs
-        )
-        teacher_tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-        student_tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, **kwargs)
+        options = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+        teacher = load_plain(name_or_path, TEACHER_ARGUMENT, torch.bfloat16, **options)
+        teacher_tokenizer = load_tokenizer(name_or_path, argument=TEACHER_ARGUMENT, **options)
+        student_tokenizer = load_tokenizer(model.config._name_or_path, **options)
         check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
     teacher.config.use_cache = False
     return teacher.requires_grad_(False).eval()

@@ -161,6 +161,7 @@ def damaged(source: Path, folder: Path, damage: str) -> Path:
     elif damage == "wrong shape":
         save_file(tensors | {"model.norm.weight": torch.ones(3)}, weights, {"format": "pt"})
     elif damage == "missing shard":
+        weights.unlink()
         index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif damage == "nan":

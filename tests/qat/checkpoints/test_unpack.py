@@ -134,12 +134,12 @@ def test_a_foreign_checkpoint_that_floor_would_change_is_rounded_under_rceil(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.norm.weight": None}, "1 missing keys for LlamaForCausalLM, e.g. model.norm.weight"),
+        ({"model.norm.weight": None}, "lacks 1 tensors of LlamaForCausalLM, e.g. model.norm.weight"),
         ({"model.layers.0.mlp.up_proj.weight_scale": None}, "is incomplete: .*up_proj.weight_packed"),
         ({"model.layers.0.mlp.up_proj.weight_scale": torch.zeros(96, 4, dtype=torch.uint8)}, r"must be \(96, 2\)"),
         ({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)}, "no layout of MXFP4, MXFP8, FP8"),
         ({"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)}, "other than MXFP4, MXFP8, FP8"),
-        ({"surplus": torch.ones(1)}, "1 unexpected keys"),
+        ({"surplus": torch.ones(1)}, "1 tensors that LlamaForCausalLM has no place for, e.g. surplus"),
     ],
 )
 def test_a_damaged_packed_checkpoint_is_refused(tmp_path, change, message):
@@ -173,7 +173,7 @@ def test_main_evaluates_a_packed_folder_as_the_trained_one_and_trains_on_from_it
 
 def test_main_packs_what_it_trained_and_says_how_to_serve_it(tmp_path, monkeypatch, caplog):
     verified = []
-    monkeypatch.setattr(output, "verify", lambda *folders: verified.append(folders))
+    monkeypatch.setattr(output, "verify", lambda *folders, **_: verified.append(folders))
     source = save_llama(tmp_path / "source", layers=1)
     shutil.copytree(source, tmp_path / "copy")
     run_main(source, tmp_path / "out", "--quant_scheme", "MXFP8", "--do_train", "True", "--max_steps", "1")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import MIXED, save_qat
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from qat.checkpoints import verify
 from qat.checkpoints import verify_logits as logits
@@ -97,6 +98,21 @@ def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match=r"2 elements differ, first in .*gate_proj.weight_scale \(missing\)"):
         verify.verify(changed, source, with_logits=False)
+
+
+def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path):
+    """In a fresh process: the reason is what that process wrote last."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 260}
+    MixtralForCausalLM(MixtralConfig(**sizes, **experts)).bfloat16().save_pretrained(tmp_path / "source")
+    packed = export_checkpoint(tmp_path / "source", tmp_path / "packed", scheme="MXFP4")
+    (packed / "verification.json").write_text('{"verified": true}')  # of an earlier export
+    with pytest.raises(
+        VerificationError, match="packed is not proven.*cannot load it: .*experts.gate_up_proj"
+    ) as error:
+        verify.verify(packed, tmp_path / "source", tokens=8)
+    assert "\n" not in str(error.value) and not (packed / "verification.json").exists()
 
 
 def test_wrong_logits_are_an_error_though_all_weights_agree(pair, monkeypatch, tmp_path):

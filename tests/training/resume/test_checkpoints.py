@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_tokenizer, write_conversations
+from helpers import make_llama, make_tokenizer, write_conversations
+from trainers import make_data, make_trainer
 
 from qat import QATConfig
+from qat.errors import UserError
 from qat.files.manifest import describe, problems, write_manifest
 from training.arguments.training import TrainingArguments
 from training.backends.writers import Writers
@@ -116,6 +118,20 @@ def test_a_model_replaces_another_whole_or_not_at_all(tmp_path):
             (aside / name).write_text("new")
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "checkpoint-4"}
     assert (tmp_path / "config.json").read_text() == "new"
+
+
+def test_a_model_whose_saved_files_lack_a_tensor_is_not_said_to_be_saved(tmp_path):
+    model = make_llama()
+    trainer = make_trainer(tmp_path, model, make_data(tmp_path), None)
+    trainer.save_model()
+    assert (tmp_path / "out" / "config.json").is_file()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    model._keys_to_ignore_on_save = {"model.norm.weight"}  # what transformers does not write
+    with pytest.raises(
+        UserError, match="the model was not saved.* lacks 1 tensors of LlamaForCausalLM, e.g. model.norm"
+    ):
+        trainer.save_model()
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
 def make_record(

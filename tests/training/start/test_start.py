@@ -46,7 +46,7 @@ def test_a_model_that_is_quantized_or_trained_for_it_is_no_teacher(folders, star
     for quantization in ({}, {"quant_scheme": "MXFP4"}):
         with pytest.raises(ValueError, match=f"a copy of --model_name_or_path .*{start}.*--teacher_model_name_or_path"):
             check(folders / start, quantization, distill=True, distill_teacher=teacher)
-        check(folders / start, quantization, teacher_model_name_or_path="m", distill_teacher=teacher)
+        check(folders / start, quantization, teacher_model_name_or_path=str(folders / "plain"), distill_teacher=teacher)
     check(folders / "plain", {"quant_scheme": "MXFP4"}, distill=True, distill_teacher=teacher)
 
 
@@ -75,9 +75,8 @@ def test_smoothing_does_not_undo_the_rounding_of_a_packed_model(folders, start):
 )
 def test_settings_of_quantization_need_something_to_quantize(folders, setting):
     ((name, value),) = setting.items()
-    for nothing in (folders / "plain", "some/hub-id"):
-        with pytest.raises(ValueError, match=f"--{name} {value} needs a model to quantize: give --quant_scheme"):
-            check(nothing, setting)
+    with pytest.raises(ValueError, match=f"--{name} {value} needs a model to quantize: give --quant_scheme"):
+        check(folders / "plain", setting)
     check(folders / "plain", setting | {"quant_scheme": "MXFP4"})
     check(folders / "trained", setting)
     (folders / "mapping.json").write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}}')

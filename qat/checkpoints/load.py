@@ -1,0 +1,72 @@
+"""Load a plain causal language model, checked: what a folder lacks is an error, never a random weight."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import UserError
+from .fit import check_finite, load_checked
+from .folder import CheckpointFolder
+from .model_config import check_readable, find_folder, read_config
+from .skeleton import UNTIED, load_skeleton, untie_if_different
+
+logger = logging.getLogger(__name__)
+
+TEACHER_ARGUMENT = "--teacher_model_name_or_path"
+
+
+def check_loadable(
+    name: str | Path,
+    argument: str = "--model_name_or_path",
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+) -> None:
+    """Raise the UserErrors of `load_plain` that can be known without weights; of a hub id, those about its config.json.
+
+    Nothing is allocated before all names and shapes of a local folder are known to fit.
+    """
+    where = f"{argument} {str(name)!r}"
+    if check_readable(find_folder(name, argument, cache_dir), where):
+        raise UserError(
+            f"{where} is packed; give the unquantized model that it was made of, or a local folder as "
+            "--model_name_or_path (download a hub model first)"
+        )
+    if Path(name).is_dir():
+        load_skeleton(CheckpointFolder.open(name, argument), trust_remote_code)
+
+
+def load_plain(
+    name: str | Path,
+    argument: str = "--model_name_or_path",
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+) -> PreTrainedModel:
+    """The unquantized model in a local folder or of a hub id, on the CPU.
+
+    Args:
+        argument: by which argument the user named it, for messages.
+        dtype: of its weights; "auto" for the one that they are stored in.
+
+    Raises:
+        UserError: there is no such model, it is quantized, its weights are not those of the model that its config.json
+            describes, or one of them is stored in integers or holds NaN or infinity.
+    """
+    where = f"{argument} {str(name)!r}"
+    check_loadable(name, argument, trust_remote_code, cache_dir)
+    config = read_config(name, where, trust_remote_code, cache_dir)
+    model = load_checked(
+        lambda: AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+        ),
+        where,
+    )  # fmt: skip
+    check_finite(model.named_parameters(), where)
+    if untie_if_different(model):
+        logger.warning("%s: %s", where, UNTIED)
+    return model
