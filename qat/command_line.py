@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import STATUS, report
 
@@ -26,7 +26,7 @@ _KINDS = {  # what the types of arguments are called
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose every error is one line that names the argument and its value."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, "exit_on_error": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
@@ -34,14 +34,18 @@ class OneLineParser(argparse.ArgumentParser):
         report(message)
         sys.exit(STATUS)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """argparse's own; a wrong value ends the program with one line."""
         try:
             return super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
             self.error(_in_words(error))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """argparse's own; an unknown argument ends the program with one line that suggests the nearest."""
         namespace, rest = self.parse_known_args(args, namespace)
         self.refuse_unknown(rest)

@@ -37,7 +37,7 @@ def read_rows() -> list[tuple[str, str, str]]:
         if line.startswith("["):
             program = line.strip("[]")
         elif line:
-            words, _, named = line.partition(" | ")
+            words, _, named = f" {line}".partition(" | ")
             rows.append((program, words.strip(), named.strip()))
     return rows
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_paths(arguments: Arguments) -> None:
-    """Refuse models that are not there, places that cannot be written, and to write where something is read.
+    """Refuse models that are not there, and to write where something is read.
 
     Raises:
         UserError: as described. An evaluation may write into the folder of its model: it makes a new folder there.
@@ -54,11 +54,6 @@ def check_paths(arguments: Arguments) -> None:
         inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
         inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]
     check_apart("--output_dir", args.output_dir, inputs)
-    for name, folder in (
-        ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
-    ):  # fmt: skip
-        if folder is not None:
-            make_writable(name, folder)
 
 
 # ---- The model, without its weights ----
@@ -71,11 +66,17 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         The model, its parameters on the meta device.
 
     Raises:
-        UserError: its configuration cannot be read, or is not of a causal language model; --model_max_length is more
-            than its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the
-            packed model's folder is occupied; or the checkpoint to resume from is not there or of another training.
+        UserError: a cache cannot be written; the model's configuration cannot be read, or is not of a causal language
+            model; --model_max_length is more than its positions; the teacher does not fit; the scheme, the mapping or
+            the export format does not; the packed model's folder is occupied; or the checkpoint to resume from is not
+            there or of another training.
     """
-    args, quant_args, distill_args = arguments.training, arguments.quantization, arguments.distillation
+    _, args, data_args, quant_args, distill_args = arguments
+    for name, folder in (
+        ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
+    ):  # fmt: skip
+        if folder is not None:
+            make_writable(name, folder)
     skeleton = skeleton_of(start)
     check_length(args.model_max_length, type(args).model_max_length, skeleton.config)
     if distill_args.distill:

@@ -27,21 +27,20 @@ def check_model_path(argument: str, name: str, has_config: bool = True) -> None:
     given = f"{argument} {name!r}"
     if not name.strip():
         raise UserError(f"{argument} is empty; give the folder of a Hugging Face model, or its id on the hub")
-    path = Path(name)
     try:
-        if path.is_file():
-            raise UserError(f"{given} is a file; give the folder of a Hugging Face model")
-        if path.is_dir():
-            known = (path / _CONFIG_NAME).is_file() or (path / _ADAPTER_NAME).is_file()
-            if has_config and not known:
-                raise UserError(f"{given} has no {_CONFIG_NAME}; give the folder of a Hugging Face model")
-            return
-    except OSError as error:
-        raise UserError(f"{given} cannot be read ({error.strerror}); give a folder that can") from error
-    except ValueError as error:  # a null byte
-        raise UserError(f"{given} is not a path ({error}); give the folder of a Hugging Face model") from error
-    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-        raise UserError(f"{given} does not exist; give the folder of a Hugging Face model, or its id on the hub")
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
+            raise UserError(
+                f"{given} does not exist; give the folder of a Hugging Face model, or its id on the hub"
+            ) from None
+        return
+    except (OSError, ValueError):
+        return  # who opens it says why it cannot
+    if os.path.isfile(name):
+        raise UserError(f"{given} is a file; give the folder of a Hugging Face model")
+    if has_config and not any(os.path.isfile(Path(name, file)) for file in (_CONFIG_NAME, _ADAPTER_NAME)):
+        raise UserError(f"{given} has no {_CONFIG_NAME}; give the folder of a Hugging Face model")
 
 
 def check_apart(argument: str, output: str | Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
@@ -58,7 +57,7 @@ def check_apart(argument: str, output: str | Path, inputs: Iterable[tuple[str, s
     """
     place = Path(output).resolve()
     for name, given in inputs:
-        if not Path(given).exists():
+        if not os.path.exists(given):
             continue
         read = Path(given).resolve()
         how = (

@@ -18,6 +18,8 @@ from ..schemes.spec import Scheme
 from .learned_scales import SETTING
 from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
 
+# Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
+_HEADS = {*DEFAULT_IGNORE, "embed_out"}
 DEFAULT_MAPPING: Mapping[type, str] = {nn.Linear: "MXFP8"}
 # Scheme names by module type or glob. Three types, because a Mapping is invariant in its keys.
 SchemeMapping = Mapping[type, str] | Mapping[str, str] | Mapping[type | str, str]
@@ -51,7 +53,7 @@ def prepare_qat(
 
     Raises:
         UserError: an unknown scheme, rule or key, a key that matches no linear layer or ignored ones only, a pattern of
-            `ignore` that matches nothing (lm_head, the default, may), a layer that the blocks of its scheme do not
+            `ignore` that matches nothing (names of heads may), a layer that the blocks of its scheme do not
             divide, or nothing left to quantize. The model is unchanged then.
     """
     by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
@@ -173,7 +175,7 @@ def _check_effects(
     """Raise a UserError for a pattern of `ignore` that matches nothing, and a key that matches ignored layers only."""
     names = [*(site.name for site, _ in chosen), *left_alone]
     for pattern in ignore:
-        if pattern not in DEFAULT_IGNORE and not any(matches(name, pattern) for name in names):
+        if pattern not in _HEADS and not any(matches(name, pattern) for name in names):
             raise UserError(
                 f'the ignore pattern {pattern!r} (--ignore, or "ignore" in a mapping file) matches no layer; give '
                 f"{PATTERN_HELP}; the model has {_examples(chosen, left_alone)}"

@@ -8,6 +8,10 @@ import signal
 
 import pytest
 from helpers import ROOT, save_llama
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qat.errors import UserError
 
 SCRIPT = ROOT / "scripts" / "export.py"
 
@@ -26,10 +30,18 @@ def test_any_bf16_checkpoint_is_packed_verified_and_verified_again(script, tmp_p
     assert script.main(["--verify", target, "--weights_only"]) == 0  # the source is recorded
 
 
-def test_an_error_is_one_line_and_exit_status_1(script, tmp_path, capsys):
-    source = str(save_llama(tmp_path / "source"))
-    assert script.main([source, str(tmp_path / "packed")]) == 1
-    assert "error: " in capsys.readouterr().err and not (tmp_path / "packed").exists()
+def test_a_mistake_is_an_error_of_the_user_and_a_failed_proof_is_exit_status_1(script, tmp_path, capsys):
+    source, target = str(save_llama(tmp_path / "source")), tmp_path / "packed"
+    with pytest.raises(UserError, match="no qat_config.json, so it has no scheme; give --quant_scheme"):
+        script.main([source, str(target)])
+    assert not target.exists()
+    assert script.main([source, str(target), "--quant_scheme", "MXFP4", "--no_verify"]) == 0
+    with safe_open(target / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    assert script.main(["--verify", str(target), "--source", source, "--weights_only"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_a_terminated_export_removes_what_it_had_written(script, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from data.sources.readers import HELP as DATASET_HELP
 from data.supervised import check_size
 from qat.errors import UserError
 
-from .trainer_options import MOST_WORKERS, WORKERS_OF_A_CORE
+from .option_table import MOST_WORKERS, WORKERS_OF_A_CORE
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +39,9 @@ def check_fit(data: dict, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrain
 
 def local_paths(spec: str | None) -> Iterator[Path]:
     """The files and folders among the datasets of a list, which may have weights behind a colon."""
-    for part in [spec] if spec and Path(spec).exists() else (spec or "").split(","):
+    for part in [spec] if spec and os.path.exists(spec) else (spec or "").split(","):
         for name in (part.strip(), part.strip().rpartition(":")[0]):
-            if name and Path(name).exists():
+            if name and os.path.exists(name):
                 yield Path(name)
                 break
 

@@ -16,8 +16,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 import main
 from qat import prepare_qat
-from training.arguments import option_conditions, trainer_options
-from training.arguments.trainer_options import OPTIMIZERS, TRAINER_OPTIONS, check_trainer_options, document
+from training.arguments import option_conditions, option_table, trainer_options
+from training.arguments.option_table import OPTIMIZERS, TRAINER_OPTIONS
+from training.arguments.trainer_options import check_trainer_options, document
 from training.arguments.training import TrainingArguments
 from utils import QATTrainer, make_supervised_data_module
 
@@ -167,7 +168,7 @@ def test_adafactor_is_refused_under_fsdp(monkeypatch):
 
 
 def test_an_option_that_an_older_transformers_does_not_have_is_passed_over(monkeypatch):
-    newer = trainer_options.Option("of_a_later_release", "", refusals=(trainer_options.Refusal("", ""),))
+    newer = option_table.Option("of_a_later_release", "", refusals=(option_table.Refusal("", ""),))
     monkeypatch.setattr(trainer_options, "TRAINER_OPTIONS", (newer,))
     TrainingArguments("out", use_cpu=True)
 
