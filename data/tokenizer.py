@@ -42,6 +42,11 @@ def load_tokenizer(
         raise UserError(_problem(error, name, argument)) from error
     if len(tokenizer) == 0:
         raise UserError(f"{argument} {name!r} has an empty tokenizer; copy the tokenizer's files there")
+    template = tokenizer.chat_template
+    if not all(
+        isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template or ""])
+    ):
+        raise UserError(f"{argument} {name!r} has a chat template that is no text; mend its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

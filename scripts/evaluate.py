@@ -223,10 +223,10 @@ def make_hf(folder: str, args: argparse.Namespace):
     saved, packed = QATConfig.load(folder), CheckpointFolder.open(folder, "DIR").is_packed
     tokenizer = load_tokenizer(folder, argument="DIR", trust_remote_code=args.trust_remote_code)
     if packed and args.input_rule is None:
-        check_packed_values(folder, "DIR")
+        check_packed_values(folder, "DIR", args.trust_remote_code)
         model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
     elif packed:
-        model, saved = load_packed(folder, "DIR")
+        model, saved = load_packed(folder, "DIR", args.trust_remote_code)
         described = "packed"
         prepare_as_saved(model, saved)
     else:
@@ -244,7 +244,7 @@ def make_hf(folder: str, args: argparse.Namespace):
 def make_vllm(folder: str, args: argparse.Namespace):
     """The same with vLLM as the engine."""
     packed = CheckpointFolder.open(folder, "DIR").is_packed
-    check_packed_values(folder, "DIR") if packed else check_loadable(folder, "DIR", args.trust_remote_code)
+    (check_packed_values if packed else check_loadable)(folder, "DIR", args.trust_remote_code)
     model = _import_vllm_model()(
         pretrained=folder, dtype="bfloat16", batch_size=args.batch_size, max_model_len=args.max_model_len,
         gpu_memory_utilization=0.8, trust_remote_code=args.trust_remote_code,

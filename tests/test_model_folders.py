@@ -170,8 +170,11 @@ PLAIN = {
     "another shape": (tensors(lambda t: t.update({MATRIX: t[MATRIX][1:]})), f"{MATRIX} has the shape .95, 64", LOADS),
     "more layers": (config(num_hidden_layers=3), "lacks 9 tensors of .* e.g. model.layers.2", LOADS),
     "fewer layers": (config(num_hidden_layers=1), "has 9 tensors that .* no place for, e.g. model.layers.1", LOADS),
-    "a million layers": (config(num_hidden_layers=10**6), "num_hidden_layers 1000000, but the weights are 20", LOADS),
-    "a huge vocabulary": (config(vocab_size=10**12), r"embed_tokens.weight has the shape \(260, 64\)", LOADS),
+    "a million layers": (config(num_hidden_layers=10**6), "num_hidden_layers 1000000, but the weights", LOADS),
+    "a huge vocabulary": (config(vocab_size=10**12), "vocab_size 1000000000000, but the weights are", LOADS),
+    "a larger vocabulary": (config(vocab_size=300), r"embed_tokens.weight has the shape \(260, 64\)", LOADS),
+    "a huge head": (config(head_dim=10**9), "head_dim 1000000000, but the weights are 20 tensors", LOADS),
+    "no heads": (config(num_attention_heads=0), "config.json", LOADS),
     "a foreign tensor": (
         tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.weight_quantizer._amax": torch.ones(1)})),
         "no place for, e.g. model.layers.0.mlp.up_proj.weight_quantizer._amax", LOADS,

@@ -61,7 +61,9 @@ def load_checked(load: Callable[[], Any], where: object, strict: bool = False) -
     with _quiet_transformers() as loading:
         try:
             model, report = load()
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever transformers and a config.json's values end in
             if isinstance(error, UserError) or "allocate" in str(error) or "out of memory" in str(error):
                 raise
             if "trust_remote_code" in str(error):
@@ -176,10 +178,10 @@ def _quiet_transformers() -> Iterator[Loading]:
     loading, source = Loading(), logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:
-        is_table = "LOAD REPORT" in record.getMessage()
-        if is_table:
-            loading.tables.append(record.getMessage())
-        return not is_table
+        text = record.getMessage()
+        if is_table := "LOAD REPORT" in text:
+            loading.tables.append(text)
+        return not (is_table or "tied weights mapping" in text)
 
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -6,7 +6,7 @@ names and the folder lacks, and a tensor that its shard lacks are found here, no
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stor
 
 _KNOWN_METHODS = tuple(dialect.quant_method for dialect in DIALECTS.values())
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
+_SIZES = ("_dim", "_size")
+_SMALL_SIZE = 10**6
 _FEW_LAYERS = 1000  # are built in seconds
 _SHARD_OF_RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -84,7 +86,7 @@ class CheckpointFolder:
         config = read_config_file(path)
         shards = {file: _tensors_in(path / file, names) for file, names in sorted(_promised(path).items())}
         _check_unique(path, shards)
-        _check_layer_count(path, config, sum(map(len, shards.values())))
+        _check_sizes(path, config, [tensor for tensors in shards.values() for tensor in tensors.values()])
         return cls(path, config, shards)
 
     @property
@@ -208,12 +210,17 @@ def _check_unique(path: Path, shards: dict[str, dict[str, Stored]]) -> None:
             seen[name] = file
 
 
-def _check_layer_count(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Refuse a config.json that promises more layers than there are tensors, before all of them are built."""
+def _check_sizes(path: Path, config: dict[str, Any], stored: list[Stored]) -> None:
+    """Refuse a config.json that promises more layers or larger ones than the weights are, before they are built."""
+    values = sum(math.prod(tensor.shape) for tensor in stored)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in _LAYER_COUNTS:
-            if isinstance(count := part.get(key), int) and count > max(tensors, _FEW_LAYERS):
+        for key, value in part.items():
+            if not isinstance(value, int):
+                continue
+            too_many = key in _LAYER_COUNTS and value > max(len(stored), _FEW_LAYERS)
+            too_large = key.endswith(_SIZES) and value > max(values, _SMALL_SIZE)
+            if too_many or too_large:
                 raise UserError(
-                    f"{path / CONFIG_NAME} has {key} {json.dumps(count)}, but the weights are {tensors} tensors; "
-                    "copy or save the checkpoint again"
+                    f"{path / CONFIG_NAME} has {key} {value}, but the weights are {len(stored)} tensors of "
+                    f"{values} values in all; copy or save the checkpoint again"
                 )

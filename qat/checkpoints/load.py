@@ -36,7 +36,7 @@ def check_loadable(
             "--model_name_or_path (download a hub model first)"
         )
     if Path(name).is_dir():
-        load_skeleton(CheckpointFolder.open(name, argument), trust_remote_code)
+        load_skeleton(CheckpointFolder.open(name, argument), trust_remote_code, where)
 
 
 def load_plain(

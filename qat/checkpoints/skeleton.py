@@ -82,22 +82,29 @@ def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[s
     return own + sorted(stored - set(modules))
 
 
-def load_skeleton(checkpoint: CheckpointFolder, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_skeleton(
+    checkpoint: CheckpointFolder, trust_remote_code: bool = False, where: str | None = None
+) -> PreTrainedModel:
     """The model that transformers makes of `checkpoint`, on the meta device.
+
+    Args:
+        trust_remote_code: run Python code that comes with it.
+        where: what messages call it; default: its path.
 
     Raises:
         UserError: a parameter of the model is missing in the files, has another shape or integers there, or the files
             are those of another model.
     """
-    config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
+    where = where or str(checkpoint.path)
+    config = read_config(checkpoint.path, where, trust_remote_code, local_files_only=True)
     model = load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(
             checkpoint.path, config=config, device_map="meta", output_loading_info=True, local_files_only=True,
             use_safetensors=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
         ),
-        checkpoint.path,
+        where,
     )  # fmt: skip
-    check_dtypes(checkpoint.stored, model, checkpoint.path)
+    check_dtypes(checkpoint.stored, model, where)
     _tie_as_stored(model, checkpoint)
     return model
 

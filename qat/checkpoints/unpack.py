@@ -62,11 +62,14 @@ def is_packed(folder: str | Path) -> bool:
     return quantizer_of(Path(folder), read_object(path)) in {dialect.quant_method for dialect in DIALECTS.values()}
 
 
-def load_packed(folder: str | Path, argument: str = "the packed folder") -> tuple[PreTrainedModel, QATConfig]:
+def load_packed(
+    folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, QATConfig]:
     """The model in a packed checkpoint, its weights dequantized exactly, BF16, on the CPU.
 
     Args:
         argument: by which argument the user named the folder, for messages.
+        trust_remote_code: run Python code that comes with it.
 
     Returns:
         A plain model, and the QATConfig that describes how it was packed.
@@ -74,9 +77,9 @@ def load_packed(folder: str | Path, argument: str = "the packed folder") -> tupl
     Raises:
         UserError: see `check_packed`; or a tensor holds NaN or infinity.
     """
-    checkpoint, layers, own = check_packed(folder, argument)
+    checkpoint, layers, own = check_packed(folder, argument, trust_remote_code)
     plain = _plain_tensors(checkpoint, layers)
-    model = _model_of(checkpoint, plain)
+    model = _model_of(checkpoint, plain, trust_remote_code)
     check_finite(model.named_parameters(), checkpoint.path)
     untie_if_different(model)
     model.config._name_or_path = model.name_or_path = str(folder)
@@ -89,7 +92,7 @@ def load_packed(folder: str | Path, argument: str = "the packed folder") -> tupl
 
 
 def check_packed(
-    folder: str | Path, argument: str = "the packed folder"
+    folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
 ) -> tuple[CheckpointFolder, dict[str, PackedLayer], QATConfig | None]:
     """Open a packed checkpoint and refuse one that lacks anything, by its headers alone.
 
@@ -108,7 +111,7 @@ def check_packed(
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
     empty = {name: torch.empty(shape, dtype=VIEW_DTYPE, device="meta") for name, shape in shapes.items()}
-    model = _model_of(checkpoint, empty, device_map="meta")
+    model = _model_of(checkpoint, empty, trust_remote_code, device_map="meta")
     check_dtypes(stored, model, checkpoint.path)
     own = QATConfig.load(folder)
     if own is not None:
@@ -116,9 +119,11 @@ def check_packed(
     return checkpoint, layers, own
 
 
-def check_packed_values(folder: str | Path, argument: str = "the packed folder") -> None:
+def check_packed_values(
+    folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
+) -> None:
     """`check_packed`, and a UserError for scales, codes or other tensors that are NaN or infinite."""
-    checkpoint, layers, _ = check_packed(folder, argument)
+    checkpoint, layers, _ = check_packed(folder, argument, trust_remote_code)
     formats = {layer.scale: layer.format for layer in layers.values()}
     for file in checkpoint.shards:
         for name, tensor in checkpoint.tensors(file):
@@ -128,14 +133,16 @@ def check_packed_values(folder: str | Path, argument: str = "the packed folder")
                 check_finite([(name, tensor)], checkpoint.path)
 
 
-def _model_of(checkpoint: CheckpointFolder, tensors: dict[str, torch.Tensor], **kwargs: Any) -> PreTrainedModel:
+def _model_of(
+    checkpoint: CheckpointFolder, tensors: dict[str, torch.Tensor], trust_remote_code: bool, **kwargs: Any
+) -> PreTrainedModel:
     """The model of a packed checkpoint with plain `tensors`, all of which it must have."""
-    config = read_config(checkpoint.path, checkpoint.path, local_files_only=True)
+    config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
     del config.quantization_config
 
     def load() -> Any:
         with torch.device("meta"):
-            model_class = type(AutoModelForCausalLM.from_config(config))
+            model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
         return model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
             ignore_mismatched_sizes=True, **kwargs,

@@ -26,6 +26,7 @@ from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..version import VERSION
 from .dialects import Dialect, dialect_of
+from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
 from .skeleton import prepared_skeleton
 from .verify_logits import VerificationError, fake_quantized_logits, packed_logits
@@ -137,9 +138,13 @@ def _real_text(packed: CheckpointFolder, tokens: int, trust_remote_code: bool) -
 
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))[: 32 * tokens]
     if (packed.path / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(
-            packed.path, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                packed.path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # the tokenizers library raises bare ones
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{packed.path} is not proven: its tokenizer cannot be read ({reason})") from error
         ids = tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
         return "Python's language reference", torch.tensor([ids])
     vocabulary = packed.config.get("vocab_size", 256)

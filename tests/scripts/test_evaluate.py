@@ -84,3 +84,18 @@ def test_a_missing_text_is_named():
     with pytest.raises(ValueError, match="--text 'nowhere.txt' is not a file"):
         local_data.text("nowhere.txt")
     assert torch.tensor([len(document) for document in local_data._cut("line\n" * 2000)]).max() <= 4004
+
+
+def test_what_vllm_would_load_is_checked_before(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(evaluate, "_import_vllm_model", lambda: lambda **options: made.append(options))
+    plain = save_llama(tmp_path / "plain")
+    packed = export_checkpoint(plain, tmp_path / "packed", scheme="MXFP4")
+    for folder in (plain, packed):
+        args = evaluate.parse([str(folder), "--backend", "vllm"])
+        evaluate.make_vllm(str(folder), args)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+        with pytest.raises(ValueError, match="lacks 9 tensors of LlamaForCausalLM"):
+            evaluate.make_vllm(str(folder), args)
+    assert [options["trust_remote_code"] for options in made] == [False, False]

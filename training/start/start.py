@@ -78,7 +78,7 @@ class Start:
         qat_config = QATConfig.load(folder)
         names = CheckpointFolder.open(name, _ARGUMENT).names
         if is_packed:
-            check_packed(name, _ARGUMENT)
+            check_packed(name, _ARGUMENT, model_args.trust_remote_code)
         elif qat_config is not None and qat_config.training.get(SETTING):
             check_baked(names, name)
         return cls(model_args, cache_dir, is_packed, qat_config)
@@ -150,7 +150,9 @@ class Start:
     def _load_with_weights(self) -> PreTrainedModel:
         if not self.is_packed:
             return load_unquantized(self.model_args, self.cache_dir)
-        model, self.qat_config = load_packed(self.model_args.model_name_or_path, _ARGUMENT)
+        model, self.qat_config = load_packed(
+            self.model_args.model_name_or_path, _ARGUMENT, self.model_args.trust_remote_code
+        )
         return model
 
     def _share(self) -> None:

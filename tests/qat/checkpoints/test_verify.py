@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from qat.checkpoints import verify
 from qat.checkpoints import verify_logits as logits
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import VerificationError
+from qat.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +103,23 @@ def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
         verify.verify(changed, source, with_logits=False)
 
 
-def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path):
-    """In a fresh process: the reason is what that process wrote last."""
+def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path, monkeypatch):
+    def run(command, **_):
+        try:
+            logits.main(command[3:])
+        except UserError:
+            return CompletedProcess(command, 1, "", traceback.format_exc())
+        return CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(logits.subprocess, "run", run)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 260}
     MixtralForCausalLM(MixtralConfig(**sizes, **experts)).bfloat16().save_pretrained(tmp_path / "source")
     packed = export_checkpoint(tmp_path / "source", tmp_path / "packed", scheme="MXFP4")
     (packed / "verification.json").write_text('{"verified": true}')  # of an earlier export
-    with pytest.raises(
-        VerificationError, match="packed is not proven.*cannot load it: .*experts.gate_up_proj"
-    ) as error:
+    said = "packed is not proven.*cannot load it: .*experts.gate_up_proj"
+    with pytest.raises(VerificationError, match=said) as error:
         verify.verify(packed, tmp_path / "source", tokens=8)
     assert "\n" not in str(error.value) and not (packed / "verification.json").exists()
 

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import make_llama, save_llama
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
+from qat.checkpoints.pack import export_checkpoint
 from qat.files.trust import check_checkpoint
 from training.arguments.model import ModelArguments
 from training.start.loading import load_tokenizer
@@ -69,6 +70,12 @@ def test_code_in_a_model_folder_runs_only_with_the_flag(tmp_path, capsys):
     assert not (tmp_path / "ran").exists() and "[y/N]" not in capsys.readouterr().out
     model = load_model(ModelArguments(str(tmp_path / "model"), trust_remote_code=True))
     assert type(model).__name__ == "Own" and (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="--trust_remote_code"):
+        export_checkpoint(tmp_path / "model", tmp_path / "packed", scheme="MXFP8")
+    packed = export_checkpoint(tmp_path / "model", tmp_path / "packed", scheme="MXFP8", trust_remote_code=True)
+    with pytest.raises(ValueError, match="--trust_remote_code"):
+        load_model(ModelArguments(str(packed)))
+    assert type(load_model(ModelArguments(str(packed), trust_remote_code=True))).__name__ == "Own"
 
 
 def test_metadata_of_sharded_states_is_read_without_running_what_is_pickled_in_it(tmp_path):
