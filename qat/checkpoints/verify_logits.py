@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
+from ..processes import start_worker
 from ..schemes.config import QATConfig
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -73,6 +74,8 @@ def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str
             str(inputs),
             "--outputs",
             str(outputs),
+            "--parent",
+            str(os.getpid()),
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -89,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="*", default=())
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
+    parser.add_argument("--parent", type=int, help="the process whose end ends this one")
     args = parser.parse_args(argv)
+    if args.parent is not None:
+        start_worker(args.parent)
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.bfloat16, local_files_only=True).eval()
     input_ids = load_file(args.inputs)["input_ids"]
     if args.what == "fake-quantized":

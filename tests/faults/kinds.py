@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.resume.safeguards import INTERRUPTED
+from qat.errors import FAULT_STATUS, STATUS
+from qat.processes import status_of
 
 from .injected import AfterSeconds, AtOperation, AtStep, CountOperations, FileSizeLimit, NanLoss, Unprivileged
 from .runs import STEPS, Job, difference
@@ -214,7 +215,7 @@ def read_only(job: Job, reference: Reference, draw: random.Random) -> None:
         path.chmod(path.stat().st_mode | 0o055)
     run = job.start(Unprivileged())
     statuses, text = run.wait(), run.text()
-    _expect(statuses == [1] and "--output_dir" in text and "cannot be written" in text, "not refused", text)
+    _expect(statuses == [STATUS] and "error: --output_dir" in text and "cannot be written" in text, "not refused", text)
     _expect("Loading weights" not in text, "refused only after the model was loaded", text)
     job.output.chmod(0o755)
     job.finish()
@@ -227,7 +228,7 @@ def nan(job: Job, reference: Reference, draw: random.Random) -> None:
     _say(f"a loss of NaN in batch {batch}")
     run = job.start(NanLoss(batch))
     statuses, text = run.wait(), run.text()
-    _expect(statuses == [1] and "--max_nan_steps is 0" in text, f"exit statuses {statuses}", text)
+    _expect(statuses == [FAULT_STATUS] and "--max_nan_steps is 0" in text and "Traceback" not in text, f"exit statuses {statuses}", text)
     job.finish()
     reference.check(job)
 
