@@ -50,7 +50,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
-        **arguments.trainer_options, **data,
+        start_fingerprint=start.fingerprint, **arguments.trainer_options, **data,
     )  # fmt: skip
     if args.do_train:
         train(trainer, checkpoint)

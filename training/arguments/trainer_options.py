@@ -592,6 +592,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     # Checkpoints
     *_works(
         _CHECKPOINTS,
+        save_total_limit="Never deletes the newest checkpoint nor the best. 0 and negative numbers keep all.",
         save_on_each_node="For machines that share no storage.",
         metric_for_best_model="loss, perplexity, or with a teacher kl.",
         greater_is_better="main.py refuses True: each of its metrics is better when it is lower.",
@@ -633,17 +634,6 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "without --eval_strategy",
             when.without_evaluation,
         ),
-    ),
-    _partly(
-        _CHECKPOINTS,
-        "save_total_limit",
-        Refusal(
-            "it says neither how many checkpoints are kept nor that all are",
-            "give a positive number, or leave it out to keep all",
-            "negative numbers",
-            when.below(0),
-        ),
-        note="Never deletes the newest checkpoint nor the best. 0 keeps all.",
     ),
     _partly(
         _CHECKPOINTS,
@@ -791,11 +781,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
 # ---- Checking ----
 
 
-def check_trainer_options(args: transformers.TrainingArguments) -> None:
+def check_trainer_options(args: transformers.TrainingArguments, except_for: tuple[str, ...] = ()) -> None:
     """Refuse what does not work here. Call it before transformers reads the arguments, or after.
 
     Args:
         args: with the options as attributes.
+        except_for: options that are not looked at.
 
     Raises:
         UserError: an option has a value that is refused. The message names the argument, its value, the reason and
@@ -803,8 +794,8 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
     """
     defaults = _defaults()
     for option in TRAINER_OPTIONS:
-        if option.name not in defaults:
-            continue  # an older transformers, from 5.17 on, does not know it
+        if option.name not in defaults or option.name in except_for:
+            continue  # such as an older transformers, from 5.17 on, does not know it
         value = plain(getattr(args, option.name, defaults[option.name]))
         is_default = value == defaults[option.name] or value in (None, "", [], {})
         for refusal in option.refusals:

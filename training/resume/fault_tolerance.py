@@ -28,7 +28,7 @@ from qat.processes import Signalled, name_of, outlive_first_sigterm, status_of
 
 from ..backends.writers import Writers
 from .checkpoints import find_checkpoint
-from .run_record import RunRecord
+from .run_record import RunRecord, model_settings
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
 from .written import checkpoint_written_whole, checkpoints_in, delete_older_checkpoints, model_written_whole
@@ -42,13 +42,21 @@ class FaultTolerantTrainer(Trainer):
     Args:
         data_settings: by name, what decides which samples there are; with other values a run is not resumed.
         learning_settings: by name, what decides what is learned from them; other values are logged.
+        start_fingerprint: of the weights that the run began with (backends/fingerprint.py), before they were smoothed;
+            a run that began with others is not resumed.
     """
 
     def __init__(
-        self, *args, data_settings: dict | None = None, learning_settings: dict | None = None, **kwargs
+        self,
+        *args,
+        data_settings: dict | None = None,
+        learning_settings: dict | None = None,
+        start_fingerprint: str | None = None,
+        **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._settings = {"data": data_settings, "learning": learning_settings}
+        self._settings = {"data": data_settings, "learning": {**(learning_settings or {}), **self._given_optimizer()}}
+        self._start_fingerprint = start_fingerprint
         self._writers = Writers.of(self.args)
         self._partial: Path | None = None  # where a checkpoint is being written
         self._record: RunRecord | None = None
@@ -203,6 +211,11 @@ class FaultTolerantTrainer(Trainer):
 
     # ---- Resuming ----
 
+    def _given_optimizer(self) -> dict:
+        """For the record: an optimizer that the caller made takes the place of --optim."""
+        given = type(self.optimizer) if self.optimizer is not None else (self.optimizer_cls_and_kwargs or (None,))[0]
+        return {} if given is None else {"optim": f"{given.__module__}.{given.__name__}"}
+
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
@@ -212,7 +225,9 @@ class FaultTolerantTrainer(Trainer):
         is_stream = not has_length(self.train_dataset)
         steps = None if is_stream else num_update_steps_per_epoch
         samples = self.get_total_train_batch_size(self.args)
-        self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, **self._settings)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        model = model_settings(config.to_dict() if config is not None else {}, self._start_fingerprint)
+        self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, model=model, **self._settings)
         self._progress = {}
         if resume_from_checkpoint is None:
             return epoch, batches

@@ -145,6 +145,7 @@ class StepGuard(TrainerCallback):
         )  # fmt: skip
         model.zero_grad(set_to_none=True)  # parameters without a gradient are skipped by the optimizer
 
+
 def _largest_of_processes(numbers: tuple[int, ...], args) -> list[int]:
     """The largest value of each number on any of the processes."""
     if args.world_size <= 1 or not dist.is_initialized():

@@ -102,7 +102,7 @@ REFUSED: list[tuple] = [  # option, value, other options
     ("project", "mine"), ("trackio_space_id", "me/mine"), ("trackio_bucket_id", "me/mine"),
     ("trackio_static_space_id", False), ("save_steps", 0), ("save_strategy", "best"),
     ("save_strategy", "best", {"eval_strategy": "steps"}), ("load_best_model_at_end", True, {"save_strategy": "no"}),
-    ("save_total_limit", -1), ("resume_from_checkpoint", "True"), ("ddp_backend", "gloo"),
+    ("resume_from_checkpoint", "True"), ("ddp_backend", "gloo"),
     ("ddp_static_graph", True, {"gradient_accumulation_steps": 2}),
 ]  # fmt: skip
 
@@ -126,7 +126,7 @@ ACCEPTED = [
     {"ddp_static_graph": True}, {"warmup_steps": 3, "lr_scheduler_type": "constant_with_warmup"},
     {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'},
     {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 100}},
-    {"num_train_epochs": 0, "max_steps": 5}, {"max_grad_norm": 0.0}, {"save_total_limit": 0},
+    {"num_train_epochs": 0, "max_steps": 5}, {"max_grad_norm": 0.0}, {"save_total_limit": 0}, {"save_total_limit": -1},
     {"resume_from_checkpoint": "False"}, {"resume_from_checkpoint": "True", "do_train": True},
     {"report_to": "all"}, {"report_to": ["tensorboard"]}, {"torch_compile_mode": "max-autotune"},
     {"accelerator_config": '{"non_blocking": true}'}, {"optim": "rmsprop", "optim_args": "alpha = 0.9, centered=true"},
