@@ -19,7 +19,6 @@ from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
-from training.resume.safeguards import INTERRUPTED
 from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
 from training.start.start import Start
@@ -59,7 +58,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
-        **arguments.trainer_options, **data,
+        start_fingerprint=start.fingerprint, **arguments.trainer_options, **data,
     )  # fmt: skip
     if args.do_train:
         train(trainer, checkpoint)
@@ -70,13 +69,12 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
 
 
 def train(trainer: QATTrainer, checkpoint: str | None) -> None:
-    """Train to the end, or to SIGTERM: then the program ends with the status that means "run me again"."""
+    """Train to the end, or to SIGTERM or Ctrl-C: then the program ends with the status that says so."""
     if checkpoint is not None:
         logger.info("Resuming from %s", checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_interrupted:
-        logger.warning("SIGTERM: saved at step %d; the same command continues from there", trainer.state.global_step)
-        sys.exit(INTERRUPTED)
+        sys.exit(trainer.exit_status)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
 

@@ -59,6 +59,8 @@ def start(
 ) -> Run:
     """Start main.main for each of `runs`, one after the other, in `count` processes, connected by gloo if several.
 
+    Errors and signals are reported as those of the program.
+
     Args:
         runs: the arguments of each.
         before: called in each process with its number, after all imports and before `main`; picklable.
@@ -103,11 +105,14 @@ def _body(runs: Sequence[list[str]], log: str, environment: dict[str, str], befo
     os.environ.update(environment)
     os.chdir(ROOT)
     import main
+    from qat import errors
 
+    errors._HEAD_START_S = 0  # no launcher ends the other processes
     if before is not None:
         before(rank)
-    for argv in runs:
-        main.main(argv)
+    with errors.reported_in_one_line():
+        for argv in runs:
+            main.main(argv)
 
 
 def free_port() -> int:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.conversations.formatting import IGNORE_INDEX
@@ -27,7 +28,9 @@ from qat import QATConfig
 from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned_scales import check_compute_dtype
 
-from .arguments.trainer_options import check_with_teacher
+from .arguments.trainer_options import check_trainer_options, check_with_teacher
+from .arguments.training import TrainingArguments
+from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
 from .backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
@@ -38,15 +41,27 @@ from .losses.metrics import loss_over_tokens, sum_by_sample
 from .losses.term_means import TermMeans
 from .monitoring.monitor import QuantizationMonitor
 from .resume.fault_tolerance import FaultTolerantTrainer
+from .resume.run_record import model_settings
+from .teachers.cache import CachedTeacher
 from .teachers.frozen import agreed_head
 from .teachers.protocol import Teacher, as_teacher
 
 logger = logging.getLogger(__name__)
 
 
+_PLAIN = inspect.signature(Trainer.__init__)
+_FLAGS_OF_PROGRAMS = ("do_predict", "resume_from_checkpoint")  # Trainer itself does not read them
+_FOR_METRICS = ("batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics")
+
+
 class QATTrainer(FaultTolerantTrainer):
     """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
     those of FaultTolerantTrainer.
+
+    Without `compute_metrics`, evaluation keeps no logits. `eval_loss` is the mean cross-entropy of a token, also with
+    smoothed labels and with a loss of the caller's own; `predict` gives the sums of losses as predictions, FP32 [n] for
+    n samples ([n, 2] with a teacher: cross-entropy, divergence), and the numbers of labelled tokens as label_ids,
+    int64 [n]. With `compute_metrics` both are as in Trainer.
 
     Args:
         teacher: a model, which is frozen; a Teacher; or "self", the model itself with its quantizers off.
@@ -55,7 +70,13 @@ class QATTrainer(FaultTolerantTrainer):
         log_quantization: log metrics of quantization, see monitoring/monitor.py.
         parameter_groups: optimizer settings by the ends of parameter names.
         saved_dtypes: in which the final model is saved; default: those in memory.
+
+    Raises:
+        UserError: an option of `args` that does not work here (docs/trainer_options.md), or a teacher that cannot be
+            used.
     """
+
+    _is_constructed = False
 
     def __init__(
         self,
@@ -68,27 +89,31 @@ class QATTrainer(FaultTolerantTrainer):
         saved_dtypes: SavedDtypes | None = None,
         **kwargs,
     ) -> None:
+        own = {name: kwargs.pop(name) for name in _PLAIN.parameters if name in kwargs}
+        kwargs |= _PLAIN.bind_partial(None, *args, **own).arguments
+        kwargs.pop("self")
         self._own_metrics = kwargs.get("compute_metrics") is None
+        _check_options(kwargs.get("args"), self._own_metrics)
         if self._own_metrics:
             kwargs["compute_metrics"] = loss_over_tokens
-        super().__init__(*args, **kwargs)
+            if kwargs.pop("preprocess_logits_for_metrics", None) is not None:
+                logger.warning(
+                    "preprocess_logits_for_metrics is not called: it prepares logits for compute_metrics, and without "
+                    "one evaluation keeps none"
+                )
+        super().__init__(**kwargs)
         self._keep_masters = False
         self._labelled_tokens = 0
         self.parameter_groups, self.saved_dtypes = parameter_groups or {}, saved_dtypes or SavedDtypes()
         self.monitor: QuantizationMonitor | None = None
-        if log_quantization and self.qat_config is not None:
-            self.monitor = QuantizationMonitor(
-                self.model, self._compute_dtype, watch_inputs=not self.args.torch_compile
-            )
-            self.add_callback(self.monitor)
+        self._log_quantization = log_quantization
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
-        if self.accelerator.is_fsdp2:
-            give_storage(self.model)
-        self.head = self._attach_head()
+        self._take(self.model)
         self.teacher: Teacher | None = None
         self._collators = {"train": self.data_collator, "eval": self.data_collator}
         if teacher is not None:
             check_with_teacher(self.args)
+            self._settings["learning"] |= _teacher_settings(teacher)
             self.teacher = as_teacher(teacher, self.model, self.head, self.accelerator)
             self._collators = {which: self.teacher.collate(self.data_collator, which) for which in self._collators}
             self.data_collator = self._collators["train"]
@@ -98,6 +123,27 @@ class QATTrainer(FaultTolerantTrainer):
             self.model_accepts_loss_kwargs = True  # whatever its forward takes: our loss counts a whole step's tokens
             terms = [name for name, weight in self._term_weights.items() if weight]
         self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
+        self._is_constructed = True
+
+    def call_model_init(self, trial=None) -> torch.nn.Module:
+        """Trainer's own; the model of a new training or trial takes the place of the one before."""
+        model = super().call_model_init(trial)
+        if self._is_constructed:
+            model.config.use_cache = self.args.use_cache
+            self._take(model)
+        return model
+
+    def _take(self, model: torch.nn.Module) -> None:
+        """Monitor the model that is trained from now on, and teach its head to compute losses."""
+        if self.monitor is not None:
+            self.remove_callback(self.monitor)
+            self.monitor = None
+        if self._log_quantization and getattr(self.accelerator.unwrap_model(model), "qat_config", None) is not None:
+            self.monitor = QuantizationMonitor(model, self._compute_dtype, watch_inputs=not self.args.torch_compile)
+            self.add_callback(self.monitor)
+        if self.accelerator.is_fsdp2:
+            give_storage(model)
+        self.head = self._attach_head(model)
 
     @property
     def _compute_dtype(self) -> torch.dtype:
@@ -132,9 +178,9 @@ class QATTrainer(FaultTolerantTrainer):
             initialize_state(getattr(self.optimizer, "optimizer", self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _attach_head(self):
+    def _attach_head(self, model: torch.nn.Module):
         """The model's head, taught to compute losses; None where a batch's logits are needed after all."""
-        if reason := self._why_whole_logits():
+        if reason := self._why_whole_logits(model):
             if self.accelerator.is_main_process:
                 logger.warning(
                     "losses are computed from the logits of a whole batch, several tensors of tokens x vocabulary x 4 "
@@ -142,15 +188,15 @@ class QATTrainer(FaultTolerantTrainer):
                     reason,
                 )
             return None
-        head = agreed_head(self.model, self.accelerator)
+        head = agreed_head(model, self.accelerator)
         if head is not None:
-            attach(self.model, head)
+            attach(model, head)
         return head
 
-    def _why_whole_logits(self) -> str | None:
+    def _why_whole_logits(self, model: torch.nn.Module) -> str | None:
         """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
-        if not isinstance(self.model, PreTrainedModel):
-            return f"the head of a {type(self.model).__name__} is not known: it is not a transformers.PreTrainedModel"
+        if not isinstance(model, PreTrainedModel):
+            return f"the head of a {type(model).__name__} is not known: it is not a transformers.PreTrainedModel"
         if self.is_deepspeed_enabled:
             return "DeepSpeed wraps the model; FSDP (accelerate_config) shards it with losses in chunks"
         return None
@@ -330,3 +376,19 @@ class QATTrainer(FaultTolerantTrainer):
             self.saved_dtypes.write(Path(output_dir))
         if (qat_config := self.qat_config) is not None:
             (qat_config if self._keep_masters else finished_config(qat_config)).save(output_dir)
+
+
+def _check_options(args, own_metrics: bool) -> None:
+    """Refuse what does not work here; TrainingArguments of main.py have checked themselves."""
+    if args is not None and not isinstance(args, TrainingArguments):
+        check_trainer_options(args, _FLAGS_OF_PROGRAMS if own_metrics else _FLAGS_OF_PROGRAMS + _FOR_METRICS)
+
+
+def _teacher_settings(teacher: PreTrainedModel | Teacher | str) -> dict:
+    """For the record of the run: the teacher's configuration and a fingerprint."""
+    if isinstance(teacher, CachedTeacher):
+        return {"teacher's fingerprint": teacher.caches["train"].folder.name}
+    if not isinstance(teacher, PreTrainedModel):
+        return {}
+    settings = model_settings(teacher.config.to_dict(), fingerprint(teacher))
+    return {f"teacher's {name}": value for name, value in settings.items()}

@@ -51,11 +51,6 @@ class Internal:
 
 OVERRIDES: tuple[Override, ...] = (
     Override(
-        "_determine_best_metric",
-        "(self, metrics, trial)",
-        "With --save_strategy best, Trainer saves after an evaluation only if this is True; SIGTERM needs it, too.",
-    ),
-    Override(
         "_finalize_training",
         "(self, trial, num_train_samples, start_time)",
         "A resumed run reports the mean loss of all steps, and the newest checkpoint is not deleted at the end.",
@@ -91,6 +86,11 @@ OVERRIDES: tuple[Override, ...] = (
         "accelerate loads a sharded FSDP1 optimizer into tensors that must exist already.",
     ),
     Override(
+        "_maybe_log_save_evaluate",
+        "(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None)",
+        "A signal ends an evaluation; the run is saved and stops. An epoch that it ends early is not logged as one.",
+    ),
+    Override(
         "_push_from_checkpoint",
         "(self, checkpoint_folder)",
         "A checkpoint is uploaded once it has its name, not from the temporary folder.",
@@ -116,6 +116,18 @@ OVERRIDES: tuple[Override, ...] = (
 )
 
 INTERNALS: tuple[Internal, ...] = (
+    Internal(
+        "transformers.trainer.Trainer",
+        "_evaluate",
+        "An evaluation that was cut short is repeated as Trainer does it while training.",
+        "(self, trial, ignore_keys_for_eval, skip_scheduler=False)",
+    ),
+    Internal(
+        "transformers.trainer.Trainer",
+        "_determine_best_metric",
+        "Whether that evaluation is the best so far.",
+        "(self, metrics, trial)",
+    ),
     Internal("transformers.trainer.Trainer", "self._tr_loss", "Losses not yet logged, kept in a checkpoint."),
     Internal("transformers.trainer.Trainer", "self._total_loss_scalar", "Sum of logged losses, kept in a checkpoint."),
     Internal("transformers.trainer.Trainer", "self._globalstep_last_logged", "Step of the last log, kept likewise."),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import multiprocessing
 import os
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from qat.errors import UserError
 
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.formatting import IGNORE_INDEX, Encoded, Formatter
+from .workers import Workers
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())])
 BATCH_SAMPLES = 128
@@ -119,39 +117,14 @@ def _encode_batches(rows: datasets.Dataset, formatter: Formatter, workers: int) 
         for places, texts in batches:
             yield _encode_batch(places, texts, formatter)
         return
-    # Forked, as `datasets.map` does: a spawned worker would import the main program again.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(formatter,)) as pool:
-        yield from _in_order(pool, batches, ahead=3 * workers)
-
-
-def _in_order(pool: ProcessPoolExecutor, batches: Iterable, ahead: int) -> Iterator[Batch]:
-    """Results in the order of `batches`, at most `ahead` of them under way, so that a slow writer is not flooded."""
-    waiting: deque = deque()
-    try:
-        for places, texts in batches:
-            waiting.append(pool.submit(_encode_in_worker, places, texts))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    with Workers(functools.partial(_encode_in_worker, formatter), workers) as pool:
+        yield from pool.map(batches)
 
 
 def _encode_batch(places: list[str], texts: list[str], formatter: Formatter) -> Batch:
     return list(zip(places, formatter.encode([json.loads(text) for text in texts]), strict=True))
 
 
-_formatter: Formatter | None = None  # of this worker process
-
-
-def _start_worker(formatter: Formatter) -> None:
-    global _formatter
+def _encode_in_worker(formatter: Formatter, batch: tuple[list[str], list[str]]) -> Batch:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _formatter = formatter
-
-
-def _encode_in_worker(places: list[str], texts: list[str]) -> Batch:
-    return _encode_batch(places, texts, _formatter)
+    return _encode_batch(*batch, formatter)

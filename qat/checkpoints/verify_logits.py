@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
+from ..processes import start_worker
 from ..schemes.config import QATConfig
 from .fit import load_checked
 
@@ -92,6 +93,8 @@ def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str
             str(inputs),
             "--outputs",
             str(outputs),
+            "--parent",
+            str(os.getpid()),
         ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -124,7 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
+    parser.add_argument("--parent", type=int, help="the process whose end ends this one")
     args = parser.parse_args(argv)
+    if args.parent is not None:
+        start_worker(args.parent)
     model = load_for_logits(args.folder, args.trust_remote_code).eval()
     input_ids = load_file(args.inputs)["input_ids"]
     if args.what == "fake-quantized":

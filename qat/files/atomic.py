@@ -7,7 +7,6 @@ left of them.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import DISK_FULL, DiskFullError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -112,19 +111,30 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def disk_full_reported(target: str | Path) -> Iterator[None]:
-    """Raise one OSError for a full disk, whether safetensors, torch or Python met it."""
+def disk_full_reported(target: str | Path, setting: str = "") -> Iterator[None]:
+    """Raise one DiskFullError for a full disk, whether safetensors, torch, Arrow or Python met it.
+
+    Args:
+        target: what is written, of which the block leaves nothing incomplete.
+        setting: the argument that chooses where it lies, such as "--output_dir".
+    """
     try:
         yield
+    except DiskFullError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not _means_full(error):
+        if not means_full(error):
             raise
-        raise OSError(errno.ENOSPC, f"the disk is full, nothing was left at {target}: {error}") from error
+        remedy = f", or give another {setting}" if setting else ""
+        raise DiskFullError(
+            f"the disk is full, nothing was left at {target} ({error}); free some space{remedy}"
+        ) from error
 
 
-def _means_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def means_full(error: Exception) -> bool:
+    """Whether an error says that no space is left: on the disk, in a quota, or below a limit of file sizes."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in DISK_FULL
     # safetensors and torch.save have no errno; torch's writer fails when space runs out, or when the device fails.
     signs = ("os error 28", "os error 27", "os error 122", "StreamWriter", "inline_container.cc", "iostream error")
     return any(sign in str(error) for sign in signs)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import filelock
 
-from ..errors import UserError
-from .atomic import flush_to_disk
+from ..errors import DiskFullError, UserError
+from .atomic import disk_full_reported, flush_to_disk, means_full
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def build_once(root: Path, key: str, build: Callable[[Path], None], setting: str
 
     Raises:
         UserError: `root` cannot be written.
+        DiskFullError: no space is left for the folder.
     """
     folder = root / key
     if folder.is_dir():
@@ -41,7 +42,8 @@ def build_once(root: Path, key: str, build: Callable[[Path], None], setting: str
         if not folder.is_dir():
             if lock.is_locked:
                 _remove_remains(root, key)
-            _build(folder, build)
+            with disk_full_reported(folder, setting):
+                _build(folder, build)
     finally:
         lock.release()
     return folder
@@ -59,6 +61,11 @@ def _acquire(root: Path, key: str, setting: str) -> filelock.BaseFileLock:
     except NotImplementedError:
         logger.warning("the file system of %s has no locks, so every process builds the folder", root)
     except OSError as error:
+        if means_full(error):
+            raise DiskFullError(
+                f"the disk is full, the cache {root} cannot be written ({error}); free some space, or give another "
+                f"{setting}"
+            ) from error
         raise UserError(f"the cache {root} cannot be written ({error.strerror}); give another {setting}") from error
     return lock
 

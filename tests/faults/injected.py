@@ -39,16 +39,37 @@ class AfterSeconds:
 
 @dataclass(frozen=True)
 class AtOperation:
-    """SIGKILL before the n-th operation on files whose path contains `text`, or `delay` seconds after it began."""
+    """A signal before the n-th operation on files whose path contains `text`, or `delay` seconds after it began."""
 
     text: str
     number: int
     delay: float = 0.0
     rank: int = 0
+    signum: int = signal.SIGKILL
 
     def __call__(self, rank: int) -> None:
         if rank == self.rank:
-            _watch(self.text, lambda n: n == self.number and _strike_later(signal.SIGKILL, self.delay))
+            _watch(self.text, lambda n: n == self.number and _strike_later(self.signum, self.delay))
+
+
+@dataclass(frozen=True)
+class AtProcess:
+    """A signal so many seconds after the n-th program was started by this process, such as the proof of an export."""
+
+    number: int
+    delay: float
+    signum: int = signal.SIGKILL
+
+    def __call__(self, rank: int) -> None:
+        count = [0]
+
+        def hook(event: str, arguments: tuple) -> None:
+            if event == "subprocess.Popen":
+                count[0] += 1
+                if count[0] == self.number:
+                    _strike_later(self.signum, self.delay)
+
+        sys.addaudithook(hook)
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,36 @@ def _strike_later(signum: int, delay: float) -> None:
         AfterSeconds(delay, signum)(0)
     else:
         _strike(signum)
+
+
+@dataclass(frozen=True)
+class AtEvaluation:
+    """A signal in the n-th batch that is evaluated, counted from this process's start, `delay` seconds after it began.
+
+    Attributes:
+        seconds: how long each batch takes at least.
+    """
+
+    number: int
+    signum: int = signal.SIGTERM
+    delay: float = 0.0
+    rank: int = 0
+    seconds: float = 0.0
+
+    def __call__(self, rank: int) -> None:
+        from training.trainer import QATTrainer
+
+        seen = [0]
+        predict = QATTrainer.prediction_step
+
+        def prediction_step(self_, *args, **kwargs):
+            seen[0] += 1
+            if rank == self.rank and seen[0] == self.number:
+                _strike_later(self.signum, self.delay)
+            time.sleep(self.seconds)
+            return predict(self_, *args, **kwargs)
+
+        QATTrainer.prediction_step = prediction_step
 
 
 @dataclass(frozen=True)

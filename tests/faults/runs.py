@@ -58,6 +58,8 @@ class Job:
             "--save_total_limit", "2", "--logging_steps", "3", "--report_to", "none", "--disable_tqdm", "True",
             "--export_format", "none", "--ddp_timeout", "20", "--output_dir", str(self.output), *self.flags, *flags,
         ]  # fmt: skip
+        if "cache" in self.flags and "--distill_cache_dir" not in self.flags:
+            argv += ["--distill_cache_dir", str(self.workspace / "teachers")]
         log = self.workspace / f"{self.name}.{self.attempts}.log"
         return start(argv, log=log, before=fault, count=self.count)
 
@@ -85,6 +87,12 @@ def difference(one: Path, other: Path) -> str | None:
     logs = [_log(folder) for folder in (one, other)]
     if logs[0] != logs[1]:
         return f"the log: {logs}"
+    for packed in one.glob("MX*/model.safetensors"):
+        folder = other / packed.parent.name
+        if not json.loads((folder / "verification.json").read_text())["verified"]:
+            return f"the proof of {folder}"
+        if packed.read_bytes() != (folder / packed.name).read_bytes():
+            return f"the packed weights of {folder}"
     leftovers = [p.name for p in other.iterdir() if p.name.startswith(".")]
     return f"leftovers: {leftovers}" if leftovers else None
 

@@ -690,6 +690,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
     # Checkpoints
     *_works(
         _CHECKPOINTS,
+        save_total_limit="Never deletes the newest checkpoint nor the best. 0 and negative numbers keep all.",
         save_on_each_node="For machines that share no storage.",
         metric_for_best_model="loss, perplexity, or with a teacher kl.",
         greater_is_better="main.py refuses True: each of its metrics is better when it is lower.",
@@ -731,17 +732,6 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "without --eval_strategy",
             when.without_evaluation,
         ),
-    ),
-    _partly(
-        _CHECKPOINTS,
-        "save_total_limit",
-        Refusal(
-            "it says neither how many checkpoints are kept nor that all are",
-            "give a positive number, or leave it out to keep all",
-            "negative numbers",
-            when.below(0),
-        ),
-        note="Never deletes the newest checkpoint nor the best. 0 keeps all.",
     ),
     _partly(
         _CHECKPOINTS,

@@ -49,7 +49,11 @@ class Arguments(NamedTuple):
             "log_quantization": self.quantization.log_quantization,
             "parameter_groups": self.quantization.parameter_groups,
             "data_settings": vars(self.data),
-            "learning_settings": vars(self.distillation) | vars(self.quantization),
+            "learning_settings": {
+                **vars(self.distillation),
+                **vars(self.quantization),
+                "model_name_or_path": self.model.model_name_or_path,
+            },
         }
 
     @property

@@ -16,11 +16,12 @@ from .option_conditions import plain
 from .option_table import METRICS, TRAINER_OPTIONS, Option
 
 
-def check_trainer_options(args: transformers.TrainingArguments) -> None:
+def check_trainer_options(args: transformers.TrainingArguments, except_for: tuple[str, ...] = ()) -> None:
     """Refuse what does not work here. Call it before transformers reads the arguments, or after.
 
     Args:
         args: with the options as attributes.
+        except_for: options that are not looked at.
 
     Raises:
         UserError: an option has a value that is refused. The message names the argument, its value, the reason and
@@ -28,8 +29,8 @@ def check_trainer_options(args: transformers.TrainingArguments) -> None:
     """
     defaults = _defaults()
     for option in TRAINER_OPTIONS:
-        if option.name not in defaults:
-            continue  # an older transformers, from 5.17 on, does not know it
+        if option.name not in defaults or option.name in except_for:
+            continue  # such as an older transformers, from 5.17 on, does not know it
         value = plain(getattr(args, option.name, defaults[option.name]))
         is_default = value == defaults[option.name] or value in (None, "", [], {})
         for refusal in option.refusals:

@@ -5,25 +5,30 @@
 * A resumed run has the same samples, losses, learning rates and weights as one that was never interrupted:
   the order of samples depends on seed and epoch alone (sampling.py), evaluation does not use the random numbers
   of training, and sums not yet logged are kept. Settings that would break this are refused (run_record.py).
-* SIGTERM, and non-finite losses and gradients, end a run between two steps (safeguards.py).
+* SIGTERM, Ctrl-C, and non-finite losses and gradients end a run between two steps, and an evaluation between two
+  batches (safeguards.py). An evaluation that was cut short is repeated when the run is resumed.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
 from qat.files.manifest import problems
+from qat.processes import Signalled, name_of, outlive_first_sigterm, status_of
 
 from ..backends.writers import Writers
 from .checkpoints import find_checkpoint
-from .run_record import RunRecord
+from .run_record import RunRecord, model_settings
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
 from .steps import check_steps, check_trained
@@ -44,17 +49,28 @@ class FaultTolerantTrainer(Trainer):
     Args:
         data_settings: by name, what decides which samples there are; with other values a run is not resumed.
         learning_settings: by name, what decides what is learned from them; other values are logged.
+        start_fingerprint: of the weights that the run began with (backends/fingerprint.py), before they were smoothed;
+            a run that began with others is not resumed.
     """
 
     def __init__(
-        self, *args, data_settings: dict | None = None, learning_settings: dict | None = None, **kwargs
+        self,
+        *args,
+        data_settings: dict | None = None,
+        learning_settings: dict | None = None,
+        start_fingerprint: str | None = None,
+        **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._settings = {"data": data_settings, "learning": learning_settings}
+        self._settings = {"data": data_settings, "learning": {**(learning_settings or {}), **self._given_optimizer()}}
+        self._start_fingerprint = start_fingerprint
         self._writers = Writers.of(self.args)
         self._partial: Path | None = None  # where a checkpoint is being written
         self._record: RunRecord | None = None
-        self._progress: dict = {}
+        self._progress: dict = {}  # of the checkpoint that is resumed
+        self._ended: dict | None = None  # the progress at the end of a training in this process
+        self._saved_step = 0
+        self._evaluation_is_due = False
         self._train_sampler: Sampler | None = None
         self._guard = StepGuard(getattr(self.args, "max_nan_steps", 0))
         self.add_callback(self._guard)
@@ -62,8 +78,13 @@ class FaultTolerantTrainer(Trainer):
 
     @property
     def was_interrupted(self) -> bool:
-        """Whether SIGTERM ended the training before its last step; there is a checkpoint then."""
-        return self._guard.interrupted and self.state.global_step < self.state.max_steps
+        """Whether SIGTERM or Ctrl-C ended the training; there is a checkpoint of its last step then."""
+        return self._guard.interrupted
+
+    @property
+    def exit_status(self) -> int:
+        """Of a program whose training was interrupted: 143 after SIGTERM, 130 after Ctrl-C; otherwise 0."""
+        return status_of(self._guard.signum) if self.was_interrupted else 0
 
     # ---- Training ----
 
@@ -77,11 +98,21 @@ class FaultTolerantTrainer(Trainer):
             config = getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
             resume_from_checkpoint = find_checkpoint(self.args.output_dir, "True", config, self._writers)
         check_steps(self.args, self.train_dataset)
+        self._ended, self._saved_step, self._evaluation_is_due = None, 0, False
         with self._guard.listening():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if not self.was_interrupted:
+        if self.was_interrupted:
+            self._log_interruption()
+        else:
             check_trained(self.state.global_step)
         return result
+
+    def _log_interruption(self) -> None:
+        logger.warning(
+            "%s: saved at step %d; the same command continues from there",
+            name_of(self._guard.signum),
+            self.state.global_step,
+        )
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Trainer's own, whose loss the guard sees."""
@@ -109,22 +140,95 @@ class FaultTolerantTrainer(Trainer):
         self._train_sampler = EpochSampler(len(dataset), seed, lengths, group)
         return self._train_sampler
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's own; its workers outlive a SIGTERM, so that the step can end."""
+        return _with_lasting_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Trainer's own; see `get_train_dataloader`."""
+        return _with_lasting_workers(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        """Trainer's own; see `get_train_dataloader`."""
+        return _with_lasting_workers(super().get_test_dataloader(test_dataset))
+
     def _run_epoch(self, model, epoch, *args, **kwargs) -> None:
+        self._evaluate_if_due(kwargs.get("trial"), kwargs.get("ignore_keys_for_eval"))
         if self.state.global_step >= self.state.max_steps:  # transformers 5.23 would train a step too many
             self.control.should_training_stop = True
+        if self.control.should_training_stop:
             return
         if self._train_sampler is not None:  # accelerate 1.15 loses it behind skipped batches of several processes
             self._train_sampler.set_epoch(epoch)
         super()._run_epoch(model, epoch, *args, **kwargs)
 
+    # ---- Evaluation ----
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Trainer's own; training draws the same random numbers whether and how often it is called."""
+        """Trainer's own; training draws the same random numbers whether and how often it is called.
+
+        Raises:
+            Signalled: a SystemExit, after SIGTERM or Ctrl-C and at most one more batch. What was trained since the last
+                checkpoint is saved before.
+        """
         kind = self.args.device.type
         devices = [] if kind == "cpu" else [torch.accelerator.current_device_index()]
-        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+        with self._ended_by_signals(), torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
             return super().evaluate(*args, **kwargs)
 
+    def predict(self, *args, **kwargs):
+        """Trainer's own; signals end it as they end `evaluate`."""
+        with self._ended_by_signals():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _ended_by_signals(self) -> Iterator[None]:
+        with self._guard.listening(waits=True):
+            try:
+                self._guard.check_evaluation(self.args)
+                yield
+            except Signalled:
+                if not self.is_in_train:  # else _maybe_log_save_evaluate saves
+                    self._save_what_was_trained()
+                raise
+
+    def _save_what_was_trained(self) -> None:
+        """A checkpoint of the last step, if this process trained and none is there (--save_strategy no or best)."""
+        holds_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if self._ended is None or self._saved_step == self.state.global_step or holds_best:
+            return
+        self._save_checkpoint(self.model_wrapped, None)
+        self._log_interruption()
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, *args, **kwargs) -> None:
+        """Trainer's own. An evaluation that a signal ends is due when the run is resumed."""
+        is_saved = self.was_interrupted and self._saved_step == self.state.global_step
+        if is_saved and self.state.epoch < epoch + 1:
+            return  # Trainer ends the epoch early: what belongs to its end is done when it has really ended
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+        except Signalled:
+            if not self._guard.interrupted:
+                raise
+            self._evaluation_is_due = True
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+            self._save_checkpoint(model, trial)
+
+    def _evaluate_if_due(self, trial, ignore_keys_for_eval) -> None:
+        """Repeat the evaluation that was cut short when the checkpoint was written."""
+        if not self._progress.pop("evaluation_is_due", False):
+            return
+        metrics = self._evaluate(trial, ignore_keys_for_eval)
+        self._determine_best_metric(metrics, trial)
+        self._find_best_checkpoint(trial)
+
     # ---- Resuming ----
+
+    def _given_optimizer(self) -> dict:
+        """For the record: an optimizer that the caller made takes the place of --optim."""
+        given = type(self.optimizer) if self.optimizer is not None else (self.optimizer_cls_and_kwargs or (None,))[0]
+        return {} if given is None else {"optim": f"{given.__module__}.{given.__name__}"}
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -135,11 +239,14 @@ class FaultTolerantTrainer(Trainer):
         is_stream = not has_length(self.train_dataset)
         steps = None if is_stream else num_update_steps_per_epoch
         samples = self.get_total_train_batch_size(self.args)
-        self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, **self._settings)
+        config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+        model = model_settings(config.to_dict() if config is not None else {}, self._start_fingerprint)
+        self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, model=model, **self._settings)
         self._progress = {}
         if resume_from_checkpoint is None:
             return epoch, batches
         self._progress = self._record.check(resume_from_checkpoint, self.args.ignore_data_skip)
+        self._saved_step = self.state.global_step
         self._find_best_checkpoint(trial)
         if is_stream and "max_steps" in self._progress and not self.args.ignore_data_skip:
             # transformers counts a stream's epochs by max_steps, though it may have begun again before
@@ -147,12 +254,6 @@ class FaultTolerantTrainer(Trainer):
             batches_in_epoch = self._progress["max_steps"] * self.args.gradient_accumulation_steps
             batches = round((self.state.epoch - epoch) * batches_in_epoch)
         return epoch, batches
-
-    def _determine_best_metric(self, metrics, trial) -> bool:
-        """Trainer's own. With --save_strategy best, Trainer saves after an evaluation only if this is True, though
-        SIGTERM asked for a checkpoint."""
-        is_new_best = super()._determine_best_metric(metrics, trial)
-        return is_new_best or self._guard.interrupted
 
     def _find_best_checkpoint(self, trial) -> None:
         """Find the best checkpoint that the state records; only a folder of this run itself is accepted."""
@@ -167,6 +268,8 @@ class FaultTolerantTrainer(Trainer):
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
 
     def _load_best_model(self) -> None:
+        if self.was_interrupted:
+            return
         best = Path(self.state.best_model_checkpoint)
         faults = self._writers.gather(problems(best, self._writers.index, self._writers.count))
         if any(faults):
@@ -176,6 +279,8 @@ class FaultTolerantTrainer(Trainer):
 
     def _finalize_training(self, *args, **kwargs):
         """Trainer's own, over all steps of the run, and without deleting the newest checkpoint."""
+        self._evaluate_if_due(args[0] if args else kwargs.get("trial"), None)
+        self._ended = self._progress_now()
         counted_from = getattr(self, "_initial_global_step", 0)  # transformers 5.17 counts all steps itself
         first = 0 if self._progress else counted_from
         if first != counted_from:
@@ -183,7 +288,7 @@ class FaultTolerantTrainer(Trainer):
             mean = total / max(self.state.global_step - first, 1)
             self._tr_loss.zero_()
             self._total_loss_scalar = mean * max(self.state.global_step - counted_from, 0.001)
-        wants_best = self.args.load_best_model_at_end and not self._guard.interrupted
+        wants_best = self.args.load_best_model_at_end and not self.was_interrupted
         if wants_best and self.state.best_model_checkpoint is None:
             logger.warning("there is no best checkpoint to load, the last weights stay")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -213,7 +318,7 @@ class FaultTolerantTrainer(Trainer):
         check_weights(self.model, self.args)
         target = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         best = self._best_of(target)
-        progress = self._progress_now()
+        progress = self._progress_now() if self._ended is None else self._ended
         with checkpoint_written_whole(target, self._writers) as partial:
             self._partial = partial
             try:
@@ -225,6 +330,7 @@ class FaultTolerantTrainer(Trainer):
                 self.state.save_to_json(str(partial / target.name / TRAINER_STATE_NAME))
                 if self._record is not None:
                     self._record.save(partial / target.name, progress)
+        self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if self._writers.leads:
@@ -244,7 +350,7 @@ class FaultTolerantTrainer(Trainer):
         return {
             "tr_loss": self._writers.gather(self._tr_loss.item()), "total_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged, "nan_steps": self._guard.nan_steps,
-            "max_steps": self.state.max_steps,
+            "max_steps": self.state.max_steps, "evaluation_is_due": self._evaluation_is_due,
         }  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -254,6 +360,25 @@ class FaultTolerantTrainer(Trainer):
             pickled = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
             pickled.unlink(missing_ok=True)
             pickled.with_suffix(".json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _LastingWorker:
+    """What a worker of a data loader does first: see `outlive_first_sigterm`; then `initialize`."""
+
+    initialize: Callable[[int], None] | None
+
+    def __call__(self, number: int) -> None:
+        outlive_first_sigterm()
+        if self.initialize is not None:
+            self.initialize(number)
+
+
+def _with_lasting_workers(loader: DataLoader) -> DataLoader:
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate 1.15 wraps the one that starts the workers
+    if inner.num_workers and not isinstance(inner.worker_init_fn, _LastingWorker):
+        inner.worker_init_fn = _LastingWorker(inner.worker_init_fn)
+    return loader
 
 
 class _ProgressRestorer(TrainerCallback):

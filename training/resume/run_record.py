@@ -1,7 +1,8 @@
 """RunRecord: the settings of the run that wrote a checkpoint, which a resumed run compares with its own.
 
-Some settings decide which samples come next: another value is refused. Others change what is learned from them:
-another value is logged. The record lies in each checkpoint as `run.json`, with the sums that the log had not shown yet.
+Some settings decide which samples come next, and some what the checkpoint's state belongs to (the model, the kind of
+optimizer, smoothing): another value is refused. Others change what is learned: another value is logged. The record lies
+in each checkpoint as `run.json`, with the sums that the log had not shown yet.
 """
 
 from __future__ import annotations
@@ -23,14 +24,27 @@ logger = logging.getLogger(__name__)
 RECORD_NAME = "run.json"
 _FORMAT_VERSION = 1
 _DIGEST_SAMPLES = 64
-_WITHOUT_EFFECT = ("data_cache_dir", "preprocessing_num_workers")
+_WITHOUT_EFFECT = (
+    "data_cache_dir", "preprocessing_num_workers", "distill_cache_dir", "log_quantization", "export_format",
+)  # fmt: skip
 _ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "model_max_length")
 # The optimizer's state brings its own learning rate, betas and weight decay along, whatever the arguments are.
-_KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 _LEARNING = (
     *_KEPT, "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "max_grad_norm", "bf16",
-    "fp16", "optim_args", "lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha",
+    "fp16", "lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha",
 )  # fmt: skip
+# What cannot change though it decides how to learn, and why.
+_FIXED = {
+    "optim": "the state of one optimizer is of no use to another",
+    "smooth_alpha": "the model was smoothed when the run began",
+}
+_SAME_OPTIMIZER = {"adamw_torch", "adamw_torch_fused"}
+# Of a model's configuration: where it came from and how it is run, not what it computes.
+_NOT_COMPUTED = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "id2label",
+    "label2id", "quantization_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,12 +54,14 @@ class RunRecord:
     Attributes:
         order: what decides which samples come next.
         learning: what decides what is learned from them.
+        model: the configuration and the weights that the run began with.
         processes: how many there were; the order of sums depends on it, nothing else.
     """
 
     order: dict = field(default_factory=dict)
     learning: dict = field(default_factory=dict)
     processes: int = 1
+    model: dict = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -56,6 +72,7 @@ class RunRecord:
         steps_per_epoch: int | None,
         data: Mapping | None = None,
         learning: Mapping | None = None,
+        model: Mapping | None = None,
     ) -> RunRecord:
         """The record of a run about to begin.
 
@@ -63,12 +80,14 @@ class RunRecord:
             samples_per_step: over all processes and accumulated batches.
             steps_per_epoch: None for a stream.
             data, learning: further settings by name.
+            model: what the run began with, by name; see `model_settings`.
         """
         order = {**_without(data or {}, _WITHOUT_EFFECT), **_some(args, _ORDER), "training data": digest(dataset)}
         order |= {"samples per step": samples_per_step, "steps per epoch": steps_per_epoch}
         if steps_per_epoch is None:
             order |= _sharing(args, dataset)
-        return cls(_as_json(order), _as_json({**_some(args, _LEARNING), **(learning or {})}), args.world_size)
+        learning = {**_some(args, _LEARNING), **_without(learning or {}, _WITHOUT_EFFECT)}
+        return cls(_as_json(order), _as_json(learning), args.world_size, _as_json(dict(model or {})))
 
     def save(self, folder: str | Path, progress: dict) -> None:
         """Write the record, and `progress` beside it, to `folder`."""
@@ -79,13 +98,15 @@ class RunRecord:
         """Compare with the run that wrote `checkpoint`; returns the progress kept there, empty if there is none.
 
         Raises:
-            UserError: the next samples would not be those of the run that is resumed.
+            UserError: the next samples would not be those of the run that is resumed, its state would belong to another
+                model or optimizer, or the record is damaged.
         """
         path = Path(checkpoint, RECORD_NAME)
         if not path.is_file():
             logger.warning("%s is missing, so whether data and settings are the same is not known", path)
             return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _read(path)
+        self._check_fixed(checkpoint, content)
         if differing := _differences(content["order"], self.order):
             complaint = f"{checkpoint} was written with other data or another order of it: {'; '.join(differing)}"
             if not ignore_data_skip:
@@ -104,6 +125,55 @@ class RunRecord:
                 self.processes, content["processes"],
             )  # fmt: skip
         return content.get("progress", {})
+
+    def _check_fixed(self, checkpoint: str | Path, content: dict) -> None:
+        """Refuse what the state in the checkpoint does not belong to."""
+        if differing := _differences(content.get("model", {}), self.model):
+            raise UserError(
+                f"{checkpoint} was written by a run of another model: {'; '.join(differing)}. Give the model that the "
+                "run began with (--model_name_or_path); or another --output_dir, to start anew"
+            )
+        for name, reason in _FIXED.items():
+            saved, current = content["learning"].get(name), self.learning.get(name)
+            if name in content["learning"] and name in self.learning and saved != current:
+                if name == "optim" and {saved, current} <= _SAME_OPTIMIZER:
+                    continue
+                raise UserError(
+                    f"{checkpoint} was written with --{name} {saved}, and this run has {current}: {reason}. Give --"
+                    f"{name} {saved}; or another --output_dir, to start anew"
+                )
+
+
+def model_settings(config: Mapping, weights: str | None) -> dict:
+    """What a run began with: its model's configuration, one entry for each value, and the weights' fingerprint."""
+    return {**_flat(config, "configuration "), "weights, fingerprint": weights}
+
+
+def _flat(values: Mapping, prefix: str) -> dict:
+    flat: dict = {}
+    for name, value in values.items():
+        if name in _NOT_COMPUTED:
+            continue
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _read(path: Path) -> dict:
+    """The content of a record.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(content[name], dict) for name in ("order", "learning")) and "processes" in content:
+            return content
+        raise TypeError("it has not the form of a record")
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); give another checkpoint "
+            "(--resume_from_checkpoint PATH)"
+        ) from error
 
 
 _KEPT_NOTE = " (the optimizer's state keeps the checkpoint's value, which stays in force)"
@@ -144,9 +214,11 @@ def _as_json(values: dict) -> dict:
 
 
 def _differences(saved: dict, current: dict) -> list[str]:
-    """One line for each name that both know and whose values differ."""
+    """One line for each name that both know and whose values differ. A fingerprint of None is not known."""
     return [
         f"{name}: {saved[name]!r} in the checkpoint, {current[name]!r} now"
         for name in current
-        if name in saved and saved[name] != current[name]
+        if name in saved
+        and saved[name] != current[name]
+        and not (name.endswith("fingerprint") and None in (saved[name], current[name]))
     ]

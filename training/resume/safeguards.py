@@ -1,8 +1,9 @@
-"""StepGuard: end a training between two steps, on all processes, after SIGTERM or non-finite values.
+"""StepGuard: end a run between two steps or two batches of an evaluation, on all processes together.
 
-SIGTERM (a cluster takes its machine back) lets the step end, has a checkpoint written and stops the training; the
-program then exits with `INTERRUPTED`. A step whose loss or gradient is NaN or infinite is not applied; more than
-`max_nan_steps` of them in a row end the run, whose checkpoints stay as good as they were.
+SIGTERM (a cluster takes its machine back) and Ctrl-C let the step end, have a checkpoint written and stop the training;
+an evaluation stops after the batch. The program then exits with 143 or 130. A step whose loss or gradient is NaN or
+infinite is not applied; more than `max_nan_steps` of them in a row end the run, whose checkpoints stay as good as they
+were.
 """
 
 from __future__ import annotations
@@ -17,50 +18,108 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from qat.errors import RunFault
+from qat.processes import ENDING, Signalled, end_at_once_from_now_on
+
 from .written import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 128 + signal.SIGTERM  # 143, the exit status of a program that SIGTERM ended
 
-
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunFault, RuntimeError):
     """The loss, the gradient or the weights have become NaN or infinite."""
 
 
 class StepGuard(TrainerCallback):
-    """Check each step before the optimizer applies it.
+    """Check each step before the optimizer applies it, and each batch of an evaluation.
 
     Attributes:
-        interrupted: whether SIGTERM is ending the training; the same on all processes from the end of a step on.
+        signum: of the signal that is ending the run, 0 if none is; the same on all processes.
         nan_steps: steps in a row that were not applied.
     """
 
     def __init__(self, max_nan_steps: int = 0) -> None:
         self.max_nan_steps, self.nan_steps = max_nan_steps, 0
-        self.interrupted = self._signalled = False
+        self.signum = self._received = 0
+        self._listens = self._waits = False
+        self._previous: dict = {}
         self._seen: list[torch.Tensor] = []
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal is ending the run."""
+        return self.signum > 0
 
     @property
     def withholds(self) -> bool:
         """Whether the current step is not applied; known once the optimizer is about to step."""
         return self.nan_steps > 0
 
+    # ---- Signals ----
+
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Treat SIGTERM as a request to stop after the step; only a main thread can."""
-        self.interrupted = self._signalled = False
-        if threading.current_thread() is not threading.main_thread():
+    def listening(self, waits: bool = False) -> Iterator[None]:
+        """Treat SIGTERM and Ctrl-C as requests to stop at the next boundary; a second signal ends the program at once.
+
+        Only a main thread can receive signals. A block inside another one changes nothing.
+
+        Args:
+            waits: for a boundary from the beginning on; otherwise from the first step on: before it there is nothing
+                to save, and a signal has the effect that it had outside.
+        """
+        if self._listens or threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.signal(signal.SIGTERM, self._receive)
+        self.signum = self._received = 0
+        self._listens, self._waits = True, waits
+        self._previous = {signum: signal.signal(signum, self._receive) for signum in ENDING}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            self._listens = False
+            self._restore()
 
-    def _receive(self, signum, frame) -> None:
-        self._signalled = True
+    def _receive(self, signum: int, frame) -> None:
+        if not self._waits:
+            self._restore()
+            signal.raise_signal(signum)
+            return
+        self._received = signum
+        end_at_once_from_now_on()
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def check_evaluation(self, args) -> None:
+        """Raise `Signalled` on all processes where one of them has received a signal. All of them must call it."""
+        if not self._listens:
+            return
+        (self.signum,) = _largest_of_processes((self._received,), args)
+        if self.interrupted:
+            raise Signalled(self.signum)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """From now on there is a step to end and to save."""
+        self._waits = True
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        """Stop an evaluation after a batch."""
+        self.check_evaluation(args)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Save and stop where a signal asked for it."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Stop after a checkpoint during which a signal came; the next step would have to be saved again."""
+        if self._listens:
+            (self.signum,) = _largest_of_processes((self._received,), args)
+        if self.interrupted:
+            control.should_training_stop = True
+
+    # ---- Non-finite values ----
 
     def see(self, value: torch.Tensor | float | None) -> None:
         """Record a loss or a gradient norm of the current step."""
@@ -72,7 +131,7 @@ class StepGuard(TrainerCallback):
         seen = [value.to(args.device, torch.float32) for value in self._seen]
         self._seen = []
         finite = bool(torch.stack(seen).isfinite().all()) if seen else True
-        nan, self.interrupted = _any_process((not finite, self._signalled), args)
+        nan, self.signum = _largest_of_processes((not finite, self._received), args)
         if not nan:
             self.nan_steps = 0
             return
@@ -86,19 +145,14 @@ class StepGuard(TrainerCallback):
         )  # fmt: skip
         model.zero_grad(set_to_none=True)  # parameters without a gradient are skipped by the optimizer
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Save and stop where SIGTERM asked for it."""
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
 
-
-def _any_process(flags: tuple[bool, ...], args) -> list[bool]:
-    """Each flag, raised on any of the processes."""
+def _largest_of_processes(numbers: tuple[int, ...], args) -> list[int]:
+    """The largest value of each number on any of the processes."""
     if args.world_size <= 1 or not dist.is_initialized():
-        return list(flags)
-    tensor = torch.tensor(flags, dtype=torch.int32, device=args.device)
+        return [int(number) for number in numbers]
+    tensor = torch.tensor(numbers, dtype=torch.int32, device=args.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in tensor.tolist()]
+    return tensor.tolist()
 
 
 def _complaint(output_dir: str, step: int, values: str, guard: StepGuard) -> str:
@@ -115,7 +169,7 @@ def _complaint(output_dir: str, step: int, values: str, guard: StepGuard) -> str
 def check_weights(model: torch.nn.Module, args) -> None:
     """Raise NonFiniteError where a weight is NaN or infinite on any process: such a checkpoint would be of no use."""
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(_local(p)).all()]
-    if _any_process((bool(bad),), args)[0]:
+    if _largest_of_processes((bool(bad),), args)[0]:
         where = f"{bad[0]} and {len(bad) - 1} more" if bad else "weights of another process"
         raise NonFiniteError(f"{where} have become NaN or infinite; no checkpoint is written. Lower --learning_rate")
 

@@ -7,6 +7,7 @@ and renamed one by one: `config.json`, without which nothing loads the folder, i
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from qat.files.manifest import describe, write_manifest
 from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
@@ -46,12 +49,12 @@ def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
     """Yield a folder in which all processes fill a subfolder of `target`'s name; it becomes `target` on success.
 
     Raises:
-        OSError: the disk is full; the machines do not share the folder. Nothing is left then.
+        DiskFullError: no space is left. OSError: the machines do not share the folder. Nothing is left then.
     """
     partial = partial_of(target)
     content = partial / target.name
     try:
-        with disk_full_reported(target):
+        with disk_full_reported(target, "--output_dir"):
             if writers.leads:
                 clear_leftovers(target)
                 content.mkdir(parents=True)
@@ -88,16 +91,26 @@ def _flush_names(folder: Path) -> None:
 
 
 def delete_older_checkpoints(folder: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest checkpoints of `folder` beyond `limit` (None or 0: no limit), never one of `keep`.
+    """Delete the oldest checkpoints of `folder` beyond `limit`, never one of `keep`.
 
-    A checkpoint is renamed before it is deleted, so a partly deleted one is never taken for complete.
+    A checkpoint is renamed before it is deleted, so a partly deleted one is never taken for complete. One that cannot
+    be deleted is logged; the newer ones are complete all the same.
+
+    Args:
+        limit: None, 0 or a negative number: no limit, as in transformers.
     """
+    if limit is None or limit <= 0:
+        return
     checkpoints = checkpoints_in(folder)
     spare = [path for path in checkpoints if path not in keep]
-    surplus = len(checkpoints) - max(limit, len(keep)) if limit else 0
+    surplus = len(checkpoints) - max(limit, len(keep))
     for path in spare[: max(surplus, 0)]:
         doomed = path.with_name(f".{path.name}.deleted")
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            logger.warning("%s stays beyond --save_total_limit %d: it cannot be deleted (%s)", path, limit, error)
+            continue
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -109,7 +122,7 @@ def model_written_whole(folder: str | Path, leads: bool) -> Iterator[Path]:
         leads: whether this process writes; the others get the same path and do not write there.
 
     Raises:
-        OSError: the disk is full.
+        DiskFullError: no space is left.
     """
     folder = Path(folder)
     partial = folder / MODEL_PARTIAL
@@ -117,7 +130,7 @@ def model_written_whole(folder: str | Path, leads: bool) -> Iterator[Path]:
         yield partial
         return
     try:
-        with disk_full_reported(folder):
+        with disk_full_reported(folder, "--output_dir"):
             if partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)

@@ -30,6 +30,7 @@ from qat.schemes.config import QAT_CONFIG_NAME
 from ..arguments.distillation import DistillationArguments
 from ..arguments.model import ModelArguments
 from ..arguments.quantization import QuantizationArguments
+from ..backends.fingerprint import fingerprint
 from ..backends.saved_dtypes import SavedDtypes
 from ..backends.weightless import first_process_loads, waits_for_weights
 from .loading import load_tokenizer, load_unquantized, without_weights
@@ -49,6 +50,7 @@ class Start:
         qat_config: what it was trained for or packed in; None for an unquantized model. That of a folder that others
             packed is known once it is loaded.
         dtypes: known once it is loaded.
+        fingerprint: of its weights, once it is loaded; None in a process that has none.
     """
 
     model_args: ModelArguments
@@ -56,6 +58,7 @@ class Start:
     is_packed: bool = False
     qat_config: QATConfig | None = None
     dtypes: SavedDtypes = field(default_factory=SavedDtypes)
+    fingerprint: str | None = None
 
     @classmethod
     def read(cls, model_args: ModelArguments, cache_dir: str | None = None) -> Start:
@@ -141,6 +144,7 @@ class Start:
             by_name = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
             self.dtypes = SavedDtypes(model.dtype, by_name, getattr(model.config, "use_cache", None))
             model.float()
+            self.fingerprint = fingerprint(model)
         if first_process_loads():
             self._share()
         model.config.use_cache = False  # a cache of keys and values is of no use in training

@@ -1,0 +1,122 @@
+"""Processes that end together: children with their parent, and a program with the signal that asks for it.
+
+A worker that outlives its parent keeps the parent's memory and its standard output, so whoever reads that output waits
+for ever. A program that a signal kills outright leaves incomplete folders. Both are prevented here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CLEAN_UP_S = 15  # torchrun kills 30 s after it has forwarded a signal
+_POLL_S = 0.5
+ENDING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signalled(SystemExit):
+    """A signal ends the program; its code is 128 + the signal's number: 143 for SIGTERM, 130 for Ctrl-C."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(status_of(signum))
+        self.signum = signum
+
+
+def status_of(signum: int) -> int:
+    """The exit status of a program that a signal ended, as a shell has it."""
+    return 128 + signum
+
+
+def name_of(signum: int) -> str:
+    """What a person calls a signal."""
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when its parent ends, however that ends. Call it first in a child.
+
+    On Linux the kernel sends SIGKILL; elsewhere a thread looks for the parent twice a second.
+
+    Args:
+        parent: process id of the parent, which may have ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_S)
+    os._exit(1)
+
+
+def start_worker(parent: int) -> None:
+    """Make a forked worker one that its parent ends: by its own end, or by SIGTERM. Call it first in the worker.
+
+    Ctrl-C in a terminal reaches the workers, too; the parent decides what becomes of it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
+
+
+def outlive_first_sigterm() -> None:
+    """Ignore the first SIGTERM in a worker whose parent ends a step and saves first; the second one ends it.
+
+    torchrun and Slurm send SIGTERM to all processes of a run, so to the workers that read the next batches, too.
+    """
+
+    def ignore(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Have SIGTERM and Ctrl-C end the program with status 143 or 130 and one line, after `finally` blocks have run.
+
+    A second signal ends it at once, and so does the clock where cleaning up takes more than 15 seconds. Only a main
+    thread can receive signals; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {signum: signal.signal(signum, _end) for signum in ENDING}
+    try:
+        yield
+    except Signalled as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ended by {name_of(end.signum)}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        for signum, handler in previous.items():
+            if signal.getsignal(signum) is _end:
+                signal.signal(signum, handler)
+
+
+def end_at_once_from_now_on() -> None:
+    """Have the next signal end the program without further ado."""
+    for signum in ENDING:
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    end_at_once_from_now_on()
+    clock = threading.Timer(_CLEAN_UP_S, os._exit, (status_of(signum),))
+    clock.daemon = True
+    clock.start()
+    raise Signalled(signum)
