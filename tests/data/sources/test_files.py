@@ -144,7 +144,9 @@ BOMBS = {
     "rows that are one text.parquet": lambda p: write_parquet(p, dictionary(100, 20_000_000)),
     "turns that are one text.parquet": lambda p: write_parquet(p, turns(200, 20_000_000)),
     "turns of a smaller text.parquet": lambda p: write_parquet(p, turns(20_000, 200_000)),
-    "a cell.parquet": lambda p: write_parquet(p, pa.array(["b" * 70_000_000, "c"]), use_dictionary=False, write_statistics=False),
+    "a cell.parquet": lambda p: write_parquet(
+        p, pa.array(["b" * 70_000_000, "c"]), use_dictionary=False, write_statistics=False
+    ),
     "dictionary.arrow": lambda p: write_arrow(p, dictionary(300, 9_000_000)),
     "turns.arrow": lambda p: write_arrow(p, turns(300, 9_000_000)),
     "zeros.jsonl.gz": lambda p: p.write_bytes(gzip.compress(b" " * 1_000_000) * 300),
