@@ -137,7 +137,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         output_dir="One run at a time writes there; see docs/faults.md.",
         use_cpu="Set by itself where there is no accelerator.",
         full_determinism="torch raises an error where an operation has no deterministic implementation.",
-        seed="A stream (--streaming True) has an order of its own.",
+        seed="Of the order of a stream (--streaming True), too.",
     ),  # fmt: skip
     _partly(
         _RUN,
@@ -148,7 +148,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "with --train_sampling_strategy sequential",
             lambda value, args: plain(args.train_sampling_strategy) == "sequential",
         ),
-        note="Of the order of samples; --seed where it is not given. Refused with --streaming True.",
+        note="Of the order of samples, those of a stream, too; --seed where it is not given.",
     ),
     _partly(
         _RUN,
@@ -824,7 +824,7 @@ def check_with_stream(args: transformers.TrainingArguments) -> None:
     Raises:
         UserError: an option asks for another order.
     """
-    for name in ("train_sampling_strategy", "data_seed"):
+    for name in ("train_sampling_strategy",):
         if (value := plain(getattr(args, name))) != _defaults()[name]:
             raise UserError(
                 f"--{name} {value} has no effect with --streaming True: a stream is shuffled in a buffer while it is "

@@ -82,9 +82,11 @@ def test_a_conversation_that_stands_alone_in_a_file_is_one_row(tmp_path):
 def test_arrow_files_of_both_formats_are_read(tmp_path, is_file_format):
     table = pa.Table.from_pylist(ROWS * 100)
     new = pa.ipc.new_file if is_file_format else pa.ipc.new_stream
-    with new(str(tmp_path / "c.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    assert rows_of(tmp_path / "c.arrow") == ROWS * 100
+    for compression in (None, "zstd", "lz4"):
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with new(str(tmp_path / "c.arrow"), table.schema, options=options) as writer:
+            writer.write_table(table)
+        assert rows_of(tmp_path / "c.arrow") == ROWS * 100
 
 
 @pytest.mark.parametrize(
@@ -129,9 +131,9 @@ def turns(count: int, size: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), values)
 
 
-def write_arrow(path: Path, column: pa.Array) -> None:
+def write_arrow(path: Path, column: pa.Array, compression: str | None = None) -> None:
     table = pa.table({"text": column})
-    with pa.ipc.new_stream(str(path), table.schema) as writer:
+    with pa.ipc.new_stream(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
 
 
@@ -148,6 +150,8 @@ BOMBS = {
         p, pa.array(["b" * 70_000_000, "c"]), use_dictionary=False, write_statistics=False
     ),
     "dictionary.arrow": lambda p: write_arrow(p, dictionary(300, 9_000_000)),
+    "a cell.arrow": lambda p: write_arrow(p, pa.array(["b" * 70_000_000]), "zstd"),
+    "a dictionary.arrow": lambda p: write_arrow(p, dictionary(3, 70_000_000), "lz4"),
     "turns.arrow": lambda p: write_arrow(p, turns(300, 9_000_000)),
     "zeros.jsonl.gz": lambda p: p.write_bytes(gzip.compress(b" " * 1_000_000) * 300),
     "a line.jsonl.zst": lambda p: p.write_bytes(zstd(b"x" * 300_000_000)),
@@ -182,6 +186,8 @@ def test_no_bomb_takes_memory_or_time(tmp_path):
         "turns of a smaller text.parquet": ["overlong line"],
         "a cell.parquet": ["unreadable Parquet"],
         "dictionary.arrow": ["overlong line"],
+        "a cell.arrow": ["unreadable Arrow"],
+        "a dictionary.arrow": ["unreadable Arrow"],
         "turns.arrow": ["overlong line"],
         "zeros.jsonl.gz": ["unreadable file"],
         "a line.jsonl.zst": ["unreadable file"],
