@@ -129,14 +129,14 @@ class _Plan:
         names = tuple(name.strip() for name in split.split(",")) if split else ()
         if len(names) > 2 or "" in names:
             raise UserError(f"--split {split!r} is neither TRAIN nor TRAIN,EVAL, such as train_sft,test_sft")
+        self.holds_nothing_out = eval_dataset == "none"
+        if self.holds_nothing_out and (eval_size or len(names) > 1):
+            raise UserError("--eval_dataset none excludes --eval_size and a second name in --split; leave one out")
         sources = parse_sources(dataset, "dataset", names, streaming)
         train_split = names[0] if names else "train"
         self.train = [(source, _existing_split(source, train_split)) for source in sources]
         self.sizes = (float(train_size), float(eval_size))
-        self.holds_nothing_out = eval_dataset == "none"
         if self.holds_nothing_out:
-            if eval_size or len(names) > 1:
-                raise UserError("--eval_dataset none excludes --eval_size and a second name in --split; leave one out")
             self.evaluation: list[tuple[Source, str] | None] = []
         elif eval_dataset is not None:
             wanted = names[1] if len(names) > 1 else None
@@ -151,11 +151,13 @@ class _Plan:
         self.sources = sources if eval_dataset is None or self.holds_nothing_out else [*sources, *own]
 
     def report(self) -> list[str]:
-        """Lines about the files of each source, and about sources that are given twice."""
+        """Lines about the files of each source, its splits that are used, and sources that are given twice."""
         names = [source.name for source, _ in self.train]
+        uses = [f"{source.name}: train on {split}" for source, split in self.train]
+        uses += [f"{entry[0].name}: evaluate on {entry[1]}" for entry in self.evaluation if entry is not None]
         repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
         lines = dict.fromkeys(line for source in self.sources for line in source.report())
-        return [*lines, *(f"{name}: given more than once, so its samples are repeated" for name in repeated)]
+        return [*lines, *uses, *(f"{name}: given more than once, so its samples are repeated" for name in repeated)]
 
     def identity(self) -> list:
         """What a cache must tell apart: contents, weights and sizes."""

@@ -17,10 +17,11 @@ from qat.errors import UserError
 from ..bad_samples import BadSample, BadSamplePolicy, shorten
 from ..conversations.schemas import Schema, filled_schemas, mixed_schemas, recognise, unknown_schema
 from ..sources.folders import shown
-from ..sources.readers import Part
 from ..sources.row import Row
+from ..sources.source import Part
 
 _LOOKED_AT = 32  # rows at the beginning of a part, of which most decide its schema
+_SEARCHED = 10_000  # lines among which they are looked for
 
 SurveyedPart = tuple["Part | Begun", "Schema | None"]
 
@@ -48,7 +49,7 @@ class Begun:
     def first_rows(self, count: int) -> list[Row]:
         """The first rows, up to the `count`-th that is no BadSample."""
         good = 0
-        while good < count and (row := next(self._rows, None)) is not None:
+        while good < count and len(self._looked_at) < _SEARCHED and (row := next(self._rows, None)) is not None:
             self._looked_at.append(row)
             good += isinstance(row[1], dict)
         return self._looked_at
@@ -96,7 +97,7 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
 
 
 def _first_rows(part: Part | Begun) -> list[tuple[str, dict]]:
-    rows = part.first_rows(_LOOKED_AT) if isinstance(part, Begun) else part.rows()
+    rows = part.first_rows(_LOOKED_AT) if isinstance(part, Begun) else itertools.islice(part.rows(), _SEARCHED)
     return list(itertools.islice(((place, row) for place, row in rows if isinstance(row, dict)), _LOOKED_AT))
 
 

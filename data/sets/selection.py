@@ -72,7 +72,8 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
     """
     parts = source.parts(split)
     found = survey(parts if len(parts) > 1 else [Begun(part) for part in parts])
-    samples = tqdm(read_samples(found.parts, policy), desc=f"Reading {source.name} ({split})", unit=" samples")
+    description = f"Reading {source.name} ({split})"
+    samples = iter(tqdm(read_samples(found.parts, policy), desc=description, unit=" samples"))
     hashes = array("Q")
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
         while batch := list(itertools.islice(samples, _WRITE_EVERY)):
@@ -129,11 +130,8 @@ def split_pools(
     evaluation.parts = [part for part in evaluation.parts if len(part[1])]
     if left_out:
         evaluation.notes.append(f"left {left_out} copies of held-out samples out of the training set")
-    orders = _without_duplicates(pools, orders, evaluation, policy)
-    train = Chosen(
-        [(p, o) for p, o in zip(pools, _sized(pools, orders, train_size, rng, policy), strict=True) if len(o)]
-    )
-    return train, evaluation
+    orders = _sized(pools, _without_duplicates(pools, orders, evaluation, policy), train_size, rng, policy)
+    return Chosen([part for part in zip(pools, orders, strict=True) if len(part[1])]), evaluation
 
 
 def _hold_out(pools: list[Pool], orders: list[np.ndarray], i: int, quota: int) -> np.ndarray:

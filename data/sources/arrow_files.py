@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..bad_samples import BadSample
+from .arrow_buffers import expansions
 from .arrow_sizes import may_repeat, row_bytes
 from .parquet_pages import Chunk, longest_entry, read_chunks
 from .row import MAX_LINE_BYTES, Row, overlong
@@ -19,7 +21,9 @@ _BATCH_BYTES = 2**25  # of rows that are Python objects at the same time
 _MAX_PAGE_BYTES, _MAX_EXPANSION = 2**26, 100  # a page that is larger and expands more is a decompression bomb
 _ALWAYS_ALLOWED_BYTES, _MAX_FILE_EXPANSION = 2**30, 1000
 _MAX_GROUP_BYTES, _MAX_REPETITION = 2**28, 64  # what texts may expand to when each reference is a copy
-_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, TypeError, IndexError, KeyError)
+_ERRORS = (
+    pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, TypeError, IndexError, KeyError, struct.error,
+)  # fmt: skip
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -113,6 +117,10 @@ def _check_names(schema: pa.Schema) -> None:
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
     with pa.memory_map(str(path)) as source:
         is_file = source.read(6) == b"ARROW1"
+        source.seek(8 if is_file else 0)  # after its magic number, the file format is the stream format
+        for compressed, uncompressed in expansions(source):
+            if uncompressed > max(_MAX_PAGE_BYTES, _MAX_EXPANSION * compressed):
+                raise ValueError(f"{uncompressed / 2**20:.0f} MiB in a buffer of {compressed} bytes")
         source.seek(0)
         reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
         _check_names(reader.schema)

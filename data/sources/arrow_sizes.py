@@ -55,14 +55,18 @@ def _value_bytes(values: pa.Array) -> np.ndarray:
 
 def _ranges(lists: pa.Array, sizes: np.ndarray) -> np.ndarray:
     """Sums of `sizes`, those of all elements, over the elements of each list."""
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     if types.is_fixed_size_list(lists.type):
         starts = (np.arange(len(lists)) + lists.offset) * lists.type.list_size
+        ends = starts + lists.type.list_size
+    elif types.is_list_view(lists.type) or types.is_large_list_view(lists.type):
+        starts = lists.offsets.to_numpy(zero_copy_only=False)
+        ends = starts + lists.sizes.to_numpy(zero_copy_only=False)
     else:
-        starts = lists.offsets.to_numpy(zero_copy_only=False)[: len(lists)].astype(np.int64)
+        offsets = lists.offsets.to_numpy(zero_copy_only=False)
+        starts, ends = offsets[:-1], offsets[1:]
+    is_empty = lists.is_null().to_numpy(zero_copy_only=False) | (starts == ends)
     before = np.concatenate([[0], np.cumsum(sizes)])
-    starts = np.where(lengths == 0, 0, starts)
-    return before[starts + lengths] - before[starts]
+    return before[np.where(is_empty, 0, ends)] - before[np.where(is_empty, 0, starts)]
 
 
 def _is_view(kind: pa.DataType) -> bool:

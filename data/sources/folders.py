@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 
 from qat.errors import UserError
 
+from .card import Configuration, read_configurations
 from .compressed import kind_of
 from .files import READERS, TEXT_KIND
 from .splits import assign_splits, canonical
@@ -40,11 +41,23 @@ def shown(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def read_folder(root: Path, requested: tuple[str, ...], argument: str, files: list[Path] | None = None) -> Folder:
+def read_folder(
+    root: Path,
+    requested: tuple[str, ...],
+    argument: str,
+    files: list[Path] | None = None,
+    configuration: str | None = None,
+) -> Folder:
     """Assign the files below `root`, or those of `files`, to splits.
 
+    Args:
+        requested: names of splits beside those that `datasets` knows.
+        argument: the command-line argument that names the folder.
+        configuration: the name of one that the folder's README.md declares.
+
     Raises:
-        UserError: a folder cannot be listed, or `datasets.save_to_disk` names a file that is not there.
+        UserError: a folder cannot be listed, `datasets.save_to_disk` names a file that is not there, or the README.md
+            does not say which configuration is meant.
     """
     folder = Folder()
     try:
@@ -58,15 +71,51 @@ def read_folder(root: Path, requested: tuple[str, ...], argument: str, files: li
         reason = "not a regular file" if is_special else _not_data(file, saved)
         data.append(file) if reason is None else folder.pass_over(str(file), reason)
     is_text_only = all(kind_of(file) == TEXT_KIND for file in data)
-    texts = [file for file in data if kind_of(file) == TEXT_KIND and not is_text_only]
-    for file in texts:
-        folder.pass_over(str(file), "text beside structured files")
-    data = [file for file in data if file not in set(texts)]
+    for file in data:
+        if kind_of(file) == TEXT_KIND and not is_text_only:
+            folder.pass_over(str(file), "text beside structured files")
+    data = [file for file in data if is_text_only or kind_of(file) != TEXT_KIND]
+    declared = _chosen(root, configuration, argument) if files is None else None
+    if declared is not None:
+        data = _place_declared(folder, root, data, declared, requested)
+        if not data and folder.splits:
+            return folder
     _place(folder, root, data, saved, requested)
     return folder
 
 
+def _chosen(root: Path, name: str | None, argument: str) -> Configuration | None:
+    declared = {configuration.name: configuration for configuration in read_configurations(root)}
+    if name is None and len(declared) > 1:
+        name = next((c.name for c in declared.values() if c.is_default), None)
+    elif name is None:
+        return next(iter(declared.values()), None)
+    if name not in declared:
+        names = ", ".join(declared) or "no configuration"
+        choice = f"; choose one: {root}@{next(iter(declared))}" if declared else ""
+        raise UserError(f"--{argument} {root}: its README.md declares {names}{choice}")
+    return declared[name]
+
+
+def _place_declared(
+    folder: Folder, root: Path, data: list[PurePath], declared: Configuration, requested: tuple[str, ...]
+) -> list[PurePath]:
+    """Assign files as a configuration says; returns those that are left to be assigned by their names."""
+    splits = declared.splits(data)
+    is_inside = [declared.folder and file.is_relative_to(declared.folder.strip("./")) for file in data]
+    left = []
+    for file, inside in zip(data, is_inside, strict=True):
+        if file in splits:
+            folder.splits.setdefault(canonical(splits[file], requested), []).append(root / file)
+        elif not splits and (inside or not any(is_inside)):
+            left.append(file)
+        else:
+            folder.pass_over(str(file), f"not in the configuration {declared.name} of README.md")
+    return left
+
+
 def _place(folder: Folder, root: Path, data: list[PurePath], saved: dict, requested: tuple[str, ...]) -> None:
+    """Assign files by the words in their names; the folders of a saved DatasetDict are its splits."""
     is_dict = (root / "dataset_dict.json").is_file()
     splits = assign_splits([file for file in data if not (is_dict and file.parent in saved)], requested)
     seen: set[tuple[str, str]] = set()

@@ -16,8 +16,9 @@ from typing import BinaryIO
 from ..bad_samples import BadSample
 from .compressed import kind_of, open_bytes
 from .row import MAX_LINE_BYTES, TURN_KEYS, Row, checked_object, overlong
+from .splits import SPLIT_OF
 
-WRAPPERS = ("data", "rows", "train", "examples", "samples", "instances", "records", "items")
+WRAPPERS = ("data", "rows", "examples", "samples", "instances", "records", "items", *SPLIT_OF)  # keys that hold rows
 _STEP = 2**18
 _LONGEST_LITERAL = 16
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -16,9 +16,9 @@ WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-_SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
+SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 _SEPARATOR = "[-._ 0-9]"
-_WORD = re.compile(rf"(?:^|(?<={_SEPARATOR}))({'|'.join(_SPLIT_OF)})(?:set)?(?={_SEPARATOR}|$)", re.IGNORECASE)
+_WORD = re.compile(rf"(?:^|(?<={_SEPARATOR}))({'|'.join(SPLIT_OF)})(?:set)?(?={_SEPARATOR}|$)", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\b.*")
 
 
@@ -30,7 +30,7 @@ def words_of(name: str) -> list[str]:
 def is_for_training(split: str) -> bool:
     """Whether the name of a split is one of training samples: "train", "train_sft"."""
     words = words_of(split)
-    return bool(words) and all(_SPLIT_OF[word] == "train" for word in words)
+    return bool(words) and all(SPLIT_OF[word] == "train" for word in words)
 
 
 def first_of(splits: Sequence[str], *kinds: str) -> str | None:
@@ -55,7 +55,7 @@ def assign_splits(files: Iterable[PurePath], requested: Sequence[str] = ()) -> d
 
 def canonical(name: str, requested: Sequence[str] = ()) -> str:
     """ "validation" for "dev" and the like, unless "dev" is requested; other names stay."""
-    return name if name in requested else _SPLIT_OF.get(name, name)
+    return name if name in requested else SPLIT_OF.get(name, name)
 
 
 def _named_shards(files: list[PurePath], requested: Sequence[str]) -> dict[PurePath, str]:
@@ -67,10 +67,10 @@ def _named_shards(files: list[PurePath], requested: Sequence[str]) -> dict[PureP
 def _split_of(file: PurePath, requested: Sequence[str]) -> str | None:
     parts = [file.name, *reversed(file.parts[:-1])]
     words = [word for part in parts for word in words_of(part)]
-    held_out = [word for word in words if _SPLIT_OF[word] != "train"]
+    held_out = [word for word in words if SPLIT_OF[word] != "train"]
     for name in sorted(requested, key=len, reverse=True):
         is_safe = not held_out or words_of(name)
-        if name not in _SPLIT_OF and is_safe and any(_contains(part, name) for part in parts):
+        if name not in SPLIT_OF and is_safe and any(_contains(part, name) for part in parts):
             return name
     word = next(iter(held_out or words), None)
     return word and canonical(word, requested)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -116,15 +117,24 @@ def test_copies_within_a_set_never_straddle_training_and_evaluation(tmp_path):
 # ---- Fuzz: thousands of damaged files ----
 
 FILES_PER_KIND = 600
+KINDS = [".jsonl", ".json", ".csv", ".txt", ".parquet", ".arrow", ".tsv", ".jsonl.gz"]
 _ALIEN = [b"\0", b"\xff\xfe", b'"', b"{", b"}", b"[", b"]", b"\\ud800", b"\n", b",", b"1e999", b"null", b"\r"]
 
 
 def _intact(kind: str, path: Path) -> bytes:
     rows = [json.loads(chat(content=f"Yes {i}.")) for i in range(6)]
+    table = pa.Table.from_pylist(rows)
     if kind == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pq.write_table(table, path)
         return path.read_bytes()
+    if kind == ".arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+        return path.read_bytes()
+    if kind == ".jsonl.gz":
+        return gzip.compress(_intact(".jsonl", path))
     return {
+        ".tsv": "instruction\tinput\toutput\n" + "\n".join(f'"q, {i}"\t\t"a ""{i}"""' for i in range(6)),
         ".jsonl": "\n".join(map(json.dumps, rows)),
         ".json": json.dumps(rows, indent=1),
         ".csv": "instruction,input,output\n" + "\n".join(f'"q, {i}",,"a ""{i}"""' for i in range(6)),
@@ -146,7 +156,7 @@ def _damage(content: bytes, rng: random.Random) -> bytes:
     return content
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_damaged_file_ends_in_samples_counted_skips_or_a_clear_error(tmp_path, kind):
     """Nothing but UserError escapes, and every row is either a sample or counted."""
     rng, formatter = random.Random(kind), Formatter(make_chat_tokenizer(SMOLLM2), 200)
@@ -186,8 +196,8 @@ def test_damaged_files_through_the_whole_path(tmp_path, caplog):
     ends = {"error": 0, "data": 0}
     tokenizer = make_chat_tokenizer(SMOLLM2, 200)
     for number in range(60):
-        path = tmp_path / f"{number}{rng.choice(['.jsonl', '.json', '.csv', '.txt', '.parquet'])}"
-        path.write_bytes(_damage(_intact(path.suffix, path), rng))
+        path = tmp_path / f"{number}{rng.choice(KINDS)}"
+        path.write_bytes(_damage(_intact("".join(path.suffixes), path), rng))
         for policy in ("error", "skip"):
             try:
                 make_supervised_data_module(

@@ -141,7 +141,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         use_cpu="Set by itself where there is no accelerator.",
         full_determinism="torch raises an error where an operation has no deterministic implementation.",
     ),  # fmt: skip
-    _partly(_RUN, "seed", _SEED, note="A stream (--streaming True) has an order of its own."),
+    _partly(_RUN, "seed", _SEED, note="Of the order of a stream (--streaming True), too."),
     _partly(
         _RUN,
         "data_seed",
@@ -152,7 +152,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             lambda value, args: plain(args.train_sampling_strategy) == "sequential",
         ),
         _SEED,
-        note="Of the order of samples; --seed where it is not given. Refused with --streaming True.",
+        note="Of the order of samples, those of a stream, too; --seed where it is not given.",
     ),
     _partly(
         _RUN,

@@ -55,12 +55,12 @@ def check_with_stream(args: transformers.TrainingArguments) -> None:
             "--streaming True needs --max_steps: a stream has no known length, so epochs cannot be counted; give the "
             "number of steps, or leave --streaming out"
         )
-    for name in ("train_sampling_strategy", "data_seed"):
-        if (value := plain(getattr(args, name))) != _defaults()[name]:
-            raise UserError(
-                f"--{name} {value} has no effect with --streaming True: a stream is shuffled in a buffer while it is "
-                "read, in an order of its own; leave one of the two out"
-            )
+    strategy = plain(args.train_sampling_strategy)
+    if strategy != _defaults()["train_sampling_strategy"]:
+        raise UserError(
+            f"--train_sampling_strategy {strategy} has no effect with --streaming True: a stream is shuffled in a buffer "
+            "while it is read, in an order of its own; leave one of the two out"
+        )
 
 
 def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> None:

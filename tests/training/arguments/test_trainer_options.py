@@ -179,7 +179,6 @@ def test_an_option_that_an_older_transformers_does_not_have_is_passed_over(monke
         ((), "nothing is asked for: give --do_train True, --do_eval True, or both"),
         (("--metric_for_best_model", "accuracy"), "accuracy is not measured here; choose one of loss, perplexity, kl"),
         (("--metric_for_best_model", "loss", "--greater_is_better", "True"), "loss is better when it is lower"),
-        (("--streaming", "True", "--data_seed", "7"), "--data_seed 7 has no effect with --streaming True"),
         (("--streaming", "True", "--group_by_length", "True"), "group_by_length has no effect with --streaming True"),
         (
             ("--group_by_length", "True", "--train_sampling_strategy", "sequential"),
