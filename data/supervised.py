@@ -18,10 +18,12 @@ from .conversations.formatting import Formatter, set_chat_template
 from .sets.building import build
 from .sets.cache import default_root, fingerprint
 from .sets.collating import SupervisedCollator
+from .sets.ends import describe_plain_end
 from .sets.packing import PackedDataset, check_packing, needs_one_row
 from .sets.selection import collect, split_pools
 from .sets.streaming import make_stream
 from .sets.summary import describe_set
+from .sets.totals import describe_left_out, describe_notes, describe_splits
 from .sources.readers import Source, parse_sources
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ def make_supervised_data_module(
     collator = SupervisedCollator(_pad_token_id(tokenizer), one_row=packing and needs_one_row(model))
     if streaming:
         train, held_out = make_stream(plan.train, plan.evaluation, train_size, eval_size, formatter, policy, packing)
+        _warn_of_ends(held_out, formatter.max_length, tokenizer)
         return {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
 
     key = fingerprint({"data": plan.identity(), "format": formatter.fingerprint, "on_bad_sample": on_bad_sample})
@@ -96,6 +99,7 @@ def make_supervised_data_module(
     train, held_out = _open(folder, "train"), _open(folder, "eval")
     packed = PackedDataset(train, formatter.max_length) if packing else None
     _report(folder, train, held_out, packed, formatter.max_length, batch_size)
+    _warn_of_ends(held_out, formatter.max_length, tokenizer)
     return {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
 
 
@@ -169,7 +173,7 @@ def _build_sets(folder: Path, plan: _Plan, formatter: Formatter, policy: BadSamp
     for name, words in (("train", "training samples"), ("eval", "evaluation samples")):
         totals[name] = build(chosen[name].rows(), folder / f"{name}.arrow", formatter, policy, words, workers).as_dict()
     schemas = {pool.source.name: pool.schema.name for pool in (*pools, *held_out) if pool is not None}
-    report = {"schemas": schemas, "totals": totals, "skipped": policy.report()}
+    report = {"schemas": schemas, "totals": totals, "skipped": policy.report(), "unread": policy.unread_report()}
     (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for path in folder.glob("raw-*"):
         path.unlink()
@@ -185,9 +189,22 @@ def _report(folder: Path, train, held_out, packed: PackedDataset | None, max_len
         logger.info("%s: schema %s", source, schema)
     for name, samples, rows in (("train", train, packed and len(packed)), ("eval", held_out, None)):
         lengths = samples.data.column("length").to_numpy()
-        logger.info(describe_set(name, report["totals"][name], lengths, batch_size, max_length, rows))
+        totals = report["totals"][name]
+        logger.info(describe_set(name, totals, lengths, batch_size, max_length, rows))
+        left_out, is_warning = describe_left_out(name, totals, max_length)
+        if left_out:
+            logger.log(logging.WARNING if is_warning else logging.INFO, left_out)
+        for line in filter(None, (describe_splits(name, totals), describe_notes(name, totals))):
+            logger.warning(line)
+    if report["unread"]:
+        logger.warning(report["unread"])
     if report["skipped"]:
         logger.warning(report["skipped"])
+
+
+def _warn_of_ends(held_out: datasets.Dataset, max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if warning := describe_plain_end(held_out, max_length, tokenizer):
+        logger.warning(warning)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

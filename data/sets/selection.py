@@ -21,6 +21,7 @@ from qat.errors import UserError
 
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.schemas import Schema, recognise, unknown_schema
+from ..conversations.turns import unread
 from ..sources.readers import DEFAULT_EVAL_SIZE, Source
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
                     if schema is None:
                         raise unknown_schema(row, place)
                 text = json.dumps(schema.sample_of(row), ensure_ascii=False)
+                policy.note_unread(unread(row, schema.required))
             except BadSample as error:
                 policy.handle(error.at(place))
                 continue

@@ -20,10 +20,12 @@ from qat.errors import UserError
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.formatting import Encoded, Formatter
 from ..conversations.schemas import Schema, recognise, unknown_schema
+from ..conversations.turns import unread
 from ..sources.files import read_file
 from ..sources.readers import LocalFiles, Source
-from .building import to_record_batch
+from .building import refuse_nothing, to_record_batch
 from .packing import pack, plan_packing
+from .totals import Totals, describe_left_out, describe_notes, describe_splits
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,12 @@ class LoggedPolicy(BadSamplePolicy):
             logger.warning("skipped a bad sample: %s", error)
         elif self.total & (self.total - 1) == 0:
             logger.warning(self.report())
+
+    def note_unread(self, names: set[str]) -> None:
+        new = names - self.unread.keys()
+        super().note_unread(names)
+        if new:
+            logger.warning(self.unread_report())
 
 
 def make_stream(
@@ -93,6 +101,7 @@ def make_stream(
 class _Encode:
     def __init__(self, formatter: Formatter, policy: BadSamplePolicy) -> None:
         self.formatter, self.policy = formatter, policy
+        self.totals, self.logged = Totals(), 0
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         good = []
@@ -101,8 +110,21 @@ class _Encode:
             if isinstance(sample, BadSample):
                 self.policy.handle(sample.at(place))
             else:
-                good.append(sample)
+                good += self.totals.add(sample)
+        self._log()
         return {name: [getattr(sample, name).tolist() for sample in good] for name in ("input_ids", "labels")}
+
+    def _log(self) -> None:
+        """What is left out, split or dropped, at first and at each doubling."""
+        totals = self.totals
+        count = totals.left_out_samples + totals.split_conversations + len(totals.notes)
+        if count < max(1, 2 * self.logged):
+            return
+        self.logged, numbers = count, totals.as_dict()
+        left_out, _ = describe_left_out("stream so far", numbers, self.formatter.max_length)
+        for line in (left_out, describe_splits("stream so far", numbers), describe_notes("stream so far", numbers)):
+            if line:
+                logger.warning(line)
 
 
 class _Pack:
@@ -131,7 +153,9 @@ def _samples(shards: list[tuple], policy: BadSamplePolicy) -> Iterator[tuple[str
                 schema = schema or recognise(row)
                 if schema is None:
                     raise unknown_schema(row, place)
-                yield place, json.dumps(schema.sample_of(row), ensure_ascii=False)
+                text = json.dumps(schema.sample_of(row), ensure_ascii=False)
+                policy.note_unread(unread(row, schema.required))
+                yield place, text
             except BadSample as error:
                 policy.handle(error.at(place))
 
@@ -166,6 +190,7 @@ def _held_out(
     rows: Iterator, count: int, formatter: Formatter, policy: BadSamplePolicy
 ) -> tuple[datasets.Dataset, set[bytes]]:
     good: list[Encoded] = []
+    totals = Totals()
     hashes: set[bytes] = set()
     for place, text in rows:
         if _hash(text) in hashes:
@@ -173,11 +198,13 @@ def _held_out(
         [encoded] = formatter.encode([json.loads(text)])
         if isinstance(encoded, BadSample):
             policy.handle(encoded.at(place))
-            continue
-        hashes.add(_hash(text))
-        good.append(encoded)
-        if len(good) == count:
+        elif samples := totals.add(encoded):
+            hashes.add(_hash(text))
+            good += samples
+        if len(good) >= count:
             break
+    if not good and totals.left_out_samples:
+        refuse_nothing(totals, formatter.max_length, f"{totals.left_out_samples} samples read", policy)
     if not good:
         raise UserError(f"no usable sample to evaluate on. {policy.report()}")
     return datasets.Dataset(pa.Table.from_batches([to_record_batch(good)])), hashes
