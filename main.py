@@ -18,6 +18,7 @@ from training.arguments.parse import Arguments, parse_arguments
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
 from training.resume.safeguards import INTERRUPTED
+from training.start.end_tokens import stop_where_answers_end
 from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
 from training.start.start import Start
@@ -46,6 +47,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     start.quantize(model, quant_args)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None))
     data = make_supervised_data_module(tokenizer=tokenizer, model=model, **arguments.data_options)
+    stop_where_answers_end(model, tokenizer, data)
     teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)

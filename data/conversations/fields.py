@@ -40,8 +40,8 @@ class Place:
 class _Marks:
     """Copies of values with a mark in the place of each leaf; `places` says where each mark stands."""
 
-    turn: int = _TOOLS
-    key: str = "tools"
+    turn: int = 0
+    key: str = ""
     places: dict[str, Place] = field(default_factory=dict)
 
     def content(self, text: str) -> str:
@@ -114,13 +114,14 @@ def check_rendered(checked: Checked) -> list[str]:
 
 def _missing_marks(checked: Checked) -> list[Place]:
     marks, messages = _Marks(), list(checked.messages)
-    tools = marks.value(checked.tools, "tools")
     for index in checked.turns:
         marks.turn, messages[index] = index, dict(messages[index])
         for key, value in checked.messages[index].items():
             marks.key = key
             if key not in _KEPT:
                 messages[index][key] = marks.content(value) if key == "content" else marks.value(value, key)
+    marks.turn, marks.key = _TOOLS, "tools"
+    tools = marks.value(checked.tools, "tools")
     try:
         rendered = set(_MARK.findall(checked.renderer.render(messages, tools)))
     except BadSample:  # the template compares what was marked
@@ -171,16 +172,20 @@ def _is_same(checked: Checked, messages: list[dict], tools: list[dict]) -> bool:
 
 
 def _judged(checked: Checked, missing: list[Place]) -> list[str]:
-    """Raise for the first place that matters; list the others, without numbers."""
-    names = []
+    """Raise for the places that matter; list the others, without numbers."""
+    names, refused = [], []
     for place in missing:
         role = checked.messages[place.turn]["role"] if place.turn != _TOOLS else ""
         is_link = place.key in _LINKS and role in TOOL_ROLES
         is_detail = place.turn == _TOOLS and place.path != "tools" and not _NAME_OF_TOOL.fullmatch(place.path)
         is_thought = place.path == "thought" or place.key in _THOUGHTS
         is_forgotten = checked.forgets and is_thought and place.turn != len(checked.messages) - 1
-        if not (is_link or is_detail or is_forgotten):
-            where = f" of the {role} turn {place.turn + 1}" if role else ""
-            raise BadSample("unsupported field", f"the chat template does not render {place.path}{where}")
-        names.append("drops " + ("thoughts of earlier turns" if is_forgotten else re.sub(r"\[\d+\]", "[]", place.path)))
+        if is_link or is_detail or is_forgotten:
+            what = "thoughts of earlier turns" if is_forgotten else re.sub(r"\[\d+\]", "[]", place.path)
+            names.append(f"drops {what}")
+        else:
+            refused.append(place.path + (f" of the {role} turn {place.turn + 1}" if role else ""))
+    if refused:
+        more = f" and {len(refused) - 3} more fields" if len(refused) > 3 else ""
+        raise BadSample("unsupported field", f"the chat template does not render {', '.join(refused[:3])}{more}")
     return names

@@ -1,8 +1,10 @@
 """From a conversation to token ids and labels: the assistant's turns are learned, their end-of-turn token included.
 
-Text that the model reads and text that it writes are tokenized apart, as they are at inference, so no token straddles
-the border between them and a label is exact by construction. A tokenizer for which pieces do not join up
-(SentencePiece's invisible first space) tokenizes the whole text, and its offsets must fall on the borders.
+A conversation is rendered as text (templates.py), or as one text per answer where the chat template changes earlier
+turns (last_answers.py), and tokenized in pieces that are learned or not (encoding.py).
+
+Of a long conversation no more is rendered than `max_length` tokens need: LONG turns at first, then as many more as the
+tokens of these suggest, until that part of their text that no later turn changes has more than `max_length` tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -23,37 +24,27 @@ from transformers import PreTrainedTokenizerBase
 from qat.errors import UserError
 
 from ..bad_samples import BadSample
+from .encoding import IGNORE_INDEX, Encoded, Encoder, LeftOut, Piece
 from .last_answers import last_answers
 from .limits import SECONDS, TookTooLong, limited_memory, limited_time
 from .rendering import compile_template
 from .templates import Answer, ChatTemplate, InexactTemplate, Text
 from .turns import TOOL_ROLES
 
-Piece = tuple[str, bool]  # text, and whether it is learned
-IGNORE_INDEX = -100  # the label that torch's cross-entropy skips
+__all__ = [
+    "IGNORE_INDEX",
+    "LONG",
+    "TRAIN_ON",
+    "Encoded",
+    "Formatter",
+    "LeftOut",
+    "encode_conversation",
+    "set_chat_template",
+]
 TRAIN_ON = ("assistant", "all")
 LONG = 64  # turns; of a longer conversation, the part that fills max_length is rendered
 _SLOW_IN_A_ROW = 3  # samples whose rendering takes too long before the template is to blame
 _RENDERED = ("role", "content")
-_PROBES = (("\n", "x"), ("\n", " x"), (":", "x"), (".", "\n"))
-
-
-@dataclass
-class Encoded:
-    """One training sample: int32 arrays [tokens]; labels are IGNORE_INDEX where nothing is learned, as at the first
-    token. `notes` names what was left out of it without harm."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    was_truncated: bool
-    notes: tuple[str, ...] = ()
-
-
-@dataclass
-class LeftOut:
-    """A sample without an answer in its first max_length tokens: `needed` tokens, or more, reach its first answer."""
-
-    needed: int
 
 
 @dataclass
@@ -88,20 +79,14 @@ class Formatter:
     ) -> None:
         if train_on not in TRAIN_ON:
             raise UserError(f"--train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
-        if not tokenizer.is_fast:
-            raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; use the fast tokenizer of the model")
         self.train_on, self.max_length = train_on, max_length
-        # A copy, so that neither padding nor truncation set elsewhere touches the data.
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._encoder = Encoder(tokenizer, max_length)
         use_chat = chat_template != "none" and tokenizer.chat_template is not None
         self._chat = ChatTemplate(tokenizer) if use_chat else None
         self._as_inc = chat_template == "none"
         self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         self._text_bos = self._bos if tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
         self._slow = 0  # samples in a row whose rendering took too long
-        self._pieces_join = all(self._backend.decode(self._ids(a) + self._ids(b)) == a + b for a, b in _PROBES)
 
     @property
     def description(self) -> str:
@@ -116,7 +101,7 @@ class Formatter:
     @property
     def fingerprint(self) -> str:
         """Changes with whatever changes tokens or labels: tokenizer, template, settings, library versions."""
-        state = json.loads(self._backend.to_str())
+        state = json.loads(self._encoder.backend.to_str())
         parts = (
             state, self._chat and self._chat.fingerprint, self._bos, self._eos,
             self._text_bos, self._as_inc, self.train_on, self.max_length,
@@ -136,7 +121,7 @@ class Formatter:
         with limited_memory():
             prepared = [self._prepare(sample) for sample in samples]
         good = [pieces for p in prepared if not isinstance(p, BadSample) for pieces in p.samples]
-        ids = iter(self._encode_apart(good) if self._pieces_join else map(self._encode_whole, good))
+        ids = self._encoder.encode(good)
         return [p if isinstance(p, BadSample) else self._finished(p, ids) for p in prepared]
 
     # ---- Text ----
@@ -181,11 +166,14 @@ class Formatter:
                 settled = "" if count >= len(messages) else self._settled(texts[0], messages, tools, count)
             except InexactTemplate:
                 turns = [turn for turn in answers if turn < count]
-                if not turns:
+                if self.train_on == "all" or not (turns or count < len(messages)):
                     raise
+                if not turns:
+                    count *= 2
+                    continue
                 texts, beyond = list(last_answers(self._chat, part, tools, turns)), len(answers) - len(turns)
                 settled = texts[-1].text[: texts[-1].answers[0].start]
-            tokens = 0 if count >= len(messages) else len(self._ids(settled))
+            tokens = 0 if count >= len(messages) else len(self._encoder.ids(settled))
             if count >= len(messages) or tokens > self.max_length:
                 return self._as_pieces(texts, masked, count < len(messages), beyond)
             count = max(2 * count, int(1.1 * count * self.max_length / max(tokens, 1)))
@@ -229,56 +217,16 @@ class Formatter:
         if self._as_inc and self._eos:
             yield self._eos, is_learned
 
-    # ---- Tokens ----
-
-    def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def _encode_apart(self, samples: list[list[Piece]]) -> Iterator[tuple[list[int], list[int]]]:
-        texts = [text for pieces in samples for text, _ in pieces]
-        ids = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
-        for pieces in samples:
-            input_ids, labels = [], []
-            for _, learned in pieces:
-                part = next(ids).ids
-                input_ids += part
-                labels += part if learned else [IGNORE_INDEX] * len(part)
-            yield input_ids, labels
-
-    def _encode_whole(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
-        encoding = self._backend.encode("".join(text for text, _ in pieces), add_special_tokens=False)
-        labels, borders, position = [], [], 0
-        for text, learned in pieces:
-            position += len(text)
-            borders.append((position, learned))
-        current = 0
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            while current < len(borders) - 1 and start >= borders[current][0]:
-                current += 1
-            if end > borders[current][0]:
-                raise InexactTemplate("lets a token reach across the border of an answer with this tokenizer")
-            labels.append(token if borders[current][1] else IGNORE_INDEX)
-        return encoding.ids, labels
-
     def _finished(self, prepared: _Prepared, ids: Iterator) -> list[Encoded | LeftOut] | BadSample:
         result: list[Encoded | LeftOut] = []
-        for input_ids, labels in islice(ids, len(prepared.samples)):
-            sample = self._cut(input_ids, labels, prepared)
+        for input_ids, labels in list(islice(ids, len(prepared.samples))):  # all, also if one is bad
+            sample = self._encoder.cut(input_ids, labels, prepared.is_part)
             if isinstance(sample, BadSample):
                 return sample
+            if isinstance(sample, Encoded):
+                sample.notes = prepared.notes
             result.append(sample)
         return result + [LeftOut(self.max_length + 1)] * prepared.answers_beyond
-
-    def _cut(self, input_ids: list[int], labels: list[int], prepared: _Prepared) -> Encoded | LeftOut | BadSample:
-        kept = np.array(labels[: self.max_length], dtype=np.int32)
-        kept[:1] = IGNORE_INDEX  # no token predicts the first one
-        was_truncated = len(input_ids) > self.max_length
-        if (kept != IGNORE_INDEX).any():
-            ids = np.array(input_ids[: self.max_length], dtype=np.int32)
-            return Encoded(ids, kept, was_truncated, prepared.notes)
-        if not was_truncated:
-            return BadSample("no answer left", "there is no token to learn")
-        return LeftOut(_end_of_first_answer(labels) or len(labels) + prepared.is_part)
 
 
 def _pieces(text: Text, masked: set[int], everything: bool) -> Iterator[Piece]:
@@ -292,16 +240,6 @@ def _pieces(text: Text, masked: set[int], everything: bool) -> Iterator[Piece]:
             if begin < end:
                 yield text.text[begin:end], learned
         done = answer.end
-
-
-def _end_of_first_answer(labels: list[int]) -> int:
-    """How many tokens reach to the end of the first learned run; 0 if there is none."""
-    is_learned = np.array(labels[1:]) != IGNORE_INDEX
-    if not is_learned.any():
-        return 0
-    first = int(is_learned.argmax())
-    rest = is_learned[first:]
-    return 1 + (len(is_learned) if rest.all() else first + int(rest.argmin()))
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:

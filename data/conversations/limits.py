@@ -17,8 +17,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-SECONDS = 5.0
-BYTES = 4 << 30
+SECONDS = 3.0
+BYTES = 1 << 30
 
 
 class TookTooLong(Exception):

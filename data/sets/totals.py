@@ -49,7 +49,7 @@ class Totals:
 
     @property
     def length_to_keep(self) -> int:
-        """How many tokens reach the first answers of KEPT_FRACTION of all samples; 0 if those kept are as many."""
+        """The max_length that leaves KEPT_FRACTION of all samples with an answer; 0 if this one does."""
         lost = int((1 - KEPT_FRACTION) * (self.samples + self.left_out_samples))
         return 0 if lost >= len(self.needed) else sorted(self.needed)[len(self.needed) - lost - 1]
 

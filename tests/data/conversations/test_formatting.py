@@ -125,7 +125,7 @@ def test_a_tokenizer_with_an_invisible_first_space_labels_by_offsets():
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     formatter = Formatter(tokenizer, 99)
     [[encoded]] = formatter.encode([{"messages": messages}])
-    assert not formatter._pieces_join
+    assert not formatter._encoder.pieces_join
     learned = [int(label) for label in encoded.labels if label != IGNORE_INDEX]
     assert tokenizer.convert_ids_to_tokens(learned) == ["yes", "</s>"]  # apart, it would have been "▁yes"
 
