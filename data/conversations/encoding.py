@@ -37,7 +37,7 @@ class Encoded:
 
 @dataclass
 class LeftOut:
-    """A sample without an answer in its first max_length tokens: at least `needed` tokens reach the first of one."""
+    """A sample without an answer in its first max_length tokens: `needed` tokens reach the first of one."""
 
     needed: int
 
@@ -97,8 +97,8 @@ class Encoder:
             labels.append(token if borders[current][1] else IGNORE_INDEX)
         return encoding.ids, labels
 
-    def cut(self, input_ids: list[int], labels: list[int], is_part: bool = False) -> Encoded | LeftOut | BadSample:
-        """A sample of at most `max_length` tokens; `is_part`: there are more tokens than these."""
+    def cut(self, input_ids: list[int], labels: list[int], needed: int = 0) -> Encoded | LeftOut | BadSample:
+        """A sample of at most `max_length` tokens; `needed`: about how many reach an answer that is not in these."""
         kept = np.array(labels[: self.max_length], dtype=np.int32)
         kept[:1] = IGNORE_INDEX  # no token predicts the first one
         was_truncated = len(input_ids) > self.max_length
@@ -107,4 +107,4 @@ class Encoder:
         if not was_truncated:
             return BadSample("no answer left", "there is no token to learn")
         first = next((index for index, label in enumerate(labels) if index and label != IGNORE_INDEX), None)
-        return LeftOut(len(labels) + is_part if first is None else first + 1)
+        return LeftOut(max(needed, len(labels)) if first is None else first + 1)

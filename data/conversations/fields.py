@@ -89,7 +89,7 @@ class Checked:
     messages: list[dict]
     tools: list[dict]
     turns: range  # which turns to check
-    forgets: bool = False  # whether thoughts of earlier turns may be dropped
+    forgets: bool = False  # whether thoughts of earlier answers may be dropped
 
 
 def check_rendered(checked: Checked) -> list[str]:
@@ -173,18 +173,21 @@ def _is_same(checked: Checked, messages: list[dict], tools: list[dict]) -> bool:
 
 def _judged(checked: Checked, missing: list[Place]) -> list[str]:
     """Raise for the places that matter; list the others, without numbers."""
-    names, refused = [], []
+    names: list[str] = []
+    refused: list[str] = []
     for place in missing:
         role = checked.messages[place.turn]["role"] if place.turn != _TOOLS else ""
         is_link = place.key in _LINKS and role in TOOL_ROLES
         is_detail = place.turn == _TOOLS and place.path != "tools" and not _NAME_OF_TOOL.fullmatch(place.path)
         is_thought = place.path == "thought" or place.key in _THOUGHTS
-        is_forgotten = checked.forgets and is_thought and place.turn != len(checked.messages) - 1
+        is_earlier = role == "assistant" and place.turn != len(checked.messages) - 1
+        is_forgotten = checked.forgets and is_thought and is_earlier
         if is_link or is_detail or is_forgotten:
             what = "thoughts of earlier turns" if is_forgotten else re.sub(r"\[\d+\]", "[]", place.path)
             names.append(f"drops {what}")
         else:
             refused.append(place.path + (f" of the {role} turn {place.turn + 1}" if role else ""))
+    refused = list(dict.fromkeys(refused))
     if refused:
         more = f" and {len(refused) - 3} more fields" if len(refused) > 3 else ""
         raise BadSample("unsupported field", f"the chat template does not render {', '.join(refused[:3])}{more}")

@@ -53,8 +53,8 @@ class _Prepared:
 
     samples: list[list[Piece]]
     notes: tuple[str, ...] = ()
-    is_part: bool = False  # turns beyond max_length are not rendered
-    answers_beyond: int = 0  # of these turns, where each answer is a sample of its own
+    beyond: tuple[LeftOut, ...] = ()  # answers that are not rendered, where each is a sample of its own
+    needed: int = 0  # about how many tokens reach an answer, if none is rendered
 
 
 class Formatter:
@@ -160,28 +160,25 @@ class Formatter:
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in masked]
         count = LONG
         while True:
-            part, beyond = messages[:count], 0
+            part = messages[:count]
+            turns = [turn for turn in answers if turn < count]
+            is_split, is_whole = False, len(part) == len(messages)
             try:
                 texts = [self._text(part, tools, masked)]
-                settled = "" if count >= len(messages) else self._settled(texts[0], messages, tools, count)
+                settled = "" if is_whole else self._settled(texts[0], messages, tools, count)
             except InexactTemplate:
-                turns = [turn for turn in answers if turn < count]
-                if self.train_on == "all" or not (turns or count < len(messages)):
+                if self.train_on == "all" or (is_whole and not turns):
                     raise
-                if not turns:
-                    count *= 2
-                    continue
-                texts, beyond = list(last_answers(self._chat, part, tools, turns)), len(answers) - len(turns)
-                settled = texts[-1].text[: texts[-1].answers[0].start]
-            tokens = 0 if count >= len(messages) else len(self._encoder.ids(settled))
-            if count >= len(messages) or tokens > self.max_length:
-                return self._as_pieces(texts, masked, count < len(messages), beyond)
+                is_split, texts = True, list(last_answers(self._chat, part, tools, turns))
+                settled = texts[-1].text[: texts[-1].answers[0].start] if turns else ""
+            tokens = 0 if is_whole else len(self._encoder.ids(settled))
+            if is_whole or tokens > self.max_length:
+                left_out = [LeftOut(tokens * (turn + 1) // count) for turn in answers[len(turns) :]]
+                samples = [list(_pieces(text, masked, self.train_on == "all")) for text in texts]
+                notes = tuple(dict.fromkeys(note for text in texts for note in text.notes))
+                needed = left_out[0].needed if left_out and not turns else 0
+                return _Prepared(samples, notes, tuple(left_out) if is_split else (), needed)
             count = max(2 * count, int(1.1 * count * self.max_length / max(tokens, 1)))
-
-    def _as_pieces(self, texts: list[Text], masked: set[int], is_part: bool, beyond: int) -> _Prepared:
-        samples = [list(_pieces(text, masked, self.train_on == "all")) for text in texts]
-        notes = dict.fromkeys(note for text in texts for note in text.notes)
-        return _Prepared(samples, tuple(notes), is_part, beyond)
 
     def _text(self, messages: list[dict], tools: list[dict], masked: set[int]) -> Text:
         if self.train_on == "all" and not masked:
@@ -220,13 +217,13 @@ class Formatter:
     def _finished(self, prepared: _Prepared, ids: Iterator) -> list[Encoded | LeftOut] | BadSample:
         result: list[Encoded | LeftOut] = []
         for input_ids, labels in list(islice(ids, len(prepared.samples))):  # all, also if one is bad
-            sample = self._encoder.cut(input_ids, labels, prepared.is_part)
+            sample = self._encoder.cut(input_ids, labels, prepared.needed)
             if isinstance(sample, BadSample):
                 return sample
             if isinstance(sample, Encoded):
                 sample.notes = prepared.notes
             result.append(sample)
-        return result + [LeftOut(self.max_length + 1)] * prepared.answers_beyond
+        return [*result, *prepared.beyond]
 
 
 def _pieces(text: Text, masked: set[int], everything: bool) -> Iterator[Piece]:

@@ -188,8 +188,7 @@ class ChatTemplate:
 
     def _by_windows(self, renderer: Renderer, messages: list[dict], tools: list[dict], text: str) -> Text | None:
         """The same for a long conversation, or None where a window does not fit into `text`."""
-        roles = [message["role"] for message in messages]
-        borders = [i for i in range(2, len(roles)) if roles[i - 1] == "assistant" and roles[i] == "user"]
+        borders = _borders(messages)
         if not borders:
             return None
         result, head, position = Text(text), borders[0], 0
@@ -255,6 +254,15 @@ class ChatTemplate:
                 token = ""
             self._probed[key] = token
         return self._probed[key]
+
+
+def _borders(messages: list[dict]) -> list[int]:
+    """Turns that follow an answer, all of one role, so that every window follows the roles that it follows in truth."""
+    by_role: dict[str, list[int]] = {}
+    for index in range(2, len(messages)):
+        if messages[index - 1]["role"] == "assistant":
+            by_role.setdefault(messages[index]["role"], []).append(index)
+    return max(by_role.values(), key=len, default=[])
 
 
 def _windows(borders: list[int], count: int) -> list[tuple[int, int]]:
