@@ -90,8 +90,9 @@ def make_supervised_data_module(
     collator = SupervisedCollator(_pad_token_id(tokenizer), one_row=packing and needs_one_row(model))
     if streaming:
         train, held_out = make_stream(plan.train, plan.evaluation, train_size, eval_size, formatter, policy, packing)
-        _warn_of_ends(held_out, formatter.max_length, tokenizer)
-        return {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
+        module = {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
+        _warn_of_ends(module, formatter.max_length, tokenizer)
+        return module
 
     key = fingerprint({"data": plan.identity(), "format": formatter.fingerprint, "on_bad_sample": on_bad_sample})
     root = Path(data_cache_dir) if data_cache_dir else default_root()
@@ -99,8 +100,9 @@ def make_supervised_data_module(
     train, held_out = _open(folder, "train"), _open(folder, "eval")
     packed = PackedDataset(train, formatter.max_length) if packing else None
     _report(folder, train, held_out, packed, formatter.max_length, batch_size)
-    _warn_of_ends(held_out, formatter.max_length, tokenizer)
-    return {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
+    module = {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
+    _warn_of_ends(module, formatter.max_length, tokenizer)
+    return module
 
 
 def check_size(argument: str, size: float) -> None:
@@ -202,8 +204,8 @@ def _report(folder: Path, train, held_out, packed: PackedDataset | None, max_len
         logger.warning(report["skipped"])
 
 
-def _warn_of_ends(held_out: datasets.Dataset, max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    if warning := describe_plain_end(held_out, max_length, tokenizer):
+def _warn_of_ends(module: dict, max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if warning := describe_plain_end(module, max_length, tokenizer):
         logger.warning(warning)
 
 

@@ -9,7 +9,6 @@ from qat.errors import UserError
 
 from ..bad_samples import BadSample, shorten
 from .turns import chat_of as _chat
-from .turns import history_of as _history
 from .turns import text_of as _text
 from .turns import turns_of as _turns
 
@@ -21,6 +20,7 @@ class Schema:
     name: str
     required: frozenset[str]
     convert: Callable[[dict], dict]
+    optional: frozenset[str] = frozenset({"system", "history", "tools"})  # read where a row has them
 
     def sample_of(self, row: dict) -> dict:
         """`row` in the common form.
@@ -78,8 +78,7 @@ def _alpaca(row: dict) -> dict:
     if given is not None and not isinstance(given, str):
         raise BadSample("wrong type", f"input is {shorten(given)}, not text")
     question = f"{request}\n\n{given}" if given and given.strip() else request
-    turns = [*_history(row), ("user", question), ("assistant", row["output"])]
-    return _chat({**row, "history": None}, turns)
+    return _chat(row, [("user", question), ("assistant", row["output"])])
 
 
 def _summary(row: dict) -> dict:
@@ -91,11 +90,12 @@ def _plain(row: dict) -> dict:
     return {"text": _text(row["text"], "text")}
 
 
+ALPACA = frozenset({"system", "history", "tools", "input"})
 SCHEMAS = (
     Schema("ShareGPT / Daring-Anteater `conversations` (`from`, `value`)", frozenset({"conversations"}), _conversation),
     Schema("OpenAI `messages` (`role`, `content`)", frozenset({"messages"}), _messages),
     Schema("`prompt`, `completion`", frozenset({"prompt", "completion"}), _prompt_completion),
-    Schema("Alpaca `instruction`, `input` (optional), `output`", frozenset({"instruction", "output"}), _alpaca),
+    Schema("Alpaca `instruction`, `input` (optional), `output`", frozenset({"instruction", "output"}), _alpaca, ALPACA),
     Schema("`article`, `highlights`", frozenset({"article", "highlights"}), _summary),
-    Schema("plain `text`, all of it learned", frozenset({"text"}), _plain),
+    Schema("plain `text`, all of it learned", frozenset({"text"}), _plain, frozenset()),
 )

@@ -25,7 +25,7 @@ WEIGHTS = ("weight", "train", "loss")
 BOOKKEEPING = frozenset({"id", "uuid", "index", "turn", "turn_id", "message_id", "timestamp", "created_at", "date"})
 # Columns that say something to a model in a way that no schema reads.
 _REFUSED = (
-    "functions", "function_call", "documents", "history", "image", "images", "video", "videos", "audio", "audios",
+    "functions", "function_call", "documents", "image", "images", "video", "videos", "audio", "audios",
     "chat_template_kwargs",
 )  # fmt: skip
 
@@ -33,24 +33,23 @@ Turn = tuple[object, object, dict]  # role, text, what else it carries
 
 
 def is_empty(value: object) -> bool:
-    """Whether a field counts as absent: null, empty text, list or object, as tables fill up what a row lacks."""
-    return value is None or value == "" or value == [] or value == {}
+    """Whether a field counts as absent: null, NaN, empty text, list or object, as tables fill up what a row lacks."""
+    return value is None or value == "" or value == [] or value == {} or value != value
 
 
-def unread(row: dict, required: Iterable[str]) -> set[str]:
-    """Names of columns with a value, and of keys of turns, that say nothing to the model and are left out of it."""
-    known = set(required)
-    if known != {"text"}:
-        known |= {"system", "tools"} | ({"input", "history"} if "instruction" in known else set())
+def unread(row: dict, columns: Iterable[str]) -> set[str]:
+    """Names of columns with a value, and of keys of turns, that say nothing to the model and are left out of it.
+
+    Args:
+        columns: those that are read.
+    """
+    known = set(columns)
     names = {name for name, value in row.items() if name not in known and not is_empty(value)}
     for column in known:
         turns = row.get(column)
-        if isinstance(turns, list):
-            names.update(
-                f"{column}.{key}"
-                for turn in turns if isinstance(turn, dict)
-                for key in turn.keys() & BOOKKEEPING if not is_empty(turn[key])
-            )  # fmt: skip
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and len(turn) > 2:
+                names |= {f"{column}.{key}" for key in turn.keys() & BOOKKEEPING if not is_empty(turn[key])}
     return names
 
 
@@ -78,16 +77,6 @@ def turns_of(value: object, column: str, role_key: str, text_key: str) -> list[T
             carried = {k: v for k, v in turn.items() if k not in (role_key, text_key) and not is_empty(v)}
         turns.append((turn[role_key], turn.get(text_key), carried))
     return turns
-
-
-def history_of(row: dict) -> list[Turn]:
-    """The earlier exchanges of Alpaca's `history`: pairs of a question and its answer, which is learned, too."""
-    history = _parsed(row.get("history"), "history")
-    if is_empty(history):
-        return []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise BadSample("wrong type", f"history is {shorten(history)}, not a list of pairs of question and answer")
-    return [turn for q, a in history for turn in (("user", q, {}), ("assistant", a, {}))]
 
 
 def _has_text(turn: dict, text_key: str) -> bool:
@@ -120,7 +109,7 @@ def chat_of(row: dict, turns: Iterable[tuple]) -> dict:
     """The sample of a row: `messages`, `tools` if it has some, and `masked`, the numbers of answers not to be learned.
 
     Args:
-        row: for its columns `system` and `tools`, and for those that no schema reads.
+        row: for its columns `system`, `history` and `tools`, and for those that no schema reads.
         turns: (role, text), or with a dictionary of what else the turn carries.
 
     Raises:
@@ -138,14 +127,33 @@ def chat_of(row: dict, turns: Iterable[tuple]) -> dict:
             messages.append(message)
     if not messages:
         raise BadSample("empty turn", "the conversation has no turns")
+    before = []
     system = row.get("system")
     if not is_empty(system) and _needs_turn(system := text_of(system, "system"), messages):
-        messages.insert(0, {"role": "system", "content": system})
-        masked = [index + 1 for index in masked]
+        before = [{"role": "system", "content": system}]
+    elif messages[0]["role"] == "system":
+        before = [messages.pop(0)]
+        masked = [index - 1 for index in masked]
+    before += _history(row)
+    messages = [*before, *messages]
+    masked = [index + len(before) for index in masked]
     sample = {"messages": messages}
     if tools := _tools(row.get("tools")):
         sample["tools"] = tools
     return sample | {"masked": masked} if masked else sample
+
+
+def _history(row: dict) -> list[dict]:
+    """The earlier exchanges of Alpaca's `history`: pairs of a question and its answer, which is learned, too."""
+    history = _parsed(row.get("history"), "history")
+    if is_empty(history):
+        return []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadSample("wrong type", f"history is {shorten(history)}, not a list of pairs of question and answer")
+    return [
+        {"role": role, "content": text_of(text, f"a {role} turn of history")}
+        for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]  # fmt: skip
 
 
 def _needs_turn(system: str, messages: list[dict]) -> bool:

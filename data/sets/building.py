@@ -78,7 +78,7 @@ def refuse_nothing(totals: Totals, max_length: int, what: str, policy: BadSample
     if totals.left_out_samples:
         raise UserError(
             f"--model_max_length {max_length}: none of the {what} has an answer in its first {max_length} tokens; "
-            f"{totals.length_to_keep} would keep {KEPT_FRACTION:.0%} of them. {policy.report()}"
+            f"{totals.length_to_keep:,} tokens would keep {KEPT_FRACTION:.0%} of the samples. {policy.report()}"
         )
     raise UserError(f"no usable sample is left among the {what}. {policy.report()}")
 

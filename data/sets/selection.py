@@ -82,7 +82,7 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
                     if schema is None:
                         raise unknown_schema(row, place)
                 text = json.dumps(schema.sample_of(row), ensure_ascii=False)
-                policy.note_unread(unread(row, schema.required))
+                policy.note_unread(unread(row, schema.required | schema.optional))
             except BadSample as error:
                 policy.handle(error.at(place))
                 continue

@@ -154,7 +154,7 @@ def _samples(shards: list[tuple], policy: BadSamplePolicy) -> Iterator[tuple[str
                 if schema is None:
                     raise unknown_schema(row, place)
                 text = json.dumps(schema.sample_of(row), ensure_ascii=False)
-                policy.note_unread(unread(row, schema.required))
+                policy.note_unread(unread(row, schema.required | schema.optional))
                 yield place, text
             except BadSample as error:
                 policy.handle(error.at(place))

@@ -21,7 +21,7 @@ def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     Args:
         data_module: from `make_supervised_data_module`.
     """
-    ends = ends_of_answers(data_module["eval_dataset"], tokenizer.model_max_length)
+    ends = ends_of_answers(data_module, tokenizer.model_max_length)
     known = _ids(model.generation_config.eos_token_id) or _ids(model.config.get_text_config().eos_token_id)
     new = [token for token, _ in ends.most_common() if token not in known and is_special(token, tokenizer)]
     if not new:

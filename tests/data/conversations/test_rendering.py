@@ -27,7 +27,7 @@ BOMBS = {
     "{{ messages.missing.content }}": "'list object' has no attribute 'missing'",
     "{{ messages.append(1) }}": "unsafe",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "takes more than 0.2 s",
-    "{% set n = namespace(x='x') %}{% for i in range(27) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}": "128 MiB",
+    "{{ 'x' * 2 ** 26 ~ 'x' }}": "it makes 64 MiB of one conversation",
 }
 
 

@@ -43,8 +43,19 @@ LEARNED = {
     "columns": ({"messages": {"role": ["user", "assistant"], "content": ["q", "b"], "weight": [None, 1]}}, TWO[1:]),
     "history": ({"instruction": "q", "output": "b", "history": [["earlier", "a"]]}, TWO),
     "history as text": ({"instruction": "q", "output": "b", "history": '[["earlier", "a"]]'}, TWO),
+    "history of turns": (
+        {
+            "system": "S",
+            "messages": [user(), assistant("b", weight=0), user(), assistant("b")],
+            "history": [["q", "a"]],
+        },
+        TWO,
+    ),
     "weight 0 of a question": ({"messages": [{**user(), "weight": 0}, assistant("b")]}, TWO[1:]),
-    "null and empty fields": ({"messages": [user(), assistant("b", tool_calls=[], name=None, thinking="")]}, TWO[1:]),
+    "null and empty fields": (
+        {"messages": [user(), assistant("b", tool_calls=[], name=None, thinking="", weight=float("nan"))]},
+        TWO[1:],
+    ),
     "bookkeeping": ({"messages": [{**user(), "id": 7}, assistant("b", timestamp=1.5)], "source": "web"}, TWO[1:]),
     "equal system prompts": (
         {"system": "S", "messages": [{"role": "system", "content": "S "}, user(), assistant("b")]},
@@ -70,7 +81,6 @@ REFUSED = {
     "a part with more": ({"messages": [user([{"type": "text", "text": "x", "cache": 1}])]}, "a part with cache"),
     "images": ({"messages": [user(), assistant()], "images": ["x.png"]}, "unsupported field: the column images"),
     "functions": ({"prompt": "q", "completion": "a", "functions": [{"name": "f"}]}, "the column functions"),
-    "history elsewhere": ({"messages": [user(), assistant()], "history": [["a", "b"]]}, "the column history"),
     "two system prompts": (
         {"system": "A", "messages": [{"role": "system", "content": "B"}, user()]},
         "'A', the system turn 'B'",
@@ -121,5 +131,5 @@ def test_tools_and_calls_are_the_same_as_json_text_and_as_objects():
 
 def test_columns_and_keys_that_say_nothing_to_the_model_are_listed():
     row = {"messages": [{**user(), "id": 1}, assistant(timestamp=2)], "id": 3, "source": "", "score": 0, "tools": []}
-    assert unread(row, {"messages"}) == {"id", "score", "messages.id", "messages.timestamp"}
+    assert unread(row, {"messages", "tools"}) == {"id", "score", "messages.id", "messages.timestamp"}
     assert unread({"text": "x", "system": "y"}, {"text"}) == {"system"}
