@@ -19,6 +19,7 @@ from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
+from training.start.end_tokens import stop_where_answers_end
 from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
 from training.start.start import Start
@@ -52,6 +53,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
         check_packing(model)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
     start.quantize(model, quant_args)
+    stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None))
     teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:

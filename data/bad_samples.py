@@ -34,6 +34,7 @@ class BadSamplePolicy:
     policy: str = "error"
     counts: Counter = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
+    unread: Counter = field(default_factory=Counter)  # names of fields that say nothing to the model
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -46,6 +47,19 @@ class BadSamplePolicy:
         self.counts[error.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(str(error))
+
+    def note_unread(self, names: set[str]) -> None:
+        """Count a sample of which the fields `names` are not read, as they say nothing to the model."""
+        if names:
+            self.unread.update(names)
+
+    def unread_report(self) -> str:
+        """One line of the fields that are not read; empty if there are none."""
+        if not self.unread:
+            return ""
+        names = [f"{shorten(name)} ({count:,})" for name, count in self.unread.most_common(12)]
+        more = f", and {len(self.unread) - 12} more" if len(self.unread) > 12 else ""
+        return f"fields that are not read, by number of samples: {', '.join(names)}{more}"
 
     @property
     def total(self) -> int:

@@ -18,10 +18,12 @@ from .conversations.formatting import Formatter, set_chat_template
 from .sets.building import build
 from .sets.cache import default_root, fingerprint
 from .sets.collating import SupervisedCollator
+from .sets.ends import describe_plain_end
 from .sets.packing import PackedDataset, check_packing, needs_one_row
 from .sets.selection import collect, split_pools
 from .sets.streaming import make_stream
 from .sets.summary import describe_set
+from .sets.totals import describe_left_out, describe_notes, describe_splits
 from .sources.readers import Source, parse_sources
 from .sources.splits import first_of, is_for_training
 
@@ -101,7 +103,9 @@ def make_supervised_data_module(
             plan.train, plan.evaluation, train_size, eval_size, formatter, policy, packing, seed
         )
         _check_evaluation(held_out, evaluate, plan)
-        return {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
+        module = {"train_dataset": train, "eval_dataset": held_out, "data_collator": collator}
+        _warn_of_ends(module, formatter.max_length, tokenizer)
+        return module
 
     key = fingerprint({"data": plan.identity(), "format": formatter.fingerprint, "on_bad_sample": on_bad_sample})
     root = Path(data_cache_dir) if data_cache_dir else default_root()
@@ -110,7 +114,9 @@ def make_supervised_data_module(
     _check_evaluation(held_out, evaluate, plan)
     packed = PackedDataset(train, formatter.max_length) if packing else None
     _report(folder, train, held_out, packed, formatter.max_length, batch_size)
-    return {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
+    module = {"train_dataset": packed or train, "eval_dataset": held_out, "data_collator": collator}
+    _warn_of_ends(module, formatter.max_length, tokenizer)
+    return module
 
 
 def check_size(argument: str, size: float) -> None:
@@ -215,7 +221,7 @@ def _build_sets(folder: Path, plan: _Plan, formatter: Formatter, policy: BadSamp
         totals[name] = build(chosen[name].rows(), folder / f"{name}.arrow", formatter, policy, words, workers).as_dict()
     notes = [f"{pool.source.name}: {note}" for pool in (*pools, *held_out) if pool is not None for note in pool.notes]
     notes = list(dict.fromkeys([*notes, *chosen["eval"].notes]))
-    report = {"notes": notes, "totals": totals, "skipped": policy.report()}
+    report = {"notes": notes, "totals": totals, "skipped": policy.report(), "unread": policy.unread_report()}
     (folder / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for path in folder.glob("raw-*"):
         path.unlink()
@@ -234,9 +240,22 @@ def _report(folder: Path, train, held_out, packed: PackedDataset | None, max_len
         if samples is None:
             continue
         lengths = samples.data.column("length").to_numpy()
-        logger.info(describe_set(name, report["totals"][name], lengths, batch_size, max_length, rows))
+        totals = report["totals"][name]
+        logger.info(describe_set(name, totals, lengths, batch_size, max_length, rows))
+        left_out, is_warning = describe_left_out(name, totals, max_length)
+        if left_out:
+            logger.log(logging.WARNING if is_warning else logging.INFO, left_out)
+        for line in filter(None, (describe_splits(name, totals), describe_notes(name, totals))):
+            logger.warning(line)
+    if report["unread"]:
+        logger.warning(report["unread"])
     if report["skipped"]:
         logger.warning(report["skipped"])
+
+
+def _warn_of_ends(module: dict, max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if warning := describe_plain_end(module, max_length, tokenizer):
+        logger.warning(warning)
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

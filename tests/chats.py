@@ -1,8 +1,9 @@
-"""Chat templates of three families, and a tokenizer with merges and their special tokens, for tests of the data."""
+"""Chat templates of several families, and tokenizers with their special tokens, for tests of the data."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -66,3 +67,65 @@ def make_chat_tokenizer(template: str, max_length: int = 4096) -> PreTrainedToke
     )  # fmt: skip
     tokenizer.chat_template = template
     return tokenizer
+
+
+# ---- Templates with tools and thoughts, in tests/data/templates ----
+
+# name: begin of sequence, end of sequence, other special tokens
+REAL = {
+    "qwen3": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>"]),
+    "llama31": ("<|begin_of_text|>", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "mistral_v3": ("<s>", "</s>", ["[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]),
+    "gpt_oss": ("<|startoftext|>", "<|return|>", ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>"]),
+    "r1_distill": ("<|begin_of_sentence|>", "<|end_of_sentence|>", ["<|User|>", "<|Assistant|>"]),
+}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "clock", "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string", "description": "Where."}}},
+    },
+}  # fmt: skip
+
+
+def make_real_tokenizer(name: str, max_length: int = 4096) -> PreTrainedTokenizerFast:
+    """The tokenizer above with the special tokens and the template of a family of REAL."""
+    bos, eos, special = REAL[name]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend()), bos_token=bos, eos_token=eos, model_max_length=max_length,
+        additional_special_tokens=special,
+    )  # fmt: skip
+    tokenizer.chat_template = (Path(__file__).parent / "data" / "templates" / f"{name}.jinja").read_text()
+    return tokenizer
+
+
+def user(text: str = "q") -> dict:
+    """A question."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None = "a", **carried) -> dict:
+    """An answer, and what it carries."""
+    return {"role": "assistant", "content": text, **carried}
+
+
+def call(name: str = "clock", **arguments) -> dict:
+    """A call of a tool, as OpenAI writes it."""
+    return {"type": "function", "id": "call12345", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(text: str = "12:00") -> dict:
+    """The result of that call."""
+    return {"role": "tool", "content": text, "tool_call_id": "call12345"}
+
+
+def learned_texts(encoded, tokenizer) -> list[str]:
+    """The runs of labelled tokens, decoded."""
+    runs, inside = [], False
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        if label != -100:
+            assert label == token
+            runs = runs if inside else [*runs, []]
+            runs[-1].append(int(token))
+        inside = label != -100
+    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]

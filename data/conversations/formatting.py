@@ -1,18 +1,22 @@
 """From a conversation to token ids and labels: the assistant's turns are learned, their end-of-turn token included.
 
-Text that the model reads and text that it writes are tokenized apart, as they are at inference, so no token straddles
-the border between them and a label is exact by construction. A tokenizer for which pieces do not join up
-(SentencePiece's invisible first space) tokenizes the whole text, and its offsets must fall on the borders.
+A conversation is rendered as text (templates.py), or as one text per answer where the chat template changes earlier
+turns (last_answers.py), and tokenized in pieces that are learned or not (encoding.py).
+
+Of a long conversation no more is rendered than `max_length` tokens need: LONG turns at first, then as many more as the
+tokens of these suggest, until that part of their text that no later turn changes has more than `max_length` tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os.path
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -20,20 +24,37 @@ from transformers import PreTrainedTokenizerBase
 from qat.errors import UserError
 
 from ..bad_samples import BadSample
-from .templates import ChatTemplate, InexactTemplate, Piece
+from .encoding import IGNORE_INDEX, Encoded, Encoder, LeftOut, Piece
+from .last_answers import last_answers
+from .limits import SECONDS, TookTooLong, limited_memory, limited_time
+from .rendering import compile_template
+from .templates import Answer, ChatTemplate, InexactTemplate, Text
+from .turns import TOOL_ROLES
 
-IGNORE_INDEX = -100  # the label that torch's cross-entropy skips
+__all__ = [
+    "IGNORE_INDEX",
+    "LONG",
+    "TRAIN_ON",
+    "Encoded",
+    "Formatter",
+    "LeftOut",
+    "encode_conversation",
+    "set_chat_template",
+]
 TRAIN_ON = ("assistant", "all")
-_PROBES = (("\n", "x"), ("\n", " x"), (":", "x"), (".", "\n"))
+LONG = 64  # turns; of a longer conversation, the part that fills max_length is rendered
+_SLOW_IN_A_ROW = 3  # samples whose rendering takes too long before the template is to blame
+_RENDERED = ("role", "content")
 
 
 @dataclass
-class Encoded:
-    """One sample: int32 arrays [tokens]; labels are IGNORE_INDEX where nothing is learned, as at the first token."""
+class _Prepared:
+    """The training samples of one conversation, as pieces of text."""
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    was_truncated: bool
+    samples: list[list[Piece]]
+    notes: tuple[str, ...] = ()
+    beyond: tuple[LeftOut, ...] = ()  # answers that are not rendered, where each is a sample of its own
+    needed: int = 0  # about how many tokens reach an answer, if none is rendered
 
 
 class Formatter:
@@ -58,19 +79,14 @@ class Formatter:
     ) -> None:
         if train_on not in TRAIN_ON:
             raise UserError(f"--train_on {train_on!r} is unknown; choose one of {', '.join(TRAIN_ON)}")
-        if not tokenizer.is_fast:
-            raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; use the fast tokenizer of the model")
         self.train_on, self.max_length = train_on, max_length
-        # A copy, so that neither padding nor truncation set elsewhere touches the data.
-        self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._encoder = Encoder(tokenizer, max_length)
         use_chat = chat_template != "none" and tokenizer.chat_template is not None
         self._chat = ChatTemplate(tokenizer) if use_chat else None
         self._as_inc = chat_template == "none"
         self._bos, self._eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
         self._text_bos = self._bos if tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-        self._pieces_join = all(self._backend.decode(self._ids(a) + self._ids(b)) == a + b for a, b in _PROBES)
+        self._slow = 0  # samples in a row whose rendering took too long
 
     @property
     def description(self) -> str:
@@ -85,7 +101,7 @@ class Formatter:
     @property
     def fingerprint(self) -> str:
         """Changes with whatever changes tokens or labels: tokenizer, template, settings, library versions."""
-        state = json.loads(self._backend.to_str())
+        state = json.loads(self._encoder.backend.to_str())
         parts = (
             state, self._chat and self._chat.fingerprint, self._bos, self._eos,
             self._text_bos, self._as_inc, self.train_on, self.max_length,
@@ -93,93 +109,134 @@ class Formatter:
         )  # fmt: skip
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
-    def encode(self, samples: list[dict]) -> list[Encoded | BadSample]:
-        """Tokens and labels of each sample, or what is wrong with it.
+    def encode(self, samples: list[dict]) -> list[list[Encoded | LeftOut] | BadSample]:
+        """The training samples of each conversation, or what is wrong with it.
+
+        A conversation is one sample, or one per answer if the chat template changes earlier turns.
 
         Raises:
             InexactTemplate: the template does not let answers be told exactly.
+            UserError: it takes too long for one sample after the other.
         """
-        pieces: list[list[Piece] | BadSample] = []
-        for sample in samples:
-            try:
-                pieces.append(self._pieces(sample))
-            except BadSample as error:
-                pieces.append(error)
-        good = [p for p in pieces if not isinstance(p, BadSample)]
-        encoded = iter(self._encode_apart(good) if self._pieces_join else map(self._encode_whole, good))
-        return [p if isinstance(p, BadSample) else self._checked(next(encoded)) for p in pieces]
+        with limited_memory():
+            prepared = [self._prepare(sample) for sample in samples]
+        good = [pieces for p in prepared if not isinstance(p, BadSample) for pieces in p.samples]
+        ids = self._encoder.encode(good)
+        return [p if isinstance(p, BadSample) else self._finished(p, ids) for p in prepared]
 
     # ---- Text ----
 
-    def _pieces(self, sample: dict) -> list[Piece]:
-        if "text" in sample:
-            return [piece for piece in ((self._text_bos, False), (sample["text"] + self._eos, True)) if piece[0]]
-        messages = sample["messages"]
-        if self.train_on == "all":
-            if self._chat is not None:
-                return [(self._chat.render(messages), True)]
-            return [(text, True) for text, _ in self._joined_by_newlines(messages)]
-        if not any(message["role"] == "assistant" for message in messages):
-            raise BadSample("no assistant turn", "nothing to learn from with --train_on assistant")
-        return self._chat.pieces(messages) if self._chat is not None else self._joined_by_newlines(messages)
+    def _prepare(self, sample: dict) -> _Prepared | BadSample:
+        try:
+            with limited_time():
+                prepared = self._prepared(sample)
+        except BadSample as error:
+            return error
+        except TookTooLong:
+            self._slow += 1
+            if self._slow == _SLOW_IN_A_ROW:
+                raise UserError(
+                    f"the chat template takes more than {SECONDS:g} s for each of {self._slow} samples in a row; "
+                    "give another with --chat_template FILE.jinja"
+                ) from None
+            return BadSample("refused by the chat template", f"it takes more than {SECONDS:g} s")
+        self._slow = 0
+        return prepared
 
-    def _joined_by_newlines(self, messages: list[dict]) -> list[Piece]:
+    def _prepared(self, sample: dict) -> _Prepared:
+        if "text" in sample:
+            return _Prepared([[p for p in ((self._text_bos, False), (sample["text"] + self._eos, True)) if p[0]]])
+        messages, masked = sample["messages"], set(sample.get("masked", ()))
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in masked]
+        if self.train_on == "assistant" and not answers:
+            why = "all have weight 0" if masked else "nothing to learn from with --train_on assistant"
+            raise BadSample("no assistant turn", why)
+        if self._chat is None:
+            return _Prepared([list(self._joined_by_newlines(messages, masked, sample))])
+        return self._rendered(messages, sample.get("tools", []), masked)
+
+    def _rendered(self, messages: list[dict], tools: list[dict], masked: set[int]) -> _Prepared:
+        """By the chat template: whole, or of a long conversation as many turns as surely fill max_length."""
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in masked]
+        count = LONG
+        while True:
+            part = messages[:count]
+            turns = [turn for turn in answers if turn < count]
+            is_split, is_whole = False, len(part) == len(messages)
+            try:
+                texts = [self._text(part, tools, masked)]
+                settled = "" if is_whole else self._settled(texts[0], messages, tools, count)
+            except InexactTemplate:
+                if self.train_on == "all" or (is_whole and not turns):
+                    raise
+                is_split, texts = True, list(last_answers(self._chat, part, tools, turns))
+                settled = texts[-1].text[: texts[-1].answers[0].start] if turns else ""
+            tokens = 0 if is_whole else len(self._encoder.ids(settled))
+            if is_whole or tokens > self.max_length:
+                left_out = [LeftOut(tokens * (turn + 1) // count) for turn in answers[len(turns) :]]
+                samples = [list(_pieces(text, masked, self.train_on == "all")) for text in texts]
+                notes = tuple(dict.fromkeys(note for text in texts for note in text.notes))
+                needed = left_out[0].needed if left_out and not turns else 0
+                return _Prepared(samples, notes, tuple(left_out) if is_split else (), needed)
+            count = max(2 * count, int(1.1 * count * self.max_length / max(tokens, 1)))
+
+    def _text(self, messages: list[dict], tools: list[dict], masked: set[int]) -> Text:
+        if self.train_on == "all" and not masked:
+            return self._chat.whole(messages, tools)
+        return self._chat.labelled(messages, tools)
+
+    def _settled(self, text: Text, messages: list[dict], tools: list[dict], count: int) -> str:
+        """The beginning of `text`, of `count` turns, that stays as it is when more turns follow: where more tokens than
+        max_length are in it, the turns that follow need not be rendered."""
+        if text.answers and not self._chat.has_markers:
+            return text.text[: text.answers[-1].start]  # what stands before an answer is the same whatever follows
+        longer = self._chat.renderer(tools).render(messages[: 2 * count], tools)
+        return os.path.commonprefix([text.text, longer])
+
+    def _joined_by_newlines(self, messages: list[dict], masked: set[int], sample: dict) -> Iterator[Piece]:
         """INC's format ends each turn with a newline and the sample with the end-of-sequence token (here it is learned
         after an answer). A tokenizer without a template ends each answer with that token."""
-        pieces = [(self._bos, False)] if self._bos else []
-        for message in messages:
+        carried = ["tools"] * ("tools" in sample) + [key for m in messages for key in m if key not in _RENDERED]
+        carried += [f"the role {m['role']}" for m in messages if m["role"] in TOOL_ROLES]
+        if carried:
+            raise BadSample("unsupported field", f"turns joined by newlines have no place for {carried[0]}")
+        everything = self.train_on == "all"
+        if self._bos:
+            yield self._bos, everything
+        for index, message in enumerate(messages):
             is_answer = message["role"] == "assistant"
+            is_learned = (is_answer or everything) and index not in masked
             if self._as_inc:
-                pieces.append((message["content"] + "\n", is_answer))
+                yield message["content"] + "\n", is_learned
             else:
-                pieces += [(message["content"] + self._eos * is_answer, is_answer), ("\n", False)]
-        return [*pieces, (self._eos, pieces[-1][1])] if self._as_inc and self._eos else pieces
+                yield message["content"] + self._eos * is_answer, is_learned
+                yield "\n", everything
+        if self._as_inc and self._eos:
+            yield self._eos, is_learned
 
-    # ---- Tokens ----
+    def _finished(self, prepared: _Prepared, ids: Iterator) -> list[Encoded | LeftOut] | BadSample:
+        result: list[Encoded | LeftOut] = []
+        for input_ids, labels in list(islice(ids, len(prepared.samples))):  # all, also if one is bad
+            sample = self._encoder.cut(input_ids, labels, prepared.needed)
+            if isinstance(sample, BadSample):
+                return sample
+            if isinstance(sample, Encoded):
+                sample.notes = prepared.notes
+            result.append(sample)
+        return [*result, *prepared.beyond]
 
-    def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def _encode_apart(self, samples: list[list[Piece]]) -> list[Encoded]:
-        texts = [text for pieces in samples for text, _ in pieces]
-        ids = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
-        result = []
-        for pieces in samples:
-            input_ids, labels = [], []
-            for _, learned in pieces:
-                part = next(ids).ids
-                input_ids += part
-                labels += part if learned else [IGNORE_INDEX] * len(part)
-            result.append(self._cut(input_ids, labels))
-        return result
-
-    def _encode_whole(self, pieces: list[Piece]) -> Encoded:
-        encoding = self._backend.encode("".join(text for text, _ in pieces), add_special_tokens=False)
-        labels, borders, position = [], [], 0
-        for text, learned in pieces:
-            position += len(text)
-            borders.append((position, learned))
-        current = 0
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            while current < len(borders) - 1 and start >= borders[current][0]:
-                current += 1
-            if end > borders[current][0]:
-                raise InexactTemplate("lets a token reach across the border of an answer with this tokenizer")
-            labels.append(token if borders[current][1] else IGNORE_INDEX)
-        return self._cut(encoding.ids, labels)
-
-    def _cut(self, input_ids: list[int], labels: list[int]) -> Encoded:
-        was_truncated = len(input_ids) > self.max_length
-        label_array = np.array(labels[: self.max_length], dtype=np.int32)
-        label_array[:1] = IGNORE_INDEX  # no token predicts the first one
-        return Encoded(np.array(input_ids[: self.max_length], dtype=np.int32), label_array, was_truncated)
-
-    def _checked(self, encoded: Encoded) -> Encoded | BadSample:
-        if (encoded.labels != IGNORE_INDEX).any():
-            return encoded
-        if encoded.was_truncated:
-            return BadSample("no answer left", f"none in the first {self.max_length} tokens (--model_max_length)")
-        return BadSample("no answer left", "there is no token to learn")
+def _pieces(text: Text, masked: set[int], everything: bool) -> Iterator[Piece]:
+    """The text, cut where answers begin and end; `everything`: what stands between them is learned."""
+    done = 0
+    for answer in (*text.answers, Answer(len(text.text), len(text.text), -1)):
+        for begin, end, learned in (
+            (done, answer.start, everything),
+            (answer.start, answer.end, answer.turn not in masked),
+        ):
+            if begin < end:
+                yield text.text[begin:end], learned
+        done = answer.end
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
@@ -195,7 +252,15 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         raise UserError(
             f"--chat_template {chat_template!r} is not a file; give a .jinja file, or none for turns joined by newlines"
         )
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    name = f"--chat_template {chat_template!r}"
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} cannot be read as text ({error}); give a .jinja file") from error
+    if "\0" in source:
+        raise UserError(f"{name} is a binary file; give a .jinja file")
+    compile_template(source, name)
+    tokenizer.chat_template = source
 
 
 def encode_conversation(sample: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
@@ -209,7 +274,13 @@ def encode_conversation(sample: dict, tokenizer: PreTrainedTokenizerBase, max_le
     schema = recognise(sample)
     if schema is None:
         raise unknown_schema(sample, "sample")
-    [encoded] = Formatter(tokenizer, max_length).encode([schema.sample_of(sample)])
-    if isinstance(encoded, BadSample):
-        raise encoded
+    [result] = Formatter(tokenizer, max_length).encode([schema.sample_of(sample)])
+    if isinstance(result, BadSample):
+        raise result
+    if len(result) != 1:
+        raise UserError(f"the conversation becomes {len(result)} samples, one per answer, by this chat template")
+    [encoded] = result
+    if isinstance(encoded, LeftOut):
+        detail = f"none in the first {max_length} tokens; {encoded.needed} reach it"
+        raise BadSample("no answer left", detail)
     return {"input_ids": encoded.input_ids.tolist(), "labels": encoded.labels.tolist()}

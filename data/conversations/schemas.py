@@ -1,4 +1,4 @@
-"""Known schemas of conversations, each converted to {"messages": [{"role", "content"}]} or {"text"}."""
+"""Known schemas of conversations, each converted to {"messages", "tools", "masked"} (see turns.py) or {"text"}."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from functools import lru_cache, partial
 from qat.errors import UserError
 
 from ..bad_samples import BadSample, shorten
+from .turns import chat_of as _chat
+from .turns import text_of as _text
+from .turns import turns_of as _turns
 
-ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-}  # fmt: skip
 COMPANIONS = frozenset({"system", "system_prompt", "history", "tools"})  # columns that any conversation may have
 
 
@@ -181,57 +179,3 @@ SCHEMAS = (
     Schema("`article`, `highlights`", frozenset({"article", "highlights"}), _summary),
     Schema("plain `text`, all of it learned", frozenset({"text"}), _plain, frozenset()),
 )
-
-
-# ---- Shared parts ----
-
-
-def _turns(value: object, column: str, role_key: str, text_key: str) -> list[tuple[object, object]]:
-    if isinstance(value, str):  # a CSV cell
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadSample("wrong type", f"{column} is text that is not a JSON list: {shorten(value)}") from None
-    if isinstance(value, dict) and {role_key, text_key} <= value.keys():  # how `datasets` gives a sequence of structs
-        roles, texts = value[role_key], value[text_key]
-        if isinstance(roles, list) and isinstance(texts, list) and len(roles) == len(texts):
-            return list(zip(roles, texts, strict=True))
-    if not isinstance(value, list):
-        raise BadSample("wrong type", f"{column} is {shorten(value)}, not a list of turns")
-    for turn in value:
-        if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
-            expected = f"an object with {role_key} and {text_key}"
-            raise BadSample("wrong type", f"a turn of {column} is {shorten(turn)}, not {expected}")
-    return [(turn[role_key], turn[text_key]) for turn in value]
-
-
-def _chat(row: dict, turns: list[tuple[object, object]]) -> dict:
-    system = row.get("system")
-    messages = [{"role": "system", "content": _text(system, "system")}] if system not in (None, "") else []
-    for role, text in turns:
-        known = ROLES.get(role.lower()) if isinstance(role, str) else None
-        if known is None:
-            raise BadSample("unknown role", f"{shorten(role)}; known roles are {', '.join(ROLES)}")
-        if known == "system" and text in (None, ""):
-            continue  # "no system prompt", as some sets write it
-        messages.append({"role": known, "content": _text(text, f"the {known} turn")})
-    if not messages:
-        raise BadSample("empty turn", "the conversation has no turns")
-    return {"messages": messages}
-
-
-def _text(value: object, what: str) -> str:
-    if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(part["text"] if isinstance(part.get("text"), str) else "" for part in value)
-    if value is None or value == "":
-        raise BadSample("empty turn", f"{what} is empty")
-    if not isinstance(value, str):
-        raise BadSample("wrong type", f"{what} is {shorten(value)}, not text")
-    if not value.strip():
-        raise BadSample("empty turn", f"{what} is white space only")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = value[error.start : error.start + 1]
-        raise BadSample("lone surrogate", f"{what} has {ascii(code)} at character {error.start}") from None
-    return value

@@ -6,8 +6,8 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import datasets
 import numpy as np
@@ -17,34 +17,14 @@ from tqdm.auto import tqdm
 from qat.errors import UserError
 
 from ..bad_samples import BadSample, BadSamplePolicy
-from ..conversations.formatting import IGNORE_INDEX, Encoded, Formatter
+from ..conversations.formatting import Encoded, Formatter, LeftOut
+from .totals import KEPT_FRACTION, Totals
 from .workers import Workers
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("length", pa.int32())])
 BATCH_SAMPLES = 128
 _MIN_SAMPLES_PER_WORKER = 1024  # below this, starting a process takes longer than it saves
 _MAX_WORKERS = 16
-
-
-@dataclass
-class Totals:
-    """What was built: numbers of samples and tokens."""
-
-    samples: int = 0
-    tokens: int = 0
-    labelled_tokens: int = 0
-    truncated_samples: int = 0
-
-    def add(self, encoded: Encoded) -> None:
-        """Count one sample."""
-        self.samples += 1
-        self.tokens += len(encoded.input_ids)
-        self.labelled_tokens += int((encoded.labels != IGNORE_INDEX).sum())
-        self.truncated_samples += encoded.was_truncated
-
-    def as_dict(self) -> dict[str, int]:
-        """Names and numbers, for JSON."""
-        return asdict(self)
 
 
 def build(
@@ -56,6 +36,8 @@ def build(
     workers: int = 0,
 ) -> Totals:
     """Tokenize `rows` (columns `sample`, `place`) into the Arrow stream `path`, in their order.
+
+    Samples that truncation leaves without an answer are left out and counted, whatever the policy: the data is good.
 
     Args:
         workers: processes that tokenize; 0 for one per core, at most 16, and fewer for small sets. With one, the
@@ -78,16 +60,25 @@ def build(
                 if isinstance(encoded, BadSample):
                     policy.handle(encoded.at(place))
                 else:
-                    good.append(encoded)
-                    totals.add(encoded)
+                    good += totals.add(encoded)
             if good:
                 writer.write_batch(to_record_batch(good))
             bar.update(len(batch))
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{totals.tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
     if not totals.samples:
-        raise UserError(f"no usable sample is left among the {len(rows)} {description}. {policy.report()}")
+        refuse_nothing(totals, formatter.max_length, f"{len(rows)} {description}", policy)
     return totals
+
+
+def refuse_nothing(totals: Totals, max_length: int, what: str, policy: BadSamplePolicy) -> NoReturn:
+    """Raise the UserError for a set of which no sample is left."""
+    if totals.left_out_samples:
+        raise UserError(
+            f"--model_max_length {max_length}: none of the {what} has an answer in its first {max_length} tokens; "
+            f"{totals.length_to_keep:,} tokens would keep {KEPT_FRACTION:.0%} of the samples. {policy.report()}"
+        )
+    raise UserError(f"no usable sample is left among the {what}. {policy.report()}")
 
 
 def to_record_batch(samples: list[Encoded]) -> pa.RecordBatch:
@@ -108,7 +99,7 @@ def cores() -> int:
 
 # ---- Batches, in order, by this process or by several ----
 
-Batch = list[tuple[str, "Encoded | BadSample"]]
+Batch = list[tuple[str, "list[Encoded | LeftOut] | BadSample"]]
 
 
 def _encode_batches(rows: datasets.Dataset, formatter: Formatter, workers: int) -> Iterator[Batch]:

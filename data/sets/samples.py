@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from qat.errors import UserError
 
-from ..bad_samples import BadSample, BadSamplePolicy, shorten
+from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.schemas import Schema, filled_schemas, mixed_schemas, recognise, unknown_schema
-from ..sources.folders import shown
+from ..conversations.turns import unread
 from ..sources.row import Row
 from ..sources.source import Part
 
@@ -66,8 +66,6 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
         UserError: a part of an unknown schema, of a preference set, or of another schema than the part before it.
     """
     found, passed_over = Survey(), []
-    columns: dict[str, None] = {}
-    used: set[str] = set()
     chosen: dict[str, str] = {}
     first: tuple[Schema, Part | Begun] | None = None
     for part in parts:
@@ -78,9 +76,7 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
         schema = _schema_of(rows)
         found.parts.append((part, schema))
         for _, row in rows:
-            columns.update(dict.fromkeys(row))
             filled = filled_schemas(row)
-            used.update(*(known.required | known.optional for known in filled[:1]))
             other = next((o for o in filled[1:] if not o.required <= filled[0].required | filled[0].optional), None)
             if other is not None:
                 chosen.setdefault(filled[0].name, other.name)
@@ -91,8 +87,6 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
     if found.schema is not None:
         found.notes.append(f"schema {found.schema.name}")
     found.notes += [f"rows fill the columns of {a} and of {b}; the former is read" for a, b in chosen.items()]
-    if unused := [shorten(name).strip("'\"") for name in columns if name not in used]:
-        found.notes.append(f"columns not used: {shown(unused)}")
     return found
 
 
@@ -136,10 +130,12 @@ def read_samples(parts: Iterable[SurveyedPart], policy: BadSamplePolicy) -> Iter
                 expected = expected or recognise(row)
                 if expected is None:
                     raise unknown_schema(row, place)
-                text = json.dumps(_schema_for(row, expected).sample_of(row), ensure_ascii=False)
+                schema = _schema_for(row, expected)
+                text = json.dumps(schema.sample_of(row), ensure_ascii=False)
             except BadSample as error:
                 policy.handle(error.at(place))
                 continue
+            policy.note_unread(unread(row, schema.required | schema.optional))
             yield place, text
 
 

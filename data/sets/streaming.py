@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator
+from typing import NoReturn
 
 import datasets
 import pyarrow as pa
@@ -20,9 +21,10 @@ from qat.errors import UserError
 from ..bad_samples import BadSample, BadSamplePolicy
 from ..conversations.formatting import Encoded, Formatter
 from ..sources.readers import Source
-from .building import to_record_batch
+from .building import refuse_nothing, to_record_batch
 from .packing import pack, plan_packing
 from .samples import SurveyedPart, read_samples, survey
+from .totals import Totals, describe_left_out, describe_notes, describe_splits
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,12 @@ class LoggedPolicy(BadSamplePolicy):
             logger.warning("skipped a bad sample: %s", error)
         elif self.total & (self.total - 1) == 0:
             logger.warning(self.report())
+
+    def note_unread(self, names: set[str]) -> None:
+        new = names - self.unread.keys()
+        super().note_unread(names)
+        if new:
+            logger.warning(self.unread_report())
 
 
 def make_stream(
@@ -98,6 +106,7 @@ def make_stream(
 class _Encode:
     def __init__(self, formatter: Formatter, policy: BadSamplePolicy) -> None:
         self.formatter, self.policy = formatter, policy
+        self.totals, self.logged = Totals(), 0
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         good = []
@@ -106,8 +115,21 @@ class _Encode:
             if isinstance(sample, BadSample):
                 self.policy.handle(sample.at(place))
             else:
-                good.append(sample)
+                good += self.totals.add(sample)
+        self._log()
         return {name: [getattr(sample, name).tolist() for sample in good] for name in ("input_ids", "labels")}
+
+    def _log(self) -> None:
+        """What is left out, split or dropped, at first and at each doubling."""
+        totals = self.totals
+        count = totals.left_out_samples + totals.split_conversations + len(totals.notes)
+        if count < max(1, 2 * self.logged):
+            return
+        self.logged, numbers = count, totals.as_dict()
+        left_out, _ = describe_left_out("stream so far", numbers, self.formatter.max_length)
+        for line in (left_out, describe_splits("stream so far", numbers), describe_notes("stream so far", numbers)):
+            if line:
+                logger.warning(line)
 
 
 class _Pack:
@@ -168,10 +190,17 @@ def _taken(
     sets: list[list[SurveyedPart]], count: int, formatter: Formatter, policy: BadSamplePolicy
 ) -> tuple[datasets.Dataset, set[bytes]]:
     """The first `count` different samples of evaluation sets."""
-    samples = list(itertools.islice(_different(itertools.chain(*sets), formatter, policy), count))
+    totals = Totals()
+    samples = list(itertools.islice(_different(itertools.chain(*sets), formatter, policy, totals), count))
     if not samples:
-        raise UserError(f"no usable sample to evaluate on. {policy.report()}")
+        _refuse("no usable sample to evaluate on", totals, formatter, policy)
     return _as_dataset(samples)
+
+
+def _refuse(what: str, totals: Totals, formatter: Formatter, policy: BadSamplePolicy) -> NoReturn:
+    if totals.left_out_samples:
+        refuse_nothing(totals, formatter.max_length, f"{totals.left_out_samples} samples read", policy)
+    raise UserError(f"{what}. {policy.report()}")
 
 
 def _held_out(
@@ -179,9 +208,10 @@ def _held_out(
 ) -> tuple[datasets.Dataset | None, set[bytes]]:
     """The first `size` different samples of a training set, of which one at least is left; 0: the default."""
     wanted = size or DEFAULT_EVAL_SIZE
-    samples = list(itertools.islice(_different(iter(parts), formatter, policy), wanted + 1))
+    totals = Totals()
+    samples = list(itertools.islice(_different(iter(parts), formatter, policy, totals), wanted + 1))
     if not samples:
-        raise UserError(f"{name} has no usable sample. {policy.report()}")
+        _refuse(f"{name} has no usable sample", totals, formatter, policy)
     if size and len(samples) <= size:
         raise UserError(f"--eval_size {size} is more than {name} can give: {len(samples) - 1} samples are available")
     if len(samples) <= wanted:  # a small set, of which a tenth is held out, as without --streaming
@@ -189,15 +219,15 @@ def _held_out(
     return _as_dataset(samples[:wanted]) if wanted else (None, set())
 
 
-def _as_dataset(samples: list[tuple[bytes, Encoded]]) -> tuple[datasets.Dataset, set[bytes]]:
-    table = pa.Table.from_batches([to_record_batch([encoded for _, encoded in samples])])
+def _as_dataset(samples: list[tuple[bytes, list[Encoded]]]) -> tuple[datasets.Dataset, set[bytes]]:
+    table = pa.Table.from_batches([to_record_batch([sample for _, encoded in samples for sample in encoded])])
     return datasets.Dataset(table), {key for key, _ in samples}
 
 
 def _different(
-    parts: Iterator[SurveyedPart], formatter: Formatter, policy: BadSamplePolicy
-) -> Iterator[tuple[bytes, Encoded]]:
-    """Each good sample once, with its hash."""
+    parts: Iterator[SurveyedPart], formatter: Formatter, policy: BadSamplePolicy, totals: Totals
+) -> Iterator[tuple[bytes, list[Encoded]]]:
+    """Each good conversation once: its hash and its samples, which are counted."""
     seen: set[bytes] = set()
     for place, text in read_samples(parts, policy):
         key = _hash(text)
@@ -206,6 +236,6 @@ def _different(
         [encoded] = formatter.encode([json.loads(text)])
         if isinstance(encoded, BadSample):
             policy.handle(encoded.at(place))
-            continue
-        seen.add(key)
-        yield key, encoded
+        elif samples := totals.add(encoded):
+            seen.add(key)
+            yield key, samples

@@ -36,7 +36,8 @@ BAD_LINES = {
     "lone surrogate": '{"messages": [{"role": "assistant", "content": "a\\ud800b"}]}',
     "mixed schemas": '{"text": "of another kind"}',
     "no assistant turn": '{"messages": [{"role": "user", "content": "Hi?"}]}',
-    "no answer left": json.dumps({"messages": [{"role": "user", "content": "x" * 999}, *GOOD["messages"][1:]]}),
+    "unsupported field": '{"messages": [{"role": "assistant", "content": "a", "x": 1}]}',
+    "two system prompts": '{"system": "A", "messages": [{"role": "system", "content": "B"}]}',
 }
 
 

@@ -121,22 +121,6 @@ def test_unknown_datasets_and_columns_are_refused_with_the_choices(tmp_path):
         read(tmp_path / "x.png")
 
 
-def test_a_sample_without_an_answer_after_truncation_is_an_error_or_counted(tmp_path, caplog):
-    tokenizer = make_tokenizer()
-    path = write_conversations(tmp_path / "c.jsonl", 12)
-    with path.open("a") as file:
-        long = [{"from": "User", "value": "x" * 100}, {"from": "Assistant", "value": "y"}]
-        file.write(json.dumps({"conversations": long}) + "\n")
-    tokenizer.model_max_length = 40
-    with pytest.raises(ValueError, match=r"c\.jsonl:13: no answer left: .*40 tokens"):
-        make_supervised_data_module(str(path), tokenizer, eval_size=1, data_cache_dir=str(tmp_path / "cache"))
-    module = make_supervised_data_module(
-        str(path), tokenizer, eval_size=1, on_bad_sample="skip", data_cache_dir=str(tmp_path / "cache")
-    )
-    assert len(module["train_dataset"]) + len(module["eval_dataset"]) == 12
-    assert "skipped 1 bad samples: 1 no answer left" in caplog.text and "c.jsonl:13" in caplog.text
-
-
 def test_python_docs_are_many_distinct_answers_in_a_fixed_order():
     samples = read_python_docs()
     answers = [s["conversations"][1]["value"] for s in samples]

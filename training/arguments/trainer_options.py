@@ -58,8 +58,8 @@ def check_with_stream(args: transformers.TrainingArguments) -> None:
     strategy = plain(args.train_sampling_strategy)
     if strategy != _defaults()["train_sampling_strategy"]:
         raise UserError(
-            f"--train_sampling_strategy {strategy} has no effect with --streaming True: a stream is shuffled in a buffer "
-            "while it is read, in an order of its own; leave one of the two out"
+            f"--train_sampling_strategy {strategy} has no effect with --streaming True: a stream is shuffled in a "
+            "buffer while it is read, in an order of its own; leave one of the two out"
         )
 
 
