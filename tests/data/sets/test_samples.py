@@ -78,8 +78,8 @@ def test_concatenated_tables_are_read_by_the_columns_that_their_rows_fill(tmp_pa
     table = datasets.concatenate_datasets([first, datasets.Dataset.from_list([ALPACA] * 3)])
     table.to_parquet(tmp_path / "c.parquet")
     table.select([5, 0, 1]).save_to_disk(tmp_path / "d")  # begins with the other schema
-    samples, notes, _ = read(tmp_path / "c.parquet")
-    assert samples == [MESSAGES] * 6 and notes[-1] == "columns not used: id"
+    samples, _, policy = read(tmp_path / "c.parquet")
+    assert samples == [MESSAGES] * 6 and policy.unread == {"id": 3}
     assert read(tmp_path / "c.parquet", tmp_path / "d")[0] == [MESSAGES] * 9
     table.to_csv(tmp_path / "c.csv")
     with pytest.raises(UserError, match="c.csv.*: wrong type"):  # a CSV cell holds Python's form, not JSON
@@ -121,12 +121,12 @@ def test_sets_of_preferences_are_refused_with_the_remedy(tmp_path, row, message)
 
 def test_what_is_not_read_is_named(tmp_path):
     row = {"id": 1, "text": "q a", "source": None, **MESSAGES}
-    samples, notes, _ = read(write(tmp_path / "c.jsonl", row))
+    samples, notes, policy = read(write(tmp_path / "c.jsonl", row))
+    assert policy.unread == {"id": 1, "text": 1}
     assert samples == [MESSAGES] and notes == [
         "schema OpenAI `messages` (`role`, `content`)",
         "rows fill the columns of OpenAI `messages` (`role`, `content`) and of plain `text`, all of it learned; the "
         "former is read",
-        "columns not used: id, text, source",
     ]
     assert not any("fill" in note for note in read(write(tmp_path / "a.jsonl", {**ALPACA, "input": "x"}))[1])
 
