@@ -28,11 +28,8 @@ import torch  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
 from qat.checkpoints.load import check_loadable, load_plain  # noqa: E402
-from qat.checkpoints.unpack import (  # noqa: E402
-    check_packed_values,  # noqa: E402
-    is_packed,
-    load_packed,
-)
+from qat.checkpoints.packed_folder import check_packed_values  # noqa: E402
+from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
 from qat.checkpoints.verify_logits import load_for_logits  # noqa: E402
 from qat.command_line import OneLineParser, not_negative, positive, suggestion  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402

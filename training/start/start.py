@@ -20,7 +20,8 @@ from qat import QATConfig, prepare_qat
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT, check_loadable
 from qat.checkpoints.model_config import check_readable, find_folder
-from qat.checkpoints.unpack import check_packed, load_packed
+from qat.checkpoints.packed_folder import check_packed
+from qat.checkpoints.unpack import load_packed
 from qat.errors import UserError
 from qat.files.model_folder import check_file_name, check_model_folder
 from qat.layers.learned_scales import SETTING, check_baked
