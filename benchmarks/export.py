@@ -28,7 +28,9 @@ _CHUNK = 1 << 20
 
 def main() -> None:
     """Measure each scheme; print the table and write it to `--out`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from qat.command_line import OneLineParser
+
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the BF16 checkpoint")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where export.csv goes")

@@ -6,6 +6,12 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=fals
 # Large pages make CPU training about a sixth faster; C libraries other than glibc ignore this.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 
+# fail MESSAGE: end with one line and status 2, as every program here does for a mistake of the user.
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
 # install FILE...: install the requirement files, once for each version of their content.
 install() {
   [ "${SKIP_INSTALL:-0}" = 1 ] && return
@@ -14,7 +20,7 @@ install() {
   wanted=$(cat "$root/constraints.txt" "${@/#/$root/}" | cksum)
   if [ ! -x "$venv/bin/python" ]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-      || { echo "error: Python 3.11 or newer is needed; $python is $("$python" --version). Set PYTHON=..." >&2; exit 1; }
+      || fail "Python 3.11 or newer is needed; $python is $("$python" --version). Set PYTHON=..."
     echo "Making $venv"
     "$python" -m venv "$venv"
   fi

@@ -5,14 +5,21 @@
 # CALIBRATION is a .jsonl file of {"text": ...} rows, by default python-docs (offline).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-model=$(realpath "${1:?usage: bash scripts/ptq_autoround.sh MODEL OUT}")
-mkdir -p "${2:?usage: bash scripts/ptq_autoround.sh MODEL OUT}"
+scheme=${SCHEME:-MXFP4}
+calibration=${CALIBRATION:-}
+[ $# = 2 ] || fail "give two words, the model's folder and the folder to write to: bash scripts/ptq_autoround.sh MODEL OUT"
+[ -f "$1/config.json" ] || fail "MODEL '$1' is not the folder of a Hugging Face model: it has no config.json"
+[ -z "$calibration" ] || [ -f "$calibration" ] || fail "CALIBRATION '$calibration' is not a file; give one of JSON lines"
+for iters in ${ITERS:-0 200}; do
+  case $iters in *[!0-9]*) fail "ITERS '$iters' is not a whole number; give such as ITERS=\"0 200\"" ;; esac
+done
+mkdir -p "$2" || fail "OUT '$2' cannot be made; give a folder that can"
+model=$(realpath "$1")
 out=$(realpath "$2")
+calibration=${calibration:+$(realpath "$calibration")}
 cd "$root"
 install requirements.txt
 
-scheme=${SCHEME:-MXFP4}
-calibration=${CALIBRATION:-}
 if [ -z "$calibration" ]; then
   calibration=$out/calibration.jsonl
   python scripts/tasks/local_data.py "$calibration"

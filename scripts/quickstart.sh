@@ -32,7 +32,7 @@ stage() {
   if [ -d "$folder" ] && [ "$(cat "$folder.flags" 2>/dev/null)" != "$flags" ]; then rm -rf "$folder"; fi
   echo "$flags" >"$folder.flags"
   echo "== $name"
-  accelerate launch --config_file accelerate_config/cpu.yaml main.py --output_dir "$folder" "$@" "${common[@]}"
+  accelerate launch --quiet --config_file accelerate_config/cpu.yaml main.py --output_dir "$folder" "$@" "${common[@]}"
   echo "$flags" >"$folder/finished"
 }
 

@@ -15,7 +15,11 @@
 set -euo pipefail
 
 nodes=${SLURM_NNODES:-${NNODES:-1}}
-gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus | wc -l)}}
+gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}}
+if ! [ "$nodes" -ge 1 ] 2>/dev/null || ! [ "$gpus" -ge 1 ] 2>/dev/null; then
+  echo "error: NNODES '$nodes' and GPUS_PER_NODE '$gpus' are not both whole numbers of at least 1; set them" >&2
+  exit 2
+fi
 port=${MAIN_PORT:-$((20000 + ${SLURM_JOB_ID:-9500} % 20000))}
 address=${MAIN_ADDRESS:-}
 if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then

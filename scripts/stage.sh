@@ -4,7 +4,11 @@
 # finetune_bf16.sh, qat_mxfp4.sh and qat_mxfp8.sh call this script with their recipes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-recipe=recipes/${RECIPE:?set RECIPE, the name of a file in recipes/ without .yaml}.yaml
+recipe=recipes/${RECIPE:-}.yaml
+if [ ! -f "$recipe" ]; then
+  echo "error: RECIPE '${RECIPE:-}' is no recipe; choose one of $(cd recipes && echo *.yaml | sed 's/\.yaml//g')" >&2
+  exit 2
+fi
 
-exec accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_config/fsdp2.yaml}" main.py --config "$recipe" \
+exec accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-accelerate_config/fsdp2.yaml}" main.py --config "$recipe" \
   ${MODEL:+--model_name_or_path "$MODEL"} ${OUTPUT_DIR:+--output_dir "$OUTPUT_DIR"} ${DATASET:+--dataset "$DATASET"} "$@"
