@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, model_max_length=args.model_max_length, **source)
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
     try:
-        module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
+        options = {name: getattr(args, name) for name in names}
+        module = make_supervised_data_module(tokenizer=tokenizer, evaluate=False, **options)
     except ValueError as error:
         parser.error(str(error))
     samples = module["train_dataset"]

@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         use_fast_bfloat16()
     model = load_model(model_args).eval()
     tokenizer = load_tokenizer(model_args, args.model_max_length)
-    data = make_supervised_data_module(tokenizer=tokenizer, model=model, **{**vars(data_args), "streaming": False})
+    options = {**vars(data_args), "streaming": False}
+    data = make_supervised_data_module(tokenizer=tokenizer, model=model, evaluate=False, **options)
     mapping = {torch.nn.Linear: args.narrow_scheme}
     prepare_qat(model, mapping, args.ignore, args.weight_scale_rule, args.input_scale_rule)
     if args.smooth_alpha:
