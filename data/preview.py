@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         trust_remote_code=args.trust_remote_code,
     )  # fmt: skip
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
-    module = make_supervised_data_module(tokenizer=tokenizer, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    module = make_supervised_data_module(tokenizer=tokenizer, evaluate=False, **options)
     samples = module["train_dataset"]
     rows = PackedDataset(samples, args.model_max_length) if args.packing else samples
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)

@@ -160,7 +160,11 @@ class _Plan:
         """Lines about the files of each source, its splits that are used, and sources that are given twice."""
         names = [source.name for source, _ in self.train]
         uses = [f"{source.name}: train on {split}" for source, split in self.train]
-        uses += [f"{entry[0].name}: evaluate on {entry[1]}" for entry in self.evaluation if entry is not None]
+        if not self.has_own_evaluation:
+            found = [entry[1] if entry else "held-out samples of it" for entry in self.evaluation]
+            uses = [f"{use}, evaluate on {split}" for use, split in zip(uses, found, strict=True)]
+        elif not self.holds_nothing_out:
+            uses += [f"{entry[0].name}: evaluate on {entry[1]}" for entry in self.evaluation if entry is not None]
         repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
         lines = dict.fromkeys(line for source in self.sources for line in source.report())
         return [*lines, *uses, *(f"{name}: given more than once, so its samples are repeated" for name in repeated)]

@@ -33,11 +33,6 @@ class Survey:
     parts: list[SurveyedPart] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def schema(self) -> Schema | None:
-        """The schema of the first part that has one."""
-        return next((schema for _, schema in self.parts if schema is not None), None)
-
 
 class Begun:
     """A part whose rows can be read once, after its first ones were looked at; a hub's stream is not begun again."""
@@ -66,6 +61,7 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
         UserError: a part of an unknown schema, of a preference set, or of another schema than the part before it.
     """
     found, passed_over = Survey(), []
+    schemas: dict[str, None] = {}
     chosen: dict[str, str] = {}
     first: tuple[Schema, Part | Begun] | None = None
     for part in parts:
@@ -77,6 +73,8 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
         found.parts.append((part, schema))
         for _, row in rows:
             filled = filled_schemas(row)
+            if filled:
+                schemas.setdefault(filled[0].name)
             other = next((o for o in filled[1:] if not o.required <= filled[0].required | filled[0].optional), None)
             if other is not None:
                 chosen.setdefault(filled[0].name, other.name)
@@ -84,8 +82,9 @@ def survey(parts: Sequence[Part | Begun]) -> Survey:
             _check_alike(first, (schema, part), rows)
         first = first or (schema and (schema, part))
     found.notes += [f"passed over {name}: one object, and no sample" for name in passed_over]
-    if found.schema is not None:
-        found.notes.append(f"schema {found.schema.name}")
+    if schemas:
+        several = "; each row is read by the columns that it fills" if len(schemas) > 1 else ""
+        found.notes.append(f"schema {' and '.join(schemas)}{several}")
     found.notes += [f"rows fill the columns of {a} and of {b}; the former is read" for a, b in chosen.items()]
     return found
 

@@ -20,7 +20,10 @@ class DataArguments:
 
     dataset: str = field(default="Daring-Anteater", metadata={"help": f"{DATASET_HELP}. See docs/data.md."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Evaluate on this dataset, written like --dataset, not on held-out samples."}
+        default=None,
+        metadata={
+            "help": "Evaluate on this dataset, written like --dataset, not on held-out samples. 'none' holds none out."
+        },
     )
     split: str | None = field(
         default=None,

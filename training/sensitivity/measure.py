@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         use_fast_bfloat16()
     start, skeleton = check(model_args, data_args, args)
     tokenizer = start.load_tokenizer(args.model_max_length)
-    data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **vars(data_args))
+    data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, evaluate=False, **vars(data_args))
     check_fit(data, tokenizer, skeleton, args.model_max_length)
     model = start.load_model().eval()
     if data_args.packing:
