@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 from ..bad_samples import BadSample
 from .rendering import Renderer
-from .turns import TOOL_ROLES
+from .turns import REASONING, TOOL_ROLES
 
 _LINKS = ("tool_call_id", "name")  # of a tool's turn: which call it answers, which the order of turns says, too
 _KEPT = ("type", "id", "index", "role", "tool_call_id")  # templates compare them, or ask for their length
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _THOUGHT_TAG = re.compile(r"(</?(?:think|thinking|thought|reasoning)>)")
 _NAME_OF_TOOL = re.compile(r"tools\[\d+\](\.function)?\.name")
 _MARK = re.compile(r"qzmark\d+zq|7071\d{6}")
+_SHORT = 8  # characters; a system prompt of fewer may stand in other text by chance
 _TOOLS = -1  # in place of the number of a turn
 
 
@@ -103,7 +103,8 @@ def check_rendered(checked: Checked) -> list[str]:
         message = checked.messages[index]
         content = message["content"].strip()
         found = checked.text.find(content, position)
-        if found < 0 or len(message) > 2 or message["role"] in TOOL_ROLES:
+        is_short = message["role"] == "system" and len(content) < _SHORT
+        if found < 0 or is_short or len(message) > 2 or message["role"] in TOOL_ROLES:
             break
         position = found + len(content)
     else:
@@ -151,7 +152,7 @@ def _unchanged(checked: Checked, marked: set[tuple[int, str]]) -> list[Place]:
     for index in checked.turns:
         message = checked.messages[index]
         for key in message.keys() - {"role", "content"}:
-            if key == "tool_call_id" and message[key] not in checked.text:
+            if key == "tool_call_id" and str(message[key]) not in checked.text:
                 missing.append(Place(index, key, key))
             elif key != "tool_call_id" and (index, key) not in marked:
                 rest = {name: value for name, value in message.items() if name != key}
@@ -179,7 +180,7 @@ def _judged(checked: Checked, missing: list[Place]) -> list[str]:
         role = checked.messages[place.turn]["role"] if place.turn != _TOOLS else ""
         is_link = place.key in _LINKS and role in TOOL_ROLES
         is_detail = place.turn == _TOOLS and place.path != "tools" and not _NAME_OF_TOOL.fullmatch(place.path)
-        is_thought = place.path == "thought" or place.key in _THOUGHTS
+        is_thought = place.path == "thought" or place.key in REASONING
         is_earlier = role == "assistant" and place.turn != len(checked.messages) - 1
         is_forgotten = checked.forgets and is_thought and is_earlier
         if is_link or is_detail or is_forgotten:

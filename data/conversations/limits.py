@@ -1,7 +1,7 @@
 """Limits of time and memory for code that comes with data or a model: chat templates may loop, or fill the memory.
 
-The time is that of this process on its cores (user time), so a machine under load makes no template fail. The limits
-need the main thread (signals) and Linux or another Unix; elsewhere there are none.
+The time is that of this thread on a core, so a machine under load makes no template fail. The limits need the main
+thread (signals) and Linux or another Unix; elsewhere there are none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 try:
@@ -34,17 +35,19 @@ def limited_time(seconds: float = SECONDS) -> Iterator[None]:
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGVTALRM, _too_long)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # again and again: a `finally` inside must not swallow it
+    begin = time.thread_time()
+
+    def look(*_: object) -> None:
+        if time.thread_time() - begin >= seconds:  # the timer counts other threads, too
+            raise TookTooLong
+
+    previous = signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # and again: a `finally` inside must not swallow it
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, previous or signal.SIG_DFL)
-
-
-def _too_long(*_: object) -> None:
-    raise TookTooLong
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from qat.errors import UserError
 
 from ..bad_samples import BadSample
 from .limits import SECONDS, TookTooLong, limited_memory, limited_time
+from .turns import REASONING
 
 MAX_CHARACTERS = 1 << 26  # of one rendered conversation; 8 times the longest line of a file
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # one field under the names that templates know it by
 
 
 class Renderer:
@@ -162,10 +162,10 @@ _recorder = _Recorder()
 
 def _with_reasoning(messages: list[dict]) -> list[dict]:
     """Messages whose thoughts have every name by which templates ask for them, as transformers gives them."""
-    if not any(len(message) > 2 and any(name in message for name in _REASONING) for message in messages):
+    if not any(len(message) > 2 and any(name in message for name in REASONING) for message in messages):
         return messages
     result = []
     for message in messages:
-        thought = next((message[name] for name in _REASONING if name in message), None)
+        thought = next((message[name] for name in REASONING if name in message), None)
         result.append(message if thought is None else {"thinking": thought, **message, "reasoning_content": thought})
     return result

@@ -21,6 +21,7 @@ ROLES = {
     **{role: role for role in TOOL_ROLES},
 }  # fmt: skip
 CALLS = ("tool_calls", "function_call")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # one field under the names that templates know it by
 WEIGHTS = ("weight", "train", "loss")
 BOOKKEEPING = frozenset({"id", "uuid", "index", "turn", "turn_id", "message_id", "timestamp", "created_at", "date"})
 # Columns that say something to a model in a way that no schema reads.
@@ -194,6 +195,10 @@ def _fields(role: str, carried: dict) -> tuple[dict, bool]:
             fields[name] = _calls(value, name)
         elif name not in BOOKKEEPING:
             fields[name] = value
+    thoughts = [name for name in REASONING if name in fields]
+    for name in thoughts[1:]:  # one thought under several names
+        if fields[name] == fields[thoughts[0]]:
+            del fields[name]
     if "role" in fields or "content" in fields:  # beside `from` and `value`
         raise BadSample("unsupported field", f"the {role} turn has from and value, and role or content")
     _check_text(fields, f"the {role} turn")

@@ -110,6 +110,29 @@ def test_a_tool_role_that_the_template_has_no_place_for_is_named(role):
     assert (role != "ipython") or "12<|eot_id|>" in TOKENIZERS["llama31"].decode(result[0].input_ids)
 
 
+def test_a_number_as_the_id_of_a_call_a_thought_under_two_names_and_two_thoughts():
+    numbered = {"messages": [*CALLED["messages"], {**tool(), "tool_call_id": 7}, assistant("x")], "tools": [TOOL]}
+    [samples] = FORMATTERS["llama31"].encode([recognise(numbered).sample_of(numbered)])
+    assert samples[0].notes == ("drops tool_call_id",)
+    twice = {"messages": [user(), assistant("a", thinking="t", reasoning_content="t")]}
+    [[sample]] = FORMATTERS["qwen3"].encode([recognise(twice).sample_of(twice)])
+    assert learned_texts(sample, TOKENIZERS["qwen3"]) == ["<think>\nt\n</think>\n\na<|im_end|>"]
+    two = {"messages": [user(), assistant("a", thinking="one", reasoning_content="two")]}
+    [result] = FORMATTERS["qwen3"].encode([recognise(two).sample_of(two)])
+    assert "does not render thinking of the assistant turn 2" in str(result)
+
+
+def test_a_system_prompt_that_the_template_drops_is_named_also_if_its_text_stands_elsewhere():
+    without = SMOLLM2.replace(
+        "{{ '<|im_start|>' + m['role']", "{{ '' if m['role'] == 'system' else '<|im_start|>' + m['role']"
+    )
+    formatter = Formatter(make_chat_tokenizer(without), 99)
+    for text in ("q", "Be brief and kind."):
+        row = {"system": text, "messages": [user("q"), assistant("a")]}
+        [result] = formatter.encode([recognise(row).sample_of(row)])
+        assert "does not render content of the system turn 1" in str(result)
+
+
 # ---- Any field at all ----
 
 WORDS = st.integers(0, 999_999).map(lambda n: f"w{n:06}")

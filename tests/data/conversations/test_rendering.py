@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jinja2
 import pytest
 from chats import MARKED, QWEN, SMOLLM2, assistant, make_chat_tokenizer, user
@@ -55,6 +57,15 @@ def test_the_limits_leave_no_timer_and_no_memory_limit_behind():
     Formatter(make_chat_tokenizer("{{ 1 / 0 }}"), 99).encode([SAMPLE])
     assert signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
     assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM))
+
+
+def test_the_time_of_other_threads_does_not_count():
+    others = [threading.Thread(target=sum, args=(range(10**7),)) for _ in range(2)]
+    with limits.limited_time(0.05):
+        for thread in others:
+            thread.start()
+        for thread in others:
+            thread.join()
 
 
 FILES = {
