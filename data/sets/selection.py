@@ -83,7 +83,10 @@ def collect(source: Source, split: str, path: Path, policy: BadSamplePolicy) -> 
     if not hashes:
         nothing = policy.report() or "; ".join(found.notes) or "It has no rows"
         raise UserError(f"{source.name} ({split}) has no usable sample. {nothing}")
-    return Pool(source, datasets.Dataset.from_file(str(path)), np.array(hashes, dtype=np.uint64), found.notes)
+    pool = Pool(source, datasets.Dataset.from_file(str(path)), np.array(hashes, dtype=np.uint64), found.notes)
+    if copies := len(pool) - len(np.unique(pool.hashes)):
+        pool.notes.append(f"{copies} of {len(pool)} samples are copies of others")
+    return pool
 
 
 def _hash_of(text: str) -> int:

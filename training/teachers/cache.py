@@ -191,7 +191,7 @@ class CachedTeacher:
     """A teacher that is not loaded: collators add its cached distributions to each batch.
 
     Args:
-        folders: of `build_cache`, by "train" and "eval".
+        folders: of `build_cache`, by "train" and, where there is an evaluation set, "eval".
     """
 
     def __init__(self, folders: dict[str, Path]) -> None:
@@ -199,7 +199,7 @@ class CachedTeacher:
 
     def collate(self, collator: Callable, which: str) -> Callable:
         """See `Teacher.collate`: adds the cached columns to batches."""
-        return _CachedCollator(collator, self.caches[which])
+        return _CachedCollator(collator, self.caches[which]) if which in self.caches else collator
 
     def check(self, trains: bool) -> None:
         """See `Teacher.check`: what is kept does not change."""
@@ -249,5 +249,7 @@ def make_cached_teacher(
     folders = {}
     for which, temperature in (("train", settings.temperature), ("eval", 1.0)):
         dataset, own = data_module[f"{which}_dataset"], dataclasses.replace(settings, temperature=temperature)
+        if dataset is None:  # nothing is evaluated
+            continue
         folders[which] = build_cache(root, make_teacher, digest[0], dataset, own, f"the {which} set")
     return CachedTeacher(folders)

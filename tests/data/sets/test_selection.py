@@ -35,6 +35,7 @@ def test_a_set_of_copies_is_divided_by_content(tmp_path, streaming, caplog):
         train, held_out = read(path, tmp_path, streaming=streaming, **options)
         assert len(held_out) == held_out.total() == count and not train.keys() & held_out.keys()
         assert train == dict.fromkeys(train, 2) and len(train) == 10 - count
+    assert streaming or "10 of 20 samples are copies of others" in caplog.text
     assert streaming or "left 10 copies" not in caplog.text and "left 5 copies of held-out samples" in caplog.text
 
 

@@ -38,26 +38,26 @@ def kinds_of(path: Path) -> list[str]:
     return [row.kind if isinstance(row, BadSample) else "row" for _, row in read_file(path)]
 
 
-@pytest.mark.parametrize(
-    "name,text",
-    [
-        ("lines.jsonl", LINES),
-        ("lines.ndjson", LINES.replace("\n", "\r\n") + "\r\n"),
-        ("lines.json", "\ufeff" + LINES),
-        ("array.json", ARRAY),
-        ("array.jsonl", ARRAY),
-        ("array over lines.jsonl", json.dumps(ROWS, indent=1)),
-        ("pretty.json", PRETTY),
-        ("pretty.jsonl", "\ufeff" + PRETTY),
-        ("data.json", json.dumps({"data": ROWS})),
-        ("rows with others.json", json.dumps({"version": "1.1", "rows": ROWS, "features": [{"name": "x"}]}, indent=1)),
-        ("any name.json", json.dumps({"my chats": ROWS})),
-        ("array with 5,000 digits.json", ARRAY.replace('"a 0"', '"a 0", "id": ' + "9" * 5000)),
-        ("table.csv", CSV),
-        ("TABLE.CSV", "\ufeff" + CSV.replace("\r\n", "\n")),
-        ("table.tsv", CSV.replace(",", "\t")),
-    ],
-)
+FORMS = [
+    ("lines.jsonl", LINES),
+    ("lines.ndjson", LINES.replace("\n", "\r\n") + "\r\n"),
+    ("lines.json", "\ufeff" + LINES),
+    ("array.json", ARRAY),
+    ("array.jsonl", ARRAY),
+    ("array over lines.jsonl", json.dumps(ROWS, indent=1)),
+    ("pretty.json", PRETTY),
+    ("pretty.jsonl", "\ufeff" + PRETTY),
+    ("data.json", json.dumps({"data": ROWS})),
+    ("rows with others.json", json.dumps({"version": "1.1", "rows": ROWS, "features": [{"name": "x"}]}, indent=1)),
+    ("any name.json", json.dumps({"my chats": ROWS})),
+    ("array with 5,000 digits.json", ARRAY.replace('"a 0"', '"a 0", "id": ' + "9" * 5000)),
+    ("table.csv", CSV),
+    ("TABLE.CSV", "\ufeff" + CSV.replace("\r\n", "\n")),
+    ("table.tsv", CSV.replace(",", "\t")),
+]
+
+
+@pytest.mark.parametrize("name,text", FORMS, ids=[name for name, _ in FORMS])
 def test_every_form_of_a_text_file_gives_the_same_rows(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     rows = rows_of(tmp_path / name)
@@ -89,28 +89,28 @@ def test_arrow_files_of_both_formats_are_read(tmp_path, is_file_format):
         assert rows_of(tmp_path / "c.arrow") == ROWS * 100
 
 
-@pytest.mark.parametrize(
-    "name,content,kinds",
-    [
-        ("a.jsonl", f"{LINES}\n{OVERLONG}\n{LINES}", ["row"] * 3 + ["overlong line"] + ["row"] * 3),
-        ("a.json", f"[{ARRAY[1:-1]},{OVERLONG},{ARRAY[1:-1]}]", ["row"] * 3 + ["overlong line"] + ["row"] * 3),
-        ("a.csv", f'{CSV}"{"x" * MAX_LINE_BYTES}\n{CSV}', ["row"] * 3 + ["overlong line"] + ["row"] * 4),
-        ("deep.json", f'[{json.dumps(ROWS[0])},{{"a":{"[" * 99999}{"]" * 99999}}},{json.dumps(ROWS[1])}]',
-         ["row", "malformed JSON", "row"]),
-        ("several.json", json.dumps({"train": ROWS, "test": ROWS}), ["several sets"]),
-        ("cut.json", ARRAY[:-9], ["row", "row", "malformed JSON"]),
-        ("more.json", ARRAY + ARRAY, ["row"] * 3 + ["malformed JSON"]),
-        ("first line broken.jsonl", '{"messages": [\n' + LINES, ["malformed JSON"] + ["row"] * 3),
-        ("lists.jsonl", '[{"role": "user"}]\n[{"role": "user"}]', ["wrong type"] * 2),
-        ("twice.csv", "text,text\na,b\n", ["malformed CSV"]),
-        ("utf16.csv", CSV.encode("utf-16"), ["not UTF-8"]),
-        ("latin.json", ARRAY.replace("\\u00fc", "ü").encode("latin-1"), ["not UTF-8"]),
-        ("cut.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], ["unreadable file"]),
-        ("no.jsonl.gz", b"not compressed", ["unreadable file"]),
-        ("no.jsonl.zst", b"not compressed", ["unreadable file"]),
-        ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), ["unreadable file"]),
-    ],
-)  # fmt: skip
+DAMAGED = [
+    ("a.jsonl", f"{LINES}\n{OVERLONG}\n{LINES}", ["row"] * 3 + ["overlong line"] + ["row"] * 3),
+    ("a.json", f"[{ARRAY[1:-1]},{OVERLONG},{ARRAY[1:-1]}]", ["row"] * 3 + ["overlong line"] + ["row"] * 3),
+    ("a.csv", f'{CSV}"{"x" * MAX_LINE_BYTES}\n{CSV}', ["row"] * 3 + ["overlong line"] + ["row"] * 4),
+    ("deep.json", f'[{json.dumps(ROWS[0])},{{"a":{"[" * 99999}{"]" * 99999}}},{json.dumps(ROWS[1])}]',
+     ["row", "malformed JSON", "row"]),
+    ("several.json", json.dumps({"train": ROWS, "test": ROWS}), ["several sets"]),
+    ("cut.json", ARRAY[:-9], ["row", "row", "malformed JSON"]),
+    ("more.json", ARRAY + ARRAY, ["row"] * 3 + ["malformed JSON"]),
+    ("first line broken.jsonl", '{"messages": [\n' + LINES, ["malformed JSON"] + ["row"] * 3),
+    ("lists.jsonl", '[{"role": "user"}]\n[{"role": "user"}]', ["wrong type"] * 2),
+    ("twice.csv", "text,text\na,b\n", ["malformed CSV"]),
+    ("utf16.csv", CSV.encode("utf-16"), ["not UTF-8"]),
+    ("latin.json", ARRAY.replace("\\u00fc", "ü").encode("latin-1"), ["not UTF-8"]),
+    ("cut.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], ["unreadable file"]),
+    ("no.jsonl.gz", b"not compressed", ["unreadable file"]),
+    ("no.jsonl.zst", b"not compressed", ["unreadable file"]),
+    ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), ["unreadable file"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,content,kinds", DAMAGED, ids=[name for name, *_ in DAMAGED])  # gzip writes the time
 def test_what_cannot_be_read_is_a_bad_sample_and_its_neighbours_are_rows(tmp_path, name, content, kinds):
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     assert kinds_of(tmp_path / name) == kinds

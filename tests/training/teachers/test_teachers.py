@@ -85,6 +85,13 @@ def test_a_cache_that_holds_every_token_trains_as_the_teacher_itself(tmp_path):
     assert histories[1] == pytest.approx(histories[0], rel=2e-3)
 
 
+def test_a_run_without_an_evaluation_set_caches_the_training_set_alone(tmp_path):
+    data = {**make_data(tmp_path), "eval_dataset": None}
+    teacher = make_cached_teacher(load_teacher(other_llama(), None), CPU, data, CacheSettings(), str(tmp_path / "t"))
+    make_trainer(tmp_path, make_llama(), data, teacher, bf16=False, max_steps=1).train()
+    assert list(teacher.caches) == ["train"]
+
+
 def test_a_cache_is_built_once_and_never_stale(tmp_path, monkeypatch):
     data, teacher = make_data(tmp_path), load_teacher(make_llama(), None)
     built = []
