@@ -26,7 +26,7 @@ from qat.errors import UserError
 from ..bad_samples import BadSample
 from .encoding import IGNORE_INDEX, Encoded, Encoder, LeftOut, Piece
 from .last_answers import last_answers
-from .limits import SECONDS, TookTooLong, limited_memory, limited_time
+from .limits import LimitedTime, TookTooLong, limited_memory
 from .rendering import compile_template
 from .templates import Answer, ChatTemplate, InexactTemplate, Text
 from .turns import TOOL_ROLES
@@ -118,28 +118,28 @@ class Formatter:
             InexactTemplate: the template does not let answers be told exactly.
             UserError: it takes too long for one sample after the other.
         """
-        with limited_memory():
-            prepared = [self._prepare(sample) for sample in samples]
+        with limited_memory(), LimitedTime() as limit:
+            prepared = [self._prepare(sample, limit) for sample in samples]
         good = [pieces for p in prepared if not isinstance(p, BadSample) for pieces in p.samples]
         ids = self._encoder.encode(good)
         return [p if isinstance(p, BadSample) else self._finished(p, ids) for p in prepared]
 
     # ---- Text ----
 
-    def _prepare(self, sample: dict) -> _Prepared | BadSample:
+    def _prepare(self, sample: dict, limit: LimitedTime) -> _Prepared | BadSample:
+        limit.begin_step()
         try:
-            with limited_time():
-                prepared = self._prepared(sample)
+            prepared = self._prepared(sample)
         except BadSample as error:
             return error
         except TookTooLong:
             self._slow += 1
             if self._slow == _SLOW_IN_A_ROW:
                 raise UserError(
-                    f"the chat template takes more than {SECONDS:g} s for each of {self._slow} samples in a row; "
+                    f"the chat template takes more than {limit.seconds:g} s for each of {self._slow} samples in a row; "
                     "give another with --chat_template FILE.jinja"
                 ) from None
-            return BadSample("refused by the chat template", f"it takes more than {SECONDS:g} s")
+            return BadSample("refused by the chat template", f"it takes more than {limit.seconds:g} s")
         self._slow = 0
         return prepared
 

@@ -26,28 +26,46 @@ class TookTooLong(Exception):
     """The time limit was reached."""
 
 
-@contextlib.contextmanager
-def limited_time(seconds: float = SECONDS) -> Iterator[None]:
-    """Raise TookTooLong inside after `seconds` of computing.
+class LimitedTime:
+    """Raise TookTooLong inside of a step that computes for about SECONDS.
 
-    A single operation of C code is not interrupted, so what can take long in one must be limited by itself.
+    One timer serves many steps, as clocks and timers cost more than a short step: at each of its ticks, the step is
+    looked at. A single operation of C code is not interrupted, so what can take long in one must be limited by itself.
+
+        with LimitedTime() as limit:
+            for step in steps:
+                limit.begin_step()
+                ...
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    begin = time.thread_time()
 
-    def look(*_: object) -> None:
-        if time.thread_time() - begin >= seconds:  # the timer counts other threads, too
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = SECONDS if seconds is None else seconds
+        self._step = self._seen = 0
+        self._since = 0.0  # the time at the first tick within step `_seen`
+
+    def __enter__(self) -> LimitedTime:
+        self._is_on = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+        if self._is_on:
+            self._previous = signal.signal(signal.SIGVTALRM, self._tick)
+            signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds / 8, self.seconds / 8)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_on:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, self._previous or signal.SIG_DFL)
+
+    def begin_step(self) -> None:
+        """The time of the next step begins."""
+        self._step += 1
+
+    def _tick(self, *_: object) -> None:
+        now = time.thread_time()  # the timer counts other threads, too
+        if self._step != self._seen:
+            self._seen, self._since = self._step, now
+        elif now - self._since >= self.seconds:
+            self._seen = 0  # once in a step
             raise TookTooLong
-
-    previous = signal.signal(signal.SIGVTALRM, look)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)  # and again: a `finally` inside must not swallow it
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 from qat.errors import UserError
 
 from ..bad_samples import BadSample
-from .limits import SECONDS, TookTooLong, limited_memory, limited_time
+from .limits import LimitedTime, TookTooLong, limited_memory
 from .turns import REASONING
 
 MAX_CHARACTERS = 1 << 26  # of one rendered conversation; 8 times the longest line of a file
@@ -86,12 +86,15 @@ def compile_template(source: str, name: str) -> None:
     if not source.strip():
         raise UserError(f"{name} is empty{remedy}")
     try:
-        with limited_memory(), limited_time():
+        with limited_memory(), LimitedTime() as limit:
+            limit.begin_step()
             _compiled(source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{name} is not a chat template: line {error.lineno}: {describe(error)}{remedy}") from None
     except TookTooLong:
-        raise UserError(f"{name} is not a chat template: to read it takes more than {SECONDS:g} s{remedy}") from None
+        raise UserError(
+            f"{name} is not a chat template: to read it takes more than {limit.seconds:g} s{remedy}"
+        ) from None
     except Exception as error:  # constant expressions are computed while the template is compiled
         raise UserError(f"{name} is not a chat template: {describe(error)}{remedy}") from None
 

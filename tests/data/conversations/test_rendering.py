@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import jinja2
 import pytest
@@ -35,15 +36,14 @@ BOMBS = {
 
 @pytest.mark.parametrize("template", BOMBS)
 def test_whatever_a_template_raises_is_a_bad_sample(monkeypatch, template):
-    monkeypatch.setattr(limits.limited_time.__wrapped__, "__defaults__", (0.2,))
-    monkeypatch.setattr("data.conversations.formatting.SECONDS", 0.2)
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
     [error] = Formatter(make_chat_tokenizer(template), 99).encode([SAMPLE])
     assert isinstance(error, BadSample) and error.kind == "refused by the chat template"
     assert BOMBS[template] in str(error) and len(str(error)) < 200
 
 
 def test_a_template_that_never_ends_is_an_error_once_several_samples_in_a_row_show_it(monkeypatch):
-    monkeypatch.setattr(limits.limited_time.__wrapped__, "__defaults__", (0.1,))
+    monkeypatch.setattr(limits, "SECONDS", 0.1)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="3 samples in a row.*--chat_template"):
         Formatter(make_chat_tokenizer(loop), 99).encode([SAMPLE] * 3)
@@ -59,9 +59,23 @@ def test_the_limits_leave_no_timer_and_no_memory_limit_behind():
     assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM))
 
 
+def test_the_time_of_a_step_begins_with_it():
+    with limits.LimitedTime(0.1) as limit:
+        for _ in range(4):  # longer than the limit together
+            limit.begin_step()
+            begin = time.thread_time()
+            while time.thread_time() - begin < 0.07:
+                pass
+        limit.begin_step()
+        with pytest.raises(limits.TookTooLong):
+            while True:
+                pass
+
+
 def test_the_time_of_other_threads_does_not_count():
     others = [threading.Thread(target=sum, args=(range(10**7),)) for _ in range(2)]
-    with limits.limited_time(0.05):
+    with limits.LimitedTime(0.05) as limit:
+        limit.begin_step()
         for thread in others:
             thread.start()
         for thread in others:
