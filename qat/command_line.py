@@ -11,6 +11,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from typing import Any, NoReturn
 
 from .errors import STATUS, report
@@ -41,7 +42,7 @@ class OneLineParser(argparse.ArgumentParser):
         try:
             return super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
-            self.error(_in_words(error))
+            self.error(self._in_words(error))
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -59,6 +60,22 @@ class OneLineParser(argparse.ArgumentParser):
             self.error(f"{name} is not an argument of {self.prog}{suggestion(name, self._option_string_actions)}")
         if rest:
             self.error(f"{rest[0]!r} belongs to no argument of {self.prog}; an argument is given as --name value")
+
+    def _in_words(self, error: argparse.ArgumentError) -> str:
+        """argparse's message in the words of this program: the name, the value, what it should be."""
+        name, message = (error.argument_name or "").split("/")[0], error.message
+        if wrong := re.fullmatch(r"invalid (\w+) value: (.*)", message):
+            kind = getattr(self._option_string_actions.get(name), "type", None)
+            if isinstance(kind, type) and issubclass(kind, Enum):
+                return f"{name} {wrong[2]} is unknown; choose one of {', '.join(str(member.value) for member in kind)}"
+            return f"{name} {wrong[2]} is not {_KINDS.get(wrong[1], wrong[1])}"
+        if wrong := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", message):
+            return f"{name} {wrong[1]} is unknown; choose one of {wrong[2].replace(chr(39), '')}"
+        if wrong := re.match(r"Truthy value expected: got (.*) but expected", message):
+            return f"{name} {wrong[1]!r} is neither True nor False"
+        if message.startswith("expected"):
+            return f"{name} has no value; give it {message.removeprefix('expected ').replace('argument', 'value')}"
+        return f"{name}: {message}"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -79,17 +96,3 @@ def not_negative(text: str) -> int:
     if (number := int(text)) < 0:
         raise ValueError
     return number
-
-
-def _in_words(error: argparse.ArgumentError) -> str:
-    """argparse's message in the words of this program: the name, the value, what it should be."""
-    name, message = (error.argument_name or "").split("/")[0], error.message
-    if wrong := re.fullmatch(r"invalid (\w+) value: (.*)", message):
-        return f"{name} {wrong[2]} is not {_KINDS.get(wrong[1], wrong[1])}"
-    if wrong := re.fullmatch(r"invalid choice: (.*?) \(choose from (.*)\)", message):
-        return f"{name} {wrong[1]} is unknown; choose one of {wrong[2].replace(chr(39), '')}"
-    if wrong := re.match(r"Truthy value expected: got (.*) but expected", message):
-        return f"{name} {wrong[1]!r} is neither True nor False"
-    if message.startswith("expected"):
-        return f"{name} has no value; give it {message.removeprefix('expected ').replace('argument', 'value')}"
-    return f"{name}: {message}"

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qat import QATConfig
@@ -83,11 +82,15 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         check_cached_size(skeleton.config, distill_args)
         if distill_args.teacher_model_name_or_path is not None:
             _check_teacher(start, skeleton, distill_args.teacher_model_name_or_path)
-    with _silenced():  # the model itself is prepared aloud
-        start.quantize(skeleton, quant_args)
-    config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
-    if args.do_train and config is not None and quant_args.export_format != "none":
-        _check_export(skeleton, config, quant_args.quant_mapping, quant_args.export_format, output)
+    with _mapping_named(quant_args.quant_mapping):
+        with _silenced():  # the model itself is prepared aloud
+            start.quantize(skeleton, quant_args)
+        config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
+        exports = args.do_train and config is not None and quant_args.export_format != "none"
+        if exports:
+            check_exportable(skeleton, quant_args.export_format)
+    if exports:
+        output.check_packable(config)
     if args.do_train and not (start.is_packed and config is None):  # which is known once it is unpacked
         output.check_resumable(args, config)
     return skeleton
@@ -106,14 +109,13 @@ def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:
     check_teacher(skeleton, teacher, *tokenizers)
 
 
-def _check_export(
-    skeleton: nn.Module, config: QATConfig, mapping: str | None, export_format: str, output: OutputFolder
-) -> None:
+@contextlib.contextmanager
+def _mapping_named(mapping: str | None) -> Iterator[None]:
+    """Let errors inside begin with the file that says which layers are quantized, if one does."""
     try:
-        check_exportable(skeleton, export_format)
+        yield
     except UserError as error:
         raise UserError(f"--quant_mapping {mapping!r}: {error}" if mapping else str(error)) from error
-    output.check_packable(config)
 
 
 @contextlib.contextmanager

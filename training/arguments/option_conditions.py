@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -27,6 +28,7 @@ _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "
 _CHECKPOINTING_KEYS = {
     "every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop",
 }  # fmt: skip
+_PAIR = re.compile(r"\w+=([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|true|false)", re.IGNORECASE)
 
 
 # ---- Values ----
@@ -231,6 +233,11 @@ def arguments_outside(known: dict[str, frozenset[str]]) -> Condition:
         return not keys <= known.get(plain(args.optim), frozenset())
 
     return applies
+
+
+def malformed_arguments(value: str, args) -> bool:
+    """Among the optimizer's arguments ("a=1,b=2") is one that is not a name, an equals sign, and a number or bool."""
+    return not all(_PAIR.fullmatch(pair) for pair in value.replace(" ", "").split(","))
 
 
 def static_graph_fails(value: bool, args) -> bool:

@@ -327,6 +327,12 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _OPTIMIZER,
         "optim_args",
         Refusal(
+            "it is no list of names and values",
+            "give such as momentum=0.9,nesterov=true",
+            "texts that are not name=value,name=value, each value a number, true or false",
+            when.malformed_arguments,
+        ),
+        Refusal(
             "it has an argument without effect on this optimizer",
             "give arguments of --optim sgd (momentum, dampening, nesterov), adagrad (lr_decay, eps), rmsprop "
             "(momentum, alpha, eps, centered) or ademamix (beta1, beta2, beta3, alpha, eps, t_alpha, t_beta3); AdamW "

@@ -106,8 +106,12 @@ class QuantizationArguments:
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise UserError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
-            self._check_rules(*load_mapping(self.quant_mapping)[0].values())
-            load_measurement(self.quant_mapping)
+            try:
+                mapping, _ = load_mapping(self.quant_mapping)
+                load_measurement(self.quant_mapping)
+            except UserError as error:
+                raise UserError(f"--quant_mapping: {error}") from error
+            self._check_rules(*mapping.values())
             return
         if self.quant_scheme is None:
             if self.weight_scale_rule or self.input_scale_rule:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from qat.errors import UserError
 
+from .option_conditions import plain
 from .trainer_options import check_trainer_options
 
 GATHER_DTYPES = ("float32", "bfloat16")
@@ -128,7 +129,7 @@ class TrainingArguments(transformers.TrainingArguments):
             name = found[1] if found else None
         if name is None:
             return f"the arguments of training cannot be used: {message}"
-        return message if message.startswith(f"--{name}") else f"--{name} {options[name]}: {message}"
+        return message if message.startswith(f"--{name}") else f"--{name} {plain(options[name])}: {message}"
 
     @property
     def n_gpu(self) -> int:

@@ -74,6 +74,7 @@ def test_defaults_are_accepted_before_and_after_transformers_read_them():
 REFUSED: list[tuple] = [  # option, value, other options
     ("do_predict", True), ("debug", "tpu_metrics_debug"), ("optim", "lomo"), ("optim", "galore_adamw_layerwise"),
     ("optim", "schedule_free_adamw"), ("optim", "grokadamw"), ("optim_args", "beta1=0.8"),
+    ("optim_args", "momentum", {"optim": "sgd"}), ("optim_args", "momentum=x", {"optim": "sgd"}),
     ("optim_target_modules", "all-linear"), ("auto_find_batch_size", True), ("bf16_full_eval", True),
     ("fp16_full_eval", True), ("use_liger_kernel", True), ("liger_kernel_config", {"rope": True}),
     ("dataloader_in_order", False), ("label_names", ["labels", "others"]), ("batch_eval_metrics", True),
