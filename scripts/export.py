@@ -20,6 +20,7 @@ from qat.checkpoints.dialects import EXPORT_FORMATS  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,4 +65,5 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reported_in_one_line():
+        sys.exit(main())
