@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .processes import ended_by_signals
+from .processes import begin_line, ended_by_signals
 
 STATUS = 2  # of argparse, too
 FAULT_STATUS = 1  # the command was right: it may succeed when it is given again
@@ -59,5 +59,6 @@ def report(error: BaseException | str) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(_HEAD_START_S)
+    begin_line()
     prefix = "error" if rank == "0" else f"error in process {rank}"
     print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -100,12 +100,20 @@ def ended_by_signals() -> Iterator[None]:
         yield
     except Signalled as end:
         if os.environ.get("RANK", "0") == "0":
+            begin_line()
             print(f"ended by {name_of(end.signum)}", file=sys.stderr, flush=True)
         raise
     finally:
         for signum, handler in previous.items():
             if signal.getsignal(signum) is _end:
                 signal.signal(signum, handler)
+
+
+def begin_line() -> None:
+    """End the line of a progress bar on standard error, if there is one, so that a message begins a line."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if len(getattr(bars, "_instances", ())):
+        print(file=sys.stderr)
 
 
 def end_at_once_from_now_on() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
-from qat.errors import UserError, report, reported_in_one_line  # noqa: E402
+from qat.errors import RunFault, UserError, report, reported_in_one_line  # noqa: E402
 from qat.files.atomic import check_target  # noqa: E402
 from qat.files.paths import check_model_path  # noqa: E402
 from qat.schemes.mapping_file import DEFAULT_IGNORE  # noqa: E402
@@ -38,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
     check_folders(args)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("qat").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was half written is removed
     try:
         if args.verify is None:
             export_checkpoint(
@@ -53,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     except VerificationError as error:
         report(error)
         return 1
+    except RunFault:
+        raise
     except OSError as error:
         raise UserError(f"DST {args.target or args.verify!r}: {error}") from error
     return 0

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qat.errors import RunFault
+from qat.errors import RunFault, UserError
 from qat.processes import start_worker
 
 
@@ -96,6 +96,7 @@ def _work(connection: Connection, parent: int, function: Callable[[Any], Any]) -
         try:
             answer = None, function(item)
         except Exception as error:
-            error.add_note(traceback.format_exc())
+            if not isinstance(error, UserError):
+                error.add_note(traceback.format_exc())
             answer = error, None
         connection.send(answer)

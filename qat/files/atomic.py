@@ -127,7 +127,7 @@ def disk_full_reported(target: str | Path, setting: str = "") -> Iterator[None]:
             raise
         remedy = f", or give another {setting}" if setting else ""
         raise DiskFullError(
-            f"the disk is full, nothing was left at {target} ({error}); free some space{remedy}"
+            f"the disk is full, nothing was left incomplete at {target} ({error}); free some space{remedy}"
         ) from error
 
 

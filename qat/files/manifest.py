@@ -7,15 +7,16 @@ processes of a run divide the reading: each takes every n-th file.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 import xxhash
 
-from ..errors import UserError
-
 MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 22
+_LARGEST_BYTES = 1 << 26  # of a manifest: some hundred thousand files
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 def describe(folder: Path, index: int = 0, count: int = 1) -> dict[str, dict]:
@@ -39,25 +40,62 @@ def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
         files = _read(folder / MANIFEST_NAME)
     except FileNotFoundError:
         return [f"it has no {MANIFEST_NAME}, so it was not written to its end by this program"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"its {MANIFEST_NAME} is damaged ({error})"]
     found = (_problem(folder / name, name, entry) for name, entry in list(files.items())[index::count])
     return [problem for problem in found if problem is not None]
 
 
+def listed(folder: Path) -> set[str]:
+    """The names in the manifest of `folder`; none where it cannot be read."""
+    try:
+        return set(_read(folder / MANIFEST_NAME))
+    except (OSError, ValueError, RecursionError):
+        return set()
+
+
 def _read(path: Path) -> dict[str, dict]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["format_version"] != _FORMAT_VERSION:
-        raise UserError(f"format_version is {content['format_version']}, this program reads {_FORMAT_VERSION}")
+    """The files in a manifest, every value of which has the form that `write_manifest` gives it.
+
+    Raises:
+        ValueError: it has another form. RecursionError: it is nested without end. OSError: it cannot be read.
+    """
+    if path.stat().st_size > _LARGEST_BYTES:
+        raise ValueError(f"it has more than {_LARGEST_BYTES} bytes")
+    content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError("it has no list of files")
+    if content.get("format_version") != _FORMAT_VERSION:
+        raise ValueError(f"format_version is {content.get('format_version')}, this program reads {_FORMAT_VERSION}")
+    if not content["files"]:
+        raise ValueError("it lists no file")
     for name, entry in content["files"].items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(f"it names {name!r}, which lies outside")
-        int(entry["bytes"]), str(entry["xxh3_128"])
+        _check_entry(name, entry)
     return content["files"]
+
+
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("it holds a name twice")
+    return values
+
+
+def _check_entry(name: str, entry: object) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == ".":
+        raise ValueError(f"it names {name!r}, which lies outside or is no plain name")
+    if not name.isprintable():
+        raise ValueError(f"it names {name!r}, which holds control characters")
+    size, checksum = (entry.get("bytes"), entry.get("xxh3_128")) if isinstance(entry, dict) else (None, None)
+    if type(size) is not int or size < 0 or not isinstance(checksum, str) or not _CHECKSUM.fullmatch(checksum):
+        raise ValueError(f"it describes {name!r} by something else than a size and a checksum")
 
 
 def _problem(path: Path, name: str, entry: dict) -> str | None:
     try:
+        if not path.is_file():  # a pipe would be read without end
+            return f"{name} is not a file" if path.exists() else f"{name} cannot be read (No such file or directory)"
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"

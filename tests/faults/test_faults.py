@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from qat.files.manifest import describe, write_manifest
 
-from .injected import AtOperation, AtStep, NanLoss
+from .injected import AtEvaluation, AtOperation, AtStep, NanLoss
 from .kinds import KINDS, Reference
 from .runs import Job, difference, make_workspace
 
@@ -33,16 +33,16 @@ def reference(workspace) -> Reference:
 
 @pytest.fixture(scope="module")
 def two_processes(workspace) -> Reference:
-    return Reference.make(workspace, "MXFP4, two processes")
+    return Reference.make(workspace, "MXFP4, evaluated, two processes")
 
 
-@pytest.mark.parametrize("name", ["final", "damage", "disk", "readonly"])
+@pytest.mark.parametrize("name", ["final", "damage", "disk", "readonly", "cache"])
 def test_a_run_survives_in_one_process(reference, name):
     kind = next(kind for kind in KINDS if kind.name == name)
     kind.inject(reference.job(name), reference, random.Random(7))
 
 
-@pytest.mark.parametrize("name", ["term", "peer"])
+@pytest.mark.parametrize("name", ["term", "peer", "evaluation"])
 def test_a_run_survives_in_two_processes(two_processes, name):
     kind = next(kind for kind in KINDS if kind.name == name)
     kind.inject(two_processes.job(f"{name}2"), two_processes, random.Random(7))
@@ -109,7 +109,7 @@ def test_a_second_run_in_the_folder_is_refused_by_all_its_processes_and_the_firs
         time.sleep(0.05)
     job.count = 2
     second = job.start()
-    assert second.wait() == [1, 1] and "in use by another run (process" in second.text()
+    assert second.wait() == [2, 2] and "in use by another run (process" in second.text()
     assert "Loading weights" not in second.text()
     first.processes[0].kill()
     first.processes[0].join()
@@ -135,7 +135,22 @@ def test_a_nan_step_that_may_pass_changes_no_weight(workspace):
 def test_more_nan_steps_than_may_pass_end_the_run(workspace):
     run = Job(workspace, "nan-end", (*NAN_STEPS, "--max_nan_steps", "0")).start(NanLoss(3))
     assert run.wait() == [1]
-    assert "step 2: loss and gradient norm are" in run.text() and "nan-end/checkpoint-1" in run.text()
+    assert "error: step 2: loss and gradient norm are" in run.text() and "nan-end/checkpoint-1" in run.text()
+
+
+def test_sigterm_in_the_final_evaluation_saves_what_no_checkpoint_holds(workspace, reference):
+    job = Job(workspace, "last", ("--quant_scheme", "MXFP4", "--save_strategy", "no"))
+    run = job.start(AtEvaluation(1))
+    assert run.wait() == [143] and "SIGTERM: saved at step 8" in run.text()
+    job.flags = job.flags[:2]
+    job.finish()
+    reference.check(job)
+
+
+def test_sigterm_ends_an_evaluation_alone(workspace):
+    job = Job(workspace, "alone")
+    run = job.start(AtEvaluation(1, seconds=0.5), "--do_train", "False", "--per_device_eval_batch_size", "1")
+    assert run.wait(20) == [143] and run.text().endswith("ended by SIGTERM\n")
 
 
 class _Trap:

@@ -7,13 +7,19 @@ from pathlib import Path
 
 from qat import QATConfig
 from qat.errors import UserError
-from qat.files.manifest import MANIFEST_NAME, problems
+from qat.files.manifest import MANIFEST_NAME, listed, problems
 from qat.files.trust import check_checkpoint
 
 from ..backends.writers import Writers
+from .run_record import RECORD_NAME
 from .written import checkpoints_in, step_of
 
 logger = logging.getLogger(__name__)
+
+_READ = (
+    "trainer_state.json", RECORD_NAME, "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*", "scaler.pt",
+    "*/*.distcp", "*/.metadata",
+)  # fmt: skip
 
 
 def find_checkpoint(
@@ -105,9 +111,18 @@ def _check_named(checkpoint: str, writers: Writers) -> None:
 
 def _faults(path: Path, writers: Writers) -> list[str]:
     own = problems(path, writers.index, writers.count)
+    if not own and (unlisted := _read_when_resuming(path) - listed(path)):
+        own.append(f"its {MANIFEST_NAME} does not list {', '.join(sorted(unlisted))}")
     if not any(path.glob("optimizer*")):
         own.append("it has no state of the optimizer (--save_only_model?)")
     return list(dict.fromkeys(fault for part in writers.gather(own) for fault in part))
+
+
+def _read_when_resuming(path: Path) -> set[str]:
+    """The files of a checkpoint that decide how a run continues; others may lie there and are not looked at."""
+    return {
+        file.relative_to(path).as_posix() for pattern in _READ for file in path.glob(pattern) if file.is_file()
+    }  # fmt: skip
 
 
 def _check_same_training(checkpoint: str, saved: QATConfig | None, current: QATConfig | None) -> None:

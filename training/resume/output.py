@@ -16,8 +16,8 @@ from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
-from qat.errors import UserError
-from qat.files.atomic import check_target, clear_leftovers
+from qat.errors import DiskFullError, UserError
+from qat.files.atomic import check_target, clear_leftovers, means_full
 from qat.files.lock import LOCK_NAME, locked
 from qat.files.paths import make_writable
 
@@ -27,9 +27,8 @@ from .written import MODEL_PARTIAL
 
 logger = logging.getLogger(__name__)
 
-_RESULTS = (
-    "all_results.json",
-)  # read again by the next run; transformers does not write it through a temporary folder
+# transformers does not write these through a temporary folder
+_RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json")
 
 
 class OutputFolder:
@@ -56,12 +55,33 @@ class OutputFolder:
 
         Raises:
             UserError: nothing can be written there, or another run is writing there.
+            DiskFullError: no space is left, whatever was being written.
         """
         make_writable("--output_dir", self.path)
         with locked(self.path, self.writers):
-            for path in sorted(self.path.iterdir()) if self.writers.leads else ():
-                _clear(path)
-            yield
+            self._clear()
+            try:
+                yield
+            except Exception as error:
+                if not (isinstance(error, DiskFullError) or means_full(error)):
+                    raise
+                self._clear()
+                raise self._disk_full(error) from (None if isinstance(error, DiskFullError) else error)
+
+    def _disk_full(self, error: Exception) -> DiskFullError:
+        """The error itself if it names a place, or else where the space is likely to be missing."""
+        if isinstance(error, DiskFullError):
+            return error
+        free = shutil.disk_usage(self.path).free / 2**20
+        return DiskFullError(
+            f"the disk is full ({error}), most likely that of --output_dir {str(self.path)!r}, which has {free:,.1f} "
+            "MiB free; what is complete there stays. Free some space and give the same command again"
+        )
+
+    def _clear(self) -> None:
+        """Remove what another process left incomplete, or this one on a full disk."""
+        for path in sorted(self.path.iterdir()) if self.writers.leads else ():
+            _clear(path)
 
     def find_checkpoint(self, args: TrainingArguments, qat_config: QATConfig | None) -> str | None:
         """The checkpoint that a training resumes from, see `checkpoints.find_checkpoint`; None in an evaluation."""
@@ -120,9 +140,9 @@ def _clear(path: Path) -> None:
     if path.exists() and (leftover or path.name == MODEL_PARTIAL):
         logger.warning("removing %s, left by a process that was killed", path)
         shutil.rmtree(path)
-    if path.name in _RESULTS:
+    if path.name in _RESULTS and path.is_file():
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            logger.warning("removing %s, which a killed process left damaged", path)
+            logger.warning("removing %s, which was not written to its end", path)
             path.unlink()

@@ -129,9 +129,11 @@ class RunRecord:
     def _check_fixed(self, checkpoint: str | Path, content: dict) -> None:
         """Refuse what the state in the checkpoint does not belong to."""
         if differing := _differences(content.get("model", {}), self.model):
+            began = content["learning"].get("model_name_or_path")
+            which = "the model that the run began with" if began is None else repr(began)
             raise UserError(
-                f"{checkpoint} was written by a run of another model: {'; '.join(differing)}. Give the model that the "
-                "run began with (--model_name_or_path); or another --output_dir, to start anew"
+                f"{checkpoint} was written by a run of another model: {'; '.join(differing)}. Give "
+                f"--model_name_or_path {which}, as it was then; or another --output_dir, to start anew"
             )
         for name, reason in _FIXED.items():
             saved, current = content["learning"].get(name), self.learning.get(name)
