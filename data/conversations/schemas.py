@@ -77,8 +77,11 @@ def unknown_schema(columns: Iterable[str], where: str) -> UserError:
             f"{where}: columns {_columns(columns)} are those of a preference set; fine-tuning learns one answer: "
             "write the chosen one to a file of `prompt`, `completion` or of `messages`"
         )
-    known = "\n".join(f"  {schema.name}" for schema in SCHEMAS)
-    return UserError(f"{where}: columns {_columns(columns)} fit no known schema. Known schemas:\n{known}")
+    pairs = ", ".join(f"`{request}` and `{answer}`" for request, answer in PAIRS)
+    return UserError(
+        f"{where}: columns {_columns(columns)} fit no known schema. Known are a list of turns in one of "
+        f"{', '.join(f'`{column}`' for column in TURN_COLUMNS)}; the pairs {pairs}; `article` and `highlights`; `text`"
+    )
 
 
 def _columns(columns: Iterable[str]) -> str:
@@ -165,6 +168,7 @@ def _pair_schema(request: str, answer: str) -> Schema:
     return Schema(name, frozenset({request, answer}), partial(_pair, request=request, answer=answer), optional)
 
 
+TURN_COLUMNS = ("conversations", "messages", "conversation", "dialog", "dialogue", "chat")
 ALPACA = ("instruction", "output")
 GIVEN = {"instruction": ("input", "context"), "question": ("context",), "query": ("context",)}  # below the question
 PAIRS = (
@@ -174,7 +178,7 @@ PAIRS = (
 )  # fmt: skip
 # The first schema whose columns have values is that of a row.
 SCHEMAS = (
-    *map(_chat_schema, ("conversations", "messages", "conversation", "dialog", "dialogue", "chat")),
+    *map(_chat_schema, TURN_COLUMNS),
     *(_pair_schema(*pair) for pair in PAIRS),
     Schema("`article`, `highlights`", frozenset({"article", "highlights"}), _summary),
     Schema("plain `text`, all of it learned", frozenset({"text"}), _plain, frozenset()),
