@@ -22,8 +22,7 @@ from data import preview
 from qat.checkpoints.pack import export_checkpoint
 from qat.errors import UserError
 from training.arguments.model import ModelArguments
-from training.sensitivity.measure import load_model
-from training.start.start import Start
+from training.start.start import Start, load_model
 from training.teachers.load import load_teacher
 
 sys.path.insert(0, str(ROOT / "scripts"))

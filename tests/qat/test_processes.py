@@ -19,7 +19,8 @@ def _parent_of_a_worker(path: Path) -> None:
     parent, child = os.getpid(), os.fork()
     if child == 0:
         start_worker(parent)
-        path.write_text(str(os.getpid()))
+        path.with_suffix(".partial").write_text(str(os.getpid()))
+        path.with_suffix(".partial").rename(path)
     time.sleep(60)
 
 
