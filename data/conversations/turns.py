@@ -207,11 +207,18 @@ def _fields(role: str, carried: dict) -> tuple[dict, bool]:
 
 def _calls(value: object, name: str) -> object:
     """Calls with their arguments as objects: OpenAI writes them as JSON text, chat templates render objects."""
-    value = _parsed(value, name)
+    value = _parsed(_without_nulls(value), name)
     for call in value if isinstance(value, list) else [value]:
         if not isinstance(call, dict):
             raise BadSample("wrong type", f"{name} is {shorten(value)}, not objects")
     return [_call(call) for call in value] if isinstance(value, list) else _call(value)
+
+
+def _without_nulls(value: object) -> object:
+    """A value without the keys that are null, at any depth: a table gives each object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _call(call: dict) -> dict:
@@ -228,7 +235,7 @@ def _call(call: dict) -> dict:
 
 
 def _tools(value: object) -> list[dict]:
-    tools = _parsed(value, "tools")
+    tools = _parsed(_without_nulls(value), "tools")
     if is_empty(tools):
         return []
     if not isinstance(tools, list):

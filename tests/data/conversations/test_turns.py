@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
 from chats import SMOLLM2, TOOL, assistant, call, learned_texts, make_chat_tokenizer, user
 
@@ -133,3 +134,13 @@ def test_columns_and_keys_that_say_nothing_to_the_model_are_listed():
     row = {"messages": [{**user(), "id": 1}, assistant(timestamp=2)], "id": 3, "source": "", "score": 0, "tools": []}
     assert unread(row, {"messages", "tools"}) == {"id", "score", "messages.id", "messages.timestamp"}
     assert unread({"text": "x", "system": "y"}, {"text"}) == {"system"}
+
+
+def test_keys_that_a_table_fills_with_nulls_are_no_arguments_of_a_call():
+    def row(name: str, **arguments) -> dict:
+        return {"messages": [user(), assistant("", tool_calls=[call(name, **arguments)])], "tools": [TOOL]}
+
+    apart = [row("add", a=1), row("clock", zone="UTC")]
+    together = pa.Table.from_pylist(apart).to_pylist()
+    assert together != apart and together[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["zone"] is None
+    assert [recognise(r).sample_of(r) for r in together] == [recognise(r).sample_of(r) for r in apart]
