@@ -72,24 +72,31 @@ def start_worker(parent: int) -> None:
     die_with_parent(parent)
 
 
-def outlive_first_sigterm() -> None:
-    """Ignore the first SIGTERM in a worker whose parent ends a step and saves first; the second one ends it.
+def end_by_parent_alone(parent: int) -> None:
+    """Have only the parent's SIGTERM end this worker; call it first in the worker.
 
-    torchrun and Slurm send SIGTERM to all processes of a run, so to the workers that read the next batches, too.
+    torchrun and Slurm send SIGTERM to all processes of a run, so to the workers that read the batches of the step which
+    their parent is going to end and save, too; and a terminal sends Ctrl-C to all. Where a process cannot ask who sent
+    a signal (macOS), SIGTERM ends the worker as ever.
     """
-
-    def ignore(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, ignore)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_sigterm_of, args=(parent,), daemon=True).start()
+
+
+def _wait_for_sigterm_of(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(status_of(signal.SIGTERM))
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Have SIGTERM and Ctrl-C end the program with status 143 or 130 and one line, after `finally` blocks have run.
 
-    A second signal ends it at once, and so does the clock where cleaning up takes more than 15 seconds. Only a main
+    A second Ctrl-C ends it at once, and so does the clock where cleaning up takes more than 15 seconds. A second
+    SIGTERM changes nothing: under Slurm, torchrun forwards one that its processes have received already. Only a main
     thread can receive signals; in another one this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -116,14 +123,14 @@ def begin_line() -> None:
         print(file=sys.stderr)
 
 
-def end_at_once_from_now_on() -> None:
-    """Have the next signal end the program without further ado."""
-    for signum in ENDING:
-        signal.signal(signum, signal.SIG_DFL)
+def is_ending() -> None:
+    """Have the next Ctrl-C end the program at once, and let a second SIGTERM pass."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
-    end_at_once_from_now_on()
+    is_ending()
     clock = threading.Timer(_CLEAN_UP_S, os._exit, (status_of(signum),))
     clock.daemon = True
     clock.start()

@@ -12,7 +12,7 @@ import pytest
 from processes import fork
 
 from qat.errors import reported_in_one_line
-from qat.processes import outlive_first_sigterm, start_worker
+from qat.processes import end_by_parent_alone, start_worker
 
 
 def _parent_of_a_worker(path: Path) -> None:
@@ -61,33 +61,34 @@ def test_a_signal_ends_a_program_with_its_status_in_one_line_once_it_has_cleaned
     assert (tmp_path / "partial.log").read_text() == f"ended by {name}\n"
 
 
-def test_a_second_signal_ends_a_program_at_once(tmp_path):
+def test_a_second_ctrl_c_ends_a_program_at_once_and_a_second_sigterm_does_not(tmp_path):
     program = fork(_program, tmp_path / "partial", 60)
     _wait_until((tmp_path / "partial").exists)
+    for signum in (signal.SIGTERM, signal.SIGTERM):
+        os.kill(program.pid, signum)
+        time.sleep(0.2)
+        assert program.is_alive()
     os.kill(program.pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert program.is_alive()
-    os.kill(program.pid, signal.SIGTERM)
     program.join(10)
-    assert program.exitcode == -signal.SIGTERM
+    assert program.exitcode == -signal.SIGINT
 
 
-def _lasting_worker(path: Path) -> None:
-    outlive_first_sigterm()
+def _reader_of_batches(path: Path, parent: int) -> None:
+    end_by_parent_alone(parent)
     path.touch()
     time.sleep(60)
 
 
-def test_a_reader_of_batches_outlives_the_first_sigterm_and_not_the_second(tmp_path):
-    worker = fork(_lasting_worker, tmp_path / "started")
-    _wait_until((tmp_path / "started").exists)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker.pid, signum)
-        time.sleep(0.2)
-        assert worker.is_alive()
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.join(10)
-    assert worker.exitcode == -signal.SIGTERM
+def test_a_reader_of_batches_is_ended_by_its_parent_alone(tmp_path):
+    ours, others = (fork(_reader_of_batches, tmp_path / str(pid), pid) for pid in (os.getpid(), 1))
+    for pid in (os.getpid(), 1):
+        _wait_until((tmp_path / str(pid)).exists)
+    for worker in (ours, others):
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    ours.join(10)
+    assert ours.exitcode == 143 and others.is_alive()
+    others.kill()
 
 
 def _is_alive(pid: int) -> bool:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
 from qat.files.manifest import problems
-from qat.processes import Signalled, name_of, outlive_first_sigterm, status_of
+from qat.processes import Signalled, end_by_parent_alone, name_of, status_of
 
 from ..backends.writers import Writers
 from .checkpoints import find_checkpoint
@@ -141,7 +142,7 @@ class FaultTolerantTrainer(Trainer):
         return self._train_sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's own; its workers outlive a SIGTERM, so that the step can end."""
+        """Trainer's own; its workers outlive a SIGTERM to all processes, so that the step can end."""
         return _with_lasting_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -364,12 +365,13 @@ class FaultTolerantTrainer(Trainer):
 
 @dataclass(frozen=True)
 class _LastingWorker:
-    """What a worker of a data loader does first: see `outlive_first_sigterm`; then `initialize`."""
+    """What a worker of a data loader does first: see `end_by_parent_alone`; then `initialize`."""
 
+    parent: int
     initialize: Callable[[int], None] | None
 
     def __call__(self, number: int) -> None:
-        outlive_first_sigterm()
+        end_by_parent_alone(self.parent)
         if self.initialize is not None:
             self.initialize(number)
 
@@ -377,7 +379,7 @@ class _LastingWorker:
 def _with_lasting_workers(loader: DataLoader) -> DataLoader:
     inner = getattr(loader, "base_dataloader", loader)  # accelerate 1.15 wraps the one that starts the workers
     if inner.num_workers and not isinstance(inner.worker_init_fn, _LastingWorker):
-        inner.worker_init_fn = _LastingWorker(inner.worker_init_fn)
+        inner.worker_init_fn = _LastingWorker(os.getpid(), inner.worker_init_fn)
     return loader
 
 

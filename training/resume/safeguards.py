@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from qat.errors import RunFault
-from qat.processes import ENDING, Signalled, end_at_once_from_now_on
+from qat.processes import ENDING, Signalled, is_ending
 
 from .written import checkpoints_in
 
@@ -59,7 +59,7 @@ class StepGuard(TrainerCallback):
 
     @contextmanager
     def listening(self, waits: bool = False) -> Iterator[None]:
-        """Treat SIGTERM and Ctrl-C as requests to stop at the next boundary; a second signal ends the program at once.
+        """Treat SIGTERM and Ctrl-C as requests to stop at the next boundary; a second Ctrl-C ends the program at once.
 
         Only a main thread can receive signals. A block inside another one changes nothing.
 
@@ -85,7 +85,7 @@ class StepGuard(TrainerCallback):
             signal.raise_signal(signum)
             return
         self._received = signum
-        end_at_once_from_now_on()
+        is_ending()
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
