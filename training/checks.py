@@ -14,10 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.tokenizer import load_tokenizer
 from qat import QATConfig
 from qat.checkpoints.exportable import check_exportable
+from qat.checkpoints.load import TEACHER_ARGUMENT
+from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
 from qat.files.paths import check_apart, check_model_path, make_writable
 
@@ -25,7 +28,7 @@ from .arguments.parse import Arguments
 from .resume.output import OutputFolder
 from .resume.steps import check_steps
 from .start.data_checks import check_fit, local_paths
-from .start.skeleton import check_length, skeleton_of, unreadable
+from .start.skeleton import check_length, skeleton_of
 from .start.start import Start
 from .teachers.choose import check_cached_size
 from .teachers.load import check_teacher
@@ -99,14 +102,9 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
 def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:
     model_args = start.model_args
     options = {"cache_dir": start.cache_dir, "trust_remote_code": model_args.trust_remote_code}
-    try:
-        teacher = SimpleNamespace(config=AutoConfig.from_pretrained(name, **options))
-        tokenizers = [AutoTokenizer.from_pretrained(n, **options) for n in (model_args.model_name_or_path, name)]
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable("--teacher_model_name_or_path", name, error) from error
-    check_teacher(skeleton, teacher, *tokenizers)
+    teacher = SimpleNamespace(config=read_config(name, f"{TEACHER_ARGUMENT} {name!r}", **options))
+    own = load_tokenizer(model_args.model_name_or_path, gguf_file=model_args.gguf_file, **options)
+    check_teacher(skeleton, teacher, own, load_tokenizer(name, argument=TEACHER_ARGUMENT, **options))
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from qat.checkpoints.fit import first_line
 from qat.errors import UserError
 
 from .loading import without_weights
@@ -21,16 +22,10 @@ def skeleton_of(start: Start) -> PreTrainedModel:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable("--model_name_or_path", start.model_args.model_name_or_path, error) from error
-
-
-def unreadable(argument: str, name: str, error: Exception) -> UserError:
-    """The error for a model that transformers cannot make; the first line of its own is the reason."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        f"{argument} {name!r} is no causal language model that can be loaded: {reason[:300].rstrip('.: ')}. Give a "
-        "local folder, or the hub id of one that is in the cache or can be downloaded"
-    )
+        raise UserError(
+            f"--model_name_or_path {start.model_args.model_name_or_path!r} is no causal language model: "
+            f"{first_line(error)[:300]}"
+        ) from error
 
 
 def check_length(max_length: int, default: int, config: PretrainedConfig) -> None:
