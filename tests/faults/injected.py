@@ -54,7 +54,7 @@ class AtOperation:
 
 @dataclass(frozen=True)
 class AtProcess:
-    """A signal so many seconds after the n-th program was started by this process, such as the proof of an export."""
+    """A signal so many seconds after the n-th process of an export's proof was started."""
 
     number: int
     delay: float
@@ -64,7 +64,7 @@ class AtProcess:
         count = [0]
 
         def hook(event: str, arguments: tuple) -> None:
-            if event == "subprocess.Popen":
+            if event == "subprocess.Popen" and "qat.checkpoints.verify_logits" in arguments[1]:
                 count[0] += 1
                 if count[0] == self.number:
                     _strike_later(self.signum, self.delay)
