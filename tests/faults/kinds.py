@@ -269,9 +269,8 @@ def _expect_saved_end(job: Job, run: Run, signum: int) -> None:
 
 def damage(job: Job, reference: Reference, draw: random.Random) -> None:
     """A file of the newest checkpoint is cut or changed: the one before is continued from, aloud."""
-    batch = draw.randint(
-        2 * 6 + 2, 2 * STEPS - 1
-    )  # there are two checkpoints, whether one is written every 2 steps or 3
+    # Late enough for two checkpoints, whether one is written every 2 steps or every 3.
+    batch = draw.randint(2 * 6 + 2, 2 * STEPS - 1)
     job.start(AtStep(batch)).wait()
     newest = job.checkpoints[-1]
     path = draw.choice(sorted(p for p in newest.rglob("*") if p.is_file() and p.stat().st_size > 1))
