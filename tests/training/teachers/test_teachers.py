@@ -272,7 +272,7 @@ def test_a_backend_that_needs_whole_logits_is_named(tmp_path, caplog):
     trainer = make_trainer(tmp_path, make_llama(), make_data(tmp_path), None)
     assert trainer.head is not None and "whole batch" not in caplog.text
     trainer.is_deepspeed_enabled = True
-    assert trainer._attach_head() is None and "DeepSpeed wraps the model; FSDP" in caplog.text
+    assert trainer._attach_head(trainer.model) is None and "DeepSpeed wraps the model; FSDP" in caplog.text
 
 
 @pytest.mark.parametrize(
