@@ -56,6 +56,8 @@ def prepare_qat(
             `ignore` that matches nothing (names of heads may), a layer that the blocks of its scheme do not
             divide, or nothing left to quantize. The model is unchanged then.
     """
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise UserError(f"mapping={mapping!r} does not map layers to schemes; give such as {{torch.nn.Linear: 'MXFP4'}}")
     by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     schemes = {name: get_scheme(name, weight_scale_rule, input_scale_rule) for name in dict.fromkeys(by_name.values())}

@@ -72,6 +72,7 @@ def test_meta_models_convert_and_compute_after_materializing():
     "mapping,ignore,message",
     [
         ({nn.Linear: "MXFP5"}, (), "'MXFP5' is unknown; choose one of MXFP4, MXFP8"),
+        ("MXFP4", (), "mapping='MXFP4' does not map layers to schemes"),
         ({"*.no_such": "MXFP4"}, (), "'\\*.no_such' matches no torch.nn.Linear"),
         ({nn.Conv2d: "MXFP4"}, (), "mapping key .*Conv2d.* is neither"),
         ({nn.Linear: "MXFP4"}, ("*",), "nothing to quantize"),
