@@ -57,7 +57,7 @@ def prepare_qat(
             divide, or nothing left to quantize. The model is unchanged then.
     """
     if mapping is not None and not isinstance(mapping, Mapping):
-        raise UserError(f"mapping={mapping!r} does not map layers to schemes; give such as {{torch.nn.Linear: 'MXFP4'}}")
+        raise UserError(f"mapping={mapping!r} does not map layers to schemes, as {{torch.nn.Linear: 'MXFP4'}} does")
     by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     schemes = {name: get_scheme(name, weight_scale_rule, input_scale_rule) for name in dict.fromkeys(by_name.values())}
