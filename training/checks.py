@@ -22,8 +22,7 @@ from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
-from qat.files.model_folder import check_model_folder
-from qat.files.paths import check_apart, make_writable
+from qat.files.paths import check_apart, check_model_path, make_writable
 
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
@@ -47,10 +46,10 @@ def check_paths(arguments: Arguments) -> None:
         UserError: as described. An evaluation may write into the folder of its model: it makes a new folder there.
     """
     model_args, args, data_args, _, distill_args = arguments
-    check_model_folder(model_args.model_name_or_path)
+    check_model_path("--model_name_or_path", model_args.model_name_or_path, model_args.gguf_file is None)
     teacher = distill_args.teacher_model_name_or_path
     if teacher is not None:
-        check_model_folder(teacher, TEACHER_ARGUMENT)
+        check_model_path("--teacher_model_name_or_path", teacher)
     inputs = [("--dataset", path) for path in local_paths(data_args.dataset)]
     inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
     if args.do_train:
@@ -87,7 +86,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         if distill_args.teacher_model_name_or_path is not None:
             _check_teacher(start, skeleton, distill_args.teacher_model_name_or_path)
     with _mapping_named(quant_args.quant_mapping):
-        with _silenced():  # that of the model itself is printed
+        with _silenced():  # the model itself is prepared aloud
             start.quantize(skeleton, quant_args)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         exports = args.do_train and config is not None and quant_args.export_format != "none"
