@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +27,13 @@ class _Entry:
     values: torch.Tensor | None = None
 
 
+@dataclass
+class _Notes:
+    source: weakref.ref
+    version: int
+    made: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+
+
 class InputCache(threading.local):
     """The last input quantized in this thread, with its codes and values; forgotten when that input dies.
 
@@ -33,35 +41,59 @@ class InputCache(threading.local):
     """
 
     entry: _Entry | None = None
+    notes: _Notes | None = None
 
-    def quantized(self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype) -> Quantized:
-        """`ops.quantize(x)`, computed once for the layers that share x."""
-        entry = self._find(x, spec, dtype)
+    def quantized(
+        self,
+        x: torch.Tensor,
+        spec: TensorSpec,
+        dtype: torch.dtype,
+        divisor: torch.Tensor | None = None,
+        group: Hashable = None,
+    ) -> Quantized:
+        """`ops.quantize(x)`, computed once for the layers that share x and, in formats with a tensor scale, `group`."""
+        entry = self._find(x, spec, dtype, None if divisor is None else group)
         if entry is None:
-            return ops.quantize(x, spec.format.name, spec.rule, dtype)
+            return ops.quantize(x, spec.format.name, spec.rule, dtype, divisor)
         if entry.quantized is None:
-            entry.quantized = ops.quantize(x, spec.format.name, spec.rule, dtype)
+            entry.quantized = ops.quantize(x, spec.format.name, spec.rule, dtype, divisor)
         return entry.quantized
 
-    def values(self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype) -> torch.Tensor:
+    def values(
+        self,
+        x: torch.Tensor,
+        spec: TensorSpec | None,
+        dtype: torch.dtype,
+        divisor: torch.Tensor | None = None,
+        group: Hashable = None,
+    ) -> torch.Tensor:
         """`ops.fake_quantize(x)`, computed once, from the codes where they exist."""
         if spec is None and x.dtype == dtype:
             return x
-        entry = self._find(x, spec, dtype)
+        entry = self._find(x, spec, dtype, None if divisor is None else group)
         if entry is None:
-            return _values(x, spec, dtype)
+            return _values(x, spec, dtype, divisor)
+        if entry.values is None and entry.quantized is not None and spec is not None:
+            entry.values = ops.dequantize(entry.quantized, spec.format.name, dtype)
         if entry.values is None:
-            has_codes = entry.quantized is not None
-            # Codes exist of inputs with a spec only, which a type checker cannot see.
-            entry.values = (
-                ops.dequantize(entry.quantized, spec.format.name, dtype) if has_codes else _values(x, spec, dtype)  # type: ignore[arg-type, union-attr]
-            )
+            entry.values = _values(x, spec, dtype, divisor)
         return entry.values
 
-    def _find(self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype) -> _Entry | None:
+    def once(self, x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`make()`, called once for the layers that share x and `name`."""
+        if torch.compiler.is_compiling() or x.is_inference():
+            return make()
+        notes = self.notes
+        if notes is None or notes.source() is not x or notes.version != x._version:
+            self.notes = notes = _Notes(weakref.ref(x), x._version)
+        if name not in notes.made:
+            notes.made[name] = make()
+        return notes.made[name]
+
+    def _find(self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, group: Hashable) -> _Entry | None:
         if torch.compiler.is_compiling() or x.is_inference():
             return None
-        key = (x._version, spec, dtype)
+        key = (x._version, spec, dtype, group)
         entry = self.entry
         if entry is None or entry.source() is not x or entry.key != key:
             self.entry = entry = _Entry(weakref.ref(x, self._forget), key)
@@ -72,5 +104,5 @@ class InputCache(threading.local):
             self.entry = None
 
 
-def _values(x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype) -> torch.Tensor:
-    return x.to(dtype) if spec is None else ops.fake_quantize(x, spec.format.name, spec.rule, dtype)
+def _values(x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, divisor: torch.Tensor | None) -> torch.Tensor:
+    return x.to(dtype) if spec is None else ops.fake_quantize(x, spec.format.name, spec.rule, dtype, divisor)

@@ -44,7 +44,9 @@ BAKED_RULE = "rceil"
 class LearnedRounding(Rounding):
     """`Rounding` with an offset of the exponents as its one parameter."""
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> Quantized:
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> Quantized:
         """As `Rounding.quantize`, under the moved exponents."""
         (offset,) = learned
         (scale,) = super().quantize(weight, dtype).scales
@@ -52,11 +54,15 @@ class LearnedRounding(Rounding):
         scale = torch.where((scale == mx.E8M0_NAN) | offset.isnan(), mx.E8M0_NAN, moved)
         return Quantized(ops.quantize_to_scale(weight, scale, self.spec.format.name, dtype), (scale,))
 
-    def values(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+    def values(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As `Rounding.values`, under the moved exponents."""
         return ops.dequantize(self.quantize(weight, dtype, *learned), self.spec.format.name, dtype)
 
-    def fake_quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+    def fake_quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`values`, with gradients for the weight and the offset."""
         return _FakeQuantize.apply(weight, *learned, self, dtype)
 

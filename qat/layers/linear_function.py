@@ -12,6 +12,7 @@ that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,7 @@ class _Settings:
     rounding: Rounding
     dtype: torch.dtype
     kept: int  # tensors that are saved of the input: its codes and scales, or itself
+    divisor: torch.Tensor | None  # of the weight, in formats with a tensor scale
 
 
 def quantized_linear(
@@ -43,6 +45,9 @@ def quantized_linear(
     rounding: Rounding,
     dtype: torch.dtype,
     learned: tuple[torch.Tensor, ...] = (),
+    divisor: torch.Tensor | None = None,
+    input_divisor: torch.Tensor | None = None,
+    group: Hashable = None,
 ) -> torch.Tensor:
     """x [..., K] and weight [N, K], both rounded to their grids as seen in `dtype` -> [..., N] in `dtype`.
 
@@ -51,17 +56,24 @@ def quantized_linear(
     Args:
         input_spec: None leaves x as it is.
         rounding: of the weight; `learned` are its parameters.
+        divisor, input_divisor: of weight and input, FP32 [1], in formats with a tensor scale.
+        group: the same for layers that have the same `input_divisor`.
     """
     needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
     kept: list[torch.Tensor] = []
     with torch.no_grad():
         if needs_input and input_spec is not None:
-            kept = _inputs.quantized(x, input_spec, dtype).tensors
-        values = _inputs.values(x, input_spec, dtype)
+            kept = _inputs.quantized(x, input_spec, dtype, input_divisor, group).tensors
+        values = _inputs.values(x, input_spec, dtype, input_divisor, group)
         if needs_input and input_spec is None:
             kept = [values]
-    settings = _Settings(input_spec, rounding, dtype, len(kept))
+    settings = _Settings(input_spec, rounding, dtype, len(kept), divisor)
     return _QuantizedLinear.apply(x, weight, bias, values, settings, *kept, *learned)
+
+
+def once_for(x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """`make()`, called once for the layers that share the input x and `name`."""
+    return _inputs.once(x, name, make)
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -74,7 +86,7 @@ class _QuantizedLinear(torch.autograd.Function):
         needs_weight = ctx.needs_input_grad[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
         ctx.save_for_backward(weight if needs_weight else None, *kept_for_backward, *learned)
-        quantized = settings.rounding.values(weight, settings.dtype, *learned)
+        quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
         return F.linear(values, quantized, None if bias is None else bias.to(settings.dtype))
 
     @staticmethod
@@ -89,7 +101,7 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned)
+            grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
             grad_x = grad_x.reshape(*grad.shape[:-1], -1).to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings)

@@ -15,6 +15,7 @@ from ..schemes.patterns import HELP as PATTERN_HELP
 from ..schemes.patterns import matches
 from ..schemes.presets import get_scheme
 from ..schemes.spec import Scheme
+from .fused import tie_fused
 from .learned_scales import SETTING
 from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
 
@@ -79,6 +80,7 @@ def prepare_qat(
         scale_rules={name: scheme.rules for name, scheme in schemes.items()},
         training={SETTING: True} if learn_exponent else {},
     )
+    tie_fused(model)
     set_qat_config(model, config)
     _print_summary(config, chosen, left_alone)
     return model

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
+from ..numerics import ops
 from ..schemes.spec import Scheme
-from .linear_function import quantized_linear
+from .linear_function import once_for, quantized_linear
 from .tensor_quantizer import TensorQuantizer
 
 
@@ -26,6 +27,7 @@ class QuantLinear(nn.Linear):
     input_quantizer: TensorQuantizer
     output_quantizer: TensorQuantizer
     scheme_name: str
+    fused_with: tuple[QuantLinear, ...]  # layers, itself among them, that engines fuse into one matrix
 
     @property
     def scheme(self) -> Scheme:
@@ -55,11 +57,37 @@ class QuantLinear(nn.Linear):
         if weight.is_enabled and weight.scale is None and inputs.scale is None:
             spec = inputs.spec if inputs.is_enabled else None
             output = quantized_linear(
-                input, self.effective_weight(), self.bias, spec, weight.rounding, dtype, weight.learned
-            )
+                input, self.effective_weight(), self.bias, spec, weight.rounding, dtype, weight.learned,
+                self._divisor(input, dtype), self._input_divisor(), id(self.fused_with),
+            )  # fmt: skip
         else:
             output = F.linear(inputs(input.to(dtype)), weight(self.effective_weight().to(dtype)), self.bias)
         return self.output_quantizer(output)
+
+    def _divisor(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """That of the weight in formats with a tensor scale: of all layers that engines fuse with this one."""
+        fmt = self.weight_quantizer.spec.format
+        if fmt.tensor_scale is None:
+            return None
+        weights = [layer.effective_weight() for layer in self.fused_with]
+        key = fmt.name, dtype, tuple((id(weight), weight._version) for weight in weights)
+        return once_for(input, key, lambda: ops.tensor_divisor(weights, fmt.name, dtype))
+
+    def _input_divisor(self) -> torch.Tensor | None:
+        """The calibrated one of the input in formats with a tensor scale.
+
+        Raises:
+            UserError: it has not been calibrated.
+        """
+        inputs = self.input_quantizer
+        if not (inputs.is_enabled and inputs.needs_divisor):
+            return None
+        if inputs.divisor is None:
+            raise UserError(
+                f"a layer in {self.scheme_name} has no calibrated scale for its input; run "
+                "qat.layers.calibration.calibrate_inputs on some samples first"
+            )
+        return inputs.divisor
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -90,6 +118,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: b
     module.weight_quantizer = TensorQuantizer.of(scheme.weight)
     module.input_quantizer = TensorQuantizer.of(scheme.input or scheme.weight)
     module.output_quantizer = TensorQuantizer.of(scheme.weight, if_quant=False)
+    module.__dict__["fused_with"] = (module,)  # past nn.Module, which would make it a submodule of itself
     module.set_scheme(scheme)
     if learn_exponent:
         module.weight_quantizer.learn_exponents(module.weight.shape, module.weight.device)

@@ -15,22 +15,29 @@ from ..schemes.spec import TensorSpec
 class Rounding:
     """Round to the format of the spec, with straight-through gradients and no parameters of its own.
 
-    Subclasses learn something along with the weight: `learned` are their parameters.
+    Subclasses learn something along with the weight: `learned` are their parameters. Formats with a tensor scale take
+    its `divisor`, FP32 [1].
     """
 
     spec: TensorSpec
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> Quantized:
+    def quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> Quantized:
         """Codes and scales of a weight [N, K], seen in `dtype`."""
-        return ops.quantize(weight, self.spec.format.name, self.spec.rule, dtype)
+        return ops.quantize(weight, self.spec.format.name, self.spec.rule, dtype, divisor)
 
-    def values(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+    def values(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The quantized values [N, K] in `dtype`, without a gradient."""
-        return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype)
+        return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype, divisor)
 
-    def fake_quantize(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> torch.Tensor:
+    def fake_quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`values`, with gradients for the weight and what is learned."""
-        return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype)
+        return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype, divisor)
 
     def learned_gradients(
         self, grad: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor

@@ -37,6 +37,7 @@ class TensorQuantizer(nn.Module):
 
     exponent_offset: nn.Parameter | None
     scale: torch.Tensor | None
+    divisor: torch.Tensor | None  # of inputs in formats with a tensor scale, FP32 [1]: calibrated
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class TensorQuantizer(nn.Module):
             fmt = self.spec.format
             scale = torch.zeros(fmt.scale_shape(scale_shape), dtype=fmt.scale.storage, device=device)
         self.register_buffer("scale", scale)
+        self.register_buffer("divisor", None, persistent=False)  # QATConfig keeps it
 
     @classmethod
     def of(cls, spec: TensorSpec, if_quant: bool = True) -> TensorQuantizer:
@@ -112,6 +114,11 @@ class TensorQuantizer(nn.Module):
     def sym(self) -> bool:
         """Whether there is no zero point."""
         return self.spec.sym
+
+    @property
+    def needs_divisor(self) -> bool:
+        """Whether it quantizes inputs in a format with a tensor scale, which has to be calibrated."""
+        return self.if_quant and self.spec.format.tensor_scale is not None
 
     @property
     def is_enabled(self) -> bool:

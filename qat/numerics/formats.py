@@ -24,8 +24,8 @@ class Element:
 
     Attributes:
         name: such as "e2m1".
-        exponent_bits, mantissa_bits: of a floating-point number.
-        largest: magnitude of the largest finite value.
+        exponent_bits, mantissa_bits: of a floating-point number; an integer has no exponent bits.
+        largest: the largest finite value. Floating-point numbers reach as far below zero, integers one further.
         is_signed: False for scales that have no sign bit.
         storage: torch dtype of a tensor of such numbers in a checkpoint; two E2M1 codes share a byte.
     """
@@ -63,6 +63,8 @@ class Element:
 E2M1 = Element("e2m1", 2, 1, 6.0, torch.uint8)
 # E4M3: largest 1.75 * 2^8, since the code above it is NaN (OCP MX v1.0, 5.3.1).
 E4M3 = Element("e4m3", 4, 3, 448.0, torch.float8_e4m3fn)
+# INT4: -8 to 7; a checkpoint holds eight codes in a 32-bit word (compressed-tensors' pack-quantized).
+INT4 = Element("int4", 0, 3, 7.0, torch.int32)
 # E8M0: a power of two from 2^-127 to 2^127, stored as exponent + 127; 0xFF is NaN (OCP MX v1.0, 5.4.1).
 E8M0 = Element("e8m0", 8, 0, 2.0**127, torch.uint8, is_signed=False)
 BF16 = Element("bf16", 8, 7, float(torch.finfo(torch.bfloat16).max), torch.bfloat16)

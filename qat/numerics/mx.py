@@ -1,8 +1,7 @@
 """MX quantization in plain PyTorch: the executable specification that every kernel is compared with, bit for bit.
 
-No logarithm is taken. A block's exponent is the exponent field of its largest magnitude; an element is rounded to a
-multiple of 2^k, ties to even, by adding and subtracting 1.5 * 2^(23 + k): the sum has no bits below 2^k, so FP32's own
-rounding does the work. All arithmetic is FP32 and every multiplication is by a power of two, hence exact.
+No logarithm is taken. A block's exponent is the exponent field of its largest magnitude; elements.py rounds to the
+nearest element. All arithmetic is FP32 and every multiplication is by a power of two, hence exact.
 
 For finite input the results equal AutoRound's `quant_mx` (rule floor) and `quant_mx_rceil` (rule rceil) and the scales
 of compressed-tensors (rule even), except where an FP32 log2 rounds up to the next integer: there the exact exponent
@@ -14,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .codes import decode, encode
+from .elements import round_to_element
 from .formats import E2M1, E4M3, E8M0, FP32_BIAS, FP32_MANTISSA_BITS, Format, Quantized
 from .rules import MX_INPUT_RULES, MX_RULES, mantissa_threshold
 
@@ -115,16 +115,7 @@ def _shared_exponent(amax: torch.Tensor, fmt: Format, rule: str) -> torch.Tensor
 
 def _round_elements(blocks: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
     """Nearest element of `fmt` for each value, in scaled units; ties to even, saturating; NaN where the scale is."""
-    element = fmt.element
-    scaled = blocks * _power_of_two(E8M0_BIAS - scale)[..., None]
-    magnitude = scaled.abs()
-    exponent = (magnitude.view(torch.int32) >> FP32_MANTISSA_BITS) - FP32_BIAS
-    step = exponent.clamp(element.emin, element.emax) - element.mantissa_bits
-    magic = 1.5 * _power_of_two(step + FP32_MANTISSA_BITS)
-    rounded = ((magnitude + magic) - magic).clamp(max=element.largest)
-    # Adding 0.0 turns -0.0 into 0.0 and leaves the rest: a negative value that rounds to zero keeps its sign, as in
-    # AutoRound; -0.0 itself, or a value so small that scaling it underflows, does not.
-    return rounded.copysign(scaled + 0.0)
+    return round_to_element(blocks * _power_of_two(E8M0_BIAS - scale)[..., None], fmt.element)
 
 
 def _scale_back(elements: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ Formats and rules travel by name, because operator schemas know no Python object
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,17 +33,27 @@ def has_kernels(x: torch.Tensor, fmt: str) -> bool:
 
 
 @torch.library.custom_op("mx_qat::fake_quantize", mutates_args=())
-def fake_quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [..., K] -> its nearest values in the format, [..., K] in `dtype`: first `x.to(dtype)`, then rounding.
 
     The gradient passes straight through (Bengio et al., arXiv:1308.3432), in x's dtype.
+
+    Args:
+        divisor: of the whole tensor, FP32 [1], in formats with a tensor scale; default: that of x.
     """
     format_ = get_format(fmt)
-    return _function("fake_quantize", x, format_)(x, format_, rule, dtype)
+    return _function("fake_quantize", x, format_)(x, format_, rule, dtype, *_given(divisor))
+
+
+def _given(divisor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The argument that only families with a tensor scale take."""
+    return () if divisor is None else (divisor,)
 
 
 @fake_quantize.register_fake
-def _(x, fmt, rule, dtype):
+def _(x, fmt, rule, dtype, divisor=None):
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -52,29 +62,51 @@ def _remember_dtype(ctx, inputs, output):
 
 
 def _straight_through(ctx, grad):
-    return grad.to(ctx.input_dtype), None, None, None
+    return grad.to(ctx.input_dtype), None, None, None, None
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_remember_dtype)
 
 
-def quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> Quantized:
-    """x [..., K], seen in `dtype` -> codes and scales (see `formats.Quantized`)."""
-    codes, *scales = _quantize(x, fmt, rule, dtype)
-    return Quantized(codes, tuple(scales))
+def quantize(
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
+) -> Quantized:
+    """x [..., K], seen in `dtype` -> codes and scales (see `formats.Quantized`); `divisor` as in `fake_quantize`."""
+    codes, *scales = _quantize(x, fmt, rule, dtype, divisor)
+    return Quantized(codes, (*scales, *_given(divisor)))
+
+
+@torch.library.custom_op("mx_qat::tensor_divisor", mutates_args=())
+def tensor_divisor(tensors: Sequence[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    """The divisor, FP32 [1], that tensors share, seen in `dtype`, in a format with a tensor scale."""
+    largest = [torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(()) for x in tensors]
+    amax = torch.stack(largest).max().to(dtype)  # after the maximum: rounding keeps the order
+    return family_of(get_format(fmt)).tensor_divisor(amax)
+
+
+@tensor_divisor.register_fake
+def _(tensors, fmt, dtype):
+    return tensors[0].new_empty((1,), dtype=torch.float32)
 
 
 @torch.library.custom_op("mx_qat::quantize", mutates_args=())
-def _quantize(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def _quantize(
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """Codes and the scales that are not given: an operator must not return what it was given."""
     format_ = get_format(fmt)
-    return _function("quantize", x, format_)(x, format_, rule, dtype).tensors
+    tensors = _function("quantize", x, format_)(x, format_, rule, dtype, *_given(divisor)).tensors
+    return tensors if divisor is None else tensors[:-1]
 
 
 @_quantize.register_fake
-def _(x, fmt, rule, dtype):
+def _(x, fmt, rule, dtype, divisor):
     format_ = get_format(fmt)
     codes = x.new_empty(format_.code_shape(x.shape), dtype=torch.uint8)
-    return [codes, x.new_empty(format_.scale_shape(x.shape), dtype=format_.scale.storage)]
+    tensors = [codes, x.new_empty(format_.scale_shape(x.shape), dtype=format_.scale.storage)]
+    if format_.tensor_scale is not None and divisor is None:
+        tensors.append(x.new_empty((1,), dtype=torch.float32))
+    return tensors
 
 
 def dequantize(quantized: Quantized, fmt: str, dtype: torch.dtype) -> torch.Tensor:

@@ -9,6 +9,18 @@ reaches a threshold; so a rule is a single number, and one kernel serves them al
     search   floor or floor + 1, whichever gives the block the smaller squared error (ties: floor); for weights, whose
              scale is stored in the file.
 
+INT4 (a BF16 scale for a block).
+
+    absmax   amax / 7.5: compressed-tensors and AutoRound. The largest magnitude becomes 7 or -8, off by half a step.
+    search   amax / 8, amax / 7.5 or amax / 7, whichever gives the block the smallest squared error (ties: the first).
+
+NVFP4 (an E4M3 scale for a block, relative to a divisor g of the whole tensor).
+
+    absmax          e4m3(g * amax / 6), in FP32: vLLM.
+    absmax_native   the same with amax / 6 rounded to the tensor's own dtype: compressed-tensors in transformers.
+    search          that of absmax or one of its two neighbours in E4M3, whichever gives the block the smallest squared
+                    error (ties: absmax, then the larger); for weights.
+
 FP8 (a scale a row).
 
     absmax          amax / 448, scale and quotient in FP32: vLLM.
@@ -22,6 +34,9 @@ from .formats import FP32_MANTISSA_BITS, Element
 
 MX_RULES = ("floor", "even", "rceil", "search")
 MX_INPUT_RULES = ("floor", "even", "rceil")  # engines quantize activations themselves, and none of them searches
+INT4_RULES = ("absmax", "search")
+NVFP4_RULES = ("absmax", "absmax_native", "search")
+NVFP4_INPUT_RULES = ("absmax", "absmax_native")
 FP8_WEIGHT_RULES = ("absmax",)
 FP8_INPUT_RULES = ("absmax", "absmax_native")
 

@@ -21,21 +21,32 @@ PRESETS = {
         Scheme("MXFP8", _spec("mxfp8"), _spec("mxfp8")),
         Scheme("MXFP4_RCEIL", _spec("mxfp4"), _spec("mxfp4", "rceil")),
         Scheme("MXFP8_RCEIL", _spec("mxfp8"), _spec("mxfp8", "rceil")),
+        Scheme("MXFP4A16", _spec("mxfp4")),
+        Scheme("MXFP8A16", _spec("mxfp8")),
+        Scheme("MXFP4FP8", _spec("mxfp4"), _spec("fp8_token")),
+        Scheme("MXFP4FP8_G128", _spec("mxfp4"), _spec("fp8_g128")),
+        Scheme("MXFP4MXFP8", _spec("mxfp4"), _spec("mxfp8")),
+        Scheme("NVFP4", _spec("nvfp4"), _spec("nvfp4")),
+        Scheme("NVFP4A16", _spec("nvfp4")),
+        Scheme("INT4_G32", _spec("int4_g32")),
+        Scheme("INT4_G128", _spec("int4_g128")),
         Scheme("FP8", _spec("fp8_channel"), _spec("fp8_token")),
     )
 }
+ALIASES = {"W4A16": "INT4_G128", "W4A16G32": "INT4_G32"}  # AutoRound's names of the same schemes
 SCHEMES = tuple(PRESETS)
 
 
 def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule: str | None = None) -> Scheme:
-    """The preset called `name`, in any case; a rule given here replaces the preset's.
+    """The preset called `name` or that of an alias, in any case; a rule given here replaces the preset's.
 
     Raises:
         UserError: the name is not one of SCHEMES, or its formats do not have the rule.
     """
-    if not isinstance(name, str) or name.upper() not in PRESETS:
+    known = ALIASES.get(name.upper(), name.upper()) if isinstance(name, str) else None
+    if known not in PRESETS:
         raise UserError(f"quantization scheme {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
-    return PRESETS[name.upper()].with_rules(weight_scale_rule, input_scale_rule)
+    return PRESETS[known].with_rules(weight_scale_rule, input_scale_rule)
 
 
 def weight_rules() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ..numerics.formats import Format
 VIEW_DTYPE = torch.bfloat16  # weights are rounded as seen in this dtype: the forward pass under autocast, and export
 # AutoRound's name of the kind of format with the bits in it, which the reference system takes too.
 DEFAULT_BITS = 8
-_ALIASES = {"mx_fp4": ("mx_fp", 4), "mx_fp8": ("mx_fp", 8)}
+_ALIASES = {"mx_fp4": ("mx_fp", 4), "mx_fp8": ("mx_fp", 8), "nv_fp4_with_static_gs": ("nv_fp", 4)}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class TensorSpec:
         base, rule = _split_rule(data_type)
         base, named_bits = _ALIASES.get(base, (base, bits or DEFAULT_BITS))
         found = [f for f in formats().values() if f.data_type == base and f.element.bits == named_bits]
+        found = [f for f in found if block_size == (f.block or -1)] or found
         if not found or bits not in (None, named_bits):
             kinds = ", ".join(f"{f.data_type} with bits={f.element.bits}" for f in formats().values())
             raise UserError(f"data_type={data_type!r} with bits={bits} is unknown; choose one of {kinds}")
         fmt = found[0]
         if block_size not in (None, fmt.block or -1):
-            raise UserError(
-                f"block_size={block_size} is not the block size of {fmt.name}; the only choice is {fmt.block or -1}"
-            )
+            choices = " or ".join(str(f.block or -1) for f in found)
+            raise UserError(f"block_size={block_size} is not a block size of {base}; the only choice is {choices}")
         if not sym:
             raise UserError(f"sym=False is not possible: {fmt.name} is symmetric and has no zero point; use sym=True")
         return cls(fmt, rule or fmt.rules[0])

@@ -11,16 +11,30 @@ from collections.abc import Mapping
 import torch
 
 from ...numerics.codes import as_stored
-from ...numerics.formats import E2M1, E8M0, Format, Quantized
+from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
 
-# What the library calls a pair of formats of weights and inputs: the row that a new scheme adds.
-_FORMATS = {
-    ("mxfp4", "mxfp4"): "mxfp4-pack-quantized",
-    ("mxfp8", "mxfp8"): "mxfp8-quantized",
-    ("fp8_channel", "fp8_token"): "float-quantized",
+# What the library calls the layout of weights, and the formats that inputs may have beside them: rows for new schemes.
+_LAYOUTS = {
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "int4_g32": "pack-quantized",
+    "int4_g128": "pack-quantized",
+    "fp8_channel": "float-quantized",
 }
-_INPUT_RULES = {"mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native"}  # by format, in transformers
+_INPUTS: dict[str, tuple[str | None, ...]] = {
+    "mxfp4": ("mxfp4", "mxfp8", "fp8_token", "fp8_g128", None),
+    "mxfp8": ("mxfp8", None),
+    "nvfp4": ("nvfp4", None),
+    "int4_g32": (None,),
+    "int4_g128": (None,),
+    "fp8_channel": ("fp8_token",),
+}
+_INPUT_RULES = {  # by format, in transformers
+    "mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native", "fp8_g128": "absmax_native",
+    "nvfp4": "absmax_native",
+}  # fmt: skip
 
 
 class CompressedTensors:
@@ -30,9 +44,9 @@ class CompressedTensors:
 
     def can_hold(self, scheme: Scheme) -> str | None:
         """See `Dialect.can_hold`."""
-        if _key(scheme) in _FORMATS:
-            return None
         weight, inputs = _key(scheme)
+        if inputs in _INPUTS.get(weight, ()):
+            return None
         return (
             f"has weights in {weight} and inputs in {inputs or 'no format'}, for which {self.name} has no name; use "
             "one of the schemes by name"
@@ -48,12 +62,12 @@ class CompressedTensors:
         single = len(groups) == 1
         return {
             "quant_method": self.quant_method,
-            "format": _FORMATS[next(iter(groups))] if single else "mixed-precision",
+            "format": _LAYOUTS[next(iter(groups))[0]] if single else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{i}": {
                     "targets": ["Linear"] if single else names,
-                    "format": _FORMATS[key],
+                    "format": _LAYOUTS[key[0]],
                     "weights": quantization_args(schemes[key].weight.format, dynamic=False),
                     "input_activations": _input_args(schemes[key]),
                     "output_activations": None,
@@ -66,7 +80,7 @@ class CompressedTensors:
 
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
         """See `Dialect.tensor_names`."""
-        return f"{site}.{_codes_name(spec.format)}", f"{site}.weight_scale"
+        return tuple(f"{site}.{name}" for name in _names(spec.format))
 
     def input_rule(self, scheme: Scheme) -> str | None:
         """See `Dialect.input_rule`."""
@@ -84,31 +98,43 @@ class CompressedTensors:
         except ImportError as error:
             raise ImportError("verification needs a library: pip install compressed-tensors") from error
         weights = QuantizationArgs(**quantization_args(spec.format, dynamic=False))
-        name = next(name for (weight, _), name in _FORMATS.items() if weight == spec.format.name)
-        compressor = BaseCompressor.get_value_from_registry(name)
-        named = dict(zip((_codes_name(spec.format), "weight_scale"), tensors, strict=True))
+        compressor = BaseCompressor.get_value_from_registry(_LAYOUTS[spec.format.name])
+        named = dict(zip(_names(spec.format), tensors, strict=True))
         scheme = QuantizationScheme(targets=["Linear"], weights=weights)
         return compressor.decompress(named, scheme)["weight"].to(VIEW_DTYPE)
 
 
 def quantization_args(fmt: Format, dynamic: bool) -> dict:
     """The fields of compressed-tensors' `QuantizationArgs` for a format."""
-    args: dict = {"num_bits": fmt.element.bits, "type": "float"}
+    args: dict = {"num_bits": fmt.element.bits, "type": "int" if fmt.element == INT4 else "float"}
     if fmt.block is None:
         args |= {"strategy": "token" if dynamic else "channel"}
     else:
-        args |= {"strategy": "group", "group_size": fmt.block}
-    args |= {"symmetric": True, "dynamic": dynamic}
-    return args | ({"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"} if fmt.scale == E8M0 else {})
+        args |= {"strategy": "tensor_group" if fmt.tensor_scale else "group", "group_size": fmt.block}
+    if dynamic and fmt.tensor_scale:  # scales of blocks follow from the input, that of the tensor is calibrated
+        args |= {"symmetric": True, "dynamic": "local", "observer": "static_minmax"}
+    else:
+        args |= {"symmetric": True, "dynamic": dynamic}
+    stored = {E8M0: "torch.uint8", E4M3: "torch.float8_e4m3fn"}.get(fmt.scale)
+    return args | ({"scale_dtype": stored, "zp_dtype": stored} if stored else {})
 
 
 def packed_tensors(quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
-    """Codes and scales in the dtypes that the file holds."""
-    return [as_stored(quantized.codes, spec.format.element), *quantized.scales]
+    """The tensors of a site in the dtypes that the file holds, in the order of `Dialect.tensor_names`."""
+    tensors = [as_stored(quantized.codes, spec.format.element), *quantized.scales]
+    if spec.format.element == INT4:
+        tensors.append(torch.tensor(spec.format.value_shape(quantized.codes)))
+    return tensors
 
 
-def _codes_name(fmt: Format) -> str:
-    return "weight_packed" if fmt.element == E2M1 else "weight"
+def _names(fmt: Format) -> list[str]:
+    """Of the tensors of a packed weight: codes, scales from inner to outer, and the shape where the file has it."""
+    names = ["weight_packed" if fmt.element in (E2M1, INT4) else "weight", "weight_scale"]
+    if fmt.tensor_scale:
+        names.append("weight_global_scale")
+    if fmt.element == INT4:
+        names.append("weight_shape")
+    return names
 
 
 def _key(scheme: Scheme) -> tuple[str, str | None]:

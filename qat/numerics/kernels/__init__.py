@@ -4,8 +4,21 @@ A module names the formats that it SERVES and offers `is_available()`. The CPU's
 (`cpu_library.py`); the GPU's are Triton.
 """
 
-from . import cpu, cpu_fp8, triton_fp8, triton_kernels
+from . import cpu, cpu_fp8, cpu_int4, cpu_nvfp4, triton_fp8, triton_int4, triton_kernels, triton_nvfp4
 
-KERNELS = {"cpu": (cpu, cpu_fp8), "cuda": (triton_kernels, triton_fp8)}
+KERNELS = {
+    "cpu": (cpu, cpu_fp8, cpu_int4, cpu_nvfp4),
+    "cuda": (triton_kernels, triton_fp8, triton_int4, triton_nvfp4),
+}
 
-__all__ = ["KERNELS", "cpu", "cpu_fp8", "triton_fp8", "triton_kernels"]
+__all__ = [
+    "KERNELS",
+    "cpu",
+    "cpu_fp8",
+    "cpu_int4",
+    "cpu_nvfp4",
+    "triton_fp8",
+    "triton_int4",
+    "triton_kernels",
+    "triton_nvfp4",
+]

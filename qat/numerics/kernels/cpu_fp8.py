@@ -1,4 +1,4 @@
-"""The FP8 formats on the CPU: a scale a row; see `cpu_kernels.cpp`, "FP8"."""
+"""The FP8 formats on the CPU: a scale for a row, or for a block, which is a row here; see `cpu_kernels.cpp`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     """
     x, dtype = prepare(x, fmt, dtype)
     out = empty(x.shape, dtype)
-    _run("fp8_fake_quantize", x, (out,), x.shape[-1], _row_scale(fmt, rule, dtype), x.dtype, dtype)
+    _run("fp8_fake_quantize", x, (out,), fmt.block or x.shape[-1], _row_scale(fmt, rule, dtype), x.dtype, dtype)
     return out
 
 
@@ -38,7 +38,7 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     x, dtype = prepare(x, fmt, dtype)
     codes = empty(x.shape, torch.uint8)
     scale = empty(fmt.scale_shape(x.shape), torch.float32)
-    _run("fp8_quantize", x, (codes, scale), x.shape[-1], _row_scale(fmt, rule, dtype), x.dtype, dtype)
+    _run("fp8_quantize", x, (codes, scale), fmt.block or x.shape[-1], _row_scale(fmt, rule, dtype), x.dtype, dtype)
     return Quantized(codes, (scale.to(fmt.scale.storage),))  # exact: the kernel has rounded it
 
 
@@ -51,7 +51,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     codes, scale = codes.contiguous(), scale.float().contiguous()
     out = empty(codes.shape, dtype)
-    _run("fp8_dequantize", codes, (scale, out), codes.shape[-1], None, dtype)
+    _run("fp8_dequantize", codes, (scale, out), fmt.block or codes.shape[-1], None, dtype)
     return out
 
 

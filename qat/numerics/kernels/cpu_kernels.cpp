@@ -705,3 +705,8 @@ FP8_DEFINE_QUANTIZE(float16_float16, Fp16, Fp16)
 FP8_DEFINE_DEQUANTIZE(float32, Fp32)
 FP8_DEFINE_DEQUANTIZE(bfloat16, Bf16)
 FP8_DEFINE_DEQUANTIZE(float16, Fp16)
+
+// ---- INT4 and NVFP4: scales that are no powers of two, for blocks ----
+
+#include "cpu_int4.hpp"
+#include "cpu_nvfp4.hpp"

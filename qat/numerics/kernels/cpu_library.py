@@ -181,7 +181,8 @@ def _build(compiler: list[str], flags: tuple[str, ...]) -> Path:
         OSError, subprocess.CalledProcessError: the compiler could not be run, or failed.
     """
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (_SOURCE.read_text(), version, *compiler, *flags, _cpu_features())
+    sources = [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("*.hpp")))]
+    parts = (*sources, version, *compiler, *flags, _cpu_features())
     library = _cache_dir() / f"cpu_kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         # Built in a temporary folder and moved into place: several processes may start at once, and none may load a

@@ -30,7 +30,7 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     """
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch(quantize_row_kernel, (x, out, out), x, {**_rule(fmt, rule, dtype), "TO_CODES": False})
+    _launch(quantize_row_kernel, (x, out, out), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": False})
     return out
 
 
@@ -39,7 +39,7 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.float32, device=x.device)
-    _launch(quantize_row_kernel, (x, codes, scale), x, {**_rule(fmt, rule, dtype), "TO_CODES": True})
+    _launch(quantize_row_kernel, (x, codes, scale), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
     return Quantized(codes, (scale.to(fmt.scale.storage),))  # exact: the kernel has rounded it
 
 
@@ -52,7 +52,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale.float().contiguous(), out)
-    _launch(dequantize_row_kernel, tensors, codes, {"VIEW": triton_dtype(dtype)})
+    _launch(dequantize_row_kernel, tensors, codes, fmt, {"VIEW": triton_dtype(dtype)})
     return out
 
 
@@ -65,9 +65,9 @@ def _rule(fmt: Format, rule: str, dtype: torch.dtype) -> dict:
     }  # fmt: skip
 
 
-def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, options: dict) -> None:
+def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, fmt: Format, options: dict) -> None:
     if x.numel():
-        columns = x.shape[-1]
+        columns = fmt.block or x.shape[-1]  # a block is a row to the kernels
         at_a_time = min(1 << (columns - 1).bit_length(), _COLUMNS)
         options |= {"COLUMNS": at_a_time, "TILES": -(-columns // at_a_time)}
         warps = max(1, min(at_a_time // _PER_WARP, 16))

@@ -14,9 +14,19 @@ import pytest
 import torch
 from helpers import ROOT
 
-from qat.numerics import fp8, mx
+from qat.numerics import fp8, integer, mx, nvfp4
 from qat.numerics.formats import Quantized
-from qat.numerics.kernels import cpu, cpu_fp8, cpu_library, triton_fp8, triton_kernels
+from qat.numerics.kernels import (
+    cpu,
+    cpu_fp8,
+    cpu_int4,
+    cpu_library,
+    cpu_nvfp4,
+    triton_fp8,
+    triton_int4,
+    triton_kernels,
+    triton_nvfp4,
+)
 from qat.numerics.mx import FORMATS as MX
 from qat.numerics.rules import MX_RULES
 
@@ -26,6 +36,9 @@ FORMATS = pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda f: f.name)
 RULES = pytest.mark.parametrize("rule", MX_RULES)
 FP8 = [(fmt, rule) for fmt in fp8.FORMATS.values() for rule in fmt.rules]
 FP8_RULES = pytest.mark.parametrize(("fmt", "rule"), FP8, ids=[f"{fmt.name}-{rule}" for fmt, rule in FP8])
+INT4 = [(fmt, rule) for fmt in integer.FORMATS.values() for rule in fmt.rules]
+INT4_RULES = pytest.mark.parametrize(("fmt", "rule"), INT4, ids=[f"{fmt.name}-{rule}" for fmt, rule in INT4])
+(NVFP4,) = nvfp4.FORMATS.values()
 needs_cpu_kernels = pytest.mark.skipif(not cpu.is_available(), reason="the CPU kernels need a C++ compiler")
 
 
@@ -62,10 +75,10 @@ def hard_blocks(dtype: torch.dtype) -> torch.Tensor:
     return torch.cat((beside, patterns.view(-1, 32), alike, torch.full((1, 32), -0.0, dtype=dtype)))
 
 
-def hard_rows(dtype: torch.dtype) -> torch.Tensor:
-    """The same values in rows of 96, which FP8 formats take as they are."""
+def hard_rows(dtype: torch.dtype, columns: int = 96) -> torch.Tensor:
+    """The same values in longer rows, which FP8 formats take as they are."""
     blocks = hard_blocks(dtype).flatten()
-    return blocks[: len(blocks) // 96 * 96].view(-1, 96)
+    return blocks[: len(blocks) // columns * columns].view(-1, columns)
 
 
 def assert_equals_plain(plain, kernels, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
@@ -90,6 +103,19 @@ def assert_mx(kernels, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | Non
         scales = torch.where(scale == 255, 255, (scale.int() + offset).clamp(0, 254)).to(torch.uint8)
         actual = kernels.quantize_to_scale(x, scales.to(x.device), fmt, dtype)
         assert_same_bits(actual, mx.quantize_to_scale(x.cpu(), scales, fmt, dtype))
+
+
+def assert_nvfp4(kernels, x: torch.Tensor, rule: str, view: torch.dtype | None, divisor: torch.Tensor) -> None:
+    """All functions of NVFP4 under a divisor."""
+    given = NVFP4, rule, view
+    there = divisor.to(x.device)
+    expected = nvfp4.quantize(x.cpu(), *given, divisor)
+    assert_same_bits(kernels.fake_quantize(x, *given, there), nvfp4.fake_quantize(x.cpu(), *given, divisor))
+    quantized = kernels.quantize(x, *given, there)
+    for actual, tensor in zip(quantized.tensors, expected.tensors, strict=True):
+        assert_same_bits(actual.float(), tensor.float())
+    back = kernels.dequantize(quantized, NVFP4, view or x.dtype)
+    assert_same_bits(back, nvfp4.dequantize(expected, NVFP4, view or x.dtype))
 
 
 @needs_cpu_kernels
@@ -124,7 +150,28 @@ def test_cpu_kernels_dequantize_every_code_under_every_scale(dtype, fmt):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("view", [None, torch.bfloat16], ids=str)
 def test_cpu_kernels_of_fp8_equal_the_plain_functions(view, dtype, fmt, rule):
-    assert_equals_plain(fp8, cpu_fp8, hard_rows(dtype), fmt, rule, view)
+    assert_equals_plain(fp8, cpu_fp8, hard_rows(dtype, fmt.block or 96), fmt, rule, view)
+
+
+@needs_cpu_kernels
+@INT4_RULES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", [None, torch.bfloat16], ids=str)
+def test_cpu_kernels_of_int4_equal_the_plain_functions(view, dtype, fmt, rule):
+    x = hard_rows(dtype, 128)
+    assert_equals_plain(integer, cpu_int4, x, fmt, rule, view)
+    (scale,) = integer.quantize(x, fmt, rule, view).scales
+    other, x = scale.roll(1, 0), x.nan_to_num(1.0)  # a NaN has the NaN scale
+    assert_same_bits(cpu_int4.quantize_to_scale(x, other, fmt, view), integer.quantize_to_scale(x, other, fmt, view))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("rule", NVFP4.rules)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divisor", [1.0, 896.0, 3e-5, 1e30])
+def test_cpu_kernels_of_nvfp4_equal_the_plain_functions(divisor, view, dtype, rule):
+    assert_nvfp4(cpu_nvfp4, hard_rows(dtype), rule, view, torch.tensor([divisor]))
 
 
 @needs_cpu_kernels
@@ -139,7 +186,8 @@ def test_cpu_kernels_of_fp8_take_any_shape_stride_and_length_of_row():
         x.new_empty(0, 32),
     ):
         for fmt, rule in FP8:
-            assert_equals_plain(fp8, cpu_fp8, tensor, fmt, rule)
+            if fmt.fits(tensor.shape[-1]):
+                assert_equals_plain(fp8, cpu_fp8, tensor, fmt, rule)
 
 
 @needs_cpu_kernels
@@ -276,10 +324,18 @@ def compare_triton_with_reference(device: str, blocks: int) -> None:
             assert_mx(triton_kernels, x.to(device), fmt, rule, view)
     assert_mx(triton_kernels, torch.empty(0, 64, device=device), MXFP4, "floor")
     for dtype, view in ((torch.bfloat16, None), (torch.float32, torch.bfloat16), (torch.float32, None)):
-        x = hard_rows(dtype)
-        x = x[torch.randperm(len(x), generator=generator)[: blocks // 3]]
         for fmt, rule in FP8:
+            x = hard_rows(dtype, fmt.block or 96)
+            x = x[torch.randperm(len(x), generator=generator)[: blocks // 3]]
             assert_equals_plain(fp8, triton_fp8, x.to(device), fmt, rule, view)
+    for dtype, view in ((torch.bfloat16, None), (torch.float32, torch.bfloat16), (torch.float16, None)):
+        x = hard_rows(dtype, 128)
+        x = x[torch.randperm(len(x), generator=generator)[: blocks // 4]]
+        for fmt, rule in INT4:
+            assert_equals_plain(integer, triton_int4, x.to(device), fmt, rule, view)
+        for rule in NVFP4.rules:
+            for divisor in (1.0, 896.0, 1e30):
+                assert_nvfp4(triton_nvfp4, x.to(device), rule, view, torch.tensor([divisor]))
     long = torch.randn(2, 40000, generator=generator).bfloat16()  # in several tiles
     assert_equals_plain(fp8, triton_fp8, long.to(device), *FP8[1])
 

@@ -13,12 +13,22 @@ def test_presets_that_auto_round_has_too_are_the_same():
     from auto_round.schemes import PRESET_SCHEMES, preset_name_to_scheme
 
     shared = [name for name in SCHEMES if name in PRESET_SCHEMES]
-    assert shared == ["MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL"]
+    assert shared == ["MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL", "NVFP4"]
     for name in shared:
         theirs, ours = preset_name_to_scheme(name), get_scheme(name)
         assert TensorSpec.of(theirs.data_type, theirs.bits, theirs.group_size, theirs.sym) == ours.weight
         assert TensorSpec.of(theirs.act_data_type, theirs.act_bits, theirs.act_group_size, theirs.act_sym) == ours.input
-        assert (ours.weight.data_type, ours.input.data_type) == (theirs.data_type, theirs.act_data_type)
+        assert ours.weight.data_type == theirs.data_type
+        assert ours.input.data_type == theirs.act_data_type.removesuffix("4_with_static_gs")
+
+
+@pytest.mark.parametrize(("alias", "scheme"), [("W4A16", "INT4_G128"), ("w4a16g32", "INT4_G32")])
+def test_auto_rounds_names_of_integer_schemes_are_aliases(alias, scheme):
+    from auto_round.schemes import preset_name_to_scheme
+
+    theirs, ours = preset_name_to_scheme(alias.upper()), get_scheme(alias)
+    assert ours == get_scheme(scheme) and theirs.act_bits == 16 and ours.input is None
+    assert TensorSpec.of(theirs.data_type, theirs.bits, theirs.group_size, theirs.sym) == ours.weight
 
 
 def test_fp8_has_a_scale_a_channel_and_a_scale_a_token():
@@ -48,5 +58,5 @@ def test_a_name_or_rule_that_does_not_exist_is_an_error_with_the_choices(argumen
 
 
 def test_rules_of_all_schemes_are_listed_once():
-    assert weight_rules() == ("floor", "even", "rceil", "search", "absmax")
+    assert weight_rules() == ("floor", "even", "rceil", "search", "absmax", "absmax_native")
     assert input_rules() == ("floor", "even", "rceil", "absmax", "absmax_native")

@@ -1,0 +1,152 @@
+// NVFP4: E2M1 elements, an E4M3 scale for a block of 16 and a divisor of the whole tensor; bit-equal to nvfp4.py.
+//
+// Included by cpu_kernels.cpp, after cpu_int4.hpp.
+
+namespace {
+
+constexpr int kNvBlock = 16;
+const Grid kE2m1(MxFormat{4, 1, 0, 2, 6.0f, 0, 0});
+
+struct NvScale {
+    float scale;      // an E4M3 number, NaN where the block is not finite
+    float effective;  // scale over the divisor of the tensor
+};
+
+inline float nv_element(float value, float effective) {
+    const float scaled = value / effective;
+    const uint32_t magnitude = min_of(as_bits(scaled) & kMagnitude, kE2m1.max_bits);
+    const float magic = as_float(kE2m1.magic(magnitude));
+    return as_float(as_bits((as_float(magnitude) + magic) - magic) | sign_of(scaled));
+}
+
+inline uint32_t nv_code(float value, float effective) {
+    const float scaled = value / effective;
+    const uint32_t magnitude = min_of(as_bits(scaled) & kMagnitude, kE2m1.max_bits);
+    const uint32_t magic = kE2m1.magic(magnitude);
+    const uint32_t steps = as_bits(as_float(magnitude) + as_float(magic)) - magic;
+    const uint32_t binade = (magic - kE2m1.magic_offset - kE2m1.smallest_field) >> (kFp32MantissaBits - 1);
+    return (steps + binade) | sign_of(scaled) >> 28;
+}
+
+inline float nv_error(const float* values, float effective) {
+    float difference[kNvBlock];
+    for (int i = 0; i < kNvBlock; ++i) difference[i] = values[i] - nv_element(values[i], effective) * effective;
+    return pairwise_sum_of_squares<kNvBlock>(difference);
+}
+
+inline float e4m3_value(uint32_t code) {  // of a positive finite number
+    const uint32_t normal = (code << (kFp32MantissaBits - 3)) + kE4m3.smallest_field - (1u << kFp32MantissaBits);
+    return code < 8 ? static_cast<float>(static_cast<int32_t>(code)) * 0x1p-9f : as_float(normal);
+}
+
+// rule: 0 absmax, 1 absmax_native, 2 search.
+template <class View>
+inline NvScale nv_find_scale(const float* values, uint32_t amax, float divisor, int rule) {
+    if (amax >= kExponentField) return {as_float(kQuietNaN), as_float(kQuietNaN)};
+    const float sixth = as_float(amax) / 6.0f;
+    const float wanted = divisor * (rule == 1 ? rounded_to<View>(sixth) : sixth);
+    float scale = as_float(fp8_element(min_of(as_bits(wanted), kE4m3.max_bits)));
+    if (scale == 0.0f) scale = 0.125f;
+    if (rule == 2) {
+        const uint32_t code = fp8_code(as_bits(scale));
+        float least = nv_error(values, scale / divisor);
+        for (int step = 1; step >= -1; step -= 2) {
+            const float neighbour = e4m3_value(min_of(max_of(code + step, 1u), kE4m3.max_code));
+            const float error = nv_error(values, neighbour / divisor);
+            if (error < least) {
+                least = error;
+                scale = neighbour;
+            }
+        }
+    }
+    return {scale, scale / divisor};
+}
+
+template <class Stored, class View>
+void nvfp4_fake_quantize(const typename Stored::Word* x, typename View::Word* y, int64_t blocks, float divisor, int rule,
+                         int threads) {
+    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
+        for (int64_t block = first; block < first + count; ++block) {
+            float values[kNvBlock];
+            const uint32_t amax = read_block<Stored, View, kNvBlock>(x + block * kNvBlock, values);
+            const float effective = nv_find_scale<View>(values, amax, divisor, rule).effective;
+            for (int i = 0; i < kNvBlock; ++i)
+                y[block * kNvBlock + i] = static_cast<typename View::Word>(
+                    View::store(effective == effective ? as_bits(nv_element(values[i], effective) * effective) : kQuietNaN));
+        }
+    });
+}
+
+inline void nv_write_codes(const float* values, NvScale scale, uint8_t* codes) {
+    const uint32_t keep = scale.effective == scale.effective ? ~0u : 0;  // a NaN block's codes are zero
+    for (int i = 0; i < kNvBlock / 2; ++i) {
+        const uint32_t low = nv_code(values[2 * i], scale.effective);
+        const uint32_t high = nv_code(values[2 * i + 1], scale.effective);
+        codes[i] = static_cast<uint8_t>((low | high << 4) & keep);
+    }
+}
+
+template <class Stored, class View>
+void nvfp4_quantize(const typename Stored::Word* x, uint8_t* codes, uint8_t* scales, int64_t blocks, float divisor,
+                    int rule, int threads) {
+    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
+        for (int64_t block = first; block < first + count; ++block) {
+            float values[kNvBlock];
+            const uint32_t amax = read_block<Stored, View, kNvBlock>(x + block * kNvBlock, values);
+            const NvScale scale = nv_find_scale<View>(values, amax, divisor, rule);
+            scales[block] = scale.scale == scale.scale ? static_cast<uint8_t>(fp8_code(as_bits(scale.scale))) : 0x7F;
+            nv_write_codes(values, scale, codes + block * kNvBlock / 2);
+        }
+    });
+}
+
+template <class View>
+void nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, typename View::Word* y, int64_t blocks, float divisor,
+                      int threads) {
+    constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
+        for (int64_t block = first; block < first + count; ++block) {
+            const uint8_t code = scales[block];
+            const float magnitude = e4m3_value(code & 0x7Fu);
+            const float scale = (code & 0x7F) == 0x7F ? as_float(kQuietNaN) : code & 0x80 ? -magnitude : magnitude;
+            const float effective = scale / divisor;
+            float values[kNvBlock];
+            for (int i = 0; i < kNvBlock / 2; ++i) {
+                const uint8_t pair = codes[block * kNvBlock / 2 + i];
+                values[2 * i] = as_float(as_bits(kValues[pair & 7]) | (pair & 8u) << 28) * effective;
+                values[2 * i + 1] = as_float(as_bits(kValues[pair >> 4 & 7]) | (pair & 0x80u) << 24) * effective;
+            }
+            for (int i = 0; i < kNvBlock; ++i)
+                y[block * kNvBlock + i] =
+                    static_cast<typename View::Word>(View::store(effective == effective ? as_bits(values[i]) : kQuietNaN));
+        }
+    });
+}
+
+}  // namespace
+
+#define NVFP4_DEFINE_QUANTIZE(name, Stored, View)                                                                     \
+    extern "C" void nvfp4_fake_quantize_##name(const void* x, void* y, int64_t blocks, float divisor, int rule,       \
+                                               int threads) {                                                         \
+        nvfp4_fake_quantize<Stored, View>(static_cast<const Stored::Word*>(x), static_cast<View::Word*>(y), blocks,   \
+                                          divisor, rule, threads);                                                    \
+    }                                                                                                                 \
+    extern "C" void nvfp4_quantize_##name(const void* x, uint8_t* codes, uint8_t* scales, int64_t blocks,             \
+                                          float divisor, int rule, int threads) {                                     \
+        nvfp4_quantize<Stored, View>(static_cast<const Stored::Word*>(x), codes, scales, blocks, divisor, rule,       \
+                                     threads);                                                                        \
+    }
+
+#define NVFP4_DEFINE_DEQUANTIZE(name, View)                                                                           \
+    extern "C" void nvfp4_dequantize_##name(const uint8_t* codes, const uint8_t* scales, void* y, int64_t blocks,     \
+                                            float divisor, int threads) {                                             \
+        nvfp4_dequantize<View>(codes, scales, static_cast<View::Word*>(y), blocks, divisor, threads);                 \
+    }
+
+NVFP4_DEFINE_QUANTIZE(float32_float32, Fp32, Fp32)
+NVFP4_DEFINE_QUANTIZE(float32_bfloat16, Fp32, Bf16)
+NVFP4_DEFINE_QUANTIZE(bfloat16_bfloat16, Bf16, Bf16)
+NVFP4_DEFINE_QUANTIZE(float16_float16, Fp16, Fp16)
+NVFP4_DEFINE_DEQUANTIZE(float32, Fp32)
+NVFP4_DEFINE_DEQUANTIZE(bfloat16, Bf16)
+NVFP4_DEFINE_DEQUANTIZE(float16, Fp16)

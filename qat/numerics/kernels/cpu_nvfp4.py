@@ -1,0 +1,67 @@
+"""NVFP4 on the CPU: see `cpu_nvfp4.hpp`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..formats import Format, Quantized
+from ..nvfp4 import BLOCK, FORMATS, tensor_divisor
+from .cpu_library import check_dtype, check_tensor, empty, function, is_available, prepare
+
+SERVES = tuple(FORMATS)
+_RULES = {"absmax": 0, "absmax_native": 1, "search": 2}
+
+__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
+
+
+def fake_quantize(
+    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, divisor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Same arguments and bits as `nvfp4.fake_quantize`, contiguous.
+
+    Raises:
+        ValueError: an argument that these kernels cannot take.
+    """
+    x, dtype = prepare(x, fmt, dtype)
+    divisor = _of(x, dtype) if divisor is None else divisor
+    out = empty(x.shape, dtype)
+    run = function("nvfp4_fake_quantize", (x.dtype, dtype), 2, ctypes.c_int64, ctypes.c_float, *[ctypes.c_int] * 2)
+    if blocks := x.numel() // BLOCK:
+        run(x.data_ptr(), out.data_ptr(), blocks, float(divisor), _RULES[rule], torch.get_num_threads())
+    return out
+
+
+def quantize(
+    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, divisor: torch.Tensor | None = None
+) -> Quantized:
+    """Codes and scales; same arguments and bytes as `nvfp4.quantize`; raises like `fake_quantize`."""
+    x, dtype = prepare(x, fmt, dtype)
+    divisor = _of(x, dtype) if divisor is None else divisor
+    codes, scale = empty(fmt.code_shape(x.shape), torch.uint8), empty(fmt.scale_shape(x.shape), torch.float8_e4m3fn)
+    run = function("nvfp4_quantize", (x.dtype, dtype), 3, ctypes.c_int64, ctypes.c_float, *[ctypes.c_int] * 2)
+    if blocks := x.numel() // BLOCK:
+        pointers = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
+        run(*pointers, blocks, float(divisor), _RULES[rule], torch.get_num_threads())
+    return Quantized(codes, (scale, divisor))
+
+
+def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `quantize`, as `nvfp4.dequantize`."""
+    codes, (scale, divisor) = quantized.codes, quantized.scales
+    shape = fmt.value_shape(codes)
+    check_tensor(codes, (torch.uint8,))
+    check_tensor(scale, (fmt.scale.storage,))
+    fmt.check_scales(shape, scale)
+    check_dtype(dtype)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    out = empty(shape, dtype)
+    run = function("nvfp4_dequantize", (dtype,), 3, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
+    if blocks := scale.numel():
+        run(codes.data_ptr(), scale.data_ptr(), out.data_ptr(), blocks, float(divisor), torch.get_num_threads())
+    return out
+
+
+def _of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor_divisor(x.abs().max().to(dtype) if x.numel() else x.new_zeros(()))

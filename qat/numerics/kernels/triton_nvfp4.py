@@ -1,0 +1,154 @@
+"""NVFP4 on the GPU, bit-equal to `nvfp4.py`: a program takes several blocks of 16 values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..formats import Format, Quantized
+from ..nvfp4 import BLOCK, FORMATS, tensor_divisor
+from .triton_blocks import _divide, _largest_bits, _pack, _sum_of_squares, _unpack
+from .triton_device import _bits, _float, _jit, _offsets, _round, _round_to_code, _tile, _to_fp32, _to_view, tl, triton
+from .triton_fp8 import _fp8_code, _fp8_element
+from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
+
+SERVES = tuple(FORMATS)
+_ROWS, _WARPS = 64, 2  # blocks of a program: the fastest of 16 to 256 blocks and 1 to 4 warps on an H100
+
+__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
+
+
+def fake_quantize(
+    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, divisor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Same arguments and bits as `nvfp4.fake_quantize`, contiguous.
+
+    Raises:
+        ValueError: an argument that these kernels cannot take.
+    """
+    x, dtype = prepare(x, fmt, dtype)
+    divisor = _of(x, dtype) if divisor is None else divisor
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _launch(quantize_kernel, (x, out, out, divisor), x.numel(), _options(rule, dtype, to_codes=False))
+    return out
+
+
+def quantize(
+    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, divisor: torch.Tensor | None = None
+) -> Quantized:
+    """Codes and scales; same arguments and bytes as `nvfp4.quantize`; raises like `fake_quantize`."""
+    x, dtype = prepare(x, fmt, dtype)
+    divisor = _of(x, dtype) if divisor is None else divisor
+    codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
+    scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)
+    tensors = (x, codes.view(torch.int32), scale, divisor)
+    _launch(quantize_kernel, tensors, x.numel(), _options(rule, dtype, to_codes=True))
+    return Quantized(codes, (scale.view(torch.float8_e4m3fn), divisor))
+
+
+def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `quantize`, as `nvfp4.dequantize`."""
+    codes, (scale, divisor) = quantized.codes, quantized.scales
+    shape = fmt.value_shape(codes)
+    check_tensor(codes, (torch.uint8,))
+    check_tensor(scale, (fmt.scale.storage,))
+    fmt.check_scales(shape, scale)
+    check_dtype(dtype)
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    tensors = (codes.contiguous(), scale.contiguous().view(torch.uint8), out, divisor)
+    _launch(dequantize_kernel, tensors, out.numel(), {"VIEW": triton_dtype(dtype)})
+    return out
+
+
+def _of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor_divisor(x.abs().max().to(dtype) if x.numel() else x.new_zeros(()))
+
+
+def _options(rule: str, dtype: torch.dtype, to_codes: bool) -> dict:
+    native, search = rule == "absmax_native", rule == "search"
+    return {"NATIVE": native, "SEARCH": search, "TO_CODES": to_codes, "VIEW": triton_dtype(dtype)}
+
+
+def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, options: dict) -> None:
+    if blocks := values // BLOCK:
+        launch(kernel, (triton.cdiv(blocks, _ROWS),), tensors, blocks, ROWS=_ROWS, num_warps=_WARPS, **options)
+
+
+@_jit
+def _scaled(x, effective, ROWS: tl.constexpr):
+    """x over its scales, at most the largest element of either sign."""
+    scaled = _divide(x, effective, ROWS, 16)
+    magnitude = tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x40C00000)  # 6
+    return _float(magnitude | (_bits(scaled) & -0x80000000))
+
+
+@_jit
+def _effective(scale, divisor, ROWS: tl.constexpr):
+    return tl.math.div_rn(scale, tl.zeros((ROWS,), tl.float32) + divisor)
+
+
+@_jit
+def _error(x, effective, ROWS: tl.constexpr):
+    return _sum_of_squares(x - _round(_scaled(x, effective, ROWS), 0, 1, 6.0) * effective[:, None], ROWS, 16)
+
+
+@_jit
+def quantize_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    divisor_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    SEARCH: tl.constexpr,
+    TO_CODES: tl.constexpr,
+    VIEW: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    offsets = _offsets(rows, 16)
+    x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0)), VIEW))
+    divisor = tl.load(divisor_ptr)
+    amax = _largest_bits(x)
+    sixth = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 6.0)
+    if NATIVE:
+        sixth = _to_fp32(_to_view(sixth, VIEW))
+    code = _fp8_code(tl.minimum(_bits(sixth * divisor) & 0x7FFFFFFF, 0x43E00000))  # 448
+    code = tl.where(code == 0, 0x20, code)  # 0.125
+    effective = _effective(_fp8_element(code), divisor, ROWS)
+    if SEARCH:
+        least = _error(x, effective, ROWS)
+        first = code
+        for step in tl.static_range(1, -2, -2):
+            other = tl.minimum(tl.maximum(first + step, 1), 0x7E)
+            other_effective = _effective(_fp8_element(other), divisor, ROWS)
+            error = _error(x, other_effective, ROWS)
+            better = error < least
+            least = tl.where(better, error, least)
+            code = tl.where(better, other, code)
+        effective = _effective(_fp8_element(code), divisor, ROWS)
+    broken = amax >= 0x7F800000
+    effective = tl.where(broken, float("nan"), effective)
+    scaled = _scaled(x, effective, ROWS)
+    if TO_CODES:
+        tl.store(scale_ptr + rows, tl.where(broken, 0x7F, code).to(tl.uint8), mask=exists)
+        codes = tl.where(broken[:, None], 0, _round_to_code(scaled, 0, 1, 4, 7))
+        words = tl.arange(0, 2)
+        tl.store(out_ptr + rows[:, None] * 2 + words[None, :], _pack(codes, ROWS, 2), mask=exists[:, None])
+    else:
+        value = _round(scaled, 0, 1, 6.0) * effective[:, None]
+        tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])
+
+
+@_jit
+def dequantize_kernel(packed_ptr, scale_ptr, out_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, VIEW: tl.constexpr):
+    rows, exists = _tile(blocks, ROWS)
+    codes = _unpack(packed_ptr, rows, exists, ROWS, 16)
+    # As in triton_device.py: exponent and mantissa where FP32 has them, then one exact product for the biases.
+    element = _float((codes & 7) << 22) * 85070591730234615865843651857942052864.0  # 2^126
+    value = _float(_bits(element) | (codes >> 3) << 31)
+    code = tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)
+    scale = _float(_bits(_fp8_element(code & 0x7F)) | (code & 0x80) << 24)
+    effective = _effective(scale, tl.load(divisor_ptr), ROWS)
+    tl.store(out_ptr + _offsets(rows, 16), _to_view(value * effective[:, None], VIEW), mask=exists[:, None])
