@@ -28,5 +28,5 @@ def test_files_that_it_names_exist():
 def test_names_of_code_that_it_names_exist():
     names = {code.removesuffix("()") for code in CODE if re.fullmatch(r"_?[A-Z]{2,}\w*|[a-z]+(_\w+)+(\(\))?", code)}
     names -= {"PYTHON", "test_export_2"}  # of scripts/environment.sh; a bad example
-    assert {"PRESETS", "_FORMATS", "assert_equals_plain"} <= names
+    assert {"PRESETS", "_LAYOUTS", "assert_equals_plain"} <= names
     assert not [name for name in sorted(names) if not re.search(rf"\b{name}", sources())]

@@ -7,7 +7,9 @@ the unquantized model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,8 +17,12 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..numerics.families import family_of
+from .names import original_name
+from .prepare import set_qat_config
 from .quant_linear import QuantLinear
 from .sites import quantized_sites, quantizers_off
+
+DIVISOR = "input_global_scale"  # compressed-tensors' name of the divisor of a layer's inputs
 
 
 def calibrated_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -62,6 +68,7 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Mapping[str, torch.Tens
     for layer in layers.values():
         together = torch.stack([amax[id(other)] for other in layer.fused_with if id(other) in amax]).max()
         layer.input_quantizer.divisor = family_of(layer.input_quantizer.spec.format).tensor_divisor(together)
+    record_scales(model)
 
 
 def _recorder(name: str, largest: dict[str, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -72,26 +79,43 @@ def _recorder(name: str, largest: dict[str, torch.Tensor]) -> Callable[[nn.Modul
     return record
 
 
-def input_divisors(model: nn.Module) -> dict[str, float]:
-    """The divisors of a model's inputs by the names of their layers, as `QATConfig` keeps them: exact FP32 values."""
+def calibrated_scales(model: nn.Module) -> dict[str, float]:
+    """The calibrated scales of a prepared model by the names of their tensors, as `QATConfig` keeps them.
+
+    Returns:
+        Exact FP32 values; those of quantizers that are not calibrated yet are not among them.
+    """
     layers = calibrated_layers(model)
     return {
-        name: float(q.divisor) for name, layer in layers.items() if (q := layer.input_quantizer).divisor is not None
+        original_name(f"{name}.{DIVISOR}"): float(quantizer.divisor)
+        for name, layer in layers.items()
+        if (quantizer := layer.input_quantizer).divisor is not None
     }
 
 
-def set_input_divisors(model: nn.Module, divisors: Mapping[str, float]) -> None:
-    """Give the inputs of a prepared model the divisors that `input_divisors` returned.
+def set_calibrated_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
+    """Give a prepared model the scales that `calibrated_scales` returned, and let its `qat_config` have them.
 
     Raises:
         UserError: one of them is missing, is not a positive number, or belongs to no layer.
     """
-    layers = calibrated_layers(model)
-    if wrong := sorted(set(divisors) ^ set(layers)):
-        kind = "no divisor for" if wrong[0] in layers else "a divisor for the unknown layer"
-        raise UserError(f"input_divisors has {kind} {wrong[0]}; export or calibrate again")
-    for name, value in divisors.items():
-        if not 0 < value < torch.inf:
-            raise UserError(f"input_divisors: {value} of {name} is not a positive number; calibrate again")
-        quantizer = layers[name].input_quantizer
-        quantizer.divisor = torch.tensor([value], dtype=torch.float32, device=layers[name].weight.device)
+    layers = {original_name(f"{name}.{DIVISOR}"): layer for name, layer in calibrated_layers(model).items()}
+    if wrong := sorted(set(scales) ^ set(layers)):
+        kind = "lacks" if wrong[0] in layers else "have, for no layer,"
+        raise UserError(f"the calibrated scales {kind} {wrong[0]}; calibrate again")
+    for name, value in scales.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"the calibrated scale {name} is {value}, not a positive number; calibrate again")
+        layer = layers[name]
+        layer.input_quantizer.divisor = torch.tensor([value], dtype=torch.float32, device=layer.weight.device)
+    record_scales(model)
+
+
+def record_scales(model: nn.Module) -> None:
+    """Let the `qat_config` of a prepared model have its calibrated scales."""
+    set_qat_config(model, replace(model.qat_config, calibrated_scales=calibrated_scales(model)))
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether some quantizer of a prepared model has no calibrated scale yet."""
+    return any(layer.input_quantizer.divisor is None for layer in calibrated_layers(model).values())

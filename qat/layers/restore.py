@@ -9,6 +9,7 @@ from torch import nn
 
 from ..schemes.config import QATConfig
 from ..schemes.patterns import matches
+from .calibration import set_calibrated_scales
 from .learned_scales import SETTING
 from .prepare import prepare_qat, set_qat_config
 from .sites import find_sites, quantized_sites
@@ -32,6 +33,8 @@ def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool |
         set_qat_config(model, config)
     else:
         set_qat_config(model, replace(config, training={SETTING: True} if learn_exponent else {}))
+    if config.calibrated_scales:
+        set_calibrated_scales(model, config.calibrated_scales)
     return model
 
 

@@ -7,6 +7,7 @@ holds an unquantized model.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,16 @@ class QATConfig:
 
     `scale_rules` spells out, for each scheme in use, the rule of its weights and of its inputs (None where a scheme
     does not quantize inputs). `training` holds the settings by which the weights were trained, where they are not the
-    defaults; they change no result of the model.
+    defaults; they change no result of the model. `calibrated_scales` holds the scales that do not follow from weights,
+    by the names of their tensors in a packed checkpoint ("model.layers.0.mlp.down_proj.input_global_scale"): FP32
+    values, exactly.
     """
 
     mapping: dict[str, str]
     ignore: tuple[str, ...] = ("lm_head",)
     scale_rules: dict[str, dict[str, str | None]] = field(default_factory=dict)
     training: dict[str, str | bool | float] = field(default_factory=dict)
+    calibrated_scales: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: dict(_VERSIONS))
 
     @property
@@ -52,7 +56,7 @@ class QATConfig:
         return f"{schemes}; scale rules {rules}{training}"
 
     def same_training(self, other: QATConfig) -> bool:
-        """Whether a run under `other` may resume a run under this one: everything equal but the versions."""
+        """Whether a run under `other` may resume a run under this one: everything equal but versions and calibration."""
         mine, theirs = asdict(self), asdict(other)
         compared = ("mapping", "ignore", "scale_rules", "training")
         return all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)
@@ -100,6 +104,7 @@ def _check(content: dict[str, Any]) -> None:
         get_scheme(name)
     _check_rules(content.get("scale_rules", {}))
     _check_entries("training", content.get("training", {}), TRAINING)
+    _check_scales(content.get("calibrated_scales", {}))
     versions = content.get("versions", {})
     _check_entries("versions", versions, dict.fromkeys(versions, str))
 
@@ -113,6 +118,14 @@ def _check_rules(rules: Any) -> None:
         if not all(rule is None or isinstance(rule, str) for rule in chosen.values()):
             raise UserError(f"scale_rules of {name} is {shown(chosen)}; rules are texts")
         get_scheme(name).with_rules(**chosen)
+
+
+def _check_scales(scales: Any) -> None:
+    if not isinstance(scales, dict):
+        raise UserError(f"calibrated_scales is {shown(scales)}, not an object")
+    for name, value in scales.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"calibrated_scales of {name} is {shown(value)}, not a positive number; calibrate again")
 
 
 def _check_entries(field_name: str, entries: Any, types: Any) -> None:
