@@ -19,6 +19,7 @@ from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
+from training.start.calibration import ScaleRefresh, calibrate_with_data
 from training.start.end_tokens import stop_where_answers_end
 from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
@@ -58,10 +59,14 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
+    calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
         start_fingerprint=start.fingerprint, **arguments.trainer_options, **data,
     )  # fmt: skip
+    if quant_args.input_scale_refresh:
+        refresh = ScaleRefresh(trainer, data, quant_args.calibration_samples, quant_args.input_scale_refresh)
+        trainer.add_callback(refresh)
     if args.do_train:
         train(trainer, checkpoint)
     if args.do_eval:

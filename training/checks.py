@@ -27,6 +27,7 @@ from qat.files.paths import check_apart, check_model_path, make_writable
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
 from .resume.steps import check_steps
+from .start.calibration import check_refresh
 from .start.data_checks import check_fit, local_paths
 from .start.skeleton import check_length, skeleton_of
 from .start.start import Start
@@ -88,6 +89,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     with _mapping_named(quant_args.quant_mapping):
         with _silenced():  # the model itself is prepared aloud
             start.quantize(skeleton, quant_args)
+        check_refresh(skeleton, quant_args.input_scale_refresh)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         exports = args.do_train and config is not None and quant_args.export_format != "none"
         if exports:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..numerics.families import family_of
+from ..schemes.config import QATConfig
 from .names import original_name
 from .prepare import set_qat_config
 from .quant_linear import QuantLinear
@@ -32,13 +33,19 @@ def calibrated_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 @torch.no_grad()
-def calibrate_inputs(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]], total: int | None = None) -> None:
+def calibrate_inputs(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    total: int | None = None,
+    forward: Callable[..., object] | None = None,
+) -> None:
     """Set the divisors of all inputs that need one from the largest magnitudes of `batches`.
 
     Args:
         model: prepared by `prepare_qat`; models without such inputs are left as they are.
         batches: keyword arguments of the model.
         total: how many there are, for the progress bar.
+        forward: what is called with them: the model as it is wrapped for several processes; default: the model.
 
     Raises:
         UserError: no batch, or an input whose largest magnitude is 0 or not finite.
@@ -53,7 +60,7 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Mapping[str, torch.Tens
     try:
         with quantizers_off(model):
             for batch in tqdm(batches, total=total, desc="Calibrating input scales", unit=" batches"):
-                model(**batch)
+                (forward or model)(**batch)
     finally:
         model.train(was_training)
         for handle in handles:
@@ -68,7 +75,7 @@ def calibrate_inputs(model: nn.Module, batches: Iterable[Mapping[str, torch.Tens
     for layer in layers.values():
         together = torch.stack([amax[id(other)] for other in layer.fused_with if id(other) in amax]).max()
         layer.input_quantizer.divisor = family_of(layer.input_quantizer.spec.format).tensor_divisor(together)
-    record_scales(model)
+    _record(model)
 
 
 def _recorder(name: str, largest: dict[str, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -106,14 +113,14 @@ def set_calibrated_scales(model: nn.Module, scales: Mapping[str, float]) -> None
     for name, value in scales.items():
         if not 0 < value < math.inf:
             raise UserError(f"the calibrated scale {name} is {value}, not a positive number; calibrate again")
-        layer = layers[name]
-        layer.input_quantizer.divisor = torch.tensor([value], dtype=torch.float32, device=layer.weight.device)
-    record_scales(model)
+        layers[name].input_quantizer.divisor = torch.tensor([value], dtype=torch.float32)
+    _record(model)
 
 
-def record_scales(model: nn.Module) -> None:
+def _record(model: nn.Module) -> None:
     """Let the `qat_config` of a prepared model have its calibrated scales."""
-    set_qat_config(model, replace(model.qat_config, calibrated_scales=calibrated_scales(model)))
+    config: QATConfig = model.qat_config  # type: ignore[assignment]
+    set_qat_config(model, replace(config, calibrated_scales=calibrated_scales(model)))
 
 
 def needs_calibration(model: nn.Module) -> bool:

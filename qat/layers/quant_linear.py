@@ -58,22 +58,32 @@ class QuantLinear(nn.Linear):
             spec = inputs.spec if inputs.is_enabled else None
             output = quantized_linear(
                 input, self.effective_weight(), self.bias, spec, weight.rounding, dtype, weight.learned,
-                self._divisor(input, dtype), self._input_divisor(), id(self.fused_with),
+                self._divisor(input, dtype), self._input_divisor(input.device), id(self.fused_with),
             )  # fmt: skip
         else:
             output = F.linear(inputs(input.to(dtype)), weight(self.effective_weight().to(dtype)), self.bias)
         return self.output_quantizer(output)
 
     def _divisor(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """That of the weight in formats with a tensor scale: of all layers that engines fuse with this one."""
+        """That of the weight in formats with a tensor scale: of all layers that engines fuse with this one.
+
+        Raises:
+            UserError: another layer has a part of its weight only.
+        """
         fmt = self.weight_quantizer.spec.format
         if fmt.tensor_scale is None:
             return None
         weights = [layer.effective_weight() for layer in self.fused_with]
+        if any(_is_shard(weight, layer) for weight, layer in zip(weights, self.fused_with, strict=True)):
+            raise UserError(
+                f"{self.scheme_name} needs the largest weight of layers that engines fuse (q_proj, k_proj, v_proj; "
+                "gate_proj, up_proj), and FSDP shards these one by one; let it wrap whole decoder layers "
+                "(fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)"
+            )
         key = fmt.name, dtype, tuple((id(weight), weight._version) for weight in weights)
         return once_for(input, key, lambda: ops.tensor_divisor(weights, fmt.name, dtype))
 
-    def _input_divisor(self) -> torch.Tensor | None:
+    def _input_divisor(self, device: torch.device) -> torch.Tensor | None:
         """The calibrated one of the input in formats with a tensor scale.
 
         Raises:
@@ -87,6 +97,8 @@ class QuantLinear(nn.Linear):
                 f"a layer in {self.scheme_name} has no calibrated scale for its input; run "
                 "qat.layers.calibration.calibrate_inputs on some samples first"
             )
+        if inputs.divisor.device != device:
+            inputs.divisor = inputs.divisor.to(device)
         return inputs.divisor
 
     def extra_repr(self) -> str:
@@ -101,6 +113,11 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
+
+
+def _is_shard(weight: torch.Tensor, layer: nn.Linear) -> bool:
+    """Whether a weight of FSDP1 (of another shape) or of FSDP2 (a DTensor) is not gathered."""
+    return hasattr(weight, "placements") or weight.shape != (layer.out_features, layer.in_features)
 
 
 def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:

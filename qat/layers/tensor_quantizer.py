@@ -37,7 +37,9 @@ class TensorQuantizer(nn.Module):
 
     exponent_offset: nn.Parameter | None
     scale: torch.Tensor | None
-    divisor: torch.Tensor | None  # of inputs in formats with a tensor scale, FP32 [1]: calibrated
+    # Of inputs in formats with a tensor scale, FP32 [1]: calibrated. No buffer: FSDP would empty those of a model on the
+    # meta device, and QATConfig keeps it.
+    divisor: torch.Tensor | None
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class TensorQuantizer(nn.Module):
             fmt = self.spec.format
             scale = torch.zeros(fmt.scale_shape(scale_shape), dtype=fmt.scale.storage, device=device)
         self.register_buffer("scale", scale)
-        self.register_buffer("divisor", None, persistent=False)  # QATConfig keeps it
+        self.divisor = None
 
     @classmethod
     def of(cls, spec: TensorSpec, if_quant: bool = True) -> TensorQuantizer:

@@ -72,6 +72,17 @@ class QuantizationArguments:
     exponent_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the exponents, which move in whole steps; no weight decay."}
     )
+    calibration_samples: int = field(
+        default=32,
+        metadata={
+            "help": "Training samples from which the scales are calibrated that do not follow from weights: those of "
+            "NVFP4's inputs. At most 512 tokens of each are read."
+        },
+    )
+    input_scale_refresh: int = field(
+        default=0,
+        metadata={"help": "Calibrate again every so many training steps, on the same samples; 0: never."},
+    )
     log_quantization: bool = field(
         default=True,
         metadata={"help": "Log how many codes flip and oscillate and how many values saturate, by group of layers."},
@@ -94,6 +105,10 @@ class QuantizationArguments:
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
                 raise UserError(f"--{name} {rule!r} is unknown; choose one of {', '.join(choices)}")
+        if self.calibration_samples < 1:
+            raise UserError(f"--calibration_samples {self.calibration_samples} must be at least 1, such as 32")
+        if self.input_scale_refresh < 0:
+            raise UserError(f"--input_scale_refresh {self.input_scale_refresh} must be 0 (never) or a number of steps")
         if not 0 < self.exponent_learning_rate < math.inf:
             raise UserError(
                 f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0, and finite"
@@ -160,7 +175,7 @@ class QuantizationArguments:
 
     def check_unused(self) -> None:
         """Raise a UserError for a setting that has no effect where nothing is quantized."""
-        for name in ("learn_exponent", "smooth_alpha"):
+        for name in ("learn_exponent", "smooth_alpha", "calibration_samples", "input_scale_refresh"):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise UserError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "

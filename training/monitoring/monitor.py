@@ -1,8 +1,8 @@
 """Log the effects of quantization during training: oscillating codes and saturated values.
 
 A weight near the border between two grid values can be pushed across and back by every other step, and its code with it
-(Nagel et al., arXiv:2203.11086). An oscillation is a change of the quantized value whose direction is opposite to that
-of the value's last change; its frequency is a running mean with momentum 0.01, as in that paper, and a weight counts as
+(Nagel et al., arXiv:2203.11086). An oscillation is a change of the quantized value (of its element, where a scale is no
+power of two) whose direction is opposite to that of the value's last change; its frequency is a running mean with momentum 0.01, as in that paper, and a weight counts as
 oscillating while the frequency exceeds 0.005: for about 70 steps after an oscillation.
 
 Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 layers, spread over
@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 
 from qat import QuantLinear
 from qat.numerics import ops
+from qat.numerics.codes import decode
 from qat.numerics.families import family_of
-from qat.numerics.formats import Quantized
+from qat.numerics.formats import E8M0, Quantized
 from qat.schemes.spec import TensorSpec
 
 from .layer_groups import evenly_spaced, grouped_layers, local_rows
@@ -59,7 +60,7 @@ class WeightSample:
     @torch.no_grad()
     def update(self) -> None:
         """Compare the values with those of the step before."""
-        values = ops.dequantize(self.quantize()[1], self.spec.format.name, self.dtype)
+        values = _levels(self.quantize()[1], self.spec, self.dtype)
         if self.values is None:
             self.direction = torch.zeros_like(values, dtype=torch.int8)
             self.frequency = torch.zeros_like(values, dtype=torch.float32)
@@ -148,10 +149,20 @@ class QuantizationMonitor(TrainerCallback):
         def look(layer: QuantLinear, args: tuple) -> None:
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
-            quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype)
+            quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype, layer.input_quantizer.divisor)
             self.input_fractions.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
 
         return look
+
+
+def _levels(quantized: Quantized, spec: TensorSpec, dtype: torch.dtype) -> torch.Tensor:
+    """What is compared from step to step: the values [n, K] where a scale is a power of two.
+
+    Other scales follow every change of a block's maximum, and all values with them, so there it is the elements.
+    """
+    if spec.format.scale == E8M0:
+        return ops.dequantize(quantized, spec.format.name, dtype)
+    return decode(quantized.codes, spec.format.element)
 
 
 def _fraction_saturated(x: torch.Tensor, quantized: Quantized, spec: TensorSpec) -> torch.Tensor:

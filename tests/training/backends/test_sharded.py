@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from sharded_runs import Workspace
 from transformers import AutoModelForCausalLM
 
+from qat import QATConfig
+
 BACKENDS = ("ddp", "fsdp1", "fsdp2")
 QAT = {"quant_scheme": "MXFP4"}
 STAGES = {  # FP32 shows sums in another order as what they are; BF16 adds a rounding of half a percent to some of them
@@ -28,6 +30,8 @@ STAGES = {  # FP32 shows sums in another order as what they are; BF16 adds a rou
                      "eval_steps": 5}, 1e-3),
     "distill": (QAT | {"distill": True, "smooth_alpha": 0.7, "packing": True, "model_max_length": 64,
                        "max_steps": 4}, 1e-3),
+    # Scales that layers share, of weights in each step, of inputs from samples and again in training.
+    "nvfp4": ({"quant_scheme": "NVFP4", "input_scale_refresh": 3, "max_steps": 4}, 1e-3),
 }  # fmt: skip
 
 MACHINES = QAT | {"max_steps": 4}
@@ -58,6 +62,11 @@ def test_losses_and_weights_equal_those_of_one_process(workspace, backend, stage
     assert found == pytest.approx(expected, rel=STAGES[stage][1])
     assert found[0] == pytest.approx(expected[0], rel=1e-6)  # before any update, nothing can drift apart
     check_weights(workspace.weights(f"{backend}-{stage}"), workspace.weights(f"one-{stage}"))
+
+
+def test_calibrated_scales_equal_those_of_one_process(workspace, backend):
+    expected, found = (QATConfig.load(workspace.folder / f"{name}-nvfp4") for name in ("one", backend))
+    assert found.calibrated_scales == pytest.approx(expected.calibrated_scales, rel=1e-2) and found.calibrated_scales
 
 
 def check_weights(found: dict, expected: dict) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from qat import prepare_qat
+from qat.errors import UserError
 from qat.layers.finish import finished_weights
 from qat.layers.learned_scales import optimizer_settings
 from training.backends.parameter_groups import separate
@@ -56,3 +57,12 @@ def test_a_sharded_model_trains_to_the_same_bits(process_group):
     assert whole.keys() == sharded.keys() and not any("exponent_offset" in name for name in whole)
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
     assert whole_figures == sharded_figures and whole_figures["flips/mlp"] > 0
+
+
+def test_layers_that_share_a_divisor_and_are_sharded_one_by_one_are_refused(process_group):
+    model = prepare_qat(make_llama(layers=1), {torch.nn.Linear: "NVFP4A16"})
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            fully_shard(module)
+    with pytest.raises(UserError, match="let it wrap whole decoder layers"):
+        fully_shard(model)(input_ids=torch.arange(20)[None])

@@ -61,6 +61,18 @@ def test_only_changes_that_turn_back_are_oscillations():
     assert monitor.metrics()["oscillation/mlp"] == 0.0
 
 
+def test_a_scale_that_follows_its_block_is_no_flip():
+    model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False)})
+    nn.init.constant_(model["mlp"].weight, 1.0)
+    prepare_qat(model, {nn.Linear: "INT4_G32"})
+    monitor = QuantizationMonitor(model, torch.float32)
+    monitor.on_train_begin(None, STATE, None)
+    model["mlp"].weight.detach().mul_(1.1)
+    model["mlp"].weight.detach()[0, 1] = 0.5
+    monitor.on_optimizer_step(None, STATE, None)
+    assert monitor.metrics()["flips/mlp"] == pytest.approx(1 / 1024, abs=1e-6)
+
+
 def test_saturated_weights_and_inputs_are_counted():
     model, monitor = make_monitor()
     with torch.no_grad():

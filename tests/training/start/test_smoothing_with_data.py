@@ -9,14 +9,14 @@ from helpers import make_llama
 from data.sets.collating import SupervisedCollator
 from qat import prepare_qat
 from qat.transforms.smoothing import smooth
-from training.start import smoothing as calibration
+from training.start import samples, smoothing
 from training.start.smoothing import smooth_with_data
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")  # "meta" stands for a GPU
 
 
-def make_data(samples: int = 3, tokens: int = 20) -> dict:
-    ids = torch.randint(0, 50, (samples, tokens), generator=torch.Generator().manual_seed(0)).tolist()
+def make_data(count: int = 3, tokens: int = 20) -> dict:
+    ids = torch.randint(0, 50, (count, tokens), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row, "labels": row, "length": tokens} for row in ids]
     return {"train_dataset": rows, "data_collator": SupervisedCollator(0)}
 
@@ -34,12 +34,12 @@ def smoothed(data: dict) -> dict[str, torch.Tensor]:
 
 
 def test_no_more_than_the_beginning_of_each_sample_is_read(monkeypatch):
-    monkeypatch.setattr(calibration, "TOKENS", 8)
+    monkeypatch.setattr(samples, "TOKENS", 8)
     whole, short = make_data(), make_data()
     short["train_dataset"] = [{k: v[:8] for k, v in row.items() if k != "length"} for row in short["train_dataset"]]
     ours, expected = smoothed(whole), smoothed(short)
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    monkeypatch.setattr(calibration, "TOKENS", 20)
+    monkeypatch.setattr(samples, "TOKENS", 20)
     assert any(not torch.equal(value, ours[name]) for name, value in smoothed(whole).items())
 
 
@@ -65,7 +65,7 @@ def bytes_needed() -> int:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_model_to_be_sharded_computes_where_it_fits_and_comes_back(sharded, monkeypatch, fails):
-    monkeypatch.setattr(calibration, "_free_bytes", lambda device: bytes_needed())
+    monkeypatch.setattr(samples, "_free_bytes", lambda device: bytes_needed())
     data, model = make_data(), make_model()
     before, addresses = list(model.parameters()), [p.data_ptr() for p in model.parameters()]
     if fails:
@@ -75,7 +75,7 @@ def test_a_model_to_be_sharded_computes_where_it_fits_and_comes_back(sharded, mo
     else:
         smooth_with_data(model, data, 0.7, ELSEWHERE)
         expected = make_model()
-        smooth(expected, list(calibration._batches(data, CPU)), 0.7)
+        smooth(expected, list(samples.first_samples(data, CPU)), 0.7)
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
     assert sharded == [ELSEWHERE, CPU]
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
@@ -89,9 +89,9 @@ def test_a_model_that_does_not_fit_is_smoothed_on_the_cpu_with_a_warning_and_all
 ):
     seen = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    monkeypatch.setattr(calibration, "first_process_loads", lambda: loads_alone)
-    monkeypatch.setattr(calibration, "_free_bytes", lambda device: bytes_needed() - 1)
-    monkeypatch.setattr(calibration, "smooth", lambda *_args: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(samples, "first_process_loads", lambda: loads_alone)
+    monkeypatch.setattr(samples, "_free_bytes", lambda device: bytes_needed() - 1)
+    monkeypatch.setattr(smoothing, "smooth", lambda *_args: seen.append(torch.get_num_threads()))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2, 5}, raising=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def test_a_model_that_does_not_fit_is_smoothed_on_the_cpu_with_a_warning_and_all
 def test_flash_attention_is_replaced_while_smoothing_computes_in_fp32(monkeypatch):
     model, seen = make_model(), []
     model.config._attn_implementation = "flash_attention_2"
-    monkeypatch.setattr(calibration, "smooth", lambda model, *_args: seen.append(model.config._attn_implementation))
+    monkeypatch.setattr(smoothing, "smooth", lambda model, *_args: seen.append(model.config._attn_implementation))
     monkeypatch.setattr(
         type(model), "set_attn_implementation", lambda self, name: setattr(self.config, "_attn_implementation", name)
     )

@@ -1,0 +1,96 @@
+"""Calibrate the scales that do not follow from weights, such as those of NVFP4's inputs, with training samples."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainerCallback
+
+from qat import QATConfig
+from qat.errors import UserError
+from qat.layers.calibration import calibrate_inputs, calibrated_scales, needs_calibration, set_calibrated_scales
+
+from .samples import computing_in_fp32, first_samples
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate_with_data(
+    model: nn.Module, data_module: dict, samples: int, device: torch.device, checkpoint: str | Path | None = None
+) -> None:
+    """Give a prepared model its calibrated scales: those of a checkpoint, else its own, else from training samples.
+
+    All processes call this and get the scales of the first one, which under FSDP with `cpu_ram_efficient_loading` alone
+    has weights.
+
+    Args:
+        model: prepared by `prepare_qat`; one that needs no calibrated scale is left as it is.
+        data_module: from `make_supervised_data_module`.
+        samples: how many training samples are read, at most; only the beginnings of long ones.
+        device: where the model computes, see `samples.computing_in_fp32`.
+        checkpoint: that the run resumes from.
+
+    Raises:
+        UserError: the checkpoint lacks a scale, or an input is 0 or not finite in all samples.
+    """
+    if checkpoint is not None and (saved := QATConfig.load(checkpoint)) is not None:
+        if saved.calibrated_scales or needs_calibration(model):
+            set_calibrated_scales(model, saved.calibrated_scales)
+        return
+    if not needs_calibration(model):
+        return
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        with computing_in_fp32(model, device, "calibration", "give a smaller --calibration_samples"):
+            calibrate_inputs(model, first_samples(data_module, model.device, samples), samples)
+    if PartialState().num_processes > 1:
+        scales = [calibrated_scales(model)]
+        broadcast_object_list(scales)
+        set_calibrated_scales(model, scales[0])
+    logger.info("Calibrated %d scales on at most %d training samples", len(calibrated_scales(model)), samples)
+
+
+class ScaleRefresh(TrainerCallback):
+    """Calibrates again every so many optimizer steps, on the same samples, with the weights of that moment.
+
+    Args:
+        trainer: whose model is calibrated; all its processes read the same samples.
+        data_module: from `make_supervised_data_module`.
+        samples: how many training samples are read, at most.
+        every: so many optimizer steps.
+    """
+
+    def __init__(self, trainer: Trainer, data_module: dict, samples: int, every: int) -> None:
+        self.trainer, self.every = trainer, every
+        self.batches = list(first_samples(data_module, torch.device("cpu"), samples))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Before a checkpoint of this step is written, which then has the new scales."""
+        if state.global_step % self.every:
+            return
+        trainer = self.trainer
+        batches = ({name: column.to(args.device) for name, column in batch.items()} for batch in self.batches)
+        with trainer.compute_loss_context_manager():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            calibrate_inputs(model, batches, len(self.batches), forward=trainer.model_wrapped)
+
+
+def check_refresh(model: nn.Module, every: int) -> None:
+    """Refuse a refresh of scales that a prepared model does not have.
+
+    Raises:
+        UserError: as described.
+    """
+    if every and not (needs_calibration(model) or calibrated_scales(model)):
+        raise UserError(
+            f"--input_scale_refresh {every} has no effect: no layer of the model has a calibrated scale, as inputs in "
+            "NVFP4 have; leave it out"
+        )
