@@ -37,8 +37,8 @@ class TensorQuantizer(nn.Module):
 
     exponent_offset: nn.Parameter | None
     scale: torch.Tensor | None
-    # Of inputs in formats with a tensor scale, FP32 [1]: calibrated. No buffer: FSDP would empty those of a model on the
-    # meta device, and QATConfig keeps it.
+    # Of inputs in formats with a tensor scale, FP32 [1]: calibrated. No buffer, since FSDP empties those of a model on
+    # the meta device; QATConfig keeps it.
     divisor: torch.Tensor | None
 
     def __init__(

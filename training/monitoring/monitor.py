@@ -2,8 +2,9 @@
 
 A weight near the border between two grid values can be pushed across and back by every other step, and its code with it
 (Nagel et al., arXiv:2203.11086). An oscillation is a change of the quantized value (of its element, where a scale is no
-power of two) whose direction is opposite to that of the value's last change; its frequency is a running mean with momentum 0.01, as in that paper, and a weight counts as
-oscillating while the frequency exceeds 0.005: for about 70 steps after an oscillation.
+power of two) whose direction is opposite to that of the value's last change; its frequency is a running mean with
+momentum 0.01, as in that paper, and a weight counts as oscillating while the frequency exceeds 0.005: for about 70
+steps after an oscillation.
 
 Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 layers, spread over
 the depth of the model, and 16 rows of each, joined into one matrix, so that a step costs a few dozen small operations

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from qat import prepare_qat
+from qat import is_quantlinear, prepare_qat
 from qat.errors import UserError
 from qat.layers.finish import finished_weights
 from qat.layers.learned_scales import optimizer_settings
@@ -62,7 +62,7 @@ def test_a_sharded_model_trains_to_the_same_bits(process_group):
 def test_layers_that_share_a_divisor_and_are_sharded_one_by_one_are_refused(process_group):
     model = prepare_qat(make_llama(layers=1), {torch.nn.Linear: "NVFP4A16"})
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
+        if is_quantlinear(module):
             fully_shard(module)
     with pytest.raises(UserError, match="let it wrap whole decoder layers"):
-        fully_shard(model)(input_ids=torch.arange(20)[None])
+        model(input_ids=torch.arange(20)[None])
