@@ -56,7 +56,7 @@ class QATConfig:
         return f"{schemes}; scale rules {rules}{training}"
 
     def same_training(self, other: QATConfig) -> bool:
-        """Whether a run under `other` may resume a run under this one: all but versions and calibrated scales is equal."""
+        """Whether a run under `other` may resume a run under this one: versions and calibrated scales may differ."""
         mine, theirs = asdict(self), asdict(other)
         compared = ("mapping", "ignore", "scale_rules", "training")
         return all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)

@@ -36,13 +36,16 @@ from data.supervised import make_supervised_data_module
 from qat import get_scheme, is_quantlinear, prepare_qat
 from qat.errors import UserError
 from qat.files.paths import check_apart, check_model_path, make_writable
+from qat.layers.sites import quantized_sites
 from qat.schemes.spec import Scheme
 
 from ..arguments.data import DataArguments
 from ..arguments.model import ModelArguments
 from ..backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from ..losses.distillation import forward_kl, labelled_rows
+from ..start.calibration import calibrate_with_data
 from ..start.data_checks import check_fit, local_paths
+from ..start.samples import SAMPLES
 from ..start.skeleton import check_length, skeleton_of
 from ..start.smoothing import smooth_with_data
 from ..start.start import Start
@@ -144,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare(model, args)
     if args.smooth_alpha:
         smooth_with_data(model, data, args.smooth_alpha, device)
+    calibrate(model, data, args, device)
     round_weights(model)
     model.to(device)
     samples = spread_samples(data["train_dataset"], args.samples)
@@ -182,16 +186,25 @@ def check(
         )
     skeleton = skeleton_of(start)
     check_length(args.model_max_length, SensitivityArguments.model_max_length, skeleton.config)
-    with contextlib.redirect_stdout(io.StringIO()):  # the model itself is prepared aloud
+    with contextlib.redirect_stdout(io.StringIO()):  # prepare prints when the model itself is prepared
+        prepare(skeleton_of(start), args, args.wide_scheme)
         prepare(skeleton, args)
     return start, skeleton
 
 
-def prepare(model: PreTrainedModel, args: SensitivityArguments) -> None:
-    """Prepare all layers that are measured, for the narrow scheme."""
-    prepare_qat(
-        model, {torch.nn.Linear: args.narrow_scheme}, args.ignore, args.weight_scale_rule, args.input_scale_rule
-    )
+def prepare(model: PreTrainedModel, args: SensitivityArguments, scheme: str | None = None) -> None:
+    """Prepare all layers that are measured, for the narrow scheme or another."""
+    mapping = {torch.nn.Linear: scheme or args.narrow_scheme}
+    prepare_qat(model, mapping, args.ignore, args.weight_scale_rule, args.input_scale_rule)
+
+
+def calibrate(model: PreTrainedModel, data: dict, args: SensitivityArguments, device: torch.device) -> None:
+    """Calibrate the inputs of a prepared model for each scheme that needs it; it has the narrow scheme afterwards."""
+    schemes = [get_scheme(name, args.weight_scale_rule, args.input_scale_rule) for name in args.schemes]
+    for scheme in reversed(schemes):
+        for site in quantized_sites(model):
+            site.module.set_scheme(scheme)
+        calibrate_with_data(model, data, SAMPLES, device)
 
 
 def spread_samples(dataset, count: int) -> list[dict]:
