@@ -46,7 +46,7 @@ def load_tokenizer(
     if not all(
         isinstance(text, str) for text in (template.values() if isinstance(template, dict) else [template or ""])
     ):
-        raise UserError(f"{argument} {name!r} has a chat template that is no text; mend its tokenizer_config.json")
+        raise UserError(f"{argument} {name!r} has a chat template that is no text; correct its tokenizer_config.json")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

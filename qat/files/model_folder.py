@@ -49,13 +49,16 @@ def check_model_folder(name: str | Path, argument: str = "--model_name_or_path")
 
     Raises:
         UserError: there is no such folder; or it holds an adapter, pickled weights, a damaged JSON file, an index that
-            names a file outside, or a link out of the folder.
+            names a file outside, or a link out of the folder, or cannot be read.
     """
     folder = Path(name)
-    if not _is_folder(str(name)):
-        _check_hub_id(str(name), argument)
-        return None
-    check_files(folder)
+    try:
+        if not _is_folder(str(name)):
+            _check_hub_id(str(name), argument)
+            return None
+        check_files(folder)
+    except PermissionError as error:
+        raise UserError(f"{argument} {str(name)!r} cannot be read ({error}); give yourself the permission") from error
     if (folder / ADAPTER_NAME).is_file():
         raise adapter_error(name, argument, read_object(folder / ADAPTER_NAME))
     _check_pickles(folder)
@@ -153,7 +156,9 @@ def listing(folder: Path) -> str:
 def _is_folder(name: str) -> bool:
     try:
         return bool(name) and Path(name).is_dir()
-    except OSError:  # a name too long, or a folder that must not be entered
+    except PermissionError:
+        raise
+    except OSError:  # a name too long
         return False
 
 

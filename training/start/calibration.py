@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +15,15 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
 
-from qat import QATConfig
+from data.supervised import make_supervised_data_module
+from data.tokenizer import load_tokenizer
+from qat import QATConfig, prepare_qat
+from qat.checkpoints.load import load_plain
 from qat.errors import UserError
 from qat.layers.calibration import calibrate_inputs, calibrated_scales, needs_calibration, set_calibrated_scales
 
-from .samples import computing_in_fp32, first_samples
+from ..backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
+from .samples import SAMPLES, TOKENS, computing_in_fp32, first_samples
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -56,6 +63,41 @@ def calibrate_with_data(
         broadcast_object_list(scales)
         set_calibrated_scales(model, scales[0])
     logger.info("Calibrated %d scales on at most %d training samples", len(calibrated_scales(model)), samples)
+
+
+def scales_of_checkpoint(
+    folder: str | Path,
+    scheme: str | Mapping[str, str],
+    ignore: Iterable[str],
+    dataset: str,
+    samples: int = SAMPLES,
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """The calibrated scales of an unquantized checkpoint for a scheme, as `export_checkpoint` takes them.
+
+    Args:
+        folder: a local folder.
+        scheme: a name or a mapping, as in `prepare_qat`; so is `ignore`.
+        dataset: whose first training samples are read, see `data.sources.readers.HELP`.
+        samples: how many of them, at most; only their beginnings.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Returns:
+        Exact FP32 values by the names of tensors.
+
+    Raises:
+        UserError: the model, the data or the scheme cannot be used.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    if device.type == "cpu" and is_needed():
+        use_fast_bfloat16()
+    tokenizer = load_tokenizer(str(folder), TOKENS, "SRC", trust_remote_code=trust_remote_code)
+    data = make_supervised_data_module(dataset, tokenizer, eval_dataset="none", evaluate=False)
+    model = load_plain(folder, "SRC", trust_remote_code=trust_remote_code).to(device)
+    with contextlib.redirect_stdout(io.StringIO()):  # messages about training
+        prepare_qat(model, {torch.nn.Linear: scheme} if isinstance(scheme, str) else scheme, ignore)
+    calibrate_inputs(model, first_samples(data, device, samples), samples)
+    return calibrated_scales(model)
 
 
 class ScaleRefresh(TrainerCallback):
