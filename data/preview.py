@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qat.errors import UserError, reported_in_one_line
-from qat.files.paths import check_model_path, make_writable
+from qat.files.paths import make_writable
 
 from .bad_samples import POLICIES
 from .command_line import DataclassParser
@@ -57,7 +57,6 @@ class PreviewArguments:
             raise UserError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if self.count < 1:
             raise UserError(f"--count {self.count} shows nothing; give a positive number")
-        check_model_path("--model_name_or_path", self.model_name_or_path, has_config=False)
         if self.data_cache_dir is not None:
             make_writable("--data_cache_dir", self.data_cache_dir)
         if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():

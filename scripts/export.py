@@ -22,7 +22,7 @@ from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.errors import RunFault, UserError, report, reported_in_one_line  # noqa: E402
 from qat.files.atomic import check_target  # noqa: E402
-from qat.files.paths import check_model_path  # noqa: E402
+from qat.files.model_folder import check_model_folder  # noqa: E402
 from qat.schemes.mapping_file import DEFAULT_IGNORE  # noqa: E402
 from qat.schemes.patterns import HELP as PATTERNS  # noqa: E402
 
@@ -115,7 +115,7 @@ def check_folders(args: argparse.Namespace) -> None:
     """
     for name, folder in (("SRC", args.source_folder), ("--verify", args.verify), ("--source", args.source)):
         if folder is not None:
-            check_model_path(name, folder)
+            check_model_folder(folder, name)
     if args.target is not None:
         if not args.target.strip():
             raise UserError("DST is empty; give the new folder for the packed checkpoint")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from data import preview
 from qat.checkpoints.pack import export_checkpoint
 from qat.errors import UserError
+from qat.files.model_folder import check_model_folder
 from training.arguments.model import ModelArguments
 from training.start.start import Start, load_model
 from training.teachers.load import load_teacher
@@ -313,3 +314,12 @@ def test_a_packed_folder_that_is_damaged_is_refused_by_every_tool(sound, tmp_pat
     change(folder)
     for tool in PACKED:
         check(tool, folder, message)
+
+
+def test_a_folder_that_may_not_be_entered_is_named(monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", denied)
+    with pytest.raises(UserError, match="--model_name_or_path '/models/m' cannot be read .*Permission denied"):
+        check_model_folder("/models/m")

@@ -22,7 +22,8 @@ from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
-from qat.files.paths import check_apart, check_model_path, make_writable
+from qat.files.model_folder import check_model_folder
+from qat.files.paths import check_apart, make_writable
 
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
@@ -47,10 +48,10 @@ def check_paths(arguments: Arguments) -> None:
         UserError: as described. An evaluation may write into the folder of its model: it makes a new folder there.
     """
     model_args, args, data_args, _, distill_args = arguments
-    check_model_path("--model_name_or_path", model_args.model_name_or_path, model_args.gguf_file is None)
+    check_model_folder(model_args.model_name_or_path)
     teacher = distill_args.teacher_model_name_or_path
     if teacher is not None:
-        check_model_path("--teacher_model_name_or_path", teacher)
+        check_model_folder(teacher, TEACHER_ARGUMENT)
     inputs = [("--dataset", path) for path in local_paths(data_args.dataset)]
     inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
     if args.do_train:
@@ -87,7 +88,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         if distill_args.teacher_model_name_or_path is not None:
             _check_teacher(start, skeleton, distill_args.teacher_model_name_or_path)
     with _mapping_named(quant_args.quant_mapping):
-        with _silenced():  # the model itself is prepared aloud
+        with _silenced():  # that of the model itself is printed
             start.quantize(skeleton, quant_args)
         check_refresh(skeleton, quant_args.input_scale_refresh)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))

@@ -166,7 +166,12 @@ def _check_hub_id(name: str, argument: str) -> None:
     if len(name) < 256 and Path(name).is_file():
         raise UserError(f"{argument} {name!r} is a file; give the folder of a Hugging Face checkpoint, or a hub id")
     if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID or ".." in name or "--" in name:
-        raise UserError(f"{argument} {shown(name)} is neither a folder nor a hub id such as HuggingFaceTB/SmolLM2-135M")
+        neither = "is neither a folder nor a hub id such as HuggingFaceTB/SmolLM2-135M"
+        if not name.strip():
+            raise UserError(f"{argument} is empty; {shown(name)} {neither}")
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"{argument} {shown(name)} does not exist, so it {neither}")
+        raise UserError(f"{argument} {shown(name)} {neither}")
 
 
 def _check_links(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Paths that a user gives, checked before any work: a model to read, a place to write, and that the two are apart."""
+"""Paths that a user gives, checked before any work: places to write, and that they are apart from what is read."""
 
 from __future__ import annotations
 
@@ -9,38 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-_CONFIG_NAME, _ADAPTER_NAME = "config.json", "adapter_config.json"
 _PROBE_BYTES = 4096
-
-
-def check_model_path(argument: str, name: str, has_config: bool = True) -> None:
-    """Refuse what is neither a model's folder nor a name that the hub can know.
-
-    Args:
-        argument: its name on the command line.
-        name: a local folder or a hub id.
-        has_config: False for a folder of GGUF files, which needs no config.json.
-
-    Raises:
-        UserError: the name is empty, or is the path of a file, of a missing folder or of one without config.json.
-    """
-    given = f"{argument} {name!r}"
-    if not name.strip():
-        raise UserError(f"{argument} is empty; give the folder of a Hugging Face model, or its id on the hub")
-    try:
-        os.stat(name)
-    except (FileNotFoundError, NotADirectoryError):
-        if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
-            raise UserError(
-                f"{given} does not exist; give the folder of a Hugging Face model, or its id on the hub"
-            ) from None
-        return
-    except (OSError, ValueError):
-        return  # who opens it says why it cannot
-    if os.path.isfile(name):
-        raise UserError(f"{given} is a file; give the folder of a Hugging Face model")
-    if has_config and not any(os.path.isfile(Path(name, file)) for file in (_CONFIG_NAME, _ADAPTER_NAME)):
-        raise UserError(f"{given} has no {_CONFIG_NAME}; give the folder of a Hugging Face model")
 
 
 def check_apart(argument: str, output: str | Path, inputs: Iterable[tuple[str, str | Path]]) -> None:

@@ -67,7 +67,7 @@ def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> Non
     """Refuse a metric that an evaluation here does not have, and to prefer its higher values.
 
     Raises:
-        UserError: as said.
+        UserError: as described.
     """
     metric = args.metric_for_best_model
     if metric is None:

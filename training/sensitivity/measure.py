@@ -35,7 +35,8 @@ from data.sets.packing import check_packing
 from data.supervised import make_supervised_data_module
 from qat import get_scheme, is_quantlinear, prepare_qat
 from qat.errors import UserError
-from qat.files.paths import check_apart, check_model_path, make_writable
+from qat.files.model_folder import check_model_folder
+from qat.files.paths import check_apart, make_writable
 from qat.layers.sites import quantized_sites
 from qat.schemes.spec import Scheme
 
@@ -171,7 +172,7 @@ def check(
     name = model_args.model_name_or_path
     if data_args.streaming:
         raise UserError("--streaming True: samples are chosen evenly spread over the training set; leave it out")
-    check_model_path("--model_name_or_path", name, model_args.gguf_file is None)
+    check_model_folder(name)
     inputs = [("--dataset", p) for spec in (data_args.dataset, data_args.eval_dataset) for p in local_paths(spec)]
     check_apart("--output_dir", args.output_dir, [("--model_name_or_path", name), *inputs])
     make_writable("--output_dir", args.output_dir)
