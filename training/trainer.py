@@ -25,6 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.conversations.formatting import IGNORE_INDEX
 from qat import QATConfig
+from qat.layers.calibration import set_calibrated_scales
 from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned_scales import check_compute_dtype
 
@@ -326,6 +327,11 @@ class QATTrainer(FaultTolerantTrainer):
         round_parameters(self.model, self.saved_dtypes.by_name)
 
     # ---- Saving ----
+
+    def _weights_were_loaded(self, checkpoint: Path) -> None:
+        saved, model = QATConfig.load(checkpoint), self.accelerator.unwrap_model(self.model)
+        if saved is not None and saved.calibrated_scales:
+            set_calibrated_scales(model, saved.calibrated_scales)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a complete checkpoint in the original dtype to `output_dir` (default: `args.output_dir`).

@@ -81,6 +81,11 @@ OVERRIDES: tuple[Override, ...] = (
         "The best checkpoint is loaded only if its manifest finds it complete.",
     ),
     Override(
+        "_load_from_checkpoint",
+        "(self, resume_from_checkpoint, model=None)",
+        "Calibrated scales are those of the checkpoint, as its weights are.",
+    ),
+    Override(
         "_load_optimizer_and_scheduler",
         "(self, checkpoint)",
         "accelerate loads a sharded FSDP1 optimizer into tensors that must exist already.",

@@ -277,6 +277,14 @@ class FaultTolerantTrainer(Trainer):
             logger.warning("the best checkpoint is not loaded, the last weights stay: %s: %s", best, sum(faults, []))
             return
         super()._load_best_model()
+        self._weights_were_loaded(best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._weights_were_loaded(Path(resume_from_checkpoint))
+
+    def _weights_were_loaded(self, checkpoint: Path) -> None:
+        """What belongs to the weights of a checkpoint and is no tensor is taken from there too."""
 
     def _finalize_training(self, *args, **kwargs):
         """Trainer's own, over all steps of the run, and without deleting the newest checkpoint."""

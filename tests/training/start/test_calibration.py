@@ -69,6 +69,17 @@ def run(folder: Path, output: str, *flags: str) -> None:
     )  # fmt: skip
 
 
+def test_the_best_checkpoint_brings_its_scales(tmp_path):
+    save_llama(tmp_path / "model")
+    write_conversations(tmp_path / "data.jsonl")
+    best = ("--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", "2", "--do_eval", "True")
+    run(tmp_path, "best", *best, "--metric_for_best_model", "loss", "--learning_rate", "0.3")  # which only gets worse
+    saved, first, last = (
+        QATConfig.load(tmp_path / "best" / name).calibrated_scales for name in (".", "checkpoint-2", "checkpoint-4")
+    )
+    assert saved == first != last
+
+
 def test_a_resumed_run_has_the_scales_of_its_checkpoint_and_ends_as_if_it_had_never_stopped(tmp_path):
     save_llama(tmp_path / "model")
     write_conversations(tmp_path / "data.jsonl")
