@@ -73,7 +73,8 @@ def test_the_best_checkpoint_brings_its_scales(tmp_path):
     save_llama(tmp_path / "model")
     write_conversations(tmp_path / "data.jsonl")
     best = ("--load_best_model_at_end", "True", "--eval_strategy", "steps", "--eval_steps", "2", "--do_eval", "True")
-    run(tmp_path, "best", *best, "--metric_for_best_model", "loss", "--learning_rate", "0.3")  # which only gets worse
+    worse = ("--learning_rate", "1.0", "--lr_scheduler_type", "constant")
+    run(tmp_path, "best", *best, "--metric_for_best_model", "loss", *worse)
     saved, first, last = (
         QATConfig.load(tmp_path / "best" / name).calibrated_scales for name in (".", "checkpoint-2", "checkpoint-4")
     )
