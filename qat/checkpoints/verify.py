@@ -68,9 +68,9 @@ def verify(
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
-    model, _ = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
+    model, config = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
     sites = quantized_sites(model)
-    count = compare_weights(packed, checkpoint, sites, dialect)
+    count = compare_weights(packed, checkpoint, sites, dialect, config.calibrated_scales)
     verdict: dict[str, Any] = {
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
