@@ -41,6 +41,9 @@ class Dialect(Protocol):
     def input_rule(self, scheme: Scheme) -> str | None:
         """The scale rule that transformers applies to inputs when it loads the checkpoint; None: not quantized."""
 
+    def logits_differ(self, scheme: Scheme) -> str | None:
+        """Why the logits of transformers are not bit-equal to those of the scheme, under no rule; None if they are."""
+
     def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
         """What `vllm serve` must be told beside the folder, because the file cannot hold it; mostly nothing."""
 

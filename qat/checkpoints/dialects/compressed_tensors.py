@@ -92,6 +92,10 @@ class CompressedTensors:
         """See `Dialect.input_rule`."""
         return None if scheme.input is None or self.serve_options([scheme]) else _INPUT_RULES[scheme.input.format.name]
 
+    def logits_differ(self, scheme: Scheme) -> str | None:
+        """See `Dialect.logits_differ`."""
+        return None
+
     def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
         """See `Dialect.serve_options`."""
         return next((_ON_THE_COMMAND_LINE[key] for key in map(_key, schemes) if key in _ON_THE_COMMAND_LINE), [])
