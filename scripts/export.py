@@ -2,6 +2,7 @@
 
 python scripts/export.py SRC DST                          # a QAT folder: its own scheme
 python scripts/export.py SRC DST --quant_scheme MXFP4     # any BF16 checkpoint: round to nearest (RTN)
+python scripts/export.py SRC DST --quant_scheme NVFP4 --dataset chats.jsonl   # the same, inputs calibrated on the data
 python scripts/export.py --verify DST [--source SRC]      # compare again, later
 """
 
@@ -14,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qat import SCHEMES  # noqa: E402
+from qat import SCHEMES, QATConfig, get_scheme  # noqa: E402
 from qat.checkpoints.dialects import EXPORT_FORMATS  # noqa: E402
+from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
@@ -25,6 +27,9 @@ from qat.files.atomic import check_target  # noqa: E402
 from qat.files.model_folder import check_model_folder  # noqa: E402
 from qat.schemes.mapping_file import DEFAULT_IGNORE  # noqa: E402
 from qat.schemes.patterns import HELP as PATTERNS  # noqa: E402
+from qat.schemes.presets import scheme_name  # noqa: E402
+
+SAMPLES = 32  # to calibrate on, as main.py does
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,9 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("qat").setLevel(logging.INFO)
     try:
         if args.verify is None:
+            scales = calibrated(args)
+            dataset = args.dataset if scales is None else None  # the model was not trained on what calibrates it
             export_checkpoint(
                 args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
-                CardFacts(args.base_model, args.dataset), args.trust_remote_code,
+                CardFacts(args.base_model, dataset), args.trust_remote_code, scales,
             )  # fmt: skip
         if args.verify is not None or not args.no_verify:
             verify(
@@ -64,14 +71,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("source_folder", metavar="SRC", nargs="?", help="a checkpoint in BF16, from QAT or plain")
     parser.add_argument("target", metavar="DST", nargs="?", help="the new folder for the packed checkpoint")
     parser.add_argument("--format", default=EXPORT_FORMATS[0], choices=EXPORT_FORMATS)
-    parser.add_argument("--quant_scheme", type=str.upper, choices=SCHEMES, help="default: as SRC was trained")
+    parser.add_argument(
+        "--quant_scheme", metavar="SCHEME", help=f"one of {', '.join(SCHEMES)}; default: as SRC was trained"
+    )
     parser.add_argument(
         "--ignore", nargs="*", metavar="PATTERN",
         help=f"layers to leave in BF16, with --quant_scheme: {PATTERNS}; default {', '.join(DEFAULT_IGNORE)}",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a packed checkpoint in DST")
     parser.add_argument("--base_model", help="for the model card: the model that training began from")
-    parser.add_argument("--dataset", help="for the model card: what it was trained on")
+    parser.add_argument(
+        "--dataset",
+        help="what SRC was trained on, for the model card; with a --quant_scheme whose inputs have calibrated scales "
+        "(NVFP4): a dataset of main.py, to calibrate on",
+    )
+    parser.add_argument(
+        "--calibration_samples", type=int, help=f"samples of --dataset to calibrate on (default {SAMPLES})"
+    )
     parser.add_argument("--verify", metavar="DIR", help="only compare the packed checkpoint in DIR with its source")
     parser.add_argument("--source", metavar="SRC", help="with --verify: the source, where it is not recorded in DIR")
     parser.add_argument("--weights_only", action="store_true", help="verify weights, load no model for logits")
@@ -87,13 +103,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    """Raise a UserError for arguments without effect."""
+    """Raise a UserError for an unknown scheme and for arguments without effect."""
+    if args.quant_scheme is not None:
+        args.quant_scheme = scheme_name(args.quant_scheme, "--quant_scheme")
+    if args.calibration_samples is not None and args.calibration_samples < 1:
+        raise UserError(f"--calibration_samples {args.calibration_samples} must be at least 1, such as {SAMPLES}")
     if (args.verify is None) == (args.target is None):
         raise UserError("give SRC and DST to export, or --verify DIR")
     given = {name for name, value in vars(args).items() if value not in (None, False)}
     if args.format != EXPORT_FORMATS[0] and args.verify is not None:
         raise UserError(f"--format {args.format} has no effect with --verify, which only compares; leave it out")
-    for name in ("quant_scheme", "ignore", "overwrite", "base_model", "dataset", "no_verify"):
+    for name in ("quant_scheme", "ignore", "overwrite", "base_model", "dataset", "calibration_samples", "no_verify"):
         if args.verify is not None and name in given:
             raise UserError(f"--{name} has no effect with --verify, which only compares; leave it out")
     if args.source is not None and args.verify is None:
@@ -105,6 +125,37 @@ def _check_together(args: argparse.Namespace) -> None:
             f"--ignore {' '.join(args.ignore)} has no effect without --quant_scheme: the layers that SRC was trained "
             "without stay in BF16; give --quant_scheme too, or leave --ignore out"
         )
+
+
+def calibrated(args: argparse.Namespace) -> dict[str, float] | None:
+    """The calibrated scales of SRC for --quant_scheme, from --dataset; None where it has them or needs none.
+
+    Raises:
+        UserError: they are needed, and there is no --dataset; or --calibration_samples has no effect.
+    """
+    source = CheckpointFolder.open(args.source_folder, "SRC")
+    saved = QATConfig.load(source.path)
+    needs = args.quant_scheme is not None and get_scheme(args.quant_scheme).has_calibrated_scales
+    if needs and saved is not None and saved.calibrated_scales and args.dataset is None:
+        return None
+    if needs and args.dataset is None:
+        raise UserError(
+            f"--quant_scheme {args.quant_scheme} quantizes inputs under calibrated scales, and SRC has none; give "
+            "--dataset, such as chats.jsonl, to calibrate on"
+        )
+    if not needs:
+        if args.calibration_samples is not None:
+            raise UserError(
+                f"--calibration_samples {args.calibration_samples} has no effect: nothing is calibrated without a "
+                "--quant_scheme whose inputs have calibrated scales (NVFP4); leave it out"
+            )
+        return None
+    from training.start.calibration import scales_of_checkpoint
+
+    return scales_of_checkpoint(
+        source.path, args.quant_scheme, args.ignore, args.dataset, args.calibration_samples or SAMPLES,
+        args.trust_remote_code,
+    )  # fmt: skip
 
 
 def check_folders(args: argparse.Namespace) -> None:

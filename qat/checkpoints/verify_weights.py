@@ -49,8 +49,11 @@ def compare_weights(
     """Compare all tensors of `packed` with those expected from `checkpoint` and the calibrated scales."""
     count, held, by_tensor = WeightCount(), packed.names, {site.tensor: site for site in sites}
     divisors = weight_divisors(checkpoint, sites)
-    calibrated = {name: scale for scales in calibrated_tensors(checkpoint, calibrated_scales).values()
-                  for name, scale in scales.items()}
+    calibrated = {
+        name: scale
+        for scales in calibrated_tensors(checkpoint, calibrated_scales).values()
+        for name, scale in scales.items()
+    }
 
     def names_of(tensor: str) -> tuple[str, ...]:
         site = by_tensor.get(tensor)

@@ -13,7 +13,7 @@ from ..schemes.config import QATConfig
 from ..schemes.mapping_file import DEFAULT_IGNORE
 from ..schemes.patterns import HELP as PATTERN_HELP
 from ..schemes.patterns import matches
-from ..schemes.presets import get_scheme
+from ..schemes.presets import get_scheme, scheme_name
 from ..schemes.spec import Scheme
 from .fused import tie_fused
 from .learned_scales import SETTING
@@ -59,7 +59,7 @@ def prepare_qat(
     """
     if mapping is not None and not isinstance(mapping, Mapping):
         raise UserError(f"mapping={mapping!r} does not map layers to schemes, as {{torch.nn.Linear: 'MXFP4'}} does")
-    by_name = {_normalize_key(key): scheme.upper() for key, scheme in (mapping or DEFAULT_MAPPING).items()}
+    by_name = {_normalize_key(key): scheme_name(name) for key, name in (mapping or DEFAULT_MAPPING).items()}
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     schemes = {name: get_scheme(name, weight_scale_rule, input_scale_rule) for name in dict.fromkeys(by_name.values())}
     for name, rules in (scale_rules or {}).items():

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError
 from ..files.json_file import read_json
 from .patterns import check_patterns
-from .presets import SCHEMES
+from .presets import scheme_name
 
 DEFAULT_IGNORE = ("lm_head",)
 
@@ -29,13 +29,15 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     mapping = content.get("mapping", content) if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(value, str) for value in mapping.values()):
         raise UserError(f"the mapping file {str(path)!r} holds no mapping from layers to schemes; {expected}")
-    if unknown := sorted({value for value in mapping.values() if value.upper() not in SCHEMES}):
-        raise UserError(f"the mapping file {str(path)!r} names {unknown[0]!r}; choose one of {', '.join(SCHEMES)}")
+    try:
+        mapping = {key: scheme_name(value) for key, value in mapping.items()}
+    except UserError as error:
+        raise UserError(f"the mapping file {str(path)!r}: {error}") from error
     ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
     if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
         raise UserError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
     check_patterns([*mapping, *ignore])
-    return {key: scheme.upper() for key, scheme in mapping.items()}, tuple(ignore)
+    return mapping, tuple(ignore)
 
 
 def load_measurement(path: str | Path) -> dict[str, object]:

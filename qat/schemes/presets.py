@@ -43,10 +43,19 @@ def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule
     Raises:
         UserError: the name is not one of SCHEMES, or its formats do not have the rule.
     """
+    return PRESETS[scheme_name(name)].with_rules(weight_scale_rule, input_scale_rule)
+
+
+def scheme_name(name: str, what: str = "quantization scheme") -> str:
+    """The name of a preset, from it or an alias in any case; `what` is what messages call it.
+
+    Raises:
+        UserError: there is no such preset.
+    """
     known = ALIASES.get(name.upper(), name.upper()) if isinstance(name, str) else None
     if known not in PRESETS:
-        raise UserError(f"quantization scheme {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
-    return PRESETS[known].with_rules(weight_scale_rule, input_scale_rule)
+        raise UserError(f"{what} {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
+    return known
 
 
 def weight_rules() -> tuple[str, ...]:

@@ -136,6 +136,11 @@ class Scheme:
         return replace(self, weight=self.weight.with_rule(weight), input=spec)
 
     @property
+    def has_calibrated_scales(self) -> bool:
+        """Whether inputs are quantized under a scale that does not follow from them: that of a whole tensor."""
+        return self.input is not None and self.input.format.tensor_scale is not None
+
+    @property
     def rules(self) -> dict[str, str | None]:
         """{"weight": RULE, "input": RULE or None}, as `QATConfig.scale_rules` keeps them."""
         return {"weight": self.weight.rule, "input": None if self.input is None else self.input.rule}

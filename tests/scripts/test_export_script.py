@@ -7,10 +7,11 @@ import os
 import signal
 
 import pytest
-from helpers import ROOT, save_llama
+from helpers import ROOT, save_llama, write_conversations
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qat import QATConfig
 from qat.errors import UserError
 from qat.processes import ended_by_signals
 
@@ -29,6 +30,16 @@ def test_any_bf16_checkpoint_is_packed_verified_and_verified_again(script, tmp_p
     source, target = str(save_llama(tmp_path / "source")), str(tmp_path / "packed")
     assert script.main([source, target, "--quant_scheme", "mxfp4", "--weights_only"]) == 0
     assert script.main(["--verify", target, "--weights_only"]) == 0  # the source is recorded
+
+
+def test_a_plain_checkpoint_is_calibrated_on_a_dataset(script, tmp_path):
+    source, target = str(save_llama(tmp_path / "source", layers=1)), tmp_path / "packed"
+    write_conversations(tmp_path / "data.jsonl")
+    flags = ["--quant_scheme", "nvfp4", "--dataset", str(tmp_path / "data.jsonl"), "--weights_only"]
+    assert script.main([source, str(target), *flags, "--calibration_samples", "3"]) == 0
+    with safe_open(target / "model.safetensors", "pt") as file:
+        scales = {n: float(file.get_tensor(n)) for n in file.keys() if n.endswith(".input_global_scale")}  # noqa: SIM118
+    assert len(scales) == 7 and scales == QATConfig.load(target).calibrated_scales
 
 
 def test_a_mistake_is_an_error_of_the_user_and_a_failed_proof_is_exit_status_1(script, tmp_path, capsys):

@@ -12,7 +12,7 @@ from qat.errors import UserError
 from qat.layers.learned_scales import optimizer_settings
 from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
-from qat.schemes.presets import input_rules, weight_rules
+from qat.schemes.presets import input_rules, scheme_name, weight_rules
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +132,7 @@ class QuantizationArguments:
             if self.weight_scale_rule or self.input_scale_rule:
                 raise UserError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
             return
-        if self.quant_scheme.upper() not in SCHEMES:
-            raise UserError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
-        self.quant_scheme = self.quant_scheme.upper()
+        self.quant_scheme = scheme_name(self.quant_scheme, "--quant_scheme")
         self._check_rules(self.quant_scheme)
 
     def _check_rules(self, *schemes: str) -> None:
