@@ -33,7 +33,7 @@ class _Settings:
     input_spec: TensorSpec | None
     rounding: Rounding
     dtype: torch.dtype
-    kept: int  # tensors that are saved of the input: its codes and scales, or itself
+    kept: int  # tensors that are saved of a quantized input: its codes and scales
     divisor: torch.Tensor | None  # of the weight, in formats with a tensor scale
 
 
@@ -65,10 +65,9 @@ def quantized_linear(
         if needs_input and input_spec is not None:
             kept = _inputs.quantized(x, input_spec, dtype, input_divisor, group).tensors
         values = _inputs.values(x, input_spec, dtype, input_divisor, group)
-        if needs_input and input_spec is None:
-            kept = [values]
     settings = _Settings(input_spec, rounding, dtype, len(kept), divisor)
-    return _QuantizedLinear.apply(x, weight, bias, values, settings, *kept, *learned)
+    # torch.compile takes no tensor twice.
+    return _QuantizedLinear.apply(x, weight, bias, None if values is x else values, settings, *kept, *learned)
 
 
 def once_for(x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -80,12 +79,14 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, values, settings, *tensors):
         kept, learned = tensors[: settings.kept], tensors[settings.kept :]
+        values = x if values is None else values
         ctx.settings = settings
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         needs_values = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5 + settings.kept :])
         needs_weight = ctx.needs_input_grad[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
-        ctx.save_for_backward(weight if needs_weight else None, *kept_for_backward, *learned)
+        plain = values if needs_values and settings.input_spec is None else None
+        ctx.save_for_backward(weight if needs_weight else None, plain, *kept_for_backward, *learned)
         quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
         return F.linear(values, quantized, None if bias is None else bias.to(settings.dtype))
 
@@ -93,7 +94,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         settings = ctx.settings
-        weight, *tensors = ctx.saved_tensors
+        weight, plain, *tensors = ctx.saved_tensors
         kept, learned = tensors[: settings.kept], tensors[settings.kept :]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         needs_learned = any(ctx.needs_input_grad[5 + settings.kept :])
@@ -104,7 +105,7 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
             grad_x = grad_x.reshape(*grad.shape[:-1], -1).to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
-            values = _kept_values(kept, settings)
+            values = _kept_values(kept, settings) if plain is None else plain
             grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])
             if learned:
                 learned_grads = settings.rounding.learned_gradients(grad_weight, weight, settings.dtype, *learned)
@@ -115,8 +116,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 def _kept_values(kept: list[torch.Tensor], settings: _Settings) -> torch.Tensor:
-    """The values of the input that the product was made of."""
-    if settings.input_spec is None:
-        return kept[0]
+    """The values of the quantized input that the product was made of."""
+    assert settings.input_spec is not None
     codes, *scales = kept
     return ops.dequantize(Quantized(codes, tuple(scales)), settings.input_spec.format.name, settings.dtype)

@@ -81,7 +81,7 @@ class QuantLinear(nn.Linear):
                 "(fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)"
             )
         key = fmt.name, dtype, tuple((id(weight), weight._version) for weight in weights)
-        return once_for(input, key, lambda: ops.tensor_divisor(weights, fmt.name, dtype))
+        return once_for(input, key, lambda: ops.tensor_divisor([w.detach() for w in weights], fmt.name, dtype))
 
     def _input_divisor(self, device: torch.device) -> torch.Tensor | None:
         """The calibrated one of the input in formats with a tensor scale.

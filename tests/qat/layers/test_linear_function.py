@@ -10,24 +10,33 @@ from helpers import make_llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qat import convert, get_scheme, prepare_qat
+from qat import SCHEMES, convert, get_scheme, prepare_qat
+from qat.layers.calibration import calibrate_inputs
 from qat.numerics import ops
-from qat.schemes.spec import Scheme
+from qat.numerics.families import family_of
 
-SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL", "FP8", "weights only"])
+WEIGHT_ONLY = [name for name in SCHEMES if get_scheme(name).input is None]
 
 
-def make_layer(scheme: str = "MXFP4", bias: bool = True):
+def make_layer(scheme: str = "MXFP4", bias: bool = True, width: int = 64):
     torch.manual_seed(0)
-    named = Scheme("MXFP4A16", get_scheme("MXFP4").weight) if scheme == "weights only" else get_scheme(scheme)
-    return convert(nn.Linear(64, 48, bias=bias), named, "layer")
+    layer = convert(nn.Linear(width, 48, bias=bias), get_scheme(scheme), "layer")
+    if layer.input_quantizer.needs_divisor:
+        layer.input_quantizer.divisor = torch.tensor([1234.5])
+    return layer
 
 
 def plain(layer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same computation as a composition of plain operators."""
-    spec_x, spec_w = layer.scheme.input, layer.scheme.weight
-    values = x.to(dtype) if spec_x is None else ops.fake_quantize(x, spec_x.format.name, spec_x.rule, dtype)
-    weight = ops.fake_quantize(layer.weight, spec_w.format.name, spec_w.rule, dtype)
+    spec_x, spec_w, divisors = layer.scheme.input, layer.scheme.weight, ()
+    values = x.to(dtype)
+    if spec_x is not None:
+        given = () if layer.input_quantizer.divisor is None else (layer.input_quantizer.divisor,)
+        values = ops.fake_quantize(x, spec_x.format.name, spec_x.rule, dtype, *given)
+    if spec_w.format.tensor_scale:
+        largest = torch.stack([other.weight.abs().max() for other in layer.fused_with]).max().to(dtype).float()
+        divisors = ((448 * 6 / largest).reshape(1).detach(),)
+    weight = ops.fake_quantize(layer.weight, spec_w.format.name, spec_w.rule, dtype, *divisors)
     return torch.nn.functional.linear(values, weight, None if layer.bias is None else layer.bias.to(dtype))
 
 
@@ -36,7 +45,7 @@ class CountedOps:
 
     def __init__(self, monkeypatch) -> None:
         self.calls: list[str] = []
-        for name in ("quantize", "dequantize", "fake_quantize"):
+        for name in ("quantize", "dequantize", "fake_quantize", "tensor_divisor"):
             monkeypatch.setattr(ops, name, self._counting(name, getattr(ops, name)))
 
     def _counting(self, name, operator):
@@ -47,21 +56,61 @@ class CountedOps:
         return call
 
 
-@SCHEMES
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_equal_the_plain_composition_bit_for_bit(scheme, autocast, bias):
-    layer = make_layer(scheme, bias)
+    layer = make_layer(scheme, bias, width=128)
     dtype = torch.bfloat16 if autocast else torch.float32
     results = []
     for forward in (layer, lambda x: plain(layer, x, dtype)):
-        x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = forward(x)
         gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
         inputs = [x, *layer.parameters()]
         results.append([y, *torch.autograd.grad(y, inputs, gradient)])
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradients_have_their_closed_form(scheme):
+    """dL/dx = dy q(w) and dL/dw = dy^T q(x): straight through both roundings."""
+    layer, x, gradient = make_layer(scheme, width=128), torch.randn(7, 128, requires_grad=True), torch.randn(7, 48)
+    layer(x).backward(gradient)
+    with torch.no_grad():
+        weight = rounded_by_reference(layer.weight, layer.scheme.weight)
+        inputs = rounded_by_reference(x, layer.scheme.input, layer.input_quantizer.divisor)
+    torch.testing.assert_close(x.grad, gradient @ weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, gradient.t() @ inputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad, gradient.sum(0))
+
+
+def rounded_by_reference(x: torch.Tensor, spec, divisor: torch.Tensor | None = None) -> torch.Tensor:
+    """By the plain functions of the format's family, not by kernels."""
+    given = () if divisor is None else (divisor,)
+    return x if spec is None else family_of(spec.format).fake_quantize(x, spec.format, spec.rule, x.dtype, *given)
+
+
+def test_the_divisor_of_fused_weights_is_computed_once_for_an_input(monkeypatch):
+    model, counted = prepare_qat(make_llama(layers=1), {nn.Linear: "NVFP4A16"}), CountedOps(monkeypatch)
+    model(torch.arange(20)[None])
+    assert counted.calls.count("tensor_divisor") == 4  # q k v, o, gate up, down
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])
+def test_layers_that_engines_fuse_share_the_divisor_of_the_largest_weight(scheme):
+    model = prepare_qat(make_llama(layers=1), {nn.Linear: scheme})
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.weight.data *= 50
+    ids = torch.arange(20)[None]
+    calibrate_inputs(model, [{"input_ids": ids}])
+    x = torch.randn(3, attention.q_proj.in_features)
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        assert torch.equal(layer(x), plain(layer, x, torch.float32))
+    alone = copy.deepcopy(attention.q_proj)
+    alone.__dict__["fused_with"] = (alone,)
+    assert not torch.equal(alone(x), attention.q_proj(x))
 
 
 def test_backward_keeps_packed_codes_and_the_parameter_only():
@@ -74,12 +123,22 @@ def test_backward_keeps_packed_codes_and_the_parameter_only():
     assert [(t.dtype, t.numel()) for t in codes] == [(torch.uint8, 10 * 64 // 2), (torch.uint8, 10 * 64 // 32)]
 
 
-def test_a_layer_with_quantized_weights_only_keeps_its_plain_input_without_a_copy():
-    layer, saved = make_layer("weights only"), []
-    x = torch.randn(10, 64, requires_grad=True)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_a_layer_with_quantized_weights_only_keeps_its_plain_input_without_a_copy(scheme):
+    layer, saved = make_layer(scheme, width=128), []
+    x = torch.randn(10, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(x)
     assert {t.data_ptr() for t in saved} == {layer.weight.data_ptr(), x.data_ptr()}
+
+
+def test_nvfp4_keeps_four_and_a_half_bits_of_an_input():
+    layer, saved = make_layer("NVFP4"), []
+    x = torch.randn(10, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    divisor = layer.input_quantizer.divisor
+    assert sum(t.nbytes for t in saved if t is not layer.weight and t is not divisor) == 10 * 64 * 4.5 / 8
 
 
 def test_layers_that_share_an_input_quantize_it_once_and_save_it_once(monkeypatch):
@@ -160,11 +219,13 @@ def test_frozen_weights_keep_no_codes(monkeypatch):
     assert x.grad is not None and "quantize" not in counted.calls  # the input needs values only
 
 
-def test_fullgraph_compilation_gives_the_same_loss_and_gradients():
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "INT4_G32"])
+def test_fullgraph_compilation_gives_the_same_loss_and_gradients(scheme):
     ids = torch.arange(40).reshape(2, 20)
     results = []
     for compiled in (False, True):
-        model = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"})
+        model = prepare_qat(make_llama(layers=1), {nn.Linear: scheme})
+        calibrate_inputs(model, [{"input_ids": ids}])
         run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
