@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from ..layers.sites import Site
 from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import Dialect
-from .dialects.compressed_tensors import WEIGHT_DIVISOR
+from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
 from .folder import CheckpointFolder
 from .pack import exported_dtype
 from .tensor_scales import calibrated_tensors, weight_divisors
@@ -92,10 +93,11 @@ def _compare_site(
     count.packed_weights += 1
     count.elements_compared += expected.numel()
     count.packed_bytes += sum(tensor.nbytes for tensor in tensors)
-    names = dialect.tensor_names(site.name, spec)
-    if divisor is not None:  # engines that fuse layers need the very same one
-        (found,) = (tensor for name, tensor in zip(names, tensors, strict=True) if name.endswith(WEIGHT_DIVISOR))
-        _compare(count, f"{site.name}.{WEIGHT_DIVISOR}", found, divisor)
+    for name, tensor in zip(dialect.tensor_names(site.name, spec), tensors, strict=True):
+        if name.endswith(WEIGHT_DIVISOR):  # engines that fuse layers need the very same one
+            _compare(count, name, tensor, cast(torch.Tensor, divisor))
+        elif name.endswith(WEIGHT_SHAPE):
+            _compare(count, name, tensor, torch.tensor(source.shape))
     _compare(count, site.tensor, dialect.decompress(tensors, spec), expected)
 
 

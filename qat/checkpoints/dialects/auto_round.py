@@ -76,8 +76,8 @@ def _settings(scheme: Scheme) -> dict:
     static = inputs.format.tensor_scale is not None
     return {
         "data_type": weight.format.data_type, "bits": weight.bits, "group_size": weight.block_size, "sym": True,
-        "act_data_type": _STATIC_NVFP4 if static else inputs.data_type, "act_bits": inputs.bits, "act_group_size": inputs.block_size,
-        "act_sym": True, "act_dynamic": True,
+        "act_data_type": _STATIC_NVFP4 if static else inputs.data_type, "act_bits": inputs.bits,
+        "act_group_size": inputs.block_size, "act_sym": True, "act_dynamic": True,
     }  # fmt: skip
 
 

@@ -37,9 +37,11 @@ _INPUT_RULES = {  # by format, in transformers
     "mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native", "fp8_g128": "absmax_native",
     "nvfp4": "absmax_native",
 }  # fmt: skip
-WEIGHT_DIVISOR = "weight_global_scale"
+WEIGHT_DIVISOR, WEIGHT_SHAPE = "weight_global_scale", "weight_shape"
 # Formats of weights and inputs that the file cannot hold together, and the options that tell vLLM the inputs' format.
-_ON_THE_COMMAND_LINE = {("mxfp4", "mxfp8"): ["--quantization-config.linear.activation", "mxfp8"]}
+_ON_THE_COMMAND_LINE: dict[tuple[str, str | None], list[str]] = {
+    ("mxfp4", "mxfp8"): ["--quantization-config.linear.activation", "mxfp8"],
+}
 
 
 class CompressedTensors:
@@ -147,7 +149,7 @@ def _names(fmt: Format) -> list[str]:
     if fmt.tensor_scale:
         names.append(WEIGHT_DIVISOR)
     if fmt.element == INT4:
-        names.append("weight_shape")
+        names.append(WEIGHT_SHAPE)
     return names
 
 
@@ -174,7 +176,7 @@ def _check_options(sites: Mapping[str, Scheme]) -> None:
     for name, scheme in sites.items():
         if _key(scheme)[1] != chosen.input.format.name:
             raise UserError(
-                f"{name} is in {scheme.name}, and other layers in {chosen.name}, whose activations are chosen by vLLM's "
+                f"{name} is in {scheme.name}, other layers in {chosen.name}, whose activations are chosen by vLLM's "
                 f"option {' '.join(_ON_THE_COMMAND_LINE[_key(chosen)])} for all layers; use {chosen.name} for all of "
                 f"them, or schemes with inputs in {chosen.input.format.name}"
             )
