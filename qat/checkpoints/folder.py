@@ -111,13 +111,18 @@ class CheckpointFolder:
         return self.config.get("quantization_config")
 
     @property
+    def quantizer(self) -> str | None:
+        """The method that quantized it; None for a plain checkpoint."""
+        return quantizer_of(self.path, self.config)
+
+    @property
     def is_packed(self) -> bool:
         """Whether it is quantized by one of READ_METHODS, so that `load_packed` should read it.
 
         Raises:
             UserError: it is quantized by another method.
         """
-        return is_packed_by(quantizer_of(self.path, self.config), self.path)
+        return is_packed_by(self.quantizer, self.path)
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one shard, memory-mapped: what is not kept costs no memory."""

@@ -138,8 +138,14 @@ def test_a_foreign_checkpoint_that_floor_would_change_is_rounded_under_rceil(tmp
         ({"model.norm.weight": None}, "lacks 1 tensors of LlamaForCausalLM, e.g. model.norm.weight"),
         ({"model.layers.0.mlp.up_proj.weight_scale": None}, "is incomplete: .*up_proj.weight_packed"),
         ({"model.layers.0.mlp.up_proj.weight_scale": torch.zeros(96, 4, dtype=torch.uint8)}, r"must be \(96, 2\)"),
-        ({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)}, "no layout of MXFP4, MXFP8, NVFP4, INT4 or FP8"),
-        ({"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)}, "no place for, e.g. .*weight_global_scale"),
+        (
+            {"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)},
+            "no layout of MXFP4, MXFP8, NVFP4, INT4 or FP8",
+        ),
+        (
+            {"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)},
+            "holds packed weights .*weight_global_scale",
+        ),
         ({"model.layers.0.mlp.up_proj.weight_zero_point": torch.ones(1)}, r"zero points \(asymmetric quantization\)"),
         ({"surplus": torch.ones(1)}, "1 tensors that LlamaForCausalLM has no place for, e.g. surplus"),
     ],
