@@ -162,6 +162,7 @@ def truncated(folder: Path) -> None:
     text(WEIGHTS, (folder / WEIGHTS).read_bytes()[:-100])(folder)
 
 
+MODELOPT = "is quantized by modelopt as quant_algo None|is packed; give|already quantized .modelopt"
 PLAIN = {
     # weights
     "one tensor x": (tensors(lambda t: (t.clear(), t.update(x=torch.zeros(1)))), "lacks 21 tensors", LOADS),
@@ -242,8 +243,8 @@ PLAIN = {
         "is an adapter.*remove adapter_config.json", ALL,
     ),
     "GPTQ": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized by gptq", LOADS),
-    "modelopt": (config(quantization_config={"producer": {"name": "modelopt"}}), "is quantized by modelopt", LOADS),
-    "modelopt beside it": (text("hf_quant_config.json", "{}"), "is quantized by modelopt", LOADS),
+    "modelopt": (config(quantization_config={"producer": {"name": "modelopt"}}), MODELOPT, LOADS),
+    "modelopt beside it": (text("hf_quant_config.json", "{}"), MODELOPT, LOADS),
     "bitsandbytes": (config(quantization_config={"_load_in_4bit": True}), "is quantized by bitsandbytes", LOADS),
     "FP8 of others": (config(quantization_config={"quant_method": "fp8"}), "is quantized by fp8", LOADS),
 }  # fmt: skip

@@ -31,7 +31,8 @@ from .dialects import DIALECTS
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stored"]
 
-_KNOWN_METHODS = tuple(dialect.quant_method for dialect in DIALECTS.values())
+# Programs whose packed folders are read: those whose formats are written, and Model-Optimizer.
+READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), "modelopt")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _SIZES = ("_dim", "_size")
 _SMALL_SIZE = 10**6
@@ -110,13 +111,18 @@ class CheckpointFolder:
         return self.config.get("quantization_config")
 
     @property
+    def quantizer(self) -> str | None:
+        """The method that quantized it; None for a plain checkpoint."""
+        return quantizer_of(self.path, self.config)
+
+    @property
     def is_packed(self) -> bool:
-        """Whether it is quantized by compressed-tensors or AutoRound, so that `load_packed` should read it.
+        """Whether it is quantized by one of READ_METHODS, so that `load_packed` should read it.
 
         Raises:
             UserError: it is quantized by another method.
         """
-        return is_packed_by(quantizer_of(self.path, self.config), self.path)
+        return is_packed_by(self.quantizer, self.path)
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one shard, memory-mapped: what is not kept costs no memory."""
@@ -155,10 +161,10 @@ def is_packed_by(method: str | None, where: object) -> bool:
     Raises:
         UserError: the method is another one.
     """
-    if method is not None and method not in _KNOWN_METHODS:
+    if method is not None and method not in READ_METHODS:
         raise UserError(
             f"{where} is quantized by {method}, which is not read; give the BF16 checkpoint that it was made of, or a "
-            "local folder packed in MXFP4, MXFP8 or FP8 by compressed-tensors, or in MXFP4 or MXFP8 by AutoRound"
+            "local folder packed in MXFP4, MXFP8, NVFP4, INT4 or FP8 by llm-compressor, AutoRound or Model-Optimizer"
         )
     return method is not None
 

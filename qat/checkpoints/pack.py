@@ -84,7 +84,7 @@ def export_checkpoint(
     dialect = get_dialect(export_format)
     checkpoint, target = CheckpointFolder.open(source, "the source"), Path(target)
     if checkpoint.is_packed:
-        method = (checkpoint.quantization_config or {}).get("quant_method")
+        method = checkpoint.quantizer
         raise UserError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")

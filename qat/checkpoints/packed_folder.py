@@ -1,12 +1,15 @@
-"""What a packed folder holds, by its headers: the layers, their formats, and whether anything is missing.
+"""What a packed folder holds, by its headers: the layers, their formats and schemes, and whether anything is missing.
 
-The layout of a layer is told by its tensors, not by the configuration, so folders of other programs are read as well.
+The layout of a layer is told by its tensors (see layouts.py), its inputs by the folder's settings (see settings.py), so
+folders of other programs are read as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,84 +20,136 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..layers.restore import prepare_as_saved
-from ..layers.sites import quantized_sites
-from ..numerics.families import get_format
-from ..numerics.formats import BF16, E8M0, Format
+from ..layers.sites import LINEAR, find_sites, quantized_sites
 from ..schemes.config import QAT_CONFIG_NAME, QATConfig
-from ..schemes.presets import PRESETS
+from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
-from .dialects import dialect_of
-from .fit import check_dtypes, check_finite, is_finite, load_checked
-from .folder import CheckpointFolder, Stored
+from .fit import check_dtypes, check_finite, load_checked
+from .folder import CheckpointFolder
+from .layouts import PackedLayer, check_tensor, packed_layers
 from .model_config import read_config
+from .settings import Declared, check_settings, declared, has_key_value_scheme, read_settings
 
-# Formats of weights, which their tensors tell apart, and the first scheme that has each.
-WEIGHT_FORMATS: dict[str, str] = {}
-for _name, _scheme in PRESETS.items():
-    WEIGHT_FORMATS.setdefault(_scheme.weight.format.name, _name)
-_KNOWN = ", ".join(WEIGHT_FORMATS.values())
-_SCALE = ".weight_scale"
-_E8M0_NAN = 255
-_FLOATS = ("F16", "BF16", "F32", "F64")
-_STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
+# Scales of a key/value cache: compressed-tensors' names, and Model-Optimizer's below the projections.
+_KEY_VALUE_SCALE = re.compile(r"(.+?)(?:\.([kv])_proj)?\.([kv])_scale")
 
 
 @dataclass(frozen=True)
-class PackedLayer:
-    """A layer whose weight is stored in codes and scales.
+class PackedFolder:
+    """A packed checkpoint whose headers are in order.
 
     Attributes:
-        codes, scale: names of its tensors.
-        format: that they are in.
-        shape: of the weight.
+        checkpoint: the folder.
+        layers: its packed layers by name.
+        own: its own qat_config.json; None where it has none, since another program packed it.
+        declared: what the settings of such a folder say of each layer; empty where `own` says it.
+        key_value_scales: names of the tensors that hold scales of the key/value cache, by compressed-tensors' names.
     """
 
-    codes: str
-    scale: str
-    format: Format
-    shape: tuple[int, ...]
+    checkpoint: CheckpointFolder
+    layers: dict[str, PackedLayer]
+    own: QATConfig | None
+    declared: dict[str, Declared]
+    key_value_scales: dict[str, str]
+
+    @property
+    def packed_names(self) -> set[str]:
+        """All tensors that a plain checkpoint does not have."""
+        of_layers = {name for layer in self.layers.values() for name in layer.tensors.values()}
+        return of_layers | set(self.key_value_scales.values())
+
+    def tensors_of(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a layer by the last parts of their names, their values checked."""
+        layer = self.layers[name]
+        tensors = dict(zip(layer.tensors, self.checkpoint.read(*layer.tensors.values()), strict=True))
+        for part, tensor in tensors.items():
+            check_tensor(part, tensor, layer, self.checkpoint.path)
+        return tensors
+
+    def plain_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The other tensors of the checkpoint, memory-mapped."""
+        packed = self.packed_names
+        for file in self.checkpoint.shards:
+            yield from ((name, tensor) for name, tensor in self.checkpoint.tensors(file) if name not in packed)
 
 
 def check_packed(
     folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
-) -> tuple[CheckpointFolder, dict[str, PackedLayer], QATConfig | None]:
+) -> PackedFolder:
     """Open a packed checkpoint and refuse one that lacks anything, by its headers alone.
-
-    Returns:
-        The folder, its packed layers by name, and its own qat_config.json; None where it has none.
 
     Raises:
         UserError: the folder is damaged or incomplete, packed in a format that is not known, or in another than its
-            qat_config.json says.
+            settings or its qat_config.json say; or it packs what is no linear layer.
     """
     checkpoint = CheckpointFolder.open(folder, argument)
-    dialect_of(checkpoint.quantization_config, checkpoint.path)
-    layers = packed_layers(checkpoint)
-    packed_names = {name for layer in layers.values() for name in (layer.codes, layer.scale)}
-    stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed_names}
+    settings, own = read_settings(checkpoint.path, checkpoint.config), QATConfig.load(folder)
+    if not checkpoint.is_packed:
+        raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
+    if own is None:
+        check_settings(settings, checkpoint.path)
+    layers = packed_layers(checkpoint.stored, checkpoint.path)
+    said = {} if own else {n: declared(settings, n, layer.format, checkpoint.path) for n, layer in layers.items()}
+    packed = PackedFolder(checkpoint, layers, own, said, _key_value_scales(checkpoint, settings))
+    for name in layers:
+        _check_input_scale(packed, name)
+    stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed.packed_names}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
     empty = {name: torch.empty(shape, dtype=VIEW_DTYPE, device="meta") for name, shape in shapes.items()}
     model = model_of(checkpoint, empty, trust_remote_code, device_map="meta")
     check_dtypes(stored, model, checkpoint.path)
-    own = QATConfig.load(folder)
+    _check_linear(model, packed)
     if own is not None:
         _check_own_config(own, model, layers, checkpoint.path)
-    return checkpoint, layers, own
+    return packed
 
 
 def check_packed_values(
     folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
 ) -> None:
     """`check_packed`, and a UserError for scales, codes or other tensors that are NaN or infinite."""
-    checkpoint, layers, _ = check_packed(folder, argument, trust_remote_code)
-    formats = {layer.scale: layer.format for layer in layers.values()}
-    for file in checkpoint.shards:
-        for name, tensor in checkpoint.tensors(file):
-            if name in formats:
-                check_scale(name, tensor, formats[name], checkpoint.path)
-            else:
-                check_finite([(name, tensor)], checkpoint.path)
+    packed = check_packed(folder, argument, trust_remote_code)
+    for name in packed.layers:
+        packed.tensors_of(name)
+    check_finite(packed.plain_tensors(), packed.checkpoint.path)
+
+
+def _key_value_scales(checkpoint: CheckpointFolder, settings: dict[str, Any]) -> dict[str, str]:
+    """Names of the tensors with scales of the key/value cache, by compressed-tensors' names for them."""
+    has_key_value_scheme(settings, checkpoint.path)  # refuses those that are not read
+    found = {}
+    for name, stored in checkpoint.stored.items():
+        match = _KEY_VALUE_SCALE.fullmatch(name)
+        if match and match[2] in (None, match[3]):
+            if stored.shape not in ((), (1,)):
+                raise UserError(
+                    f"{checkpoint.path}: {name} has the shape {stored.shape}; only one scale for all keys or values of "
+                    "a layer is read; start from the BF16 checkpoint that it was made of"
+                )
+            found[f"{match[1]}.{match[3]}_scale"] = name
+    return found
+
+
+def _check_input_scale(packed: PackedFolder, name: str) -> None:
+    """A layer whose inputs have a tensor scale must have it in the file."""
+    if name not in packed.declared or packed.layers[name].input_scale is not None:
+        return
+    inputs = get_scheme(packed.declared[name].scheme).input
+    if inputs is not None and inputs.format.tensor_scale is not None:
+        raise UserError(
+            f"{packed.checkpoint.path} is incomplete: the inputs of {name} are quantized in {inputs.format.name}, and "
+            "their calibrated scale (input_global_scale or input_scale) is missing; pack it again"
+        )
+
+
+def _check_linear(model: nn.Module, packed: PackedFolder) -> None:
+    known = {site.name for site in find_sites(model) if site.kind == LINEAR.name}
+    if other := sorted(set(packed.layers) - known):
+        raise UserError(
+            f"{packed.checkpoint.path} packs {other[0]}, which is no linear layer of {type(model).__name__}; start "
+            "from the BF16 checkpoint that it was made of"
+        )
 
 
 def model_of(
@@ -102,7 +157,9 @@ def model_of(
 ) -> PreTrainedModel:
     """The model of a packed checkpoint with plain `tensors`, all of which it must have."""
     config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
-    del config.quantization_config
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):
+            delattr(config, key)
 
     def load() -> Any:
         with torch.device("meta"):
@@ -131,58 +188,3 @@ def _check_own_config(own: QATConfig, model: nn.Module, layers: dict[str, Packed
                 f"says {said.get(name, 'that the layer is not quantized')}; restore the file that was exported, or "
                 "remove it to take the formats of the weights"
             )
-
-
-def packed_layers(checkpoint: CheckpointFolder) -> dict[str, PackedLayer]:
-    """The packed layers of a checkpoint by module name.
-
-    Raises:
-        UserError: tensors that none of our formats has (zero points, global scales), or codes without scales.
-    """
-    stored = checkpoint.stored
-    names = set(stored)
-    suffixes = (".weight_zero_point", ".weight_global_scale", ".qweight", ".weight_shape", ".input_global_scale")
-    if other := sorted(name for name in names if name.endswith(suffixes)):
-        raise UserError(f"{checkpoint.path} is packed in a format other than {_KNOWN}: it has {other[0]}")
-    pairs = {}
-    for layer in sorted(name.removesuffix(_SCALE) for name in names if name.endswith(_SCALE)):
-        packed = f"{layer}.weight_packed"
-        pairs[layer] = (packed if packed in names else f"{layer}.weight", f"{layer}{_SCALE}")
-    expected = {codes for codes, _ in pairs.values()}
-    lacking = (expected - names) | {n for n in names if n.endswith(".weight_packed") and n not in expected}
-    if lacking:
-        raise UserError(f"{checkpoint.path} is incomplete: {sorted(lacking)[0]} or its weight_scale is missing")
-    if not pairs:
-        raise UserError(f"{checkpoint.path} has a quantization_config, but no packed tensor (weight_scale)")
-    layers = {}
-    for layer, (codes, scale) in pairs.items():
-        fmt = _format_of(checkpoint.path, layer, stored[codes], stored[scale])
-        layers[layer] = PackedLayer(codes, scale, fmt, _value_shape(fmt, stored[codes]))
-    return layers
-
-
-def check_scale(name: str, scale: torch.Tensor, fmt: Format, where: object) -> None:
-    """Raise a UserError for scales that are NaN, infinite or, in E8M0, the byte 255, which is NaN."""
-    broken = int(scale.max()) == _E8M0_NAN if fmt.scale == E8M0 else not is_finite(scale)
-    if broken:
-        raise UserError(f"{where}: {name} holds scales that are NaN or infinite; export or copy the checkpoint again")
-
-
-def _format_of(where: object, layer: str, codes: Stored, scale: Stored) -> Format:
-    """Which format tensors of these dtypes and shapes are in."""
-    for name in WEIGHT_FORMATS:
-        fmt = get_format(name)
-        is_scale = scale.dtype == _STORED_AS.get(fmt.scale.storage) or (fmt.scale == BF16 and scale.dtype in _FLOATS)
-        if len(codes.shape) == 2 and codes.dtype == _STORED_AS.get(fmt.element.storage) and is_scale:
-            expected = fmt.scale_shape(_value_shape(fmt, codes))
-            if scale.shape != tuple(expected):
-                raise UserError(
-                    f"{where}: {layer} has codes {codes.shape} and scales {scale.shape}; in {fmt.name} the scales must "
-                    f"be {tuple(expected)}"
-                )
-            return fmt
-    raise UserError(f"{where}: {layer} has codes in {codes.dtype}, scales in {scale.dtype}: no layout of {_KNOWN}")
-
-
-def _value_shape(fmt: Format, codes: Stored) -> tuple[int, ...]:
-    return tuple(fmt.value_shape(torch.empty(codes.shape, dtype=fmt.element.storage, device="meta")))

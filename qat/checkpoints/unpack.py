@@ -1,40 +1,40 @@
 """Unpack: a packed checkpoint as a plain BF16 model, exactly, so that QAT can start from it (PTQ first, then QAT).
 
-It reads what this program's export writes and what AutoRound and llm-compressor write: the layout of a layer is told by
-its tensors, not by the configuration. A power-of-two scale makes every dequantized MXFP4 and MXFP8 value exact in BF16.
+It reads what this program's export writes, and what AutoRound, llm-compressor and Model-Optimizer write: layouts.py has
+the tensors, settings.py the words for what is quantized.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..errors import UserError
 from ..files.json_file import read_object
 from ..files.model_folder import CONFIG_NAME, quantizer_of
+from ..layers.calibration import DIVISOR
+from ..layers.fused import fused_groups
 from ..layers.sites import LINEAR, find_sites
-from ..numerics import ops
-from ..numerics.formats import Format, Quantized
-from ..schemes.config import QATConfig
+from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import get_scheme
-from ..schemes.spec import VIEW_DTYPE
-from .dialects import DIALECTS
 from .fit import check_finite
-from .folder import CheckpointFolder
-from .packed_folder import WEIGHT_FORMATS, PackedLayer, check_packed, check_scale, model_of
+from .folder import READ_METHODS
+from .kept_values import keep_values
+from .layouts import dequantize, engines_divisor, input_divisor
+from .packed_folder import PackedFolder, check_packed, model_of
 from .skeleton import untie_if_different
 
 logger = logging.getLogger(__name__)
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether `folder` is a checkpoint that `load_packed` should read: quantized by compressed-tensors or AutoRound.
+    """Whether `folder` is a checkpoint that `load_packed` should read: quantized by a method that is read.
 
     Raises:
         UserError: its config.json is damaged.
@@ -43,7 +43,7 @@ def is_packed(folder: str | Path) -> bool:
     if not path.is_file():
         return False
     # As JSON: AutoConfig would ask at the terminal whether to run a folder's own code.
-    return quantizer_of(Path(folder), read_object(path)) in {dialect.quant_method for dialect in DIALECTS.values()}
+    return quantizer_of(Path(folder), read_object(path)) in READ_METHODS
 
 
 def load_packed(
@@ -61,72 +61,78 @@ def load_packed(
     Raises:
         UserError: see `check_packed`; or a tensor holds NaN or infinity.
     """
-    checkpoint, layers, own = check_packed(folder, argument, trust_remote_code)
-    plain = _plain_tensors(checkpoint, layers)
+    packed = check_packed(folder, argument, trust_remote_code)
+    checkpoint, divisors = packed.checkpoint, {}
+    plain = dict(packed.plain_tensors())
+    for name, layer in tqdm(packed.layers.items(), desc="Dequantizing", unit="layer"):
+        tensors = packed.tensors_of(name)
+        plain[f"{name}.weight"] = dequantize(layer, tensors)
+        if layer.input_scale is not None:
+            divisors[name] = input_divisor(layer, tensors[layer.input_scale.rpartition(".")[2]])
     model = model_of(checkpoint, plain, trust_remote_code)
     check_finite(model.named_parameters(), checkpoint.path)
     untie_if_different(model)
     model.config._name_or_path = model.name_or_path = str(folder)
     if Path(folder, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    found = {name: layer.format for name, layer in layers.items()}
-    config = own or _derive_config(model, found, checkpoint.quantization_config or {})
-    logger.info("%s: %d packed layers dequantized to BF16", folder, len(layers))
-    return model, _keep_values(model, found, config, is_ours=own is not None)
+    logger.info("%s: %d packed layers dequantized to BF16", folder, len(packed.layers))
+    if packed.own is None:
+        config = _derive_config(model, packed, divisors)
+    else:
+        config = packed.own
+        _check_divisors(config, divisors, checkpoint.path)
+    found = {name: layer.format for name, layer in packed.layers.items()}
+    return model, keep_values(model, found, config, is_ours=packed.own is not None)
 
 
-def _plain_tensors(checkpoint: CheckpointFolder, layers: dict[str, PackedLayer]) -> dict[str, torch.Tensor]:
-    """All tensors under the names of an unquantized checkpoint."""
-    packed_names = {name for layer in layers.values() for name in (layer.codes, layer.scale)}
-    plain = {}
-    for file in checkpoint.shards:
-        for name, tensor in checkpoint.tensors(file):
-            if name not in packed_names:
-                plain[name] = tensor
-    for name, layer in tqdm(layers.items(), desc="Dequantizing", unit="layer"):
-        codes, scale = checkpoint.read(layer.codes, layer.scale)
-        check_scale(layer.scale, scale, layer.format, checkpoint.path)
-        quantized = Quantized(codes.view(torch.uint8), (scale.to(layer.format.scale.storage),))
-        plain[f"{name}.weight"] = ops.dequantize(quantized, layer.format.name, VIEW_DTYPE)
-    return plain
+def _check_divisors(own: QATConfig, divisors: Mapping[str, float], folder: Path) -> None:
+    """Raise a UserError where qat_config.json has other scales of inputs than the tensors of the folder."""
+    for name, found in divisors.items():
+        said = own.calibrated_scales.get(f"{name}.{DIVISOR}")
+        if said != found:
+            raise UserError(
+                f"{folder / QAT_CONFIG_NAME} contradicts the scales in {folder}: {name}.{DIVISOR} is {found}, and it "
+                f"says {said}; export or copy the checkpoint again"
+            )
 
 
-def _derive_config(model: nn.Module, found: dict[str, Format], quantization_config: dict) -> QATConfig:
+def _derive_config(model: nn.Module, packed: PackedFolder, divisors: Mapping[str, float]) -> QATConfig:
     """What `prepare_qat` must be told to quantize the same layers in the same formats."""
-    # compressed-tensors stores no rule; AutoRound stores RCEIL, and no entry means FLOOR.
-    suffix = "_RCEIL" if "rceil" in str(quantization_config.get("act_data_type", "")) else ""
-    schemes = {layer: WEIGHT_FORMATS[fmt.name] + suffix for layer, fmt in found.items()}
+    schemes = {name: said.scheme for name, said in packed.declared.items()}
     common = Counter(schemes.values()).most_common(1)[0][0]
     mapping = {LINEAR.key: common} | {layer: scheme for layer, scheme in schemes.items() if scheme != common}
-    ignore = tuple(site.name for site in find_sites(model) if site.name not in found)
-    return QATConfig(mapping, ignore, {name: get_scheme(name).rules for name in mapping.values()})
+    ignore = tuple(site.name for site in find_sites(model) if site.name not in packed.layers)
+    rules = {name: get_scheme(name).rules for name in mapping.values()}
+    if replaced := sum(said.per_tensor_inputs for said in packed.declared.values()):
+        logger.warning(
+            "%s: the inputs of %d layers have one FP8 scale for the whole tensor; here they are quantized under one "
+            "scale for each token (FP8)", packed.checkpoint.path, replaced,
+        )  # fmt: skip
+    calibrated = _input_scales(packed, schemes, divisors) | _key_value_scales(packed)
+    return QATConfig(mapping, ignore, rules, calibrated_scales=calibrated)
 
 
-def _keep_values(model: nn.Module, found: dict[str, Format], config: QATConfig, is_ours: bool) -> QATConfig:
-    """`config`, its weight rules changed where they would change the packed values and another would not.
+def _input_scales(packed: PackedFolder, schemes: Mapping[str, str], divisors: Mapping[str, float]) -> dict[str, float]:
+    """The calibrated divisors of inputs that have one, as engines take them: one for layers that they fuse."""
+    inputs = {name: get_scheme(scheme).input for name, scheme in schemes.items()}
+    needed = [name for name, spec in inputs.items() if spec is not None and spec.format.tensor_scale is not None]
+    taken = {name: divisors[name] for name in needed}
+    for group in fused_groups(needed):
+        together = engines_divisor(packed.layers[group[0]], [divisors[name] for name in group])
+        if moved := [name for name in group if divisors[name] != together]:
+            logger.warning(
+                "%s: layers that engines fuse have several scales for one input; all of them take %s, not %s as %s",
+                packed.checkpoint.path, together, divisors[moved[0]], moved[0],
+            )  # fmt: skip
+        taken |= dict.fromkeys(group, together)
+    return {f"{name}.{DIVISOR}": value for name, value in taken.items()}
 
-    A tuner may leave a block whose largest element is 240: FLOOR reads it as 480 of the next finer scale, which
-    saturates at 448. RCEIL takes the finest scale that saturates nothing. The packed scale saturates nothing, so RCEIL
-    takes it or a finer one, on which every packed value lies as well: rounding again is exact, whoever packed.
-    """
-    rules = {get_scheme(name).weight.format.name: chosen["weight"] for name, chosen in config.scale_rules.items()}
-    moved = total = 0
-    for layer, fmt in found.items():
-        weight = model.get_parameter(f"{layer}.weight").detach()
-        rule = rules.get(fmt.name, fmt.rules[0])
-        moved += int((ops.fake_quantize(weight, fmt.name, rule, VIEW_DTYPE) != weight).sum())
-        total += weight.numel()
-    if not moved:
-        return config
-    changes = (
-        f"{moved} of {total} packed elements ({100 * moved / total:.3f} %) change when rounded again under {rules}"
-    )
-    if is_ours:  # a run must resume under the rule it was trained with
-        logger.warning("%s; --quant_scheme with --weight_scale_rule rceil would keep them", changes)
-        return config
-    kept = {
-        name: {**chosen, "weight": "rceil"} if "rceil" in get_scheme(name).weight.format.rules else chosen
-        for name, chosen in config.scale_rules.items()
-    }
-    logger.warning("%s; without --quant_scheme MX weights are rounded under rceil, which keeps them", changes)
-    return replace(config, scale_rules=kept)
+
+def _key_value_scales(packed: PackedFolder) -> dict[str, float]:
+    """The calibrated scales of the key/value cache: none, since training does not quantize keys and values."""
+    if packed.key_value_scales:
+        logger.warning(
+            "%s: %d scales of its key/value cache are not used: training does not quantize keys and values",
+            packed.checkpoint.path, len(packed.key_value_scales),
+        )  # fmt: skip
+    return {}

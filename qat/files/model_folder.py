@@ -35,7 +35,8 @@ _JSON = (CONFIG_NAME, "generation_config.json", "tokenizer_config.json", "specia
 _READ = ("*.json", "*.safetensors", "*.gguf", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.py", "vocab*")
 _READ_FOLDERS = ("additional_chat_templates", "custom_generate")
 # Files in which other quantizers leave their settings beside config.json.
-_FOREIGN = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+HF_QUANT_CONFIG = "hf_quant_config.json"
+_FOREIGN = {HF_QUANT_CONFIG: "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
 _MAX_HUB_ID = 96
 

@@ -105,7 +105,8 @@ def test_rounding_again_is_announced_where_it_changes_something(tmp_path, caplog
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     packed = export_checkpoint(source, tmp_path / "packed")
     assert load_packed(packed)[1].scale_rules["MXFP8"]["weight"] == "even"
-    assert "packed elements (0.003 %) change when rounded again under {'mxfp8': 'even'}" in caplog.text
+    assert "2 of 61440 packed elements in 1 of 14 layers (0.003 %) change when rounded again in mxfp8" in caplog.text
+    assert "under even, by 0.000206 %" in caplog.text and "--weight_scale_rule rceil keeps them" in caplog.text
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -137,8 +138,15 @@ def test_a_foreign_checkpoint_that_floor_would_change_is_rounded_under_rceil(tmp
         ({"model.norm.weight": None}, "lacks 1 tensors of LlamaForCausalLM, e.g. model.norm.weight"),
         ({"model.layers.0.mlp.up_proj.weight_scale": None}, "is incomplete: .*up_proj.weight_packed"),
         ({"model.layers.0.mlp.up_proj.weight_scale": torch.zeros(96, 4, dtype=torch.uint8)}, r"must be \(96, 2\)"),
-        ({"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)}, "no layout of MXFP4, MXFP8, FP8"),
-        ({"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)}, "other than MXFP4, MXFP8, FP8"),
+        (
+            {"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(96, 64)},
+            "no layout of MXFP4, MXFP8, NVFP4, INT4 or FP8",
+        ),
+        (
+            {"model.layers.0.mlp.up_proj.weight_global_scale": torch.ones(1)},
+            "holds packed weights .*weight_global_scale",
+        ),
+        ({"model.layers.0.mlp.up_proj.weight_zero_point": torch.ones(1)}, r"zero points \(asymmetric quantization\)"),
         ({"surplus": torch.ones(1)}, "1 tensors that LlamaForCausalLM has no place for, e.g. surplus"),
     ],
 )

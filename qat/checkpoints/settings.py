@@ -1,0 +1,273 @@
+"""Settings: what the quantization_config of a packed folder says of a layer that its tensors do not tell.
+
+The tensors tell in which format a weight is. Whether inputs are quantized, and in which format, stands in the settings
+alone: MXFP4's tensors are the same with inputs in MXFP4, in FP8, or in none. Each program has its own words for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files.json_file import read_object, shown
+from ..files.model_folder import HF_QUANT_CONFIG, quantizer_of
+from ..numerics.formats import Format
+from ..schemes.patterns import EXPRESSION, matches
+from ..schemes.presets import PRESETS
+from .dialects.compressed_tensors import quantization_args
+
+_PER_TENSOR = "fp8_tensor"  # inputs in FP8 with one scale, which no scheme has
+_LINEAR = "Linear"
+# compressed-tensors' names of the layouts of weights.
+_LAYOUTS = ("mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "pack-quantized", "float-quantized")
+_REMEDY = "start from the BF16 checkpoint that it was made of"
+# compressed-tensors' arguments for inputs: bits, type, strategy, group size.
+_INPUTS = {
+    (4, "float", "group", 32): "mxfp4",
+    (8, "float", "group", 32): "mxfp8",
+    (4, "float", "tensor_group", 16): "nvfp4",
+    (8, "float", "token", None): "fp8_token",
+    (8, "float", "group", 128): "fp8_g128",
+    (8, "float", "tensor", None): _PER_TENSOR,
+}
+# Model-Optimizer's algorithms: the formats of weights and of inputs.
+_ALGORITHMS: dict[str, tuple[str, str | None]] = {
+    "NVFP4": ("nvfp4", "nvfp4"),
+    "W4A16_NVFP4": ("nvfp4", None),
+    "FP8": ("fp8_channel", _PER_TENSOR),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("fp8_channel", "fp8_token"),
+}
+_MIXED = "MIXED_PRECISION"
+# AutoRound's arrangements of tensors; a folder without a name for it has compressed-tensors' FP8.
+_ARRANGEMENTS = (None, "auto_round:llm_compressor", "auto_round:auto_gptq", "auto_gptq", "auto_round:fp8_static",
+                 "auto_round:fp8")  # fmt: skip
+
+
+def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization settings of a packed folder; Model-Optimizer may have them in a file beside config.json.
+
+    Returns:
+        The settings, their method under "quant_method".
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    method = quantizer_of(folder, dict(config))
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if settings is None and (folder / HF_QUANT_CONFIG).is_file():
+        settings = read_object(folder / HF_QUANT_CONFIG)
+    settings = settings or {}
+    inner = settings.get("quantization")
+    return {**(inner if isinstance(inner, dict) else settings), "quant_method": method}
+
+
+def check_settings(settings: Mapping[str, Any], where: object) -> None:
+    """Raise a UserError for what the settings say of the whole folder and this program does not read, by name."""
+    method = settings["quant_method"]
+    for key in ("transform_config", "rotation_config", "sparsity_config"):
+        if (found := settings.get(key)) and not (isinstance(found, dict) and found.get("format") == "dense"):
+            raise _refusal(where, method, f"with a {key}, which changes what its layers compute,")
+    if method == "modelopt":
+        algorithm = settings.get("quant_algo")
+        if str(algorithm) not in (*_ALGORITHMS, _MIXED):
+            raise _refusal(where, method, f"as quant_algo {shown(algorithm)} (read are {', '.join(_ALGORITHMS)}),")
+    elif method == "auto-round":
+        if (arrangement := settings.get("packing_format")) not in _ARRANGEMENTS:
+            raise _refusal(where, method, f"in the packing_format {shown(arrangement)},")
+        if settings.get("sym") is False:
+            raise _refusal(where, method, "with zero points (sym false),")
+    else:
+        for name in (settings.get("format"), *(group.get("format") for group in _groups(settings, where))):
+            if name not in (None, "mixed-precision", *_LAYOUTS):
+                raise _refusal(where, method, f"in its format {shown(name)} (read are {', '.join(_LAYOUTS)}),")
+
+
+def _refusal(where: object, method: str, how: str) -> UserError:
+    return UserError(f"{where} is quantized by {method} {how} which is not read; {_REMEDY}".replace(",,", ","))
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the settings say of a layer.
+
+    Attributes:
+        scheme: the preset with these formats.
+        per_tensor_inputs: whether its inputs had one FP8 scale for the whole tensor, which no scheme has; that of
+            `scheme` is one for each token.
+    """
+
+    scheme: str
+    per_tensor_inputs: bool
+
+
+def declared(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> Declared:
+    """The scheme of a layer: the preset that has its weight's format and the inputs that the settings name.
+
+    Args:
+        layer: its name.
+        fmt: of its weight, as its tensors tell.
+
+    Raises:
+        UserError: the settings contradict the tensors, name inputs that no scheme has, or say nothing of the layer.
+    """
+    read = {"modelopt": _of_model_optimizer, "auto-round": _of_auto_round}
+    inputs, suffix = read.get(settings["quant_method"], _of_compressed_tensors)(settings, layer, fmt, where)
+    is_replaced = inputs == _PER_TENSOR and fmt.name == "fp8_channel"
+    wanted = "fp8_token" if is_replaced else inputs
+    for name, scheme in PRESETS.items():
+        if (scheme.weight.format, scheme.input and scheme.input.format.name) == (fmt, wanted):
+            return Declared(name + suffix if name + suffix in PRESETS else name, is_replaced)
+    raise UserError(
+        f"{where}: {layer} has weights in {fmt.name} and inputs in {inputs or 'no format'}, and no scheme has both; "
+        f"{_REMEDY}"
+    )
+
+
+def has_key_value_scheme(settings: Mapping[str, Any], where: object) -> bool:
+    """Whether keys and values are cached in FP8 under calibrated scales.
+
+    Raises:
+        UserError: they are cached in another format.
+    """
+    found = settings.get("kv_cache_scheme") or settings.get("kv_cache_quant_algo")
+    if found is None:
+        return False
+    if isinstance(found, dict):
+        is_fp8 = (found.get("num_bits"), found.get("type"), found.get("dynamic", False)) == (8, "float", False)
+        is_fp8 = is_fp8 and found.get("strategy", "tensor") == "tensor"
+    else:
+        is_fp8 = found == "FP8"
+    if not is_fp8:
+        raise UserError(
+            f"{where} has the key/value cache in {shown(found)}; FP8 with a scale for each tensor is read; {_REMEDY}"
+        )
+    return True
+
+
+# ---- compressed-tensors ----
+
+
+def _groups(settings: Mapping[str, Any], where: object) -> list[dict[str, Any]]:
+    groups = settings.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise UserError(f"{where}: the config_groups of its quantization_config are {shown(groups)}, no object of them")
+    return list(groups.values())
+
+
+def _of_compressed_tensors(
+    settings: Mapping[str, Any], layer: str, fmt: Format, where: object
+) -> tuple[str | None, str]:
+    group = _group_of(layer, _groups(settings, where))
+    if group is None:
+        raise UserError(f"{where}: {layer} is packed, and no target of its config_groups matches it; pack it again")
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    _check_weights(weights, fmt, f"{where}: {layer}")
+    if inputs is None:
+        return None, ""
+    kind = (inputs.get("num_bits"), inputs.get("type"), _strategy(inputs), inputs.get("group_size") or None)
+    if kind not in _INPUTS or not inputs.get("symmetric", True):
+        raise UserError(f"{where}: {layer} has inputs in {shown(inputs)}, which no scheme has; {_REMEDY}")
+    return _INPUTS[kind], ""
+
+
+def _group_of(layer: str, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The group that names a layer, else the one that names its class."""
+    for group in groups:
+        for target in group.get("targets") or ():
+            is_expression = target.startswith(EXPRESSION)
+            if target == layer or (is_expression and matches(layer, target)):
+                return group
+    return next((group for group in groups if _LINEAR in (group.get("targets") or ())), None)
+
+
+def _strategy(arguments: Mapping[str, Any]) -> str:
+    """As compressed-tensors reads it where it is left out."""
+    size = arguments.get("group_size")
+    return arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+
+
+def _check_weights(weights: Mapping[str, Any], fmt: Format, where: str) -> None:
+    """Refuse settings that say another format than the tensors do."""
+    expected = quantization_args(fmt, dynamic=False)
+    found = {"num_bits": weights.get("num_bits"), "type": weights.get("type"), "strategy": _strategy(weights)}
+    found |= {"group_size": weights.get("group_size"), "symmetric": weights.get("symmetric", True)}
+    for key, value in found.items():
+        choices = [expected.get(key)]
+        if key == "strategy" and fmt.block is None:
+            choices = ["channel", "tensor"]
+        elif key == "group_size" and fmt.block is None:
+            choices = [None, -1]
+        if value not in choices:
+            raise UserError(
+                f"{where} is said to have weights of {key} {shown(value)}; {fmt.name}, as its tensors are, has "
+                f"{' or '.join(map(repr, choices))}; {_REMEDY}"
+            )
+
+
+# ---- AutoRound ----
+
+
+def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
+    own = {**settings, **_exception(settings.get("extra_config") or {}, layer)}
+    for key, expected in (("sym", True), ("bits", fmt.element.bits)):
+        if own.get(key, expected) != expected:
+            raise UserError(
+                f"{where}: {layer} is said to have weights of {key} {shown(own[key])}, and in {fmt.name} it is "
+                f"{expected}; {_REMEDY}"
+            )
+    kind = str(own.get("data_type", fmt.data_type))
+    if not kind.startswith(fmt.data_type):
+        raise UserError(f"{where}: {layer} has weights in AutoRound's {kind}, which is not read; {_REMEDY}")
+    bits = own.get("act_bits") or 16
+    if bits > 8:
+        return None, ""
+    inputs = str(own.get("act_data_type") or kind)
+    size = own.get("act_group_size", own.get("group_size"))
+    suffix = "_RCEIL" if "rceil" in inputs else ""
+    is_dynamic = own.get("act_dynamic", True)
+    named = {("mx_fp", 4, 32): "mxfp4", ("mx_fp", 8, 32): "mxfp8", ("nv_fp", 4, 16): "nvfp4"}
+    if inputs.startswith("fp"):
+        named |= {("fp", 8, -1): "fp8_token" if is_dynamic else _PER_TENSOR, ("fp", 8, 0): _PER_TENSOR}
+        named |= {("fp", 8, 128): "fp8_g128"}
+    found = next((name for (data, width, block), name in named.items()
+                  if inputs.startswith(data) and (bits, size) == (width, block)), None)  # fmt: skip
+    if found is None or own.get("act_sym", True) is False:
+        raise UserError(
+            f"{where}: {layer} has inputs in AutoRound's {inputs} of {bits} bits in groups of {size}, which no scheme "
+            f"has; {_REMEDY}"
+        )
+    return found, suffix
+
+
+def _exception(exceptions: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """What AutoRound's extra_config says of a layer, by its name or by an expression that is found in it."""
+    if isinstance(exceptions.get(layer), dict):
+        return exceptions[layer]
+    for pattern, found in exceptions.items():
+        try:
+            if isinstance(found, dict) and re.search(pattern, layer):
+                return found
+        except re.error:  # the name of another layer
+            continue
+    return {}
+
+
+# ---- Model-Optimizer ----
+
+
+def _of_model_optimizer(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
+    algorithm = str(settings.get("quant_algo"))
+    if algorithm == _MIXED:
+        layers = settings.get("quantized_layers") or {}
+        algorithm = str((layers.get(layer) or {}).get("quant_algo"))
+    weights, inputs = _ALGORITHMS.get(algorithm, (None, None))
+    if weights != fmt.name:
+        raise UserError(
+            f"{where}: {layer} is said to be quantized by the quant_algo {algorithm!r}, and its tensors are in "
+            f"{fmt.name}; read are {', '.join(_ALGORITHMS)}; {_REMEDY}"
+        )
+    return inputs, ""
