@@ -14,6 +14,7 @@ import logging
 import sys
 
 from data.sets.packing import check_packing
+from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
 from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
@@ -108,7 +109,7 @@ def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> Non
         packed = output.pack(
             trainer.qat_config, arguments.quantization.export_format, arguments.facts, arguments.model.trust_remote_code
         )
-        logger.info("Serve it: vllm serve %s", packed)
+        logger.info("Serve it: vllm serve %s\n%s", packed, table_of_folder(packed))
 
 
 if __name__ == "__main__":

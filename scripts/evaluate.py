@@ -19,11 +19,12 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "tasks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "tasks")]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import local_data  # noqa: E402
 import torch  # noqa: E402
+from vllm_log import VllmLog, kernels_in  # noqa: E402
 
 from data.tokenizer import load_tokenizer  # noqa: E402
 from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     manager = task_manager(args)
-    results = {folder: evaluate(folder, manager, args) for folder in args.folders}
+    log = VllmLog() if args.backend == "vllm" else None
+    results = {folder: evaluate(folder, manager, args, log) for folder in args.folders}
     print(make_table(results))
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -197,11 +199,15 @@ def task_manager(args: argparse.Namespace):
     return manager
 
 
-def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
-    """{"model": what was evaluated, "results": {task: {metric: value}}} of one folder."""
+def evaluate(folder: str, manager, args: argparse.Namespace, log: VllmLog | None = None) -> dict:
+    """{"model": what was evaluated, "results": {task: {metric: value}}} of one folder.
+
+    With vLLM also "kernel": what computed its quantized layers, according to `log`.
+    """
     import lm_eval
 
-    described, model = (make_vllm if args.backend == "vllm" else make_hf)(folder, args)
+    described, model = (make_hf if log is None else make_vllm)(folder, args)
+    kernel = {} if log is None else {"kernel": _kernel(folder, log.new_lines())}
     output = lm_eval.simple_evaluate(
         model=model, tasks=args.tasks, limit=args.limit, num_fewshot=args.num_fewshot,
         task_manager=manager, log_samples=False, bootstrap_iters=0,
@@ -210,7 +216,11 @@ def evaluate(folder: str, manager, args: argparse.Namespace) -> dict:
         task: {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, float)}
         for task, metrics in output["results"].items()
     }
-    return {"model": described, "results": results}
+    return {"model": described, **kernel, "results": results}
+
+
+def _kernel(folder: str, log: str) -> str:
+    return kernels_in(log) if is_packed(folder) else "not quantized"
 
 
 def make_hf(folder: str, args: argparse.Namespace):
@@ -265,7 +275,7 @@ def _import_vllm_model():
 
 
 def make_table(results: dict[str, dict]) -> str:
-    """One row for each folder, one column for each metric of each task."""
+    """One row for each folder, one column for each metric of each task, and one for the kernel with vLLM."""
     columns = sorted(
         {
             (task, metric)
@@ -275,10 +285,13 @@ def make_table(results: dict[str, dict]) -> str:
             if not metric.endswith("_stderr")
         }
     )
-    rows = [["folder", "evaluated as", *(f"{task} {metric}" for task, metric in columns)]]
+    told = ["model", "kernel"] if any("kernel" in result for result in results.values()) else ["model"]
+    titles = ["folder", "evaluated as", "kernel"][: 1 + len(told)]
+    rows = [[*titles, *(f"{task} {metric}" for task, metric in columns)]]
     for folder, result in results.items():
         values = (result["results"].get(task, {}).get(metric) for task, metric in columns)
-        rows.append([folder, result["model"], *("" if value is None else f"{value:.4f}" for value in values)])
+        words = [result.get(key, "") for key in told]
+        rows.append([folder, *words, *("" if value is None else f"{value:.4f}" for value in values)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

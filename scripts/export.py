@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qat import SCHEMES, QATConfig, get_scheme  # noqa: E402
 from qat.checkpoints.dialects import EXPORT_FORMATS  # noqa: E402
+from qat.checkpoints.engines import table_of_folder  # noqa: E402
 from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
                 args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
                 trust_remote_code=args.trust_remote_code,
             )  # fmt: skip
+        if args.verify is None:
+            print(table_of_folder(args.target))
     except VerificationError as error:
         report(error)
         return 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Serve packed checkpoints in vLLM on the CPU, with the plugin in serving/, and compare them with the fake-quantized
-# models: bash scripts/test_serving.sh. Makes an environment of its own (.venv-serving, 2 GB, a few minutes, once), since
-# vLLM's pins differ from ours. SERVING_VENV is another folder for it.
+# Serve packed checkpoints in vLLM on the CPU, alone and with the plugin in serving/, and compare them with the
+# fake-quantized models: bash scripts/test_serving.sh [CASE ...]. Makes an environment of its own (.venv-serving, 2 GB, a
+# few minutes, once), since vLLM's pins differ from ours. SERVING_VENV is another folder for it.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
@@ -37,6 +37,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-python serving/tests/make_cases.py "$work"
+# On CPUs with AMX, vLLM would quantize the activations of INT4 checkpoints, which the training did not.
+export VLLM_CPU_INT4_W4A8=0
+python serving/tests/make_cases.py "$work" "$@"
 # Without this repository on the path: the installed library must serve.
 env -u PYTHONPATH "$venv/bin/python" serving/tests/compare.py "$work"

@@ -1,9 +1,11 @@
-"""A vLLM general plugin: linear kernels for MXFP4 and MXFP8 with the numerics of the training.
+"""A vLLM general plugin: linear kernels for MXFP4, MXFP8 and NVFP4 weights with the numerics of the training.
 
 vLLM calls `register` in each of its processes. The kernels join its list through `register_linear_kernel`, so vLLM's
-own readers of compressed-tensors, AutoRound and Quark checkpoints use them.
+own readers of compressed-tensors, AutoRound and Quark checkpoints use them. Inputs are quantized as the checkpoint
+says: in MXFP4, MXFP8, FP8 (a scale a token or 128 values), NVFP4, or not at all.
 
-    MX_QAT_ACTIVATION_RULE   floor, even, rceil, or none for weight-only; default: even, what transformers applies
+    MX_QAT_ACTIVATION_RULE   rules separated by commas: floor, even or rceil for MX activations, absmax or absmax_native
+                             for FP8 and NVFP4; or none for weights only. Default: even, absmax
     MX_QAT_PLATFORMS         where to offer the kernels, "cpu" by default; "cpu,cuda" puts them before vLLM's own on
                              GPUs, which do not quantize activations on Hopper and Ampere
 """

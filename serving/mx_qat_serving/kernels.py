@@ -1,4 +1,4 @@
-"""The two kernels: dequantize the weight exactly, quantize the input under the chosen rule, multiply.
+"""The kernels: dequantize the weight exactly, quantize the input as the checkpoint says, multiply.
 
 The weight is dequantized when it is loaded, into the dtype the model computes in: exact, and as fast as an unquantized
 model from then on, at the memory of one. The input is fake-quantized with the operator of the training.
@@ -15,22 +15,28 @@ from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as vllm_linear
 from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
 from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
-from vllm.platforms import PlatformEnum
+from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllm_reader
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Fp4
+from vllm.platforms import PlatformEnum, current_platform
 
 from qat.numerics import ops
 from qat.numerics.formats import Quantized
 
+from .formats import chosen_rules, input_format, rule_for
+
 logger = init_logger(f"vllm.{__name__}")
 
-RULE_VARIABLE, PLATFORMS_VARIABLE = "MX_QAT_ACTIVATION_RULE", "MX_QAT_PLATFORMS"
-ACTIVATION_RULES = ("floor", "even", "rceil", "none")
+PLATFORMS_VARIABLE = "MX_QAT_PLATFORMS"
 PLATFORMS = {"cpu": PlatformEnum.CPU, "cuda": PlatformEnum.CUDA}
 
 
 class _ExactKernel:
-    """What both kernels do; `fmt` is the format's name in `qat.numerics`."""
+    """What all kernels do; `fmt` is the name of the weight's format in `qat.numerics`."""
 
     fmt: str
+    inputs: str | None = None  # the format of the inputs, once the weights are loaded
+    rule: str | None = None
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -41,54 +47,99 @@ class _ExactKernel:
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Codes uint8 [N, K / 2] or float8_e4m3fn [N, K], scales uint8 [N, K / 32] -> [N, K] in the model's dtype."""
-        codes, scale = layer.weight.data.contiguous().view(torch.uint8), layer.weight_scale.data.contiguous()
-        dtype = getattr(layer, "params_dtype", torch.bfloat16)
-        weight = ops.dequantize(Quantized(codes, (scale,)), self.fmt, dtype)
+        """Codes uint8 [N, K / 2] or float8_e4m3fn [N, K] and scales [N, K / block] -> [N, K] in the model's dtype."""
+        inputs = input_format(layer, self.fmt)
+        self.rule = None if inputs is None else rule_for(inputs)
+        self.inputs = None if self.rule is None else inputs
+        codes, scales = layer.weight.data.contiguous().view(torch.uint8), self.scales(layer)
+        weight = ops.dequantize(Quantized(codes, scales), self.fmt, layer.params_dtype)
         layer.weight = Parameter(weight, requires_grad=False)
-        layer.weight_scale = Parameter(scale, requires_grad=False)
+        activations = f"{self.inputs} under {self.rule.upper()}" if self.rule else "not quantized"
+        logger.info_once("mx-qat: weights in %s, activations %s", self.fmt, activations)
+
+    def scales(self, layer: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        """Those of the weight, inner to outer."""
+        return (layer.weight_scale.data.contiguous(),)
+
+    def input_divisor(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """That of the input, FP32 [1], in formats with a tensor scale."""
+        return None
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., K] -> [..., N], x on the MX grid first."""
-        rule = activation_rule()
-        if rule != "none":
-            x = ops.fake_quantize(x.contiguous(), self.fmt, rule, x.dtype)
+        """x [..., K] -> [..., N], x on the grid of its format first."""
+        if self.inputs is not None:
+            x = ops.fake_quantize(x.contiguous(), self.inputs, self.rule, x.dtype, self.input_divisor(layer))
         return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 class ExactMxfp4LinearKernel(_ExactKernel, MxFp4LinearKernel):
-    """MXFP4 weights; inputs in MXFP4 unless the rule is "none"."""
+    """MXFP4 weights; inputs in MXFP4, MXFP8, FP8 or not quantized, as the checkpoint says."""
 
     fmt = "mxfp4"
 
 
 class ExactMxfp8LinearKernel(_ExactKernel, Mxfp8LinearKernel):
-    """MXFP8 weights; inputs in MXFP8 unless the rule is "none"."""
+    """MXFP8 weights; inputs in MXFP8 or not quantized, as the checkpoint says."""
 
     fmt = "mxfp8"
 
 
-def activation_rule() -> str:
-    """The rule named by the environment.
+class ExactNvfp4LinearKernel(_ExactKernel, NvFp4LinearKernel):
+    """NVFP4 weights; inputs in NVFP4 or not quantized, as the checkpoint says."""
 
-    Raises:
-        ValueError: it is unknown.
+    fmt = "nvfp4"
+
+    def scales(self, layer: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        """Block scales, and the divisor that the file has."""
+        return layer.weight_scale.data.contiguous(), layer.weight_divisor
+
+    def input_divisor(self, layer: torch.nn.Module) -> torch.Tensor | None:
+        """The calibrated one."""
+        return layer.input_global_scale_inv.data.reshape(1)
+
+
+class Nvfp4Scheme(CompressedTensorsW4A4Fp4):
+    """vLLM's reader of NVFP4, which keeps what an exact kernel needs.
+
+    vLLM keeps the reciprocal of the weight's divisor, from which the divisor does not follow exactly; and its kernels
+    for checkpoints without input scales are a fixed list (vLLM 0.32).
     """
-    rule = os.environ.get(RULE_VARIABLE, "even").lower()
-    if rule not in ACTIVATION_RULES:
-        raise ValueError(f"{RULE_VARIABLE}={rule!r} is unknown; choose one of {', '.join(ACTIVATION_RULES)}")
-    return rule
+
+    platforms: tuple[PlatformEnum, ...] = ()  # where the exact kernel serves
+
+    def __init__(self, use_a16: bool = False) -> None:
+        if not (use_a16 and current_platform._enum in self.platforms):
+            super().__init__(use_a16)
+            return
+        self.use_a16, self.group_size = True, 16
+        self.kernel = ExactNvfp4LinearKernel(NvFp4LinearLayerConfig())
+        logger.info_once("Using %s for NVFP4 GEMM", ExactNvfp4LinearKernel.__name__)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """vLLM's own, with the divisor of the file kept as `weight_divisor`, FP32 [1]."""
+        layer.weight_divisor = layer.weight_global_scale.data.max().float().reshape(1)
+        super().process_weights_after_loading(layer)
+
+
+KERNELS = ((ExactMxfp4LinearKernel, "mxfp4"), (ExactMxfp8LinearKernel, "mxfp8"), (ExactNvfp4LinearKernel, "nvfp4"))
 
 
 def register_kernels() -> None:
-    """Add both kernels to vLLM's list, on GPUs at its head; doing it twice changes nothing."""
-    rule = activation_rule()
-    for name in os.environ.get(PLATFORMS_VARIABLE, "cpu").lower().split(","):
+    """Add the kernels to vLLM's list, on GPUs at its head; doing it twice changes nothing.
+
+    Raises:
+        ValueError: a variable of the environment has no meaning.
+    """
+    rules = chosen_rules()
+    names = os.environ.get(PLATFORMS_VARIABLE, "cpu").lower().split(",")
+    for name in names:
         if name not in PLATFORMS:
             raise ValueError(f"{PLATFORMS_VARIABLE} names {name!r}; choose among {', '.join(PLATFORMS)}")
-        for kernel, kind in ((ExactMxfp4LinearKernel, "mxfp4"), (ExactMxfp8LinearKernel, "mxfp8")):
+        for kernel, kind in KERNELS:
             _register_first(kernel, PLATFORMS[name], kind)
-    logger.info("MX kernels of mx-qat registered: activations under %s", rule.upper())
+    Nvfp4Scheme.platforms = tuple(PLATFORMS[name] for name in names)
+    vllm_reader.CompressedTensorsW4A4Fp4 = Nvfp4Scheme  # has no registry in vLLM 0.32
+    logger.info("mx-qat kernels registered: activations under %s", ", ".join(rules).upper() or "their default rules")
 
 
 def _register_first(kernel: type, platform: PlatformEnum, kind: str) -> None:

@@ -3,12 +3,16 @@
 For each case a small Llama is packed, and its fake-quantized twin computes in FP32 the log-probability of each token of
 the prompts, and the greedy continuation. In FP32, because BF16's noise flips FP4 decisions of two correct engines. vLLM
 refuses FP32 for AutoRound's dialect, so that one is compared with weights quantized only, where noise stays noise.
+
+Each case has a control: the same twin with one property changed. The engine must be far from it, or the comparison
+would notice nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,43 +20,97 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qat import is_quantlinear, prepare_qat
 from qat.checkpoints.pack import export_checkpoint
+from qat.layers.calibration import calibrate_inputs
 from qat.layers.restore import prepare_as_saved, set_input_rule
+from qat.layers.sites import quantizers_off
 
 MIXED = {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}
-# name -> (scheme, export format, rule of the activations in the engine)
-CASES = {
-    "mxfp4-even": ({"torch.nn.Linear": "MXFP4"}, "compressed-tensors", "even"),
-    "mxfp4-floor": ({"torch.nn.Linear": "MXFP4"}, "compressed-tensors", "floor"),
-    "mxfp4-auto-round": ({"torch.nn.Linear": "MXFP4_RCEIL"}, "auto_round", "none"),
-    "mxfp8-floor": ({"torch.nn.Linear": "MXFP8"}, "compressed-tensors", "floor"),
-    "mixed-even": (MIXED, "compressed-tensors", "even"),
-}
+UNQUANTIZED_INPUTS, UNQUANTIZED_MODEL = "unquantized inputs", "the unquantized model"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 16
 
 
-def main(folder: Path) -> None:
+@dataclass(frozen=True)
+class Case:
+    """One packed model to serve.
+
+    Attributes:
+        mapping: a scheme, or schemes by layer.
+        rule: of the activations in the engine; "none": the engine does not quantize what the checkpoint does; None:
+            the checkpoint does not quantize them.
+        control: a rule, UNQUANTIZED_INPUTS or UNQUANTIZED_MODEL.
+        stock: served without the plugin, by a kernel of vLLM.
+        dtype, tolerance: in which vLLM computes, and how far log-probabilities may be off, in nats.
+    """
+
+    mapping: str | dict[str, str]
+    rule: str | None
+    control: str
+    export_format: str = "compressed-tensors"
+    stock: bool = False
+    dtype: str = "float32"
+    tolerance: float = 1e-4
+
+
+CASES = {
+    "mxfp4-even": Case("MXFP4", "even", "rceil"),
+    "mxfp4-floor": Case("MXFP4", "floor", "rceil"),
+    "mxfp4-auto-round": Case("MXFP4_RCEIL", "none", "rceil", "auto_round", dtype="bfloat16", tolerance=0.1),
+    "mxfp8-floor": Case("MXFP8", "floor", "rceil"),
+    "mixed-even": Case(MIXED, "even", "rceil"),
+    "mxfp4a16": Case("MXFP4A16", None, UNQUANTIZED_MODEL),
+    "mxfp8a16": Case("MXFP8A16", None, UNQUANTIZED_MODEL),
+    "mxfp4fp8": Case("MXFP4FP8", "absmax", UNQUANTIZED_INPUTS),
+    "mxfp4fp8-g128": Case("MXFP4FP8_G128", "absmax", UNQUANTIZED_INPUTS),
+    "mxfp4mxfp8-floor": Case("MXFP4MXFP8", "floor", "rceil"),
+    "nvfp4": Case("NVFP4", "absmax", UNQUANTIZED_INPUTS),
+    "nvfp4a16": Case("NVFP4A16", None, UNQUANTIZED_MODEL),
+    "int4-g32": Case("INT4_G32", None, UNQUANTIZED_MODEL, stock=True),
+    "int4-g128": Case("INT4_G128", None, UNQUANTIZED_MODEL, stock=True),
+    "int4-g32-bf16": Case("INT4_G32", None, UNQUANTIZED_MODEL, stock=True, dtype="bfloat16", tolerance=0.1),
+    "fp8-bf16": Case("FP8", "absmax", UNQUANTIZED_INPUTS, stock=True, dtype="bfloat16", tolerance=0.1),
+}
+
+
+def main(folder: Path, names: list[str]) -> None:
     """Write each case into `folder`, and `cases.json`."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, 512, (PROMPTS, PROMPT_TOKENS), generator=generator)
-    cases = {}
-    for name, (mapping, export_format, rule) in CASES.items():
-        source = folder / name / "source"
-        prepared = prepare_qat(make_model(), mapping)
-        prepared.save_pretrained(source)
-        prepared.qat_config.save(source)
-        export_checkpoint(source, folder / name / "packed", export_format)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        prepare_as_saved(model, prepared.qat_config)
-        set_engine_rule(model, rule)
-        exact = {"dtype": "float32", "tolerance": 1e-4} if rule != "none" else {"dtype": "bfloat16", "tolerance": 0.1}
-        cases[name] = {"packed": str(folder / name / "packed"), "rule": rule, **exact, **expect(model.eval(), prompts)}
-        set_engine_rule(model, "rceil")
-        cases[name]["log_probabilities_under_another_rule"] = log_probabilities(model, prompts).tolist()
+    cases = {name: make_case(CASES[name], folder / name, prompts) for name in names}
     (folder / "cases.json").write_text(json.dumps({"prompts": prompts.tolist(), "cases": cases}))
 
 
-def set_engine_rule(model, rule: str) -> None:
-    """Quantize inputs under `rule`, or not at all ("none")."""
+def make_case(case: Case, folder: Path, prompts: torch.Tensor) -> dict:
+    """Pack a model into `folder`, and what vLLM is to give for the prompts."""
+    source, packed = folder / "source", folder / "packed"
+    mapping = {"torch.nn.Linear": case.mapping} if isinstance(case.mapping, str) else case.mapping
+    prepared = prepare_qat(make_model(), mapping)
+    calibrate_inputs(prepared, [{"input_ids": prompts}])
+    prepared.save_pretrained(source)
+    prepared.qat_config.save(source)
+    export_checkpoint(source, packed, case.export_format)
+    twin = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    prepare_as_saved(twin, prepared.qat_config)
+    set_engine_rule(twin.eval(), case.rule)
+    expected = {
+        "packed": str(packed), "rule": case.rule or "", "stock": case.stock, "dtype": case.dtype,
+        "tolerance": case.tolerance, "control": case.control, **expect(twin, prompts),
+    }  # fmt: skip
+    return expected | {"control_log_probabilities": under_control(twin, case.control, prompts).tolist()}
+
+
+def under_control(twin, control: str, prompts: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities as in `log_probabilities`, with the twin changed as the control says."""
+    if control == UNQUANTIZED_MODEL:
+        with quantizers_off(twin):
+            return log_probabilities(twin, prompts)
+    set_engine_rule(twin, "none" if control == UNQUANTIZED_INPUTS else control)
+    return log_probabilities(twin, prompts)
+
+
+def set_engine_rule(model, rule: str | None) -> None:
+    """Quantize inputs under `rule`, or not at all ("none"); None: as they are."""
+    if rule is None:
+        return
     for layer in filter(is_quantlinear, model.modules()):
         if rule == "none":
             layer.input_quantizer.disable()
@@ -74,14 +132,21 @@ def make_model() -> LlamaForCausalLM:
 
 
 def expect(model, prompts: torch.Tensor) -> dict:
-    """Log-probabilities of the prompts' tokens [prompts, time - 1], and NEW_TOKENS greedy tokens."""
-    tokens = prompts
+    """Log-probabilities of the prompts' tokens [prompts, time - 1], and NEW_TOKENS greedy tokens.
+
+    The margin of a greedy token is the distance of its logit to that of the second best: noise above half of it may
+    choose another one.
+    """
+    tokens, margins = prompts, []
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
-            tokens = torch.cat((tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+            best = model(tokens, use_cache=False).logits[:, -1].topk(2)
+            tokens = torch.cat((tokens, best.indices[:, :1]), dim=1)
+            margins.append(best.values[:, 0] - best.values[:, 1])
     return {
         "log_probabilities": log_probabilities(model, prompts).tolist(),
         "greedy": tokens[:, prompts.shape[1] :].tolist(),
+        "margins": torch.stack(margins, dim=1).tolist(),
     }
 
 
@@ -95,4 +160,8 @@ def log_probabilities(model, prompts: torch.Tensor) -> torch.Tensor:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the cases and cases.json are written")
-    main(parser.parse_args().folder)
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"only these; default: {' '.join(CASES)}")
+    args = parser.parse_args()
+    if unknown := set(args.cases) - set(CASES):
+        parser.error(f"no case is called {sorted(unknown)[0]!r}; choose among {', '.join(CASES)}")
+    main(args.folder, args.cases)

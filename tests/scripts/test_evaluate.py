@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import logging.config
 import math
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,30 @@ sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "tasks")]
 
 import evaluate  # noqa: E402
 import local_data  # noqa: E402
+import vllm_log  # noqa: E402
+
+# As vLLM 0.32 wrote them, on a CPU: the second kernel is the plugin's.
+LINES = {
+    "INT4_G32": [
+        "Using max model len 128",
+        "Using CPUWNA16LinearKernel for mixed-precision linear",
+        "Using CPUWNA16LinearKernel for CompressedTensorsWNA16",
+        "Using LBHNC KV cache layout.",
+    ],
+    "MXFP4": ["Using ExactMxfp4LinearKernel for MXFP4 GEMM"],
+    "FP8": ["Selected ChannelWiseTorchFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8"],
+    "none": ["Using max model len 128", "Using LBHNC KV cache layout."],
+}
+
+
+@pytest.fixture
+def log_configuration(monkeypatch):
+    """The environment as it was, and the logger of vLLM without the handlers that a test gave it."""
+    monkeypatch.setenv(vllm_log.CONFIG_VARIABLE, "")
+    yield
+    for handler in list(logging.getLogger("vllm").handlers):
+        logging.getLogger("vllm").removeHandler(handler)
+        handler.close()
 
 
 def test_choices_hold_the_answer_once_and_are_the_same_every_time():
@@ -99,3 +127,50 @@ def test_what_vllm_would_load_is_checked_before(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="lacks 9 tensors of LlamaForCausalLM"):
             evaluate.make_vllm(str(folder), args)
     assert [options["trust_remote_code"] for options in made] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("lines", "kernels"),
+    [
+        (LINES["INT4_G32"], "CPUWNA16LinearKernel"),
+        (LINES["INT4_G32"] + LINES["MXFP4"], "CPUWNA16LinearKernel, ExactMxfp4LinearKernel"),
+        (LINES["FP8"], "ChannelWiseTorchFP8ScaledMMLinearKernel"),
+        (["Using MarlinExperts for MXFP4 MoE"], "MarlinExperts"),
+        (LINES["none"], "not found in vLLM's log"),
+    ],
+)
+def test_kernels_are_found_in_recorded_lines_of_vllms_log(lines, kernels):
+    head = "(EngineCore pid=7) INFO 11-26 14:41:38 [__init__.py:923] "
+    assert vllm_log.kernels_in("".join(f"{head}{line}\n" for line in lines)) == kernels
+
+
+def test_the_kernel_of_each_folder_stands_beside_its_figures(tmp_path, monkeypatch, capsys, log_configuration):
+    plain = save_llama(tmp_path / "plain")
+    folders = {name: export_checkpoint(plain, tmp_path / name, scheme="MXFP4") for name in ("MXFP4", "none")}
+
+    def fake_vllm(pretrained, **_):
+        """vLLM's own way: a process configures its log from the file that the environment names."""
+        logging.config.dictConfig(json.loads(Path(os.environ[vllm_log.CONFIG_VARIABLE]).read_text()))
+        for line in LINES.get(Path(pretrained).name, []):
+            logging.getLogger("vllm.model_executor.kernels.linear").info(line)
+
+    def fake_lm_eval(**_):
+        return {"results": {"local_text": {"bits_per_byte,none": 1.5}}}
+
+    monkeypatch.setattr(evaluate, "_import_vllm_model", lambda: fake_vllm)
+    monkeypatch.setattr(evaluate, "check", lambda args: None)
+    monkeypatch.setattr("lm_eval.simple_evaluate", fake_lm_eval)
+    words = [str(folders["MXFP4"]), str(folders["none"]), str(plain)]
+    evaluate.main([*words, "--backend", "vllm", "--tasks", "local_text", "--output", str(tmp_path / "r.json")])
+    results = json.loads((tmp_path / "r.json").read_text())
+    found = [results[word]["kernel"] for word in words]
+    assert found == ["ExactMxfp4LinearKernel", "not found in vLLM's log", "not quantized"]
+    title, *rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("folder", str(tmp_path)))]
+    assert "evaluated as     kernel" in title and "bits_per_byte" in title
+    assert [kernel in row for kernel, row in zip(found, rows, strict=True)] == [True] * 3
+
+
+def test_a_log_that_the_user_configured_stays_as_it_is(monkeypatch, caplog):
+    monkeypatch.setenv(vllm_log.CONFIG_VARIABLE, "own.json")
+    assert vllm_log.kernels_in(vllm_log.VllmLog().new_lines()) == vllm_log.NOT_FOUND
+    assert os.environ[vllm_log.CONFIG_VARIABLE] == "own.json" and "own.json configures vLLM's log" in caplog.text

@@ -1,0 +1,125 @@
+"""What inference engines compute for a packed folder, printed: after an export, and as the table of docs/serving.md.
+
+    python -m qat.checkpoints.engines          # the table of docs/serving.md, from engine_facts.py
+
+Engines quantize activations themselves, under a rule of their own or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..schemes.config import QATConfig
+from ..schemes.presets import PRESETS, get_scheme
+from ..schemes.spec import Scheme
+from .dialects import dialect_of
+from .engine_facts import AS_TRAINED, CHOSEN, ENGINES, MXFP4MXFP8, MXFP8_OPTION, OPEN, SOURCES, Engine, Fact, Kind
+from .folder import CheckpointFolder
+
+NOT_KNOWN = Fact("not known", "")
+
+
+def kind_of(scheme: Scheme) -> Kind:
+    """The formats of a scheme's weights and inputs: all that its packed folder says."""
+    return scheme.weight.format.name, None if scheme.input is None else scheme.input.format.name
+
+
+def engine_table(schemes: Iterable[Scheme], export_format: str, kv_cache: bool = False) -> str:
+    """A table for a packed folder, one row for each engine, and how each differs from the training.
+
+    Args:
+        schemes: those of the folder's layers, under the rules of the training.
+        export_format: a name of `dialects.DIALECTS`.
+        kv_cache: whether the folder holds scales of a key/value cache in FP8.
+    """
+    found = list({(scheme.name, scheme.input and scheme.input.rule): scheme for scheme in schemes}.values())
+    rows, different = [], {scheme.name: list[str]() for scheme in found}
+    for engine in _readers(export_format):
+        name = engine.name.replace("`", "")
+        cells = [(scheme.name, _fact(engine, scheme, export_format)) for scheme in found]
+        for scheme, (_, fact) in zip(found, cells, strict=True):
+            if difference := _difference(scheme, fact):
+                different[scheme.name].append(f"{name} ({difference})")
+        if kv_cache:
+            cells.append(("key/value cache", engine.kv_cache or NOT_KNOWN))
+        text = "; ".join(f"{of}: {fact.text}" if len(cells) > 1 else fact.text for of, fact in cells)
+        sources = "; ".join(dict.fromkeys(SOURCES[fact.source] for _, fact in cells if fact.source))
+        rows.append((name, text, f"({sources})" if sources else ""))
+    lines = [f"What engines compute for {' and '.join(scheme.name for scheme in found)} in this folder:"]
+    width = max(len(name) for name, *_ in rows)
+    lines += [f"  {name.ljust(width)}  {text}  {source}".rstrip() for name, text, source in rows]
+    for scheme in found:
+        if engines := different[scheme.name]:
+            lines.append(f"{scheme.name} was trained with {_trained(scheme)}. Different: {'; '.join(engines)}")
+    if any(kind_of(scheme) == MXFP4MXFP8 for scheme in found):
+        lines.append(f"The file cannot hold MXFP8 activations beside MXFP4 weights: vllm serve DIR {MXFP8_OPTION}")
+    return "\n".join(lines)
+
+
+def table_of_folder(folder: str | Path) -> str:
+    """`engine_table` of a packed folder, from its config.json and qat_config.json.
+
+    Raises:
+        UserError: it is no packed folder of ours.
+    """
+    config, saved = CheckpointFolder.open(folder, "the packed folder").quantization_config or {}, QATConfig.load(folder)
+    dialect = dialect_of(config, folder)
+    rules = {} if saved is None else saved.scale_rules
+    schemes = [get_scheme(name).with_rules(**rule) for name, rule in rules.items()]
+    return engine_table(schemes, dialect.name, config.get("kv_cache_scheme") is not None)
+
+
+def markdown() -> str:
+    """The table of docs/serving.md: schemes by engines, and where each fact is from."""
+    marks = {source: str(i) for i, source in enumerate(SOURCES, 1)}
+    kinds: dict[Kind, list[str]] = {}
+    for scheme in PRESETS.values():
+        kinds.setdefault(kind_of(scheme), []).append(f"`{scheme.name}`")
+    rows = [["scheme", *(engine.name for engine in ENGINES)], ["---"] * (1 + len(ENGINES))]
+    for kind, names in kinds.items():
+        facts = (engine.facts.get(kind, NOT_KNOWN) for engine in ENGINES)
+        rows.append([", ".join(names), *(_cell(fact, marks) for fact in facts)])
+    caches = (engine.kv_cache or NOT_KNOWN for engine in ENGINES)
+    rows.append(["key/value cache in FP8", *(_cell(fact, marks) for fact in caches)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\n" + "\n".join(f"* [{marks[source]}] {text}" for source, text in SOURCES.items())
+
+
+def _readers(export_format: str) -> Iterable[Engine]:
+    return (engine for engine in ENGINES if engine.dialect in (None, export_format))
+
+
+def _fact(engine: Engine, scheme: Scheme, export_format: str) -> Fact:
+    """What is known about the scheme; of AutoRound's format, engines were examined with MX formats alone."""
+    kind = kind_of(scheme)
+    if export_format == "auto_round" and kind not in (("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")):
+        return NOT_KNOWN
+    return engine.facts.get(kind, NOT_KNOWN)
+
+
+def _trained(scheme: Scheme) -> str:
+    spec = scheme.input
+    return f"activations in {spec.format.name} under {spec.rule.upper()}" if spec else "unquantized activations"
+
+
+def _difference(scheme: Scheme, fact: Fact) -> str | None:
+    """How the engine's activations differ from those of the training; None: they do not, or it is not known."""
+    if fact is NOT_KNOWN or not fact.serves or fact.inputs == OPEN:
+        return None
+    trained = None if scheme.input is None else scheme.input.format.name
+    if fact.inputs is None:
+        return None if trained is None else "not quantized"
+    if fact.inputs != trained:
+        return f"{fact.inputs} under {fact.rule.upper()}" if fact.rule else fact.inputs
+    if fact.rule in (None, AS_TRAINED, CHOSEN) or scheme.input is None or fact.rule == scheme.input.rule:
+        return None
+    return fact.rule.upper()
+
+
+def _cell(fact: Fact, marks: dict[str, str]) -> str:
+    return f"{fact.text} [{marks[fact.source]}]" if fact.source else fact.text
+
+
+if __name__ == "__main__":
+    print(markdown())

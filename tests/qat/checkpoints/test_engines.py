@@ -1,0 +1,88 @@
+"""What engines compute for a packed folder: one data file, the docs made from it, and the table after an export."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from helpers import ROOT, save_llama, save_qat
+
+from qat.checkpoints.dialects import DIALECTS
+from qat.checkpoints.engine_facts import AS_TRAINED, CHOSEN, ENGINES, MXFP8_OPTION, OPEN, SOURCES
+from qat.checkpoints.engines import engine_table, kind_of, markdown, table_of_folder
+from qat.checkpoints.pack import export_checkpoint
+from qat.errors import UserError
+from qat.numerics.families import formats
+from qat.schemes.presets import PRESETS, get_scheme
+
+CT = "compressed-tensors"
+
+
+def row_of(table: str, engine: str) -> str:
+    (row,) = [line.strip() for line in table.splitlines() if re.match(rf"  {re.escape(engine)}  ", line)]
+    return re.sub(r"  +", " | ", row)
+
+
+def test_the_docs_have_the_table_of_the_data_file():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert markdown() in page, "python -m qat.checkpoints.engines prints what docs/serving.md is to have"
+    assert MXFP8_OPTION in page
+
+
+def test_every_fact_is_about_a_scheme_that_exists_and_has_a_source_and_a_rule_of_its_format():
+    kinds = {kind_of(scheme) for scheme in PRESETS.values()}
+    for engine in ENGINES:
+        assert engine.dialect in (None, *DIALECTS) and set(engine.facts) <= kinds
+        for fact in (*engine.facts.values(), *filter(None, [engine.kv_cache])):
+            assert fact.source in SOURCES
+            if fact.rule not in (None, AS_TRAINED, CHOSEN):
+                assert fact.rule in formats()[fact.inputs].input_rules
+            assert fact.inputs in (None, OPEN) or (formats()[fact.inputs].input_rules and fact.serves)
+
+
+@pytest.mark.parametrize("scheme", [name for name, scheme in PRESETS.items() if scheme.input is not None])
+def test_transformers_applies_the_rule_that_the_dialect_says(scheme):
+    facts = next(engine.facts for engine in ENGINES if engine.name == "transformers, compressed-tensors")
+    fact, trained = facts[kind_of(PRESETS[scheme])], PRESETS[scheme].input
+    assert (fact.inputs, fact.rule) == (trained.format.name, DIALECTS[CT].input_rule(PRESETS[scheme]))
+
+
+def test_an_engine_that_computes_something_else_than_was_trained_is_named():
+    table = engine_table([get_scheme("MXFP4", input_scale_rule="rceil")], CT)
+    assert row_of(table, "vLLM on Blackwell").startswith("vLLM on Blackwell | W4A4, RCEIL |")
+    assert "W4A16, weights only" in row_of(table, "vLLM on Hopper") and "refused" in row_of(table, "vLLM on CPUs")
+    (line,) = [line for line in table.splitlines() if line.startswith("MXFP4 was trained with")]
+    assert "activations in mxfp4 under RCEIL. Different:" in line
+    assert "vLLM on Hopper (not quantized)" in line and "transformers, compressed-tensors (EVEN)" in line
+    assert "Blackwell" not in line and "CPU" not in line  # the first applies RCEIL, the second refuses
+
+
+def test_an_engine_that_quantizes_what_was_trained_in_16_bits_is_named():
+    table = engine_table([get_scheme("MXFP4A16")], CT)
+    assert (
+        "MXFP4A16 was trained with unquantized activations. Different: vLLM on Blackwell (mxfp4 under RCEIL)" in table
+    )
+    assert "was trained" not in engine_table([get_scheme("INT4_G32")], CT)
+
+
+def test_mxfp4_with_mxfp8_activations_needs_an_option_of_the_engine():
+    assert f"vllm serve DIR {MXFP8_OPTION}" in engine_table([get_scheme("MXFP4MXFP8")], CT)
+    assert MXFP8_OPTION not in engine_table([get_scheme("MXFP4FP8")], CT)
+
+
+def test_a_table_of_two_schemes_and_a_cache_names_each():
+    table = engine_table([get_scheme("MXFP4"), get_scheme("MXFP8"), get_scheme("MXFP4")], CT, kv_cache=True)
+    row = row_of(table, "vLLM on Blackwell")
+    assert "MXFP4: W4A4, RCEIL; MXFP8: W8A8, RCEIL; key/value cache: FP8, scales of the file" in row
+    assert "key/value cache: not known" in row_of(table, "vLLM on Ampere")
+
+
+def test_the_table_of_a_folder_knows_its_schemes_rules_and_format(tmp_path):
+    packed = export_checkpoint(
+        save_qat(tmp_path / "qat", {"torch.nn.Linear": "MXFP4_RCEIL"}), tmp_path / "p", "auto_round"
+    )
+    table = table_of_folder(packed)
+    assert row_of(table, "transformers, auto_round").startswith("transformers, auto_round | W4A4, as trained")
+    assert "transformers, compressed-tensors" not in table and "under RCEIL. Different: vLLM on Hopper" in table
+    with pytest.raises(UserError, match="not a packed checkpoint"):
+        table_of_folder(save_llama(tmp_path / "plain"))
