@@ -36,6 +36,7 @@ from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from training.arguments.distillation import CacheSettings  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
@@ -53,7 +54,7 @@ OUT_OF_DOMAIN_PACKAGES = (
     "accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml", "regex",
     "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers",
 )  # fmt: skip
-LENGTH, BATCH = 256, 4
+LENGTH, BATCH, CALIBRATION_SAMPLES = 256, 4, 32
 
 
 def out_of_domain_text() -> str:
@@ -130,15 +131,26 @@ def prepare(model, row: Row, data: dict) -> None:
     """Quantize `model` as in `row`."""
     if row.scheme is None:
         return
-    mapping = {torch.nn.Linear: row.scheme} if row.bits_budget is None else mixed_mapping(model, row, data)
+    mapping = {torch.nn.Linear: row.scheme, **row.others}
+    if row.bits_budget is not None:
+        mapping = mixed_mapping(model, row, data)
     quantize(model, mapping, row, data, **row.prepare_options)
 
 
 def quantize(model, mapping: dict, row: Row, data: dict, **options) -> None:
-    """Prepare and smooth."""
+    """Prepare, smooth, and calibrate the inputs that need it."""
     prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **options)
     if row.smooth_alpha:
         smooth_with_data(model, data, row.smooth_alpha, model.device)
+    with torch.autocast(model.device.type, torch.bfloat16):
+        calibrate_inputs(model, calibration_batches(model, data))
+
+
+def calibration_batches(model, data: dict) -> list[dict[str, torch.Tensor]]:
+    """The first training samples, one by one, so that none is padded."""
+    samples = [data["train_dataset"][i] for i in range(CALIBRATION_SAMPLES)]
+    batches = [data["data_collator"]([{k: v for k, v in sample.items() if k != "length"}]) for sample in samples]
+    return [{k: v.to(model.device) for k, v in batch.items() if k != "labels"} for batch in batches]
 
 
 def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:

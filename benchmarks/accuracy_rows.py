@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from qat.layers.learned_scales import optimizer_settings
+from qat.schemes.presets import PRESETS
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -18,8 +19,8 @@ class Row:
 
     title: str
     scheme: str | None = "MXFP4"
-    weights: str = "floor"
-    inputs: str = "floor"
+    weights: str | None = "floor"  # scale rules; None: that of the scheme
+    inputs: str | None = "floor"
     steps: int = 0
     lr: float = 0.0
     distill: bool = False
@@ -33,6 +34,7 @@ class Row:
     teacher: str = "copy"  # or "cache", as with --distill_teacher
     first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
     bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
+    others: dict[str, str] = field(default_factory=dict)  # schemes of other layers, by patterns
 
 
 def of_recipe(name: str, title: str, **changes) -> Row:
@@ -102,5 +104,50 @@ ROWS |= {
     "mixed-untrained": Row("mixed at 5 bits a weight, PTQ", weights="search", inputs="even", bits_budget=5.0),
     "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
+
+# The hidden size of this model, 576, is no multiple of 128: formats in blocks of 128 quantize down_proj alone.
+IN_BLOCKS_OF_128 = {"INT4_G128": "INT4_G32", "MXFP4FP8_G128": "MXFP4FP8"}
+SERVED = ("MXFP4A16", "MXFP8A16", "MXFP4FP8", "MXFP4FP8_G128", "MXFP4MXFP8", "NVFP4", "NVFP4A16", "INT4_G32",
+          "INT4_G128", "FP8")  # fmt: skip
+
+
+def settings_of(name: str) -> dict:
+    """The schemes of a row, and its scale rules under our recipe: searched weights where they exist, EVEN MX inputs."""
+    scheme = PRESETS[name]
+    searched = "search" if "search" in scheme.weight.format.rules else None
+    even = "even" if scheme.input is not None and "even" in scheme.input.format.input_rules else None
+    smooth_alpha = 0.0 if scheme.input is None else default("").smooth_alpha
+    return {"weights": searched, "inputs": even, "smooth_alpha": smooth_alpha}
+
+
+def served_rows(name: str) -> dict[str, Row]:
+    """PTQ in a scheme, PTQ with what our recipe does before training, and our recipe."""
+    settings = settings_of(name)
+    schemes: dict = {"scheme": name}
+    label = name
+    if name in IN_BLOCKS_OF_128:
+        other = IN_BLOCKS_OF_128[name]
+        schemes, label = {"scheme": other, "others": {"*.down_proj": name}}, f"{name} (down_proj; others {other})"
+    prepared = [text for text in ("searched weights" * bool(settings["weights"]),
+                                  "smoothing" * bool(settings["smooth_alpha"])) if text]  # fmt: skip
+    rows = {f"{name}-ptq": Row(f"{label} PTQ", weights=None, inputs=None, **schemes)}
+    if prepared:
+        rows[f"{name}-ptq-prepared"] = Row(f"{label} PTQ, {', '.join(prepared)}", **schemes | settings)
+    return rows | {f"{name}-qad": default(f"{label}, default", **schemes | settings)}
+
+
+for _name in SERVED:
+    ROWS |= served_rows(_name)
+for _name in ("MXFP4A16", "MXFP4FP8", "NVFP4", "INT4_G32"):
+    ROWS[f"{_name}-lr-4e-4"] = default(f"{_name}, default, lr 4e-4", scheme=_name, lr=4e-4, **settings_of(_name))
+for _name in ("MXFP4A16", "MXFP4FP8"):
+    ROWS[f"{_name}-more-ce"] = default(
+        f"{_name}, default, 40 % cross-entropy", scheme=_name, distill_options={"distill_ce_weight": 0.4},
+        **settings_of(_name),
+    )  # fmt: skip
+for _name in ("NVFP4", "INT4_G32"):
+    ROWS[f"{_name}-absmax"] = default(
+        f"{_name}, default without search", **{"scheme": _name, **settings_of(_name), "weights": "absmax"}
+    )
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]

@@ -27,6 +27,7 @@ from qat.command_line import OneLineParser  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.formats import Format  # noqa: E402
 from qat.numerics.kernels import KERNELS  # noqa: E402
+from qat.numerics.ops import tensor_divisor  # noqa: E402
 
 VIEW = torch.bfloat16
 INPUTS = {"BF16": torch.bfloat16, "FP32 seen as BF16": torch.float32}
@@ -42,12 +43,17 @@ def kernels_for(x: torch.Tensor, fmt: Format):
     raise SystemExit(f"there are no kernels of {fmt.name} for {x.device} here: see the warning above")
 
 
+def divisor_of(x: torch.Tensor, fmt: Format) -> tuple[torch.Tensor, ...]:
+    """The divisor of x as an argument of the kernels, in formats with a tensor scale: layers give it to them."""
+    return () if fmt.tensor_scale is None else (tensor_divisor([x], fmt.name, VIEW),)
+
+
 def ours(x: torch.Tensor, fmt: Format) -> dict[str, Callable[[], object]]:
     """Every function of the kernels, every rule."""
-    kernels, rule = kernels_for(x, fmt), fmt.rules[0]
-    quantized = kernels.quantize(x, fmt, rule, VIEW)
-    calls = {f"ours, {rule}": lambda r=rule: kernels.fake_quantize(x, fmt, r, VIEW) for rule in fmt.rules}
-    calls["ours, quantize to bytes"] = lambda: kernels.quantize(x, fmt, rule, VIEW)
+    kernels, rule, given = kernels_for(x, fmt), fmt.rules[0], divisor_of(x, fmt)
+    quantized = kernels.quantize(x, fmt, rule, VIEW, *given)
+    calls = {f"ours, {rule}": lambda r=rule: kernels.fake_quantize(x, fmt, r, VIEW, *given) for rule in fmt.rules}
+    calls["ours, quantize to bytes"] = lambda: kernels.quantize(x, fmt, rule, VIEW, *given)
     calls["ours, dequantize to BF16"] = lambda: kernels.dequantize(quantized, fmt, VIEW)
     calls["ours, dequantize to FP32"] = lambda: kernels.dequantize(quantized, fmt, torch.float32)
     return calls

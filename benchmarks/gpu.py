@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from benchmarks.common import median_seconds  # noqa: E402
-from benchmarks.fake_quant import kernels_for  # noqa: E402
+from benchmarks.fake_quant import divisor_of, kernels_for  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
@@ -34,6 +34,9 @@ from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 
 SHAPES = ((8192, 8192), (4096, 14336))
+SCHEMES = ("MXFP4", "MXFP8", "FP8", "MXFP4A16", "MXFP8A16", "MXFP4FP8", "MXFP4FP8_G128", "MXFP4MXFP8", "NVFP4",
+           "NVFP4A16", "INT4_G32", "INT4_G128")  # fmt: skip
+AT_A_TIME = 3  # schemes whose models, with their optimizers, are there at a time, beside BF16
 
 
 def device_seconds(run: Callable[[], object], milliseconds: int = 100) -> float:
@@ -46,11 +49,12 @@ def device_seconds(run: Callable[[], object], milliseconds: int = 100) -> float:
 def check_kernels(report: Report) -> None:
     """All BF16 bit patterns, and FP32 of many magnitudes: the GPU's bits against the specification's on the CPU."""
     patterns = torch.arange(65536, dtype=torch.int32)[torch.randperm(65536, generator=torch.Generator().manual_seed(1))]
-    bf16 = patterns.to(torch.int16).view(torch.bfloat16).reshape(-1, 32)
+    bf16 = patterns.to(torch.int16).view(torch.bfloat16).reshape(-1, 128)
     generator = torch.Generator().manual_seed(2)
     fp32 = torch.randn(20000, 32, generator=generator) * torch.exp2(
         torch.randint(-60, 60, (20000, 1), generator=generator).float()
     )
+    fp32 = fp32.reshape(-1, 128)
     differ = 0
     for x in (bf16, fp32, fp32.half()):
         for fmt in formats().values():
@@ -71,8 +75,8 @@ def check_kernels(report: Report) -> None:
 
 def count_different(a: torch.Tensor, b: torch.Tensor) -> int:
     """Elements whose bits differ, NaNs of any kind being equal."""
-    if a.dtype == torch.uint8:
-        return int((a != b).sum())
+    if a.element_size() == 1:
+        return int((a.view(torch.uint8) != b.view(torch.uint8)).sum())
     integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
     return int(((a.view(integer) != b.view(integer)) & ~(a.isnan() & b.isnan())).sum())
 
@@ -86,21 +90,30 @@ def time_kernels(report: Report) -> None:
         report.add(f"copy {shape[0]}x{shape[1]} BF16", copy_rate / 1e12, unit="TB/s")
         for fmt in formats().values():
             kernels, rule = kernels_for(x, fmt), fmt.rules[0]
-            quantized = kernels.quantize(x, fmt, rule)
+            given = divisor_of(x, fmt)
+            quantized = kernels.quantize(x, fmt, rule, None, *given)
             moved = {"fake": 2 * x.nbytes, "pack": x.nbytes + quantized.nbytes}
             moved["unpack"] = moved["pack"]
             calls = {
-                "fake": lambda k=kernels, f=fmt, r=rule, x=x: k.fake_quantize(x, f, r),
-                "pack": lambda k=kernels, f=fmt, r=rule, x=x: k.quantize(x, f, r),
+                "fake": lambda k=kernels, f=fmt, r=rule, x=x, g=given: k.fake_quantize(x, f, r, None, *g),
+                "pack": lambda k=kernels, f=fmt, r=rule, x=x, g=given: k.quantize(x, f, r, None, *g),
                 "unpack": lambda k=kernels, f=fmt, q=quantized: k.dequantize(q, f, torch.bfloat16),
             }
             for name, call in calls.items():
                 fraction = moved[name] / device_seconds(call) / copy_rate
                 report.add(f"{name} {fmt.name} {shape[0]}x{shape[1]}", fraction, "0.80" if name == "fake" else "0.70")
+            if "search" in fmt.rules:
+                seconds = device_seconds(
+                    lambda k=kernels, f=fmt, x=x, g=given: k.fake_quantize(x, f, "search", None, *g)
+                )
+                report.add(f"fake {fmt.name} search {shape[0]}x{shape[1]}", moved["fake"] / seconds / copy_rate)
         master = torch.randn(shape, device="cuda")
         for fmt in formats().values():
             kernels, rule = kernels_for(x, fmt), fmt.rules[0]
-            seconds = device_seconds(lambda k=kernels, f=fmt, r=rule: k.fake_quantize(master, f, r, torch.bfloat16))  # noqa: B023
+            given = divisor_of(master, fmt)
+            seconds = device_seconds(
+                lambda k=kernels, f=fmt, r=rule, g=given: k.fake_quantize(master, f, r, torch.bfloat16, *g)  # noqa: B023
+            )
             fraction = (master.nbytes + x.nbytes) / seconds / copy_rate
             report.add(f"fake {fmt.name} FP32 seen as BF16 {shape[0]}x{shape[1]}", fraction)
 
@@ -145,12 +158,13 @@ def time_steps(
     batch: tuple[int, int],
     checkpointing: bool,
     compiled: bool,
+    schemes: tuple[str, ...],
     repeats: int = 7,
 ) -> None:
     """QAT step over BF16 step, alternating; peak memory of each, from a run of its own."""
     label = f"{'compiled' if compiled else 'eager'}{', checkpointing' if checkpointing else ''}"
     steps, peaks = {}, {}
-    for scheme in (None, "MXFP4", "MXFP8", "FP8"):
+    for scheme in (None, *schemes):
         free_memory()
         model = make_model(shape, scheme, layers, "cuda", checkpointing)
         step = TrainingStep(model, make_batch(model, *batch), compiled)
@@ -166,13 +180,13 @@ def time_steps(
         del model, step
     seconds = median_seconds(steps, repeats, "cuda")
     report.add(f"BF16 step, {label}", seconds[None] * 1e3, unit="ms")
-    for scheme in ("MXFP4", "MXFP8", "FP8"):
+    for scheme in schemes:
         report.add(f"{scheme} step over BF16, {label}", seconds[scheme] / seconds[None], "1.10")
         report.add(
             f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90"
         )
     report.add(f"BF16 peak memory, {label}", peaks[None] / 2**30, unit="GiB")
-    if not compiled and not checkpointing:
+    if not compiled and not checkpointing and "MXFP4" in schemes:
         forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, repeats, "cuda")
         report.add("MXFP4 forward without gradients over BF16", forward["MXFP4"] / forward[None], "1.15")
         time_distillation(report, steps, make_model(shape, None, layers, "cuda"), repeats)
@@ -247,12 +261,12 @@ def time_fp8_step(report: Report, steps: dict[str | None, TrainingStep], repeats
 def saved_bytes(report: Report) -> None:
     """What a decoder block of 8B shape keeps for backward."""
     sizes = {}
-    for scheme in (None, "MXFP4", "MXFP8"):
+    for scheme in (None, *SCHEMES):
         model = make_model("llama-8b", scheme, 1, "cuda")
         sizes[scheme] = saved_bytes_of_a_block(model, 2048)
         del model
         free_memory()
-    for scheme in ("MXFP4", "MXFP8"):
+    for scheme in SCHEMES:
         report.add(f"bytes saved for backward by a block, {scheme} over BF16", sizes[scheme] / sizes[None], "0.85")
 
 
@@ -270,21 +284,29 @@ def main() -> None:
         "--layers", type=int, help="decoder layers of the 8B-shaped model; default: 6, or 2 below 100 GB"
     )
     parser.add_argument("--sections", default="check,kernels,others,saved,fp8,eager,checkpointing,compiled")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help=f"of the steps, {AT_A_TIME} at a time")
     args = parser.parse_args()
     report = Report("gpu", device="cuda")
-    if args.layers is None:  # four models with their optimizers are there at a time
+    if args.layers is None:
         args.layers = 6 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 2
     report.add("decoder layers", args.layers)
-    shape, batch = "llama-8b", (4, 2048)
+    schemes = args.schemes.split(",")
+
+    def steps(checkpointing: bool, compiled: bool) -> None:
+        for first in range(0, len(schemes), AT_A_TIME):
+            some = tuple(schemes[first : first + AT_A_TIME])
+            time_steps(report, "llama-8b", args.layers, (4, 2048), checkpointing, compiled, some)
+            free_memory()
+
     sections = {
         "check": lambda: check_kernels(report),
         "kernels": lambda: time_kernels(report),
         "others": lambda: time_others(report),
         "saved": lambda: saved_bytes(report),
         "fp8": lambda: time_fp8_forward(report),
-        "eager": lambda: time_steps(report, shape, args.layers, batch, checkpointing=False, compiled=False),
-        "checkpointing": lambda: time_steps(report, shape, args.layers, batch, checkpointing=True, compiled=False),
-        "compiled": lambda: time_steps(report, shape, args.layers, batch, checkpointing=False, compiled=True),
+        "eager": lambda: steps(checkpointing=False, compiled=False),
+        "checkpointing": lambda: steps(checkpointing=True, compiled=False),
+        "compiled": lambda: steps(checkpointing=False, compiled=True),
     }
     for name in args.sections.split(","):
         start = time.perf_counter()

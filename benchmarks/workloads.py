@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import prepare_qat
+from qat.layers.calibration import calibrate_inputs
 from training.losses.chunked import attach, find_head
 from training.losses.distillation import Objective
 from training.teachers.frozen import FrozenTeacher
@@ -39,6 +40,7 @@ def make_model(
         model = LlamaForCausalLM(config)
     if scheme is not None:
         prepare_qat(model, {nn.Linear: scheme})
+        calibrate_inputs(model, [{"input_ids": torch.arange(64, device=device)[None]}])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

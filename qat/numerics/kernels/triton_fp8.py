@@ -1,5 +1,5 @@
-"""The FP8 formats on the GPU: one program a row. It holds rows of up to 4096 values in registers; it reads longer ones
-twice, once for their maximum and once to round them.
+"""The FP8 formats on the GPU. With a scale a row, one program takes a row: it holds up to 4096 values in registers and
+reads longer rows twice, once for their maximum and once to round them. With a scale a block, one takes several blocks.
 
 Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (`div_rn`; Triton's `/` is an approximation), products are
 not fused, and BF16 scales and quotients are rounded to nearest even.
@@ -13,11 +13,13 @@ import torch
 
 from ..formats import BF16, Format, Quantized
 from ..fp8 import FORMATS, SMALLEST_INPUT_SCALE, SMALLEST_WEIGHT_SCALE
-from .triton_device import _bits, _float, _jit, _to_fp32, _to_view, tl
+from .triton_blocks import _divide, _largest_bits
+from .triton_device import _bits, _float, _jit, _offsets, _tile, _to_fp32, _to_view, tl, triton
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
 _COLUMNS, _PER_WARP = 4096, 512  # values of a row at a time, at most, and of them for each warp: the fastest on an H100
+_BLOCK_VALUES, _BLOCK_WARPS = 2048, 4  # of a program that takes blocks: the best of 1024 to 4096 and 2 to 8 warps
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
 
@@ -30,7 +32,7 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     """
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch(quantize_row_kernel, (x, out, out), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": False})
+    _launch(_QUANTIZE, (x, out, out), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": False})
     return out
 
 
@@ -39,7 +41,7 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.float32, device=x.device)
-    _launch(quantize_row_kernel, (x, codes, scale), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
+    _launch(_QUANTIZE, (x, codes, scale), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
     return Quantized(codes, (scale.to(fmt.scale.storage),))  # exact: the kernel has rounded it
 
 
@@ -52,7 +54,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale.float().contiguous(), out)
-    _launch(dequantize_row_kernel, tensors, codes, fmt, {"VIEW": triton_dtype(dtype)})
+    _launch(_DEQUANTIZE, tensors, codes, fmt, {"VIEW": triton_dtype(dtype)})
     return out
 
 
@@ -65,13 +67,22 @@ def _rule(fmt: Format, rule: str, dtype: torch.dtype) -> dict:
     }  # fmt: skip
 
 
-def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], x: torch.Tensor, fmt: Format, options: dict) -> None:
-    if x.numel():
-        columns = fmt.block or x.shape[-1]  # a block is a row to the kernels
-        at_a_time = min(1 << (columns - 1).bit_length(), _COLUMNS)
-        options |= {"COLUMNS": at_a_time, "TILES": -(-columns // at_a_time)}
-        warps = max(1, min(at_a_time // _PER_WARP, 16))
-        launch(kernel, (x.numel() // columns,), tensors, columns, num_warps=warps, **options)
+def _launch(
+    kernels: tuple[Any, Any], tensors: tuple[torch.Tensor, ...], x: torch.Tensor, fmt: Format, options: dict
+) -> None:
+    """Start that of the two kernels, for rows and for blocks, which serves the format."""
+    if not x.numel():
+        return
+    of_rows, of_blocks = kernels
+    if fmt.block is not None:
+        blocks, rows = x.numel() // fmt.block, _BLOCK_VALUES // fmt.block
+        options |= {"ROWS": rows, "SIZE": fmt.block, "num_warps": _BLOCK_WARPS}
+        return launch(of_blocks, (triton.cdiv(blocks, rows),), tensors, blocks, **options)
+    columns = x.shape[-1]
+    at_a_time = min(1 << (columns - 1).bit_length(), _COLUMNS)
+    options |= {"COLUMNS": at_a_time, "TILES": -(-columns // at_a_time)}
+    options["num_warps"] = max(1, min(at_a_time // _PER_WARP, 16))
+    launch(of_rows, (x.numel() // columns,), tensors, columns, **options)
 
 
 @_jit
@@ -95,6 +106,36 @@ def _fp8_element(code):
 def _load_row(x_ptr, offsets, columns, VIEW: tl.constexpr):
     """Values (FP32) of a tile of the row at `x_ptr`, as seen in VIEW; zero beyond its end."""
     return _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=offsets < columns, other=0)), VIEW))
+
+
+@_jit
+def _scale(
+    amax,
+    quotient,
+    NATIVE: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    VIEW: tl.constexpr,
+    BF16: tl.constexpr,
+):
+    """Scales from largest magnitudes (FP32 bits) and these over 448; NaN where one is not finite."""
+    scale = quotient
+    if NATIVE:
+        scale = _to_fp32(_to_view(scale, VIEW))
+        scale = tl.where(scale == 0.0, SMALLEST, scale)
+    else:
+        if BF16_SCALE:
+            scale = _to_fp32(_to_view(scale, BF16))
+        scale = tl.maximum(scale, SMALLEST)
+    return tl.where(amax >= 0x7F800000, float("nan"), scale)
+
+
+@_jit
+def _code_of(scaled, NATIVE: tl.constexpr, VIEW: tl.constexpr):
+    """Codes (int32), without signs, of magnitudes over their scales."""
+    if NATIVE:
+        scaled = _to_fp32(_to_view(scaled, VIEW))
+    return _fp8_code(tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x43E00000))  # 448
 
 
 @_jit
@@ -122,16 +163,8 @@ def quantize_row_kernel(
         more = _load_row(x_ptr, tile * COLUMNS + offsets, columns, VIEW)
         largest = tl.maximum(largest, _bits(more) & 0x7FFFFFFF)
     amax = tl.max(largest, axis=0)
-    scale = tl.math.div_rn(_float(amax), 448.0)
-    if NATIVE:
-        scale = _to_fp32(_to_view(scale, VIEW))
-        scale = tl.where(scale == 0.0, SMALLEST, scale)
-    else:
-        if BF16_SCALE:
-            scale = _to_fp32(_to_view(scale, BF16))
-        scale = tl.maximum(scale, SMALLEST)
+    scale = _scale(amax, tl.math.div_rn(_float(amax), 448.0), NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
     broken = amax >= 0x7F800000
-    scale = tl.where(broken, float("nan"), scale)
     if TO_CODES:
         tl.store(scale_ptr + row, scale)
     for tile in tl.static_range(TILES):
@@ -139,9 +172,7 @@ def quantize_row_kernel(
         if TILES > 1:
             x = _load_row(x_ptr, here, columns, VIEW)
         scaled = tl.math.div_rn(_float(_bits(x) & 0x7FFFFFFF), tl.zeros((COLUMNS,), tl.float32) + scale)
-        if NATIVE:
-            scaled = _to_fp32(_to_view(scaled, VIEW))
-        code = _fp8_code(tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x43E00000))  # 448
+        code = _code_of(scaled, NATIVE, VIEW)
         sign = _bits(x) & -0x80000000
         if TO_CODES:
             code = tl.where(broken, 0, code | ((sign >> 24) & 0x80))
@@ -149,6 +180,38 @@ def quantize_row_kernel(
         else:
             value = _float(_bits(_fp8_element(code) * scale) | sign)
             tl.store(out_ptr + here, _to_view(value, VIEW), mask=here < columns)
+
+
+@_jit
+def quantize_block_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    blocks,
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BF16_SCALE: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    VIEW: tl.constexpr,
+    BF16: tl.constexpr,
+    TO_CODES: tl.constexpr,
+):
+    rows, exists = _tile(blocks, ROWS)
+    offsets = _offsets(rows, SIZE)
+    x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0)), VIEW))
+    amax = _largest_bits(x)
+    quotient = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 448.0)
+    scale = _scale(amax, quotient, NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
+    code = _code_of(_divide(_float(_bits(x) & 0x7FFFFFFF), scale, ROWS, SIZE), NATIVE, VIEW)
+    sign = _bits(x) & -0x80000000
+    if TO_CODES:
+        tl.store(scale_ptr + rows, scale, mask=exists)
+        code = tl.where((amax >= 0x7F800000)[:, None], 0, code | ((sign >> 24) & 0x80))
+        tl.store(out_ptr + offsets, code.to(tl.uint8), mask=exists[:, None])
+    else:
+        value = _float(_bits(_fp8_element(code) * scale[:, None]) | sign)
+        tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])
 
 
 @_jit
@@ -163,3 +226,19 @@ def dequantize_row_kernel(
         codes = tl.load(codes_ptr + row * columns + offsets, mask=exists, other=0).to(tl.int32)
         value = _float(_bits(_fp8_element(codes & 0x7F)) | ((codes & 0x80) << 24)) * scale
         tl.store(out_ptr + row * columns + offsets, _to_view(value, VIEW), mask=exists)
+
+
+@_jit
+def dequantize_block_kernel(
+    codes_ptr, scale_ptr, out_ptr, blocks, ROWS: tl.constexpr, SIZE: tl.constexpr, VIEW: tl.constexpr
+):
+    rows, exists = _tile(blocks, ROWS)
+    offsets = _offsets(rows, SIZE)
+    scale = tl.load(scale_ptr + rows, mask=exists, other=0)
+    codes = tl.load(codes_ptr + offsets, mask=exists[:, None], other=0).to(tl.int32)
+    value = _float(_bits(_fp8_element(codes & 0x7F)) | ((codes & 0x80) << 24)) * scale[:, None]
+    tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])
+
+
+_QUANTIZE = quantize_row_kernel, quantize_block_kernel
+_DEQUANTIZE = dequantize_row_kernel, dequantize_block_kernel
