@@ -112,6 +112,7 @@ def compare_logits(
     plain = [n for n, scheme in schemes.items() if engine_rules[n] is None and scheme.input is not None]
     differ = [f"{n}: {reason}" for n, scheme in schemes.items() if (reason := dialect.logits_differ(scheme))]
     finite = bool(served.isfinite().all() and expected.isfinite().all())
+    bit_equal = finite and torch.equal(served, expected)
     return {
         "text": text_name,
         "tokens": input_ids.numel(),
@@ -119,8 +120,8 @@ def compare_logits(
         "engine_activation_rules": engine_rules,
         "trained_activation_rules": {name: scheme.rules["input"] for name, scheme in schemes.items()},
         "activations_not_quantized_by_engine": plain,
-        "bit_equal": finite and torch.equal(served, expected),
-        "why_not_bit_equal": "; ".join(differ) if differ and finite else None,
+        "bit_equal": bit_equal,
+        "why_not_bit_equal": "; ".join(differ) if differ and finite and not bit_equal else None,
         "largest_difference": float((served.float() - expected.float()).abs().max()),
         "mean_log_probability_difference_to_trained_rule": _log_probability_difference(served, as_trained, input_ids),
     }

@@ -61,7 +61,10 @@ class AutoRound(CompressedTensors):
 
     def input_rule(self, scheme: Scheme) -> str | None:
         """See `Dialect.input_rule`."""
-        return None if scheme.input is None else scheme.input.rule
+        if scheme.input is None:
+            return None
+        # NVFP4 is computed in FP32, whatever the dtype of the activations.
+        return scheme.input.rule if scheme.input.format.tensor_scale is None else "absmax"
 
     def logits_differ(self, scheme: Scheme) -> str | None:
         """See `Dialect.logits_differ`."""

@@ -83,7 +83,7 @@ class CompressedTensors:
                 for i, (key, names) in enumerate(groups.items())
             },
             "ignore": rest,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None,  # of the key/value cache of the whole model, which no scheme quantizes yet
         }
 
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:

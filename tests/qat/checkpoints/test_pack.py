@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from qat import get_scheme, prepare_qat
 from qat.checkpoints import pack
 from qat.checkpoints.dialects import get_dialect
+from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint, pack_weight
+from qat.checkpoints.tensor_scales import calibrated_tensors
 from qat.checkpoints.verify import verify
 from qat.errors import UserError
 from qat.layers.calibration import calibrated_layers
@@ -181,6 +183,15 @@ def test_calibrated_scales_are_tensors_beside_their_layers_and_in_the_configurat
         beside = name.replace("input_global_scale", "weight_packed")
         assert index["weight_map"][name] == index["weight_map"][beside]
     assert QATConfig.load(folder).calibrated_scales == scales
+
+
+def test_scales_of_a_cache_lie_beside_the_first_tensor_of_their_attention(nvfp4):
+    checkpoint = CheckpointFolder.open(nvfp4[0])
+    placed = calibrated_tensors(checkpoint, {"model.layers.0.self_attn.k_scale": 0.1})
+    (file,) = (file for file, tensors in placed.items() if tensors)
+    assert file == next(f for f, names in checkpoint.shards.items() if any(".self_attn." in name for name in names))
+    (scale,) = placed[file].values()
+    assert scale.dtype == torch.float32 and scale.shape == (1,)
 
 
 def test_inputs_that_were_not_calibrated_are_refused_with_the_remedy(nvfp4, tmp_path):
