@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qat.checkpoints.packed_folder import check_packed, check_packed_values
+from qat.checkpoints.settings import check_settings, declared, has_key_value_scheme
 from qat.checkpoints.unpack import load_packed
+from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import find_sites, quantized_sites
+from qat.numerics.families import get_format
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -463,7 +466,8 @@ SETTINGS = [
     (group(input_activations={**INT4, "symmetric": False}), "has inputs in .*which no scheme has"),
     (group(weights={**INT4, "symmetric": True}), "weights of type 'int'; mxfp4, as its tensors are, has 'float'"),
     (group(targets=["re:.*nothing"]), "no target of its config_groups matches it"),
-    ({"config_groups": []}, "no target of its config_groups matches it"),
+    ({"config_groups": {}}, "no target of its config_groups matches it"),
+    ({"config_groups": []}, "config_groups of its quantization settings is .*, no object; copy or pack it again"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "by modelopt as quant_algo 'W4A8_AWQ'"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4', and its tensors are in mxfp4"),
     ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, "packing_format 'auto_round:auto_awq'"),
@@ -482,3 +486,31 @@ def test_settings_that_are_not_read_are_refused_by_name(tmp_path, change, messag
         load_packed(folder)
     assert "\n" not in str(error.value)
     assert "BF16 checkpoint that it was made of" in str(error.value) or "pack it again" in str(error.value)
+
+
+WRONG = (5, "x", [], ["x"], {"x": 5}, {"x": {}})
+KEYS = ("config_groups", "format", "kv_cache_scheme", "transform_config", "sparsity_config", "extra_config", "act_bits",
+        "act_group_size", "data_type", "packing_format", "quant_algo", "quantized_layers")  # fmt: skip
+NAMES = [{"quant_method": "compressed-tensors"}, {"quant_method": "auto-round", "format": None},
+         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NAMES, ids=lambda method: method["quant_method"])
+def test_settings_of_wrong_types_end_in_one_line_or_in_a_scheme(tmp_path, method):
+    """`declared` alone: it knows no folder."""
+    fmt, refused = get_format("mxfp4"), 0
+    mxfp4 = group()["config_groups"]["group_0"]
+    tries = [{key: value} for key in KEYS for value in WRONG]
+    tries += [group(**{key: value}) for key in mxfp4 for value in WRONG]
+    tries += [group(**{key: {**mxfp4[key], inner: value}})
+              for key in ("weights", "input_activations") for inner in mxfp4[key] for value in WRONG]  # fmt: skip
+    for change in tries:
+        settings = {**group(), **method, **change}
+        try:
+            check_settings(settings, tmp_path)
+            has_key_value_scheme(settings, tmp_path)
+            declared(settings, UP, fmt, tmp_path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 30
