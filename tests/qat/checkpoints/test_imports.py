@@ -79,6 +79,8 @@ def compress(weight: torch.Tensor, scheme: QuantizationScheme, layout: str, dtyp
         amax = weight.unflatten(-1, (-1, args.group_size)).abs().amax(-1)
         if args.type == "int":
             state["weight_scale"] = in_dtype(amax / 7.5, dtype)
+            if dtype is not None:  # AutoRound writes negative scales
+                state["weight_scale"][1::2] *= -1
         elif args.strategy == "tensor_group":
             state["weight_global_scale"] = (2688 / weight.abs().max()).reshape(1)
             state["weight_scale"] = (
@@ -307,6 +309,16 @@ def test_a_zero_point_of_auto_round_other_than_the_middle_is_refused(tmp_path):
     change_settings(folder, sym=False)
     with pytest.raises(ValueError, match=r"with zero points \(sym false\)"):
         check_packed(folder)
+
+
+def test_an_order_of_columns_is_refused_unless_it_is_their_own(tmp_path):
+    folder = save_w4a16(tmp_path)
+    values = load_packed(folder)[0].get_submodule(UP).weight
+    change_tensors(folder, {f"{UP}.g_idx": torch.arange(64).int() // 32})
+    assert torch.equal(load_packed(folder)[0].get_submodule(UP).weight, values)
+    change_tensors(folder, {f"{UP}.g_idx": torch.arange(64).int() % 2})
+    with pytest.raises(ValueError, match=r"up_proj.g_idx has another order of its columns \(act-order\)"):
+        load_packed(folder)
 
 
 def test_exceptions_of_auto_round_by_name_and_by_expression_give_their_layers_their_schemes(tmp_path):
