@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from vllm_log import VllmLog, kernels_in  # noqa: E402
 
 from data.tokenizer import load_tokenizer  # noqa: E402
-from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
+from qat.checkpoints.folder import MODEL_OPTIMIZER, CheckpointFolder  # noqa: E402
 from qat.checkpoints.load import check_loadable, load_plain  # noqa: E402
 from qat.checkpoints.packed_folder import check_packed_values  # noqa: E402
 from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
@@ -227,10 +227,16 @@ def make_hf(folder: str, args: argparse.Namespace):
     """A description of the folder's model, and an lm_eval model of it."""
     from lm_eval.models.huggingface import HFLM
 
-    saved, packed = QATConfig.load(folder), CheckpointFolder.open(folder, "DIR").is_packed
+    checkpoint = CheckpointFolder.open(folder, "DIR")
+    saved, packed = QATConfig.load(folder), checkpoint.is_packed
     tokenizer = load_tokenizer(folder, argument="DIR", trust_remote_code=args.trust_remote_code)
     if packed and args.input_rule is None:
         check_packed_values(folder, "DIR", args.trust_remote_code)
+        if checkpoint.quantizer == MODEL_OPTIMIZER:
+            raise UserError(
+                f"DIR {folder!r} is packed by Model-Optimizer, and transformers does not read that; give --backend "
+                "vllm, or --input_rule absmax to evaluate it with this program's operators"
+            )
         model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
     elif packed:
         model, saved = load_packed(folder, "DIR", args.trust_remote_code)

@@ -32,7 +32,8 @@ from .dialects import DIALECTS
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stored"]
 
 # Programs whose packed folders are read: those whose formats are written, and Model-Optimizer.
-READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), "modelopt")
+MODEL_OPTIMIZER = "modelopt"
+READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), MODEL_OPTIMIZER)
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _SIZES = ("_dim", "_size")
 _SMALL_SIZE = 10**6

@@ -51,7 +51,7 @@ class Moved:
 
 
 def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig, is_ours: bool) -> QATConfig:
-    """`config`, its weight rules changed where they would change the packed values and others change fewer.
+    """`config`, its weight rules changed where they would change the packed values and others do so far less.
 
     What moves in spite of that is logged.
 
@@ -77,7 +77,7 @@ def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig
         )
         keeps = "keeps them" if not least.elements else f"changes {least.elements}, by {100 * least.relative:.3g} %"
         if best == rule:
-            logger.warning("%s; no other rule changes fewer", text)
+            logger.warning("%s; no other rule halves that", text)
         elif is_ours:
             logger.warning("%s; --quant_scheme with --weight_scale_rule %s %s", text, best, keeps)
         else:
@@ -91,11 +91,11 @@ def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig
 
 
 def _best(model: nn.Module, layers: list[str], fmt: Format, rule: str, moved: Moved) -> tuple[str, Moved]:
-    """The rule that changes the fewest elements, and how many; `rule` itself if none changes fewer than it."""
+    """The rule under which the weights move least, and how far; `rule` itself unless another halves the distance."""
     best, least = rule, moved
     for other in sorted(set(fmt.rules) - {rule}, key=lambda name: (name not in _FIRST_TRIED, fmt.rules.index(name))):
         tried = move(model, layers, fmt, other)
-        if tried.elements < least.elements:
+        if tried.relative <= moved.relative / 2 and tried.change < least.change:
             best, least = other, tried
         if not least.elements:
             break

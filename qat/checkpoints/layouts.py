@@ -218,7 +218,7 @@ def check_tensor(part: str, tensor: torch.Tensor, layer: PackedLayer, where: obj
         raise UserError(f"{where}: {name} is {tensor.tolist()}, and the codes are of a weight {list(layer.shape)}")
     elif part == "qzeros" and bool((tensor != _SYMMETRIC_ZEROS).any()):
         raise UserError(f"{where}: {name} has zero points other than 8 (asymmetric quantization); {_REMEDY}")
-    elif part == "g_idx" and not torch.equal(tensor, torch.arange(layer.shape[1]) // (layer.format.block or 1)):
+    elif part == "g_idx" and not torch.equal(tensor.long(), torch.arange(layer.shape[1]) // (layer.format.block or 1)):
         raise UserError(f"{where}: {name} has another order of its columns (act-order); {_REMEDY}")
     else:
         check_finite([(name, tensor)], where)

@@ -148,14 +148,22 @@ def has_key_value_scheme(settings: Mapping[str, Any], where: object) -> bool:
     return True
 
 
+def _object(settings: Mapping[str, Any], key: str, where: object) -> dict[str, Any]:
+    """An object inside the settings; an empty one where there is none."""
+    found = settings.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise UserError(
+            f"{where}: {key} of its quantization settings is {shown(found)}, no object; copy or pack it again"
+        )
+    return found or {}
+
+
 # ---- compressed-tensors ----
 
 
 def _groups(settings: Mapping[str, Any], where: object) -> list[dict[str, Any]]:
-    groups = settings.get("config_groups") or {}
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise UserError(f"{where}: the config_groups of its quantization_config are {shown(groups)}, no object of them")
-    return list(groups.values())
+    groups = _object(settings, "config_groups", where)
+    return [_object(groups, name, where) for name in groups]
 
 
 def _of_compressed_tensors(
@@ -164,24 +172,25 @@ def _of_compressed_tensors(
     group = _group_of(layer, _groups(settings, where))
     if group is None:
         raise UserError(f"{where}: {layer} is packed, and no target of its config_groups matches it; pack it again")
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = (_object(group, key, where) for key in ("weights", "input_activations"))
     _check_weights(weights, fmt, f"{where}: {layer}")
-    if inputs is None:
+    if group.get("input_activations") is None:
         return None, ""
     kind = (inputs.get("num_bits"), inputs.get("type"), _strategy(inputs), inputs.get("group_size") or None)
-    if kind not in _INPUTS or not inputs.get("symmetric", True):
+    found = next((name for known, name in _INPUTS.items() if known == kind), None)
+    if found is None or not inputs.get("symmetric", True):
         raise UserError(f"{where}: {layer} has inputs in {shown(inputs)}, which no scheme has; {_REMEDY}")
-    return _INPUTS[kind], ""
+    return found, ""
 
 
 def _group_of(layer: str, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The group that names a layer, else the one that names its class."""
-    for group in groups:
-        for target in group.get("targets") or ():
-            is_expression = target.startswith(EXPRESSION)
-            if target == layer or (is_expression and matches(layer, target)):
-                return group
-    return next((group for group in groups if _LINEAR in (group.get("targets") or ())), None)
+    targets = [[str(target) for target in found] if isinstance(found := group.get("targets"), list) else []
+               for group in groups]  # fmt: skip
+    for group, names in zip(groups, targets, strict=True):
+        if any(name == layer or (name.startswith(EXPRESSION) and matches(layer, name)) for name in names):
+            return group
+    return next((group for group, names in zip(groups, targets, strict=True) if _LINEAR in names), None)
 
 
 def _strategy(arguments: Mapping[str, Any]) -> str:
@@ -212,7 +221,7 @@ def _check_weights(weights: Mapping[str, Any], fmt: Format, where: str) -> None:
 
 
 def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
-    own = {**settings, **_exception(settings.get("extra_config") or {}, layer)}
+    own = {**settings, **_exception(_object(settings, "extra_config", where), layer)}
     for key, expected in (("sym", True), ("bits", fmt.element.bits)):
         if own.get(key, expected) != expected:
             raise UserError(
@@ -223,7 +232,7 @@ def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: 
     if not kind.startswith(fmt.data_type):
         raise UserError(f"{where}: {layer} has weights in AutoRound's {kind}, which is not read; {_REMEDY}")
     bits = own.get("act_bits") or 16
-    if bits > 8:
+    if isinstance(bits, int) and bits > 8:
         return None, ""
     inputs = str(own.get("act_data_type") or kind)
     size = own.get("act_group_size", own.get("group_size"))
@@ -262,8 +271,7 @@ def _exception(exceptions: Mapping[str, Any], layer: str) -> dict[str, Any]:
 def _of_model_optimizer(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
     algorithm = str(settings.get("quant_algo"))
     if algorithm == _MIXED:
-        layers = settings.get("quantized_layers") or {}
-        algorithm = str((layers.get(layer) or {}).get("quant_algo"))
+        algorithm = str(_object(_object(settings, "quantized_layers", where), layer, where).get("quant_algo"))
     weights, inputs = _ALGORITHMS.get(algorithm, (None, None))
     if weights != fmt.name:
         raise UserError(

@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qat.checkpoints.packed_folder import check_packed, check_packed_values
+from qat.checkpoints.settings import check_settings, declared, has_key_value_scheme
 from qat.checkpoints.unpack import load_packed
+from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import find_sites, quantized_sites
+from qat.numerics.families import get_format
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -76,6 +79,8 @@ def compress(weight: torch.Tensor, scheme: QuantizationScheme, layout: str, dtyp
         amax = weight.unflatten(-1, (-1, args.group_size)).abs().amax(-1)
         if args.type == "int":
             state["weight_scale"] = in_dtype(amax / 7.5, dtype)
+            if dtype is not None:  # AutoRound writes negative scales
+                state["weight_scale"][1::2] *= -1
         elif args.strategy == "tensor_group":
             state["weight_global_scale"] = (2688 / weight.abs().max()).reshape(1)
             state["weight_scale"] = (
@@ -182,7 +187,7 @@ def test_what_no_rule_keeps_is_logged_with_layers_elements_and_size(tmp_path, ca
     size = sum(weight.float().square().sum() for weight in packed.values())
     layers = f"{sum(moved)} of 30720 packed elements in {sum(count > 0 for count in moved)} of 7 layers"
     assert layers in caplog.text and f"by {100 * float(change / size) ** 0.5:.3g} % of the weights'" in caplog.text
-    assert "no other rule changes fewer" in caplog.text
+    assert "no other rule halves that" in caplog.text
     assert ("the inputs of 7 layers have one FP8 scale for the whole tensor" in caplog.text) == ("tensors" in case)
 
 
@@ -304,6 +309,16 @@ def test_a_zero_point_of_auto_round_other_than_the_middle_is_refused(tmp_path):
     change_settings(folder, sym=False)
     with pytest.raises(ValueError, match=r"with zero points \(sym false\)"):
         check_packed(folder)
+
+
+def test_an_order_of_columns_is_refused_unless_it_is_their_own(tmp_path):
+    folder = save_w4a16(tmp_path)
+    values = load_packed(folder)[0].get_submodule(UP).weight
+    change_tensors(folder, {f"{UP}.g_idx": torch.arange(64).int() // 32})
+    assert torch.equal(load_packed(folder)[0].get_submodule(UP).weight, values)
+    change_tensors(folder, {f"{UP}.g_idx": torch.arange(64).int() % 2})
+    with pytest.raises(ValueError, match=r"up_proj.g_idx has another order of its columns \(act-order\)"):
+        load_packed(folder)
 
 
 def test_exceptions_of_auto_round_by_name_and_by_expression_give_their_layers_their_schemes(tmp_path):
@@ -463,7 +478,8 @@ SETTINGS = [
     (group(input_activations={**INT4, "symmetric": False}), "has inputs in .*which no scheme has"),
     (group(weights={**INT4, "symmetric": True}), "weights of type 'int'; mxfp4, as its tensors are, has 'float'"),
     (group(targets=["re:.*nothing"]), "no target of its config_groups matches it"),
-    ({"config_groups": []}, "no target of its config_groups matches it"),
+    ({"config_groups": {}}, "no target of its config_groups matches it"),
+    ({"config_groups": []}, "config_groups of its quantization settings is .*, no object; copy or pack it again"),
     ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "by modelopt as quant_algo 'W4A8_AWQ'"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'NVFP4', and its tensors are in mxfp4"),
     ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq"}, "packing_format 'auto_round:auto_awq'"),
@@ -482,3 +498,31 @@ def test_settings_that_are_not_read_are_refused_by_name(tmp_path, change, messag
         load_packed(folder)
     assert "\n" not in str(error.value)
     assert "BF16 checkpoint that it was made of" in str(error.value) or "pack it again" in str(error.value)
+
+
+WRONG = (5, "x", [], ["x"], {"x": 5}, {"x": {}})
+KEYS = ("config_groups", "format", "kv_cache_scheme", "transform_config", "sparsity_config", "extra_config", "act_bits",
+        "act_group_size", "data_type", "packing_format", "quant_algo", "quantized_layers")  # fmt: skip
+NAMES = [{"quant_method": "compressed-tensors"}, {"quant_method": "auto-round", "format": None},
+         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NAMES, ids=lambda method: method["quant_method"])
+def test_settings_of_wrong_types_end_in_one_line_or_in_a_scheme(tmp_path, method):
+    """`declared` alone: it knows no folder."""
+    fmt, refused = get_format("mxfp4"), 0
+    mxfp4 = group()["config_groups"]["group_0"]
+    tries = [{key: value} for key in KEYS for value in WRONG]
+    tries += [group(**{key: value}) for key in mxfp4 for value in WRONG]
+    tries += [group(**{key: {**mxfp4[key], inner: value}})
+              for key in ("weights", "input_activations") for inner in mxfp4[key] for value in WRONG]  # fmt: skip
+    for change in tries:
+        settings = {**group(), **method, **change}
+        try:
+            check_settings(settings, tmp_path)
+            has_key_value_scheme(settings, tmp_path)
+            declared(settings, UP, fmt, tmp_path)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 30
