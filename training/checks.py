@@ -23,6 +23,7 @@ from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
 from qat.files.paths import check_apart, check_model_path, make_writable
+from qat.layers.restore import check_trainable
 
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
@@ -88,6 +89,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     with _mapping_named(quant_args.quant_mapping):
         with _silenced():  # the model itself is prepared aloud
             start.quantize(skeleton, quant_args)
+        if args.do_train:
+            check_trainable(skeleton)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         exports = args.do_train and config is not None and quant_args.export_format != "none"
         if exports:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
+from ..layers.rounding import Rounding
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -104,10 +105,15 @@ def export_checkpoint(
     return target
 
 
-def pack_weight(weight: torch.Tensor, spec: TensorSpec) -> Quantized:
-    """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized."""
+def pack_weight(weight: torch.Tensor, spec: TensorSpec, rounding: Rounding | None = None) -> Quantized:
+    """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized.
+
+    Args:
+        rounding: of a layer; default: that of the spec.
+    """
+    rounding = rounding or Rounding(spec)
     step = weight.shape[0] if ops.has_kernels(weight, spec.format.name) else max(1, _SLAB_VALUES // weight.shape[1])
-    slabs = [ops.quantize(slab, spec.format.name, spec.rule, VIEW_DTYPE) for slab in weight.split(step)]
+    slabs = [rounding.quantize(slab, VIEW_DTYPE) for slab in weight.split(step)]
     if len(slabs) == 1:
         return slabs[0]
     codes, *scales = map(torch.cat, zip(*(slab.tensors for slab in slabs), strict=True))
@@ -147,7 +153,7 @@ def _write_shards(checkpoint: CheckpointFolder, sites: list[Site], dialect: Dial
 def _pack_site(site: Site, weight: torch.Tensor, dialect: Dialect) -> dict[str, torch.Tensor]:
     """The tensors of a site by their names in the file."""
     spec = site.scheme.weight
-    quantized = pack_weight(weight, spec)
+    quantized = pack_weight(weight, spec, site.module.weight_quantizer.rounding)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
         raise UserError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
-from ..layers.learned_scales import check_baked
+from ..layers.learned import check_baked
 from ..layers.prepare import prepare_qat
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved

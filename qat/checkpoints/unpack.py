@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..files.json_file import read_object
 from ..files.model_folder import CONFIG_NAME, quantizer_of
+from ..layers import learned_scales
 from ..layers.sites import LINEAR, find_sites
 from ..numerics import ops
 from ..numerics.formats import Format, Quantized
@@ -109,6 +110,8 @@ def _keep_values(model: nn.Module, found: dict[str, Format], config: QATConfig, 
     saturates at 448. RCEIL takes the finest scale that saturates nothing. The packed scale saturates nothing, so RCEIL
     takes it or a finer one, on which every packed value lies as well: rounding again is exact, whoever packed.
     """
+    if config.training.get(learned_scales.SETTING):  # layers compute with the values as they are
+        return config
     rules = {get_scheme(name).weight.format.name: chosen["weight"] for name, chosen in config.scale_rules.items()}
     moved = total = 0
     for layer, fmt in found.items():

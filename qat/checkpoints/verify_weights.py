@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from ..layers.sites import Site
-from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import Dialect
 from .folder import CheckpointFolder
@@ -65,7 +64,7 @@ def compare_weights(
 
 def _compare_site(count: WeightCount, site: Site, source: torch.Tensor, tensors: list, dialect: Dialect) -> None:
     spec = site.scheme.weight
-    expected = ops.fake_quantize(source, spec.format.name, spec.rule, VIEW_DTYPE)
+    expected = site.module.weight_quantizer.rounding.values(source, VIEW_DTYPE)
     count.packed_weights += 1
     count.elements_compared += expected.numel()
     count.packed_bytes += sum(tensor.nbytes for tensor in tensors)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from qat import prepare_qat
 from qat.layers.finish import finished_weights
-from qat.layers.learned_scales import optimizer_settings
+from qat.layers.learned import optimizer_settings
 from training.backends.parameter_groups import separate
 from training.monitoring.monitor import QuantizationMonitor
 
