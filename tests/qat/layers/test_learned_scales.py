@@ -21,7 +21,9 @@ SCHEMES = ("INT4_G32", "INT4_G128", "NVFP4A16")
 
 def make_layer(scheme: str, rule: str | None = None, moved: bool = True) -> nn.Linear:
     torch.manual_seed(0)
-    layer = convert(nn.Linear(256, 24), get_scheme(scheme, rule), "layer", learns=True)
+    plain = nn.Linear(256, 24)
+    nn.init.normal_(plain.weight)
+    layer = convert(plain, get_scheme(scheme, rule), "layer", learns=True)
     offset = layer.weight_quantizer.scale_offset
     if moved:
         with torch.no_grad():
@@ -132,23 +134,23 @@ def test_the_largest_magnitude_and_with_it_the_divisor_of_nvfp4_outlast_learned_
     assert torch.equal(ops.tensor_divisor([values], "nvfp4", torch.bfloat16), divisor)
 
 
-@pytest.mark.parametrize("scheme", ["INT4_G32", "NVFP4A16"])
-def test_training_scales_alone_lowers_the_error_of_a_layer(scheme):
-    torch.manual_seed(1)
-    plain = nn.Linear(256, 64, bias=False)
-    with torch.no_grad():
-        plain.weight[:, ::32] *= 6  # one large value in each block: absmax is not the best scale
-    target, x = plain.weight.detach().clone(), torch.randn(512, 256)
-    layer = convert(plain, get_scheme(scheme), "layer", learns=True)
+@pytest.mark.parametrize(
+    "scheme,start,reached", [("INT4_G32", 0.0, 0.93), ("INT4_G128", 0.0, 0.93), ("NVFP4A16", 1.0, 0.8)]
+)
+def test_training_scales_alone_lowers_the_error_of_a_layer(scheme, start, reached):
+    layer = make_layer(scheme, moved=False)
+    target, offset = layer.weight.detach().clone(), layer.weight_quantizer.scale_offset
     layer.weight.requires_grad_(False)
-    optimizer, losses = torch.optim.Adam([layer.weight_quantizer.scale_offset], 5e-3), []
-    for _ in range(60):
-        loss = F.mse_loss(layer(x), x @ target.t())
+    with torch.no_grad():
+        offset.add_(start)  # NVFP4's absmax is not improved on: there the start is a scale twice as large
+    x, optimizer, losses = torch.randn(512, 256), torch.optim.Adam([offset], 2e-2), []
+    for _ in range(100):
+        loss = F.mse_loss(layer(x), F.linear(x, target, layer.bias))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < reached * losses[0]
 
 
 @pytest.mark.parametrize(
