@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from qat.layers.learned_scales import optimizer_settings
+from qat.layers.learned import optimizer_settings
 from qat.schemes.presets import PRESETS
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -96,7 +96,7 @@ for _lr in ("3e-3", "1e-2", "3e-2"):
     ROWS[f"learned-{_lr}"] = default(
         f"default, learned exponents at lr {_lr}",
         prepare_options={"learn_exponent": True},
-        trainer_options={"parameter_groups": optimizer_settings(float(_lr))},
+        trainer_options={"parameter_groups": optimizer_settings(exponents=float(_lr))},
     )
 ROWS |= {
     "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),

@@ -24,6 +24,7 @@ from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
 from qat.files.paths import check_apart, make_writable
+from qat.layers.restore import check_trainable
 
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
@@ -91,6 +92,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         with _silenced():  # that of the model itself is printed
             start.quantize(skeleton, quant_args)
         check_refresh(skeleton, quant_args.input_scale_refresh)
+        if args.do_train:
+            check_trainable(skeleton)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         exports = args.do_train and config is not None and quant_args.export_format != "none"
         if exports:

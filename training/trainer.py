@@ -27,7 +27,8 @@ from data.conversations.formatting import IGNORE_INDEX
 from qat import QATConfig
 from qat.layers.calibration import set_calibrated_scales
 from qat.layers.finish import finished_config, finished_weights
-from qat.layers.learned_scales import check_compute_dtype
+from qat.layers.learned import check_compute_dtype
+from qat.layers.restore import check_trainable
 
 from .arguments.trainer_options import check_trainer_options, check_with_teacher
 from .arguments.training import TrainingArguments
@@ -206,7 +207,8 @@ class QATTrainer(FaultTolerantTrainer):
         """Trainer's own, refused where the teacher cannot teach or what is trained could not be saved."""
         if self.teacher is not None:
             self.teacher.check(trains=True)
-        check_compute_dtype(self.qat_config, self._compute_dtype)
+        check_compute_dtype(self.qat_config, self._compute_dtype, self.saved_dtypes.main)
+        check_trainable(self.accelerator.unwrap_model(self.model))
         self._labelled_tokens = None
         self._term_means.clear()
         return super().train(*args, **kwargs)

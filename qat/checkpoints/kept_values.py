@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..layers.fused import fused_groups
+from ..layers.learned_scales import SETTING
 from ..numerics import ops
 from ..numerics.formats import Format
 from ..schemes.config import QATConfig
@@ -60,6 +61,8 @@ def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig
         found: formats by layer.
         is_ours: whether this program trained it; a run must resume under the rule it was trained with.
     """
+    if config.training.get(SETTING):  # layers compute with the values as they are
+        return config
     chosen: dict[str, str] = {}
     rules = {get_scheme(name).weight.format.name: rule["weight"] for name, rule in config.scale_rules.items()}
     for fmt in dict.fromkeys(found.values()):

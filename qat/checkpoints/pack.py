@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
+from ..layers.rounding import Rounding
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -113,16 +114,20 @@ def export_checkpoint(
     return target
 
 
-def pack_weight(weight: torch.Tensor, spec: TensorSpec, divisor: torch.Tensor | None = None) -> Quantized:
+def pack_weight(
+    weight: torch.Tensor, spec: TensorSpec, divisor: torch.Tensor | None = None, rounding: Rounding | None = None
+) -> Quantized:
     """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized.
 
     Args:
         divisor: FP32 [1], in formats with a tensor scale; default: that of this weight.
+        rounding: of a layer; default: that of the spec.
     """
+    rounding = rounding or Rounding(spec)
     if divisor is None and spec.format.tensor_scale is not None:
         divisor = ops.tensor_divisor([weight], spec.format.name, VIEW_DTYPE)
     step = weight.shape[0] if ops.has_kernels(weight, spec.format.name) else max(1, _SLAB_VALUES // weight.shape[1])
-    slabs = [ops.quantize(slab, spec.format.name, spec.rule, VIEW_DTYPE, divisor) for slab in weight.split(step)]
+    slabs = [rounding.quantize(slab, VIEW_DTYPE, divisor=divisor) for slab in weight.split(step)]
     if len(slabs) == 1:
         return slabs[0]
     codes = torch.cat([slab.codes for slab in slabs])
@@ -169,7 +174,7 @@ def _pack_site(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a site by their names in the file."""
     spec = site.scheme.weight
-    quantized = pack_weight(weight, spec, divisor)
+    quantized = pack_weight(weight, spec, divisor, site.module.weight_quantizer.rounding)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
         raise UserError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..layers.calibration import set_calibrated_scales
 from ..layers.fused import FUSED
-from ..layers.learned_scales import check_baked
+from ..layers.learned import check_baked
 from ..layers.prepare import prepare_qat
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from ..layers.sites import Site
-from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import Dialect
 from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
@@ -89,7 +88,7 @@ def _compare_site(
     divisor: torch.Tensor | None,
 ) -> None:
     spec = site.scheme.weight
-    expected = ops.fake_quantize(source, spec.format.name, spec.rule, VIEW_DTYPE, divisor)
+    expected = site.module.weight_quantizer.rounding.values(source, VIEW_DTYPE, divisor=divisor)
     count.packed_weights += 1
     count.elements_compared += expected.numel()
     count.packed_bytes += sum(tensor.nbytes for tensor in tensors)

@@ -60,6 +60,8 @@ def quantized_linear(
         group: the same for layers that have the same `input_divisor`.
     """
     needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
+    if torch.is_grad_enabled() and weight.requires_grad:
+        rounding.check_trainable()
     kept: list[torch.Tensor] = []
     with torch.no_grad():
         if needs_input and input_spec is not None:
@@ -108,7 +110,9 @@ class _QuantizedLinear(torch.autograd.Function):
             values = _kept_values(kept, settings) if plain is None else plain
             grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])
             if learned:
-                learned_grads = settings.rounding.learned_gradients(grad_weight, weight, settings.dtype, *learned)
+                learned_grads = settings.rounding.learned_gradients(
+                    grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor
+                )
             grad_weight = grad_weight.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(bias_dtype)

@@ -16,7 +16,7 @@ from ..schemes.patterns import matches
 from ..schemes.presets import get_scheme, scheme_name
 from ..schemes.spec import Scheme
 from .fused import tie_fused
-from .learned_scales import SETTING
+from .learned import SETTINGS, check_learnable
 from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
 
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
@@ -34,6 +34,7 @@ def prepare_qat(
     input_scale_rule: str | None = None,
     learn_exponent: bool = False,
     scale_rules: Mapping[str, Mapping[str, str | None]] | None = None,
+    learn_scale: bool = False,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place.
 
@@ -46,8 +47,10 @@ def prepare_qat(
             also covers "model.lm_head".
         weight_scale_rule: a scale rule (see `numerics.rules`) in place of the presets' own, for every scheme.
         input_scale_rule: the same for inputs, which cannot be searched; must be the rule of the engine that will serve.
-        learn_exponent: train the block exponents of weights along with them, see learned_scales.py.
+        learn_exponent: train the block exponents of weights in MX formats along with them, see learned_exponents.py.
         scale_rules: the rules of single schemes, as `QATConfig.scale_rules` names them.
+        learn_scale: train the block scales of weights in INT4 and NVFP4 along with them, see learned_scales.py. A
+            mapping with both kinds of formats takes both settings.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -55,7 +58,7 @@ def prepare_qat(
     Raises:
         UserError: an unknown scheme, rule or key, a key that matches no linear layer or ignored ones only, a pattern of
             `ignore` that matches nothing (names of heads may), a layer that the blocks of its scheme do not
-            divide, or nothing left to quantize. The model is unchanged then.
+            divide, scales that cannot be learned, or nothing left to quantize. The model is unchanged then.
     """
     if mapping is not None and not isinstance(mapping, Mapping):
         raise UserError(f"mapping={mapping!r} does not map layers to schemes, as {{torch.nn.Linear: 'MXFP4'}} does")
@@ -69,16 +72,19 @@ def prepare_qat(
     chosen, left_alone = _choose_sites(model, by_name, ignore)
     for site, scheme in chosen:
         KINDS[site.kind].check(site.module, schemes[scheme], site.name)
-    if learn_exponent:
-        _check_untied(model, chosen)
+    settings = [name for name, on in zip(SETTINGS, (learn_exponent, learn_scale), strict=True) if on]
+    for scheme in dict.fromkeys(scheme for _, scheme in chosen):
+        check_learnable(schemes[scheme].weight, settings)
+    if settings:
+        _check_untied(model, chosen, settings[0])
     for site, scheme in chosen:
-        KINDS[site.kind].convert(site.module, schemes[scheme], site.name, learn_exponent)
+        KINDS[site.kind].convert(site.module, schemes[scheme], site.name, bool(settings))
 
     config = QATConfig(
         mapping=by_name,
         ignore=ignore,
         scale_rules={name: scheme.rules for name, scheme in schemes.items()},
-        training={SETTING: True} if learn_exponent else {},
+        training=dict.fromkeys(settings, True),
     )
     tie_fused(model)
     set_qat_config(model, config)
@@ -122,13 +128,13 @@ def _site_format(site: Site) -> str | None:
     return None
 
 
-def _check_untied(model: nn.Module, chosen: list[tuple[Site, str]]) -> None:
+def _check_untied(model: nn.Module, chosen: list[tuple[Site, str]], setting: str) -> None:
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     for site, _ in chosen:
         if any(site.weight is weight for weight in embeddings):
             raise UserError(
-                f"{site.name} shares its weight with the embedding, for which no exponents can be learned; "
-                f"add {site.name!r} to `ignore`, or use learn_exponent=False"
+                f"{site.name} shares its weight with the embedding, whose values a finished run cannot "
+                f"replace ({setting}=True); add {site.name!r} to `ignore`, or use {setting}=False"
             )
 
 

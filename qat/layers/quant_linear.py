@@ -120,10 +120,10 @@ def _is_shard(weight: torch.Tensor, layer: nn.Linear) -> bool:
     return hasattr(weight, "placements") or weight.shape != (layer.out_features, layer.in_features)
 
 
-def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: bool = False) -> QuantLinear:
+def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = False) -> QuantLinear:
     """Turn `module` into a QuantLinear in place: same object, same Parameters.
 
-    With `learn_exponent` its weight quantizer gets a parameter of its own, see `TensorQuantizer`.
+    With `learns` its weight quantizer gets the parameter that the weight's format has, see `learned.py`.
 
     Raises:
         TypeError: `module` is not a plain nn.Linear.
@@ -137,8 +137,8 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learn_exponent: b
     module.output_quantizer = TensorQuantizer.of(scheme.weight, if_quant=False)
     module.__dict__["fused_with"] = (module,)  # past nn.Module, which would make it a submodule of itself
     module.set_scheme(scheme)
-    if learn_exponent:
-        module.weight_quantizer.learn_exponents(module.weight.shape, module.weight.device)
+    if learns:
+        module.weight_quantizer.learn(module.weight.shape, module.weight.device)
     return module
 
 

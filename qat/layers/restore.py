@@ -7,35 +7,68 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..errors import UserError
 from ..schemes.config import QATConfig
 from ..schemes.patterns import matches
+from . import learned_scales
+from .baked_values import NOT_TRAINABLE
 from .calibration import set_calibrated_scales
-from .learned_scales import SETTING
 from .prepare import prepare_qat, set_qat_config
 from .sites import find_sites, quantized_sites
 
 
-def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool | None = None) -> nn.Module:
+def prepare_as_saved(
+    model: nn.Module, config: QATConfig, learn_exponent: bool | None = None, learn_scale: bool = False
+) -> nn.Module:
     """`prepare_qat` as `config` describes it, each scheme under the scale rules that it names.
 
     Args:
         learn_exponent: whether this run trains block exponents, which `model.qat_config` then records; None for no run:
             nothing is trained, and `model.qat_config` is `config`.
+        learn_scale: the same for block scales.
+
+    Weights that a run with learned scales saved are quantized values, and stay as they are.
 
     Returns:
         `model`, which is changed; its `qat_config` is set.
+
+    Raises:
+        UserError: block scales are to be learned for weights that are quantized values with such scales.
     """
+    is_baked = bool(config.training.get(learned_scales.SETTING))
+    if is_baked and learn_scale:
+        raise UserError(f"{learned_scales.SETTING}=True: {NOT_TRAINABLE}")
     # A pattern that matches nothing is a mistake in a request; in what was saved it is a fact without effect.
     names = [site.name for site in find_sites(model)]
     ignore = tuple(pattern for pattern in config.ignore if any(matches(name, pattern) for name in names))
-    prepare_qat(model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules)
+    wanted = {"learn_exponent": bool(learn_exponent), "learn_scale": learn_scale}
+    prepare_qat(
+        model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules,
+        learn_scale=learn_scale,
+    )  # fmt: skip
+    if is_baked:
+        _keep_values(model)
     if learn_exponent is None:
         set_qat_config(model, config)
     else:
-        set_qat_config(model, replace(config, training={SETTING: True} if learn_exponent else {}))
+        wanted[learned_scales.SETTING] |= is_baked
+        set_qat_config(model, replace(config, training={name: True for name, on in wanted.items() if on}))
     if config.calibrated_scales:
         set_calibrated_scales(model, config.calibrated_scales)
     return model
+
+
+def _keep_values(model: nn.Module) -> None:
+    """Let layers whose scales were learned compute with their weights as they are."""
+    for site in quantized_sites(model):
+        quantizer = site.module.weight_quantizer
+        quantizer.is_baked = quantizer.spec.format.name in learned_scales.FORMATS
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise a UserError if weights of a prepared model hold quantized values that no training must move."""
+    for site in quantized_sites(model):
+        site.module.weight_quantizer.rounding.check_trainable()
 
 
 def set_scale_rules(model: nn.Module, rules: Mapping[str, Mapping[str, str | None]]) -> None:

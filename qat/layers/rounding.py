@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..numerics import ops
 from ..numerics.formats import Quantized
@@ -40,7 +41,48 @@ class Rounding:
         return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype, divisor)
 
     def learned_gradients(
-        self, grad: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor
+        self,
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        *learned: torch.Tensor,
+        divisor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The gradients of `learned` from that of the quantized values [N, K]."""
         return ()
+
+    def check_trainable(self) -> None:
+        """Raise a UserError where a weight under this rounding must not be trained."""
+
+
+class LearnedRounding(Rounding):
+    """A rounding with parameters: subclasses define `quantize` and `learned_gradients`."""
+
+    def values(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `Rounding.values`, under the learned scales."""
+        return ops.dequantize(self.quantize(weight, dtype, *learned, divisor=divisor), self.spec.format.name, dtype)
+
+    def fake_quantize(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`values`, with gradients for the weight and the parameters."""
+        return _FakeQuantize.apply(weight, self, dtype, divisor, *learned)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """For quantizers that are called by themselves, outside of the fused linear function."""
+
+    @staticmethod
+    def forward(ctx, weight, rounding, dtype, divisor, *learned):
+        ctx.settings = rounding, dtype, divisor
+        ctx.save_for_backward(weight, *learned)
+        return rounding.values(weight, dtype, *learned, divisor=divisor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight, *learned), (rounding, dtype, divisor) = ctx.saved_tensors, ctx.settings
+        gradients = rounding.learned_gradients(grad, weight, dtype, *learned, divisor=divisor)
+        return grad.to(weight.dtype), None, None, None, *gradients

@@ -57,7 +57,8 @@ class Kind:
         fits: whether a module is such a site, not yet quantized.
         is_quantized: whether it is one that is quantized.
         check: raises a ValueError where a module cannot be converted to a scheme; (module, scheme, name).
-        convert: turns a module into its quantized form, in place; (module, scheme, name, learn_exponent).
+        convert: turns a module into its quantized form, in place; (module, scheme, name, learns), see
+            `quant_linear.convert`.
     """
 
     name: str

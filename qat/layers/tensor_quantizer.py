@@ -9,7 +9,10 @@ from ..errors import UserError
 from ..numerics import ops
 from ..numerics.codes import as_stored
 from ..schemes.spec import TensorSpec
-from .learned_scales import LearnedRounding, check_learnable
+from .baked_values import BakedValues
+from .learned import SETTINGS, check_learnable, kind_of
+from .learned_exponents import LearnedExponents
+from .learned_scales import LearnedScales
 from .rounding import Rounding
 
 
@@ -26,16 +29,22 @@ class TensorQuantizer(nn.Module):
         sym: these formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
         learn_exponent: train the block exponents of a weight: the parameter `exponent_offset` (FP32 [N, K / 32], zero
-            at first) is rounded and added to the scale rule's exponent; see learned_scales.py. Needs `scale_shape`.
+            at first) is rounded and added to the scale rule's exponent; see learned_exponents.py. Needs `scale_shape`.
         scale_shape: shape (N, K) of a weight whose scales shall be kept in the buffer `scale` at every forward pass
             (MX: uint8 [N, K / 32], exponent + 127) and saved with the model.
         device: where they live.
+        learn_scale: train the block scales of a weight in INT4 or NVFP4: the parameter `scale_offset` (FP32
+            [N, K / block], zero at first) moves the scale rule's scale; see learned_scales.py. Needs `scale_shape`.
+
+    Attributes:
+        is_baked: whether the tensor is a weight that holds quantized values already, see baked_values.py.
 
     Raises:
         UserError: an argument that no format has.
     """
 
     exponent_offset: nn.Parameter | None
+    scale_offset: nn.Parameter | None
     scale: torch.Tensor | None
     # Of inputs in formats with a tensor scale, FP32 [1]: calibrated. No buffer, since FSDP empties those of a model on
     # the meta device; QATConfig keeps it.
@@ -51,17 +60,22 @@ class TensorQuantizer(nn.Module):
         learn_exponent: bool = False,
         scale_shape: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
+        learn_scale: bool = False,
     ) -> None:
         super().__init__()
-        if learn_exponent and scale_shape is None:
-            raise UserError("learn_exponent=True needs the shape of a weight; give scale_shape=(N, K)")
+        settings = [name for name, on in zip(SETTINGS, (learn_exponent, learn_scale), strict=True) if on]
+        if settings and scale_shape is None:
+            raise UserError(f"{settings[0]}=True needs the shape of a weight; give scale_shape=(N, K)")
         self.spec = TensorSpec.of(data_type, bits, block_size, sym)
         self.if_quant = if_quant
+        self.is_baked = False
         self._enabled = True
         self.register_parameter("exponent_offset", None)
-        if learn_exponent:
+        self.register_parameter("scale_offset", None)
+        if settings:
             assert scale_shape is not None
-            self.learn_exponents(scale_shape, device)
+            check_learnable(self.spec, settings)
+            self.learn(scale_shape, device)
         scale = None
         if scale_shape is not None:
             fmt = self.spec.format
@@ -76,11 +90,12 @@ class TensorQuantizer(nn.Module):
         quantizer.spec = spec
         return quantizer
 
-    def learn_exponents(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> None:
-        """From now on train the block exponents of a weight of this shape (N, K)."""
-        check_learnable(self.spec.format)
-        offset = torch.zeros(self.spec.format.scale_shape(shape), dtype=torch.float32, device=device)
-        self.exponent_offset = nn.Parameter(offset)
+    def learn(self, shape: tuple[int, ...], device: torch.device | str | None = None) -> None:
+        """From now on train the block exponents or scales, as the format has them, of a weight of this shape (N, K)."""
+        kind, fmt = kind_of(self.spec.format), self.spec.format
+        assert kind is not None, fmt.name
+        offset = torch.zeros(fmt.scale_shape(shape), dtype=torch.float32, device=device)
+        setattr(self, kind.PARAMETER, nn.Parameter(offset))
 
     @property
     def learn_exponent(self) -> bool:
@@ -88,14 +103,23 @@ class TensorQuantizer(nn.Module):
         return self.exponent_offset is not None
 
     @property
+    def learn_scale(self) -> bool:
+        """Whether block scales are trained."""
+        return self.scale_offset is not None
+
+    @property
     def rounding(self) -> Rounding:
         """How the tensor gets its values; `learned` are its parameters."""
-        return LearnedRounding(self.spec) if self.learn_exponent else Rounding(self.spec)
+        if self.is_baked:
+            return BakedValues(self.spec)
+        if self.learn_exponent:
+            return LearnedExponents(self.spec)
+        return LearnedScales(self.spec) if self.learn_scale else Rounding(self.spec)
 
     @property
     def learned(self) -> tuple[torch.Tensor, ...]:
         """Parameters that are trained beside the tensor."""
-        return () if self.exponent_offset is None else (self.exponent_offset,)
+        return tuple(offset for offset in (self.exponent_offset, self.scale_offset) if offset is not None)
 
     @property
     def data_type(self) -> str:
@@ -140,7 +164,7 @@ class TensorQuantizer(nn.Module):
         if not self.is_enabled:
             return x
         if self.scale is not None:
-            (scale,) = self.rounding.quantize(x.detach(), x.dtype, *self.learned).scales
+            scale = self.rounding.quantize(x.detach(), x.dtype, *self.learned).scales[0]
             self.scale.copy_(scale.view_as(self.scale))
         return self.rounding.fake_quantize(x, x.dtype, *self.learned)
 
@@ -166,5 +190,6 @@ class TensorQuantizer(nn.Module):
         """For `print(model)`."""
         if not self.is_enabled:
             return "disabled"
-        learned = ", learned exponents" if self.learn_exponent else ""
+        learned = ", learned exponents" if self.learn_exponent else ", learned scales" if self.learn_scale else ""
+        learned += ", baked" if self.is_baked else ""
         return f"{self.spec.format.name}, rule={self.spec.rule}{learned}"

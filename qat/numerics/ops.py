@@ -126,12 +126,18 @@ def _(codes, scales, fmt, dtype):
 
 
 @torch.library.custom_op("mx_qat::quantize_to_scale", mutates_args=())
-def quantize_to_scale(x: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """Codes, as of `quantize`, of x [..., K], seen in `dtype`, under given scales of its blocks."""
+def quantize_to_scale(
+    x: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Codes, as of `quantize`, of x [..., K], seen in `dtype`, under given scales of its blocks.
+
+    Args:
+        divisor: as in `fake_quantize`.
+    """
     format_ = get_format(fmt)
-    return _function("quantize_to_scale", x, format_)(x, scale, format_, dtype)
+    return _function("quantize_to_scale", x, format_)(x, scale, format_, dtype, *_given(divisor))
 
 
 @quantize_to_scale.register_fake
-def _(x, scale, fmt, dtype):
+def _(x, scale, fmt, dtype, divisor=None):
     return x.new_empty(get_format(fmt).code_shape(x.shape), dtype=torch.uint8)

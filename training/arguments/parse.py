@@ -118,17 +118,17 @@ def _check_together(arguments: Arguments) -> None:
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)
-    if training.do_train and training.learning_rate == 0 and not arguments.quantization.learn_exponent:
+    if training.do_train and training.learning_rate == 0 and not arguments.quantization.learns:
         raise UserError("--learning_rate 0.0: nothing would be learned; give a positive number, such as 1e-5")
     if arguments.quantization.export_format == "auto_round" and not training.do_train:
         raise UserError(
             "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
             "out, or pack the folder with scripts/export.py"
         )
-    if arguments.quantization.learn_exponent and not training.bf16:
+    for name in (name for name, on in arguments.quantization.learned.items() if on and not training.bf16):
         raise UserError(
-            "--learn_exponent True: weights are saved as they are quantized in bfloat16, which is not what --bf16 "
-            "False or --fp16 True trains; give --bf16 True, or leave --learn_exponent out"
+            f"--{name} True: weights are saved as they are quantized in bfloat16, which is not what --bf16 False or "
+            f"--fp16 True trains; give --bf16 True, or leave --{name} out"
         )
     if distillation.distill:
         check_with_teacher(training)

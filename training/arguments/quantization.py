@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field
 
 from qat import SCHEMES, get_scheme
 from qat.checkpoints.dialects import EXPORT_FORMATS
 from qat.errors import UserError
-from qat.layers.learned_scales import optimizer_settings
+from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
 from qat.schemes.presets import input_rules, scheme_name, weight_rules
 
 logger = logging.getLogger(__name__)
+
+
+_RATES = ("exponent_learning_rate", "scale_learning_rate")  # of what SETTINGS let layers learn
 
 
 def check_smooth_alpha(alpha: float) -> None:
@@ -66,11 +70,22 @@ class QuantizationArguments:
     learn_exponent: bool = field(
         default=False,
         metadata={
-            "help": "Train the block exponents of weights too; what is saved is a plain checkpoint all the same."
+            "help": "Train the block exponents of weights in MXFP4 and MXFP8 too; what is saved is a plain checkpoint "
+            "all the same."
         },
     )
     exponent_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the exponents, which move in whole steps; no weight decay."}
+    )
+    learn_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the block scales of weights in NVFP4 and INT4 too (LSQ); what is saved is a plain "
+            "checkpoint all the same."
+        },
+    )
+    scale_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the scales, relative to their size; no weight decay."}
     )
     calibration_samples: int = field(
         default=32,
@@ -109,15 +124,7 @@ class QuantizationArguments:
             raise UserError(f"--calibration_samples {self.calibration_samples} must be at least 1, such as 32")
         if self.input_scale_refresh < 0:
             raise UserError(f"--input_scale_refresh {self.input_scale_refresh} must be 0 (never) or a number of steps")
-        if not 0 < self.exponent_learning_rate < math.inf:
-            raise UserError(
-                f"--exponent_learning_rate {self.exponent_learning_rate} must be greater than 0, and finite"
-            )
-        if self.exponent_learning_rate != type(self).exponent_learning_rate and not self.learn_exponent:
-            raise UserError(
-                f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
-                "give that too, or omit it"
-            )
+        self._check_rates()
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise UserError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
@@ -135,6 +142,15 @@ class QuantizationArguments:
         self.quant_scheme = scheme_name(self.quant_scheme, "--quant_scheme")
         self._check_rules(self.quant_scheme)
 
+    def _check_rates(self) -> None:
+        """Raises UserError for a learning rate that cannot be one, or of something that is not learned."""
+        for name, setting in zip(_RATES, SETTINGS, strict=True):
+            rate = getattr(self, name)
+            if not 0 < rate < math.inf:
+                raise UserError(f"--{name} {rate} must be greater than 0, and finite")
+            if rate != getattr(type(self), name) and not getattr(self, setting):
+                raise UserError(f"--{name} {rate} has no effect without --{setting} True; give that too, or omit it")
+
     def _check_rules(self, *schemes: str) -> None:
         """Raises UserError for a scale rule that the formats of a scheme do not have."""
         given = {"weight_scale_rule": (self.weight_scale_rule, None), "input_scale_rule": (None, self.input_scale_rule)}
@@ -144,6 +160,13 @@ class QuantizationArguments:
                     get_scheme(scheme, *rules)
                 except ValueError as error:
                     raise UserError(f"--{name} does not go with the scheme {scheme}: {error}") from error
+            try:
+                check_learnable(
+                    get_scheme(scheme, self.weight_scale_rule).weight, (name for name, on in self.learned.items() if on)
+                )
+            except UserError as error:
+                message = re.sub(r"(learn_\w+)=(\w+)", r"--\1 \2", str(error))
+                raise UserError(f"the scheme {scheme}: {message}") from error
 
     def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
         """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
@@ -173,7 +196,7 @@ class QuantizationArguments:
 
     def check_unused(self) -> None:
         """Raise a UserError for a setting that has no effect where nothing is quantized."""
-        for name in ("learn_exponent", "smooth_alpha", "calibration_samples", "input_scale_refresh"):
+        for name in (*SETTINGS, "smooth_alpha", "calibration_samples", "input_scale_refresh"):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise UserError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "
@@ -186,6 +209,19 @@ class QuantizationArguments:
             )
 
     @property
+    def learned(self) -> dict[str, bool]:
+        """What layers train beside their weights, as `prepare_qat` takes it."""
+        return {setting: getattr(self, setting) for setting in SETTINGS}
+
+    @property
+    def learns(self) -> bool:
+        """Whether layers train something beside their weights."""
+        return any(self.learned.values())
+
+    @property
     def parameter_groups(self) -> dict[str, dict]:
         """Optimizer settings for what layers train beside their weights, by the ends of names."""
-        return optimizer_settings(self.exponent_learning_rate) if self.learn_exponent else {}
+        return optimizer_settings(
+            self.exponent_learning_rate if self.learn_exponent else None,
+            self.scale_learning_rate if self.learn_scale else None,
+        )

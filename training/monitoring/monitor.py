@@ -175,7 +175,7 @@ def _samples(layers: list[QuantLinear], dtype: torch.dtype) -> list[WeightSample
     lots: dict[tuple, list[QuantLinear]] = {}
     present = [layer for layer in layers if (rows := local_rows(layer.weight)) is not None and len(rows)]
     for layer in evenly_spaced(present, LAYERS_PER_GROUP):
-        learned = layer.weight_quantizer.learn_exponent
+        learned = bool(layer.weight_quantizer.learned)
         lots.setdefault((layer.weight_quantizer.spec, layer.in_features, learned), []).append(layer)
     return [WeightSample(lot, key[0], dtype) for key, lot in lots.items()]
 

@@ -24,7 +24,8 @@ from qat.checkpoints.packed_folder import check_packed
 from qat.checkpoints.unpack import load_packed
 from qat.errors import UserError
 from qat.files.model_folder import check_file_name, check_model_folder
-from qat.layers.learned_scales import SETTING, check_baked
+from qat.layers import learned_scales
+from qat.layers.learned import check_baked, learns
 from qat.layers.restore import prepare_as_saved
 from qat.schemes.config import QAT_CONFIG_NAME
 
@@ -83,7 +84,7 @@ class Start:
         names = CheckpointFolder.open(name, _ARGUMENT).names
         if is_packed:
             check_packed(name, _ARGUMENT, model_args.trust_remote_code)
-        elif qat_config is not None and qat_config.training.get(SETTING):
+        elif learns(qat_config):
             check_baked(names, name)
         return cls(model_args, cache_dir, is_packed, qat_config)
 
@@ -103,22 +104,27 @@ class Start:
             self._check_teacher(distill_args)
         elif quant_args.quant_scheme is None and quant_args.quant_mapping is None:
             quant_args.check_unused()
-        if self.is_packed and quant_args.smooth_alpha:
+        if (self.is_packed or self._has_learned_scales) and quant_args.smooth_alpha:
+            how = "packed" if self.is_packed else "saved"
             raise UserError(
                 f"--smooth_alpha {quant_args.smooth_alpha} would undo the rounding that --model_name_or_path "
-                f"{folder!r} was packed with; give --smooth_alpha 0, or start from the unquantized model"
+                f"{folder!r} was {how} with; give --smooth_alpha 0, or start from the unquantized model"
             )
+
+    @property
+    def _has_learned_scales(self) -> bool:
+        return self.qat_config is not None and bool(self.qat_config.training.get(learned_scales.SETTING))
 
     def _check_teacher(self, distill_args: DistillationArguments) -> None:
         """A copy of weights that were trained for a scheme is not the model that they came from. The student with its
         quantizers off is not that model either if its weights are quantized values: packed, or with learned
-        exponents."""
+        exponents or scales."""
         if not distill_args.distill or distill_args.teacher_model_name_or_path is not None:
             return
         folder = self.model_args.model_name_or_path
         remedy = "name the unquantized model that it came from with --teacher_model_name_or_path"
         if distill_args.distill_teacher == "self":
-            if self.is_packed or (self.qat_config is not None and self.qat_config.training.get(SETTING)):
+            if self.is_packed or learns(self.qat_config):
                 raise UserError(
                     f"--distill_teacher self: the weights of --model_name_or_path {folder!r} are quantized values, "
                     f"with its quantizers off, too; leave --distill_teacher out and {remedy}"
@@ -174,10 +180,10 @@ class Start:
         """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
         if (layers := quant_args.layers()) is not None:
             rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-            prepare_qat(model, *layers, *rules, learn_exponent=quant_args.learn_exponent)
+            prepare_qat(model, *layers, *rules, **quant_args.learned)
         elif self.qat_config is not None:
             logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
-            prepare_as_saved(model, self.qat_config, quant_args.learn_exponent)
+            prepare_as_saved(model, self.qat_config, **quant_args.learned)
 
 
 def saved_config(name_or_path: str, cache_dir: str | None = None) -> QATConfig | None:

@@ -39,6 +39,11 @@ inline float e4m3_value(uint32_t code) {  // of a positive finite number
     return code < 8 ? static_cast<float>(static_cast<int32_t>(code)) * 0x1p-9f : as_float(normal);
 }
 
+inline float nv_given_scale(uint8_t code) {
+    const float magnitude = e4m3_value(code & 0x7Fu);
+    return (code & 0x7F) == 0x7F ? as_float(kQuietNaN) : code & 0x80 ? -magnitude : magnitude;
+}
+
 // rule: 0 absmax, 1 absmax_native, 2 search.
 template <class View>
 inline NvScale nv_find_scale(const float* values, uint32_t amax, float divisor, int rule) {
@@ -100,16 +105,26 @@ void nvfp4_quantize(const typename Stored::Word* x, uint8_t* codes, uint8_t* sca
     });
 }
 
+template <class Stored, class View>
+void nvfp4_quantize_to_scale(const typename Stored::Word* x, const uint8_t* scales, uint8_t* codes, int64_t blocks,
+                             float divisor, int threads) {
+    in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
+        for (int64_t block = first; block < first + count; ++block) {
+            float values[kNvBlock];
+            read_block<Stored, View, kNvBlock>(x + block * kNvBlock, values);
+            const float scale = nv_given_scale(scales[block]);
+            nv_write_codes(values, {scale, scale / divisor}, codes + block * kNvBlock / 2);
+        }
+    });
+}
+
 template <class View>
 void nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, typename View::Word* y, int64_t blocks, float divisor,
                       int threads) {
     constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
     in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
         for (int64_t block = first; block < first + count; ++block) {
-            const uint8_t code = scales[block];
-            const float magnitude = e4m3_value(code & 0x7Fu);
-            const float scale = (code & 0x7F) == 0x7F ? as_float(kQuietNaN) : code & 0x80 ? -magnitude : magnitude;
-            const float effective = scale / divisor;
+            const float effective = nv_given_scale(scales[block]) / divisor;
             float values[kNvBlock];
             for (int i = 0; i < kNvBlock / 2; ++i) {
                 const uint8_t pair = codes[block * kNvBlock / 2 + i];
@@ -135,6 +150,11 @@ void nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, typename View
                                           float divisor, int rule, int threads) {                                     \
         nvfp4_quantize<Stored, View>(static_cast<const Stored::Word*>(x), codes, scales, blocks, divisor, rule,       \
                                      threads);                                                                        \
+    }                                                                                                                 \
+    extern "C" void nvfp4_quantize_to_scale_##name(const void* x, const uint8_t* scales, uint8_t* codes,              \
+                                                   int64_t blocks, float divisor, int threads) {                      \
+        nvfp4_quantize_to_scale<Stored, View>(static_cast<const Stored::Word*>(x), scales, codes, blocks, divisor,    \
+                                              threads);                                                               \
     }
 
 #define NVFP4_DEFINE_DEQUANTIZE(name, View)                                                                           \

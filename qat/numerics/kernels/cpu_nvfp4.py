@@ -13,7 +13,7 @@ from .cpu_library import check_dtype, check_tensor, empty, function, is_availabl
 SERVES = tuple(FORMATS)
 _RULES = {"absmax": 0, "absmax_native": 1, "search": 2}
 
-__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
+__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 
 
 def fake_quantize(
@@ -45,6 +45,25 @@ def quantize(
         pointers = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
         run(*pointers, blocks, float(divisor), _RULES[rule], torch.get_num_threads())
     return Quantized(codes, (scale, divisor))
+
+
+def quantize_to_scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype | None = None,
+    divisor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Codes of x under given scales; same bytes as `nvfp4.quantize_to_scale` where NaN has the NaN scale."""
+    x, dtype = prepare(x, fmt, dtype)
+    fmt.check_scales(x.shape, scale)
+    scale, divisor = scale.contiguous(), _of(x, dtype) if divisor is None else divisor
+    codes = empty(fmt.code_shape(x.shape), torch.uint8)
+    run = function("nvfp4_quantize_to_scale", (x.dtype, dtype), 3, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
+    if blocks := x.numel() // BLOCK:
+        pointers = x.data_ptr(), scale.data_ptr(), codes.data_ptr()
+        run(*pointers, blocks, float(divisor), torch.get_num_threads())
+    return codes
 
 
 def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:

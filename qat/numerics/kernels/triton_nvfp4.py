@@ -16,7 +16,7 @@ from .triton_kernels import check_dtype, check_tensor, is_available, launch, pre
 SERVES = tuple(FORMATS)
 _ROWS, _WARPS = 64, 4  # blocks of a program: the best for all rules of 16 to 128 blocks and 1 to 4 warps on an H100
 
-__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
+__all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 
 
 def fake_quantize(
@@ -45,6 +45,24 @@ def quantize(
     tensors = (x, codes.view(torch.int32), scale, divisor)
     _launch(quantize_kernel, tensors, x.numel(), _options(rule, dtype, to_codes=True))
     return Quantized(codes, (scale.view(torch.float8_e4m3fn), divisor))
+
+
+def quantize_to_scale(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: Format,
+    dtype: torch.dtype | None = None,
+    divisor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Codes of x under given scales; same bytes as `nvfp4.quantize_to_scale` where NaN has the NaN scale."""
+    x, dtype = prepare(x, fmt, dtype)
+    check_tensor(scale, (fmt.scale.storage,))
+    fmt.check_scales(x.shape, scale)
+    divisor = _of(x, dtype) if divisor is None else divisor
+    codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
+    tensors = (x, codes.view(torch.int32), scale.contiguous().view(torch.uint8), divisor)
+    _launch(to_scale_kernel, tensors, x.numel(), {"VIEW": triton_dtype(dtype)})
+    return codes
 
 
 def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
@@ -142,13 +160,28 @@ def quantize_kernel(
 
 
 @_jit
+def _given_scale(scale_ptr, rows, exists):
+    code = tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)
+    return _float(_bits(_fp8_element(code & 0x7F)) | (code & 0x80) << 24)
+
+
+@_jit
+def to_scale_kernel(x_ptr, out_ptr, scale_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, VIEW: tl.constexpr):
+    rows, exists = _tile(blocks, ROWS)
+    x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + _offsets(rows, 16), mask=exists[:, None], other=0)), VIEW))
+    effective = _effective(_given_scale(scale_ptr, rows, exists), tl.load(divisor_ptr), ROWS)
+    codes = _round_to_code(_scaled(x, effective, ROWS), 0, 1, 4, 7)
+    codes = tl.where((effective != effective)[:, None], 0, codes)  # of a block with the NaN scale
+    words = tl.arange(0, 2)
+    tl.store(out_ptr + rows[:, None] * 2 + words[None, :], _pack(codes, ROWS, 2), mask=exists[:, None])
+
+
+@_jit
 def dequantize_kernel(packed_ptr, scale_ptr, out_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, VIEW: tl.constexpr):
     rows, exists = _tile(blocks, ROWS)
     codes = _unpack(packed_ptr, rows, exists, ROWS, 16)
     # As in triton_device.py: exponent and mantissa where FP32 has them, then one exact product for the biases.
     element = _float((codes & 7) << 22) * 85070591730234615865843651857942052864.0  # 2^126
     value = _float(_bits(element) | (codes >> 3) << 31)
-    code = tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32)
-    scale = _float(_bits(_fp8_element(code & 0x7F)) | (code & 0x80) << 24)
-    effective = _effective(scale, tl.load(divisor_ptr), ROWS)
+    effective = _effective(_given_scale(scale_ptr, rows, exists), tl.load(divisor_ptr), ROWS)
     tl.store(out_ptr + _offsets(rows, 16), _to_view(value * effective[:, None], VIEW), mask=exists[:, None])

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from qat import is_quantlinear, prepare_qat
 from qat.errors import UserError
 from qat.layers.finish import finished_weights
-from qat.layers.learned_scales import optimizer_settings
+from qat.layers.learned import optimizer_settings
 from training.backends.parameter_groups import separate
 from training.monitoring.monitor import QuantizationMonitor
 

@@ -15,7 +15,7 @@ from qat import QATConfig, prepare_qat
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
 from qat.layers.finish import finished_config, finished_weights
-from qat.layers.learned_scales import SUFFIX
+from qat.layers.learned_exponents import SUFFIX
 from qat.numerics import ops
 from training.arguments.training import TrainingArguments
 from utils import QATTrainer, make_supervised_data_module
