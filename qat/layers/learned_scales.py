@@ -14,8 +14,9 @@ straight through:
 summed over the block and multiplied by LSQ's gradient scale, 1 / sqrt(block * largest element). The offset is seen in
 BF16, as weights are, so that FSDP may gather it in either dtype.
 
-NVFP4's blocks with the largest scale, 448, are not learned: they hold the largest magnitude of the tensor, of which g
-is made. So the quantized values have the same largest magnitude, and the same g follows from them.
+NVFP4's blocks whose scale is 448 under `absmax` are not learned, and keep it under `search` too: they hold the largest
+magnitude of the tensor, of which g is made. So the quantized values have the same largest magnitude, and the same g
+follows from them.
 
 A finished run saves the quantized values in BF16. Their scales do not follow by a rule. The layers of such a folder
 compute with the values as they are, and an export finds codes and scales again, see `baked_values.py`.
@@ -54,6 +55,9 @@ class LearnedScales(LearnedRounding):
         """Codes and scales, and the scales of the rule."""
         (offset,), fmt = learned, self.spec.format
         rule_scale, *tensor_scale = super().quantize(weight, dtype, divisor=divisor).scales
+        if fmt.tensor_scale is not None and self.spec.rule == "search":
+            absmax = ops.quantize(weight, fmt.name, "absmax", dtype, *tensor_scale).scales[0]
+            rule_scale = _where(_is_fixed(absmax), absmax, rule_scale)
         scale = _moved(rule_scale, offset)
         codes = ops.quantize_to_scale(weight, scale, fmt.name, dtype, *tensor_scale)
         return Quantized(codes, (scale, *tensor_scale)), rule_scale
@@ -84,8 +88,13 @@ def _moved(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     product = scale.float() * (1 + offset.bfloat16().float())
     if scale.dtype == E4M3.storage:
         moved = product.clamp(_SMALLEST_E4M3, E4M3.largest).to(scale.dtype)
-        return torch.where(_is_fixed(scale), scale.view(torch.uint8), moved.view(torch.uint8)).view(scale.dtype)
+        return _where(_is_fixed(scale), scale, moved)
     return product.clamp(integer.SMALLEST_SCALE, torch.finfo(scale.dtype).max).to(scale.dtype)
+
+
+def _where(condition: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`torch.where` for E4M3, which it does not take."""
+    return torch.where(condition, a.view(torch.uint8), b.view(torch.uint8)).view(a.dtype)
 
 
 def _is_fixed(scale: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,16 @@ def test_scales_stay_within_what_their_format_holds_and_nan_stays_visible():
     assert scale[0] == 2.0**-126 and scale[1].isnan() and scale[2] == 2.0
 
 
+@pytest.mark.parametrize("rule", ["absmax", "search"])
+@pytest.mark.parametrize("seed", [1, 5, 69])  # under search the largest block of seeds 5 and 69 would move
+def test_the_divisor_of_nvfp4_follows_from_the_values_of_learned_scales(rule, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 64, generator=generator) * torch.logspace(-2, 0, 8)[:, None]
+    rounding, offset = LearnedScales(get_scheme("NVFP4A16", rule).weight), torch.randn(8, 4, generator=generator) * 0.3
+    values = rounding.values(weight, torch.bfloat16, offset)
+    assert torch.equal(*(ops.tensor_divisor([x], "nvfp4", torch.bfloat16) for x in (weight, values)))
+
+
 def test_the_largest_magnitude_and_with_it_the_divisor_of_nvfp4_outlast_learned_scales():
     layer = make_layer("NVFP4A16")
     weight = layer.weight.detach().bfloat16()
