@@ -19,7 +19,7 @@ class Row:
     title: str
     scheme: str | None = "MXFP4"
     weights: str = "floor"
-    inputs: str = "floor"
+    inputs: str | None = "floor"
     steps: int = 0
     lr: float = 0.0
     distill: bool = False
@@ -102,5 +102,19 @@ ROWS |= {
     "mixed-untrained": Row("mixed at 5 bits a weight, PTQ", weights="search", inputs="even", bits_budget=5.0),
     "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
+# Learned scales start from absmax, so each stands beside the same recipe without search.
+for _name, _settings in {
+    "INT4_G32": {"inputs": None, "smooth_alpha": 0.0},
+    "NVFP4": {"inputs": "absmax"},
+}.items():
+    _recipe: dict = {"scheme": _name, "weights": "absmax", **_settings}
+    ROWS[f"{_name}-absmax"] = default(f"{_name}, default without search", **_recipe)
+    for _lr in ("1e-3", "1e-2"):
+        ROWS[f"{_name}-learned-{_lr}"] = default(
+            f"{_name}, default without search, learned scales at lr {_lr}",
+            prepare_options={"learn_scale": True},
+            trainer_options={"parameter_groups": optimizer_settings(scales=float(_lr))},
+            **_recipe,
+        )
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]
