@@ -145,9 +145,16 @@ for _name in ("MXFP4A16", "MXFP4FP8"):
         f"{_name}, default, 40 % cross-entropy", scheme=_name, distill_options={"distill_ce_weight": 0.4},
         **settings_of(_name),
     )  # fmt: skip
+# Learned scales start from absmax, so each stands beside the same recipe without search.
 for _name in ("NVFP4", "INT4_G32"):
-    ROWS[f"{_name}-absmax"] = default(
-        f"{_name}, default without search", **{"scheme": _name, **settings_of(_name), "weights": "absmax"}
-    )
+    _recipe: dict = {"scheme": _name, **settings_of(_name), "weights": "absmax"}
+    ROWS[f"{_name}-absmax"] = default(f"{_name}, default without search", **_recipe)
+    for _lr in ("1e-3", "1e-2"):
+        ROWS[f"{_name}-learned-{_lr}"] = default(
+            f"{_name}, default without search, learned scales at lr {_lr}",
+            prepare_options={"learn_scale": True},
+            trainer_options={"parameter_groups": optimizer_settings(scales=float(_lr))},
+            **_recipe,
+        )
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]

@@ -110,7 +110,7 @@ OVERRIDES: tuple[Override, ...] = (
     Override(
         "_save",
         "(self, output_dir=None, state_dict=None)",
-        "The final model is written in its original dtype with learned exponents in its weights, and the training "
+        "The final model is written in its original dtype with what layers learned in its weights, and the training "
         "arguments as JSON in place of a pickle.",
     ),
     Override(

@@ -214,7 +214,7 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             (
                 "learning_rate",
                 "1e-5",
-                "0 is refused for a training, unless --learn_exponent True trains exponents alone.",
+                "0 is refused for a training, unless --learn_exponent or --learn_scale True trains these alone.",
             ),
             ("weight_decay", "0", ""),
         )

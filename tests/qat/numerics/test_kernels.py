@@ -116,6 +116,9 @@ def assert_nvfp4(kernels, x: torch.Tensor, rule: str, view: torch.dtype | None, 
         assert_same_bits(actual.float(), tensor.float())
     back = kernels.dequantize(quantized, NVFP4, view or x.dtype)
     assert_same_bits(back, nvfp4.dequantize(expected, NVFP4, view or x.dtype))
+    others, clean = expected.scales[0].view(torch.uint8).roll(1, 0).view(torch.float8_e4m3fn), x.nan_to_num(1.0)
+    codes = kernels.quantize_to_scale(clean, others.to(x.device), NVFP4, view, there)
+    assert_same_bits(codes, nvfp4.quantize_to_scale(clean.cpu(), others, NVFP4, view, divisor))
 
 
 @needs_cpu_kernels

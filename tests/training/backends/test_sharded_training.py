@@ -1,4 +1,4 @@
-"""Learned exponents and figures under FSDP2: as without it, though no module holds a whole weight."""
+"""Learned exponents, learned scales and figures under FSDP2: as without it, though no module holds a whole weight."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ def process_group(tmp_path):
     dist.destroy_process_group()
 
 
-def train(sharded: bool) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def train(sharded: bool, scheme: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Three steps with every option; the baked weights and the figures."""
-    model = prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4"}, learn_exponent=True)
+    learns = {"learn_exponent": True} if scheme == "MXFP4" else {"learn_scale": True}
+    model = prepare_qat(make_llama(), {torch.nn.Linear: scheme}, **learns)
     if sharded:
         for layer in (*model.model.layers, model):
             fully_shard(layer)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    separate(optimizer, model, optimizer_settings(0.4))
+    separate(optimizer, model, optimizer_settings(exponents=0.4, scales=0.05))
     monitor = QuantizationMonitor(model, torch.float32)
     state = SimpleNamespace(global_step=0, max_steps=3, logging_steps=1)
     ids = torch.arange(40).reshape(2, 20)
@@ -52,9 +53,10 @@ def train(sharded: bool) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     return finished_weights(model, state_dict, {}), monitor.metrics()
 
 
-def test_a_sharded_model_trains_to_the_same_bits(process_group):
-    (whole, whole_figures), (sharded, sharded_figures) = train(False), train(True)
-    assert whole.keys() == sharded.keys() and not any("exponent_offset" in name for name in whole)
+@pytest.mark.parametrize("scheme", ["MXFP4", "INT4_G32", "NVFP4A16"])
+def test_a_sharded_model_trains_to_the_same_bits(process_group, scheme):
+    (whole, whole_figures), (sharded, sharded_figures) = train(False, scheme), train(True, scheme)
+    assert whole.keys() == sharded.keys() and not any("_offset" in name for name in whole)
     assert all(torch.equal(whole[name], sharded[name]) for name in whole)
     assert whole_figures == sharded_figures and whole_figures["flips/mlp"] > 0
 
