@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
+from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -89,7 +90,8 @@ def export_checkpoint(
     schemes = {site.name: site.scheme for site in sites}
     check_schemes(dialect, schemes)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
-    quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint))
+    quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint), kv_cache_spec(model))
+    check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
         packed_bytes = _write_shards(checkpoint, sites, dialect, folder)

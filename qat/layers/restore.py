@@ -28,7 +28,10 @@ def prepare_as_saved(model: nn.Module, config: QATConfig, learn_exponent: bool |
     # A pattern that matches nothing is a mistake in a request; in what was saved it is a fact without effect.
     names = [site.name for site in find_sites(model)]
     ignore = tuple(pattern for pattern in config.ignore if any(matches(name, pattern) for name in names))
-    prepare_qat(model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules)
+    prepare_qat(
+        model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules,
+        kv_cache_scheme=config.kv_cache_scheme,
+    )  # fmt: skip
     if learn_exponent is None:
         set_qat_config(model, config)
     else:

@@ -12,7 +12,7 @@ from qat.errors import UserError
 from qat.layers.learned_scales import optimizer_settings
 from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
-from qat.schemes.presets import input_rules, weight_rules
+from qat.schemes.presets import KV_CACHE_SCHEMES, get_kv_cache_scheme, input_rules, weight_rules
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,13 @@ class QuantizationArguments:
             "python -m training.sensitivity proposes one."
         },
     )
+    kv_cache_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Quantize keys and values in the cache, too: {', '.join(KV_CACHE_SCHEMES)}. Their scales are "
+            "calibrated on training samples. Needs --quant_scheme or --quant_mapping; a QAT folder keeps its own."
+        },
+    )
     learn_exponent: bool = field(
         default=False,
         metadata={
@@ -103,6 +110,13 @@ class QuantizationArguments:
                 f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
                 "give that too, or omit it"
             )
+        if self.kv_cache_scheme is not None:
+            self.kv_cache_scheme, _ = get_kv_cache_scheme(self.kv_cache_scheme, "--kv_cache_scheme")
+            if self.quant_scheme is None and self.quant_mapping is None:
+                raise UserError(
+                    f"--kv_cache_scheme {self.kv_cache_scheme} needs --quant_scheme or --quant_mapping beside it; give "
+                    "one of them, or omit it (a model that was trained with it keeps it)"
+                )
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise UserError("--quant_mapping names the schemes itself; give either it or --quant_scheme")

@@ -174,7 +174,8 @@ class Start:
         """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
         if (layers := quant_args.layers()) is not None:
             rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-            prepare_qat(model, *layers, *rules, learn_exponent=quant_args.learn_exponent)
+            cache = quant_args.kv_cache_scheme
+            prepare_qat(model, *layers, *rules, learn_exponent=quant_args.learn_exponent, kv_cache_scheme=cache)
         elif self.qat_config is not None:
             logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
             prepare_as_saved(model, self.qat_config, quant_args.learn_exponent)

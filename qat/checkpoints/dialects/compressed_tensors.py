@@ -35,6 +35,7 @@ _INPUT_RULES = {  # by format, in transformers
     "mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native", "fp8_g128": "absmax_native",
     "nvfp4": "absmax_native",
 }  # fmt: skip
+CACHE_RULE = "absmax_native"  # of keys and values, in transformers
 
 
 class CompressedTensors:
@@ -52,7 +53,7 @@ class CompressedTensors:
             "one of the schemes by name"
         )
 
-    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
+    def config(self, sites: Mapping[str, Scheme], rest: list[str], kv_cache: TensorSpec | None = None) -> dict:
         """See `Dialect.config`."""
         groups: dict[tuple, list[str]] = {}
         schemes = {}
@@ -75,7 +76,7 @@ class CompressedTensors:
                 for i, (key, names) in enumerate(groups.items())
             },
             "ignore": rest,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if kv_cache is None else kv_cache_args(kv_cache.format),
         }
 
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
@@ -117,6 +118,12 @@ def quantization_args(fmt: Format, dynamic: bool) -> dict:
         args |= {"symmetric": True, "dynamic": dynamic}
     stored = {E8M0: "torch.uint8", E4M3: "torch.float8_e4m3fn"}.get(fmt.scale)
     return args | ({"scale_dtype": stored, "zp_dtype": stored} if stored else {})
+
+
+def kv_cache_args(fmt: Format) -> dict:
+    """The fields of compressed-tensors' `QuantizationArgs` for keys and values: one static scale a tensor."""
+    kind = {"num_bits": fmt.element.bits, "type": "float", "strategy": "tensor"}
+    return kind | {"symmetric": True, "dynamic": False}
 
 
 def packed_tensors(quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
