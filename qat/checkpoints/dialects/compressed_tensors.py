@@ -14,6 +14,7 @@ from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
 
+CACHE_RULE = "absmax_native"  # of keys and values, in transformers
 # What the library calls the layout of weights, and the formats that inputs may have beside them: rows for new schemes.
 _LAYOUTS = {
     "mxfp4": "mxfp4-pack-quantized",
@@ -35,7 +36,6 @@ _INPUT_RULES = {  # by format, in transformers
     "mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native", "fp8_g128": "absmax_native",
     "nvfp4": "absmax_native",
 }  # fmt: skip
-CACHE_RULE = "absmax_native"  # of keys and values, in transformers
 
 
 class CompressedTensors:
