@@ -34,6 +34,13 @@ class QuantizationArguments:
             "without: evaluation after plain rounding (PTQ). Default: none, or the scheme of a QAT folder."
         },
     )
+    kv_cache_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Quantize keys and values in the cache, too: {', '.join(KV_CACHE_SCHEMES)}. Their scales are "
+            "calibrated on training samples. Needs --quant_scheme or --quant_mapping; a QAT folder keeps its own."
+        },
+    )
 
     weight_scale_rule: str | None = field(
         default=None,
@@ -63,13 +70,6 @@ class QuantizationArguments:
             "python -m training.sensitivity proposes one."
         },
     )
-    kv_cache_scheme: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Quantize keys and values in the cache, too: {', '.join(KV_CACHE_SCHEMES)}. Their scales are "
-            "calibrated on training samples. Needs --quant_scheme or --quant_mapping; a QAT folder keeps its own."
-        },
-    )
     learn_exponent: bool = field(
         default=False,
         metadata={
@@ -97,6 +97,7 @@ class QuantizationArguments:
                 f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
             )
         check_smooth_alpha(self.smooth_alpha)
+        self._check_cache()
         for name, choices in (("weight_scale_rule", weight_rules()), ("input_scale_rule", input_rules())):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
@@ -110,13 +111,6 @@ class QuantizationArguments:
                 f"--exponent_learning_rate {self.exponent_learning_rate} has no effect without --learn_exponent True; "
                 "give that too, or omit it"
             )
-        if self.kv_cache_scheme is not None:
-            self.kv_cache_scheme, _ = get_kv_cache_scheme(self.kv_cache_scheme, "--kv_cache_scheme")
-            if self.quant_scheme is None and self.quant_mapping is None:
-                raise UserError(
-                    f"--kv_cache_scheme {self.kv_cache_scheme} needs --quant_scheme or --quant_mapping beside it; give "
-                    "one of them, or omit it (a model that was trained with it keeps it)"
-                )
         if self.quant_mapping is not None:
             if self.quant_scheme is not None:
                 raise UserError("--quant_mapping names the schemes itself; give either it or --quant_scheme")
@@ -135,6 +129,16 @@ class QuantizationArguments:
             raise UserError(f"--quant_scheme {self.quant_scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
         self.quant_scheme = self.quant_scheme.upper()
         self._check_rules(self.quant_scheme)
+
+    def _check_cache(self) -> None:
+        """Raises UserError for a scheme of the cache that does not exist, or has no scheme of weights beside it."""
+        if self.kv_cache_scheme is not None:
+            self.kv_cache_scheme, _ = get_kv_cache_scheme(self.kv_cache_scheme, "--kv_cache_scheme")
+            if self.quant_scheme is None and self.quant_mapping is None:
+                raise UserError(
+                    f"--kv_cache_scheme {self.kv_cache_scheme} needs --quant_scheme or --quant_mapping beside it; give "
+                    "one of them, or omit it (a model that was trained with it keeps it)"
+                )
 
     def _check_rules(self, *schemes: str) -> None:
         """Raises UserError for a scale rule that the formats of a scheme do not have."""
