@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UserError
+from ..layers.kv_cache import kv_cache_spec
 from ..layers.quant_linear import is_quantlinear
 from ..layers.sites import quantized_sites
 from .dialects import check_schemes, get_dialect
@@ -27,7 +28,7 @@ def check_exportable(model: nn.Module, export_format: str) -> None:
     rest = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantlinear(m)]
     try:
         check_schemes(dialect, schemes)
-        dialect.config(schemes, rest)
+        dialect.config(schemes, rest, kv_cache_spec(model))
     except UserError as error:
         raise UserError(f"--export_format {export_format}: {error}") from error
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
+from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.rounding import Rounding
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
@@ -99,7 +100,8 @@ def export_checkpoint(
     check_schemes(dialect, schemes)
     check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
-    quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint))
+    quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint), kv_cache_spec(model))
+    check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
         packed_bytes = _write_shards(checkpoint, sites, dialect, qat_config.calibrated_scales, folder)

@@ -25,8 +25,10 @@ from ..errors import UserError
 from ..files.json_file import read_object
 from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
+from ..schemes.presets import get_kv_cache_scheme
 from ..version import VERSION
 from .dialects import Dialect, dialect_of
+from .dialects.compressed_tensors import CACHE_RULE
 from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
 from .skeleton import prepared_skeleton
@@ -117,6 +119,7 @@ def compare_logits(
         "text": text_name,
         "tokens": input_ids.numel(),
         "engine": f"transformers, {dialect.name}",
+        "key_value_cache": _about_cache(packed),
         "engine_activation_rules": engine_rules,
         "trained_activation_rules": {name: scheme.rules["input"] for name, scheme in schemes.items()},
         "activations_not_quantized_by_engine": plain,
@@ -125,6 +128,18 @@ def compare_logits(
         "largest_difference": float((served.float() - expected.float()).abs().max()),
         "mean_log_probability_difference_to_trained_rule": _log_probability_difference(served, as_trained, input_ids),
     }
+
+
+def _about_cache(packed: CheckpointFolder) -> dict[str, str] | None:
+    """How keys and values were quantized on both sides, and in the training; None where they are not.
+
+    transformers quantizes them in each attention layer, whether it generates or computes the logits of a text at once.
+    """
+    config = QATConfig.load(packed.path)
+    if config is None or config.kv_cache_scheme is None:
+        return None
+    scheme, spec = get_kv_cache_scheme(config.kv_cache_scheme)
+    return {"scheme": scheme, "engine_rule": CACHE_RULE, "trained_rule": spec.rule}
 
 
 def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:

@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
+from ..layers.kv_cache import set_cache_rule
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
 from ..layers.sites import quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
+from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         assert not any(is_quantlinear(module) for module in model.modules())
         result = {}
+    set_cache_rule(model, CACHE_RULE)
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
 
 

@@ -1,23 +1,27 @@
-"""Calibration: the divisors of inputs in formats with a tensor scale, from the activations of some samples.
+"""Calibration: scales that engines read from the checkpoint, from the activations of some samples.
 
-Engines quantize such inputs under a divisor that the checkpoint holds (NVFP4's `input_global_scale`): 448 * 6 over the
-largest magnitude that a layer reads. Layers that engines fuse read the same input and share it. The samples run through
-the unquantized model.
+Two kinds of tensors have such a scale. Inputs in formats with a tensor scale have a divisor (NVFP4's
+`input_global_scale`): 448 * 6 over the largest magnitude that a layer reads; layers that engines fuse read the same
+input and share it. Keys and values in the cache have a scale (`k_scale`, `v_scale`): their largest magnitude over 448.
+The samples run through the unquantized model, once for all of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..numerics import fp8
 from ..numerics.families import family_of
 from ..schemes.config import QATConfig
+from .kv_cache import CacheQuantizer, cache_quantizers
 from .names import original_name
 from .prepare import set_qat_config
 from .quant_linear import QuantLinear
@@ -26,10 +30,74 @@ from .sites import quantized_sites, quantizers_off
 DIVISOR = "input_global_scale"  # compressed-tensors' name of the divisor of a layer's inputs
 
 
+class _Scale(Protocol):
+    """A calibrated scale: of what the module `reader` reads.
+
+    Attributes:
+        what: messages call the tensor that it scales.
+    """
+
+    @property
+    def reader(self) -> nn.Module: ...
+    @property
+    def what(self) -> str: ...
+    def get(self) -> float | None: ...
+    def set(self, value: float) -> None: ...
+    def from_largest(self, largest: Mapping[nn.Module, torch.Tensor]) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class _InputDivisor:
+    reader: QuantLinear
+    name: str
+
+    @property
+    def what(self) -> str:
+        return f"the input of {self.name}"
+
+    def get(self) -> float | None:
+        divisor = self.reader.input_quantizer.divisor
+        return None if divisor is None else float(divisor)
+
+    def set(self, value: float) -> None:
+        self.reader.input_quantizer.divisor = torch.tensor([value], dtype=torch.float32)
+
+    def from_largest(self, largest: Mapping[nn.Module, torch.Tensor]) -> torch.Tensor:
+        together = torch.stack([largest[layer] for layer in self.reader.fused_with if layer in largest]).max()
+        return family_of(self.reader.input_quantizer.spec.format).tensor_divisor(together)
+
+
+@dataclass(frozen=True)
+class _CacheScale:
+    reader: CacheQuantizer
+
+    @property
+    def what(self) -> str:
+        return f"what {self.reader.tensor} scales"
+
+    def get(self) -> float | None:
+        return self.reader.scale
+
+    def set(self, value: float) -> None:
+        self.reader.scale = value
+
+    def from_largest(self, largest: Mapping[nn.Module, torch.Tensor]) -> torch.Tensor:
+        return fp8.tensor_scale(largest[self.reader])
+
+
 def calibrated_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers of a prepared model whose inputs need a divisor, by name."""
     layers = {site.name: site.module for site in quantized_sites(model)}
     return {name: layer for name, layer in layers.items() if layer.input_quantizer.needs_divisor}
+
+
+def _scales(model: nn.Module) -> dict[str, _Scale]:
+    """All scales of a prepared model that are calibrated, by the names of their tensors."""
+    inputs = {
+        original_name(f"{name}.{DIVISOR}"): _InputDivisor(layer, name)
+        for name, layer in calibrated_layers(model).items()
+    }
+    return {**inputs, **{quantizer.tensor: _CacheScale(quantizer) for quantizer in cache_quantizers(model)}}
 
 
 @torch.no_grad()
@@ -39,49 +107,48 @@ def calibrate_inputs(
     total: int | None = None,
     forward: Callable[..., object] | None = None,
 ) -> None:
-    """Set the divisors of all inputs that need one from the largest magnitudes of `batches`.
+    """Set all calibrated scales of a model, of inputs, keys and values, from the largest magnitudes of `batches`.
 
     Args:
-        model: prepared by `prepare_qat`; models without such inputs are left as they are.
+        model: prepared by `prepare_qat`; models without such scales are left as they are.
         batches: keyword arguments of the model.
         total: how many there are, for the progress bar.
         forward: what is called with them: the model as it is wrapped for several processes; default: the model.
 
     Raises:
-        UserError: no batch, or an input whose largest magnitude is 0 or not finite.
+        UserError: no batch, or a tensor whose largest magnitude is 0 or not finite.
     """
-    layers = calibrated_layers(model)
-    if not layers:
+    scales = _scales(model)
+    if not scales:
         return
-    largest: dict[str, torch.Tensor] = {}
-    handles = [layer.register_forward_pre_hook(_recorder(name, largest)) for name, layer in layers.items()]
+    largest: dict[nn.Module, torch.Tensor] = {}
+    handles = [scale.reader.register_forward_pre_hook(_recorder(largest)) for scale in scales.values()]
     was_training = model.training
     model.eval()
     try:
         with quantizers_off(model):
-            for batch in tqdm(batches, total=total, desc="Calibrating input scales", unit=" batches"):
+            for batch in tqdm(batches, total=total, desc="Calibrating scales", unit=" batches"):
                 (forward or model)(**batch)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    unread = next((name for name in layers if not 0 < float(largest.get(name, 0.0)) < torch.inf), None)
-    if unread is not None:
-        raise UserError(
-            f"calibration: the input of {unread} has the largest magnitude {float(largest.get(unread, 0.0))} in the "
-            "samples; give more or other samples, or leave the layer unquantized"
-        )
-    amax = {id(layers[name]): value for name, value in largest.items()}
-    for layer in layers.values():
-        together = torch.stack([amax[id(other)] for other in layer.fused_with if id(other) in amax]).max()
-        layer.input_quantizer.divisor = family_of(layer.input_quantizer.spec.format).tensor_divisor(together)
+    for scale in scales.values():
+        amax = float(largest.get(scale.reader, 0.0))
+        if not 0 < amax < math.inf:
+            raise UserError(
+                f"calibration: {scale.what} has the largest magnitude {amax} in the samples; give more or other "
+                "samples, or leave it unquantized"
+            )
+    for scale in scales.values():
+        scale.set(float(scale.from_largest(largest)))
     _record(model)
 
 
-def _recorder(name: str, largest: dict[str, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _recorder(largest: dict[nn.Module, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         amax = torch.linalg.vector_norm(inputs[0].detach().float(), torch.inf)
-        largest[name] = torch.maximum(largest[name], amax) if name in largest else amax
+        largest[module] = torch.maximum(largest[module], amax) if module in largest else amax
 
     return record
 
@@ -92,12 +159,7 @@ def calibrated_scales(model: nn.Module) -> dict[str, float]:
     Returns:
         Exact FP32 values; those of quantizers that are not calibrated yet are not among them.
     """
-    layers = calibrated_layers(model)
-    return {
-        original_name(f"{name}.{DIVISOR}"): float(quantizer.divisor)
-        for name, layer in layers.items()
-        if (quantizer := layer.input_quantizer).divisor is not None
-    }
+    return {name: value for name, scale in _scales(model).items() if (value := scale.get()) is not None}
 
 
 def set_calibrated_scales(model: nn.Module, scales: Mapping[str, float]) -> None:
@@ -106,14 +168,15 @@ def set_calibrated_scales(model: nn.Module, scales: Mapping[str, float]) -> None
     Raises:
         UserError: one of them is missing, is not a positive number, or belongs to no layer.
     """
-    layers = {original_name(f"{name}.{DIVISOR}"): layer for name, layer in calibrated_layers(model).items()}
-    if wrong := sorted(set(scales) ^ set(layers)):
-        kind = "lacks" if wrong[0] in layers else "have, for no layer,"
+    own = _scales(model)
+    if wrong := sorted(set(scales) ^ set(own)):
+        kind = "lack" if wrong[0] in own else "have, for no layer,"
         raise UserError(f"the calibrated scales {kind} {wrong[0]}; calibrate again")
     for name, value in scales.items():
         if not 0 < value < math.inf:
             raise UserError(f"the calibrated scale {name} is {value}, not a positive number; calibrate again")
-        layers[name].input_quantizer.divisor = torch.tensor([value], dtype=torch.float32)
+    for name, value in scales.items():
+        own[name].set(float(torch.tensor(value, dtype=torch.float32)))
     _record(model)
 
 
@@ -125,4 +188,4 @@ def _record(model: nn.Module) -> None:
 
 def needs_calibration(model: nn.Module) -> bool:
     """Whether some quantizer of a prepared model has no calibrated scale yet."""
-    return any(layer.input_quantizer.divisor is None for layer in calibrated_layers(model).values())
+    return any(scale.get() is None for scale in _scales(model).values())

@@ -13,9 +13,10 @@ from ..schemes.config import QATConfig
 from ..schemes.mapping_file import DEFAULT_IGNORE
 from ..schemes.patterns import HELP as PATTERN_HELP
 from ..schemes.patterns import matches
-from ..schemes.presets import get_scheme, scheme_name
+from ..schemes.presets import get_kv_cache_scheme, get_scheme, scheme_name
 from ..schemes.spec import Scheme
 from .fused import tie_fused
+from .kv_cache import cache_layers, cache_quantizers, quantize_cache
 from .learned import SETTINGS, check_learnable
 from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
 
@@ -35,8 +36,9 @@ def prepare_qat(
     learn_exponent: bool = False,
     scale_rules: Mapping[str, Mapping[str, str | None]] | None = None,
     learn_scale: bool = False,
+    kv_cache_scheme: str | None = None,
 ) -> nn.Module:
-    """Replace linear layers by QuantLinear, in place.
+    """Replace linear layers by QuantLinear, in place; quantize the key/value cache, if asked for.
 
     Args:
         model: any module; layers may live on the meta device.
@@ -51,6 +53,8 @@ def prepare_qat(
         scale_rules: the rules of single schemes, as `QATConfig.scale_rules` names them.
         learn_scale: train the block scales of weights in INT4 and NVFP4 along with them, see learned_scales.py. A
             mapping with both kinds of formats takes both settings.
+        kv_cache_scheme: one of `presets.KV_CACHE_SCHEMES`, for keys and values of all attention layers; see
+            kv_cache.py. Their scales need calibration.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -58,7 +62,8 @@ def prepare_qat(
     Raises:
         UserError: an unknown scheme, rule or key, a key that matches no linear layer or ignored ones only, a pattern of
             `ignore` that matches nothing (names of heads may), a layer that the blocks of its scheme do not
-            divide, scales that cannot be learned, or nothing left to quantize. The model is unchanged then.
+            divide, scales that cannot be learned, an attention layer that does not expose its keys and values, or
+            nothing left to quantize. The model is unchanged then.
     """
     if mapping is not None and not isinstance(mapping, Mapping):
         raise UserError(f"mapping={mapping!r} does not map layers to schemes, as {{torch.nn.Linear: 'MXFP4'}} does")
@@ -77,6 +82,9 @@ def prepare_qat(
         check_learnable(schemes[scheme].weight, settings)
     if settings:
         _check_untied(model, chosen, settings[0])
+    if kv_cache_scheme is not None:
+        kv_cache_scheme, kv_spec = get_kv_cache_scheme(kv_cache_scheme)
+        quantize_cache(cache_layers(model), kv_spec)  # checks before it changes anything
     for site, scheme in chosen:
         KINDS[site.kind].convert(site.module, schemes[scheme], site.name, bool(settings))
 
@@ -85,10 +93,11 @@ def prepare_qat(
         ignore=ignore,
         scale_rules={name: scheme.rules for name, scheme in schemes.items()},
         training=dict.fromkeys(settings, True),
+        kv_cache_scheme=kv_cache_scheme,
     )
     tie_fused(model)
     set_qat_config(model, config)
-    _print_summary(config, chosen, left_alone)
+    _print_summary(config, chosen, left_alone, len(cache_quantizers(model)) // 2)
     return model
 
 
@@ -111,12 +120,14 @@ def get_quantization_format(module: nn.Module) -> str | None:
 
     A name such as "MXFP4" when all quantized layers agree, "mixed: MXFP4 x 12, MXFP8 x 4" when they do not, and None
     when nothing is quantized. Layers whose quantizers are both disabled count as unquantized; a layer with one of them
-    disabled is named by the half that works ("MXFP4 weight only", "MXFP4 input only").
+    disabled is named by the half that works ("MXFP4 weight only", "MXFP4 input only"). A quantized key/value cache is
+    named last ("MXFP4, key/value cache fp8_tensor").
     """
     counts = Counter(filter(None, map(_site_format, quantized_sites(module))))
-    if len(counts) > 1:
-        return "mixed: " + ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
-    return next(iter(counts), None)
+    mixed = "mixed: " + ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
+    layers = mixed if len(counts) > 1 else next(iter(counts), None)
+    caches = {quantizer.spec.format.name for quantizer in cache_quantizers(module) if quantizer.is_enabled}
+    return ", ".join(filter(None, (layers, *(f"key/value cache {name}" for name in sorted(caches))))) or None
 
 
 def _site_format(site: Site) -> str | None:
@@ -211,11 +222,15 @@ def _examples(chosen: list[tuple[Site, str]], left_alone: dict[str, str]) -> str
     return f"{len(names)} weight modules, e.g. {', '.join(names[:4])}" if names else "no weight modules"
 
 
-def _print_summary(config: QATConfig, chosen: list[tuple[Site, str]], left_alone: dict[str, str]) -> None:
+def _print_summary(
+    config: QATConfig, chosen: list[tuple[Site, str]], left_alone: dict[str, str], cached_layers: int
+) -> None:
     replaced = Counter(scheme for _, scheme in chosen)
     lines = ["Quantization-aware training of " + ", ".join(f"{n} linear layers in {s}" for s, n in replaced.items())]
     for name, rules in config.scale_rules.items():
         lines.append(f"  scale rules of {name}: weights {rules['weight']}, inputs {rules['input'] or 'not quantized'}")
+    if config.kv_cache_scheme is not None:
+        lines.append(f"  key/value cache of {cached_layers} attention layers in {config.kv_cache_scheme}")
     reasons = Counter(left_alone.values())
     for reason, count in reasons.items():
         example = next(name for name, why in left_alone.items() if why == reason)

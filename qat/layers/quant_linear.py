@@ -52,7 +52,7 @@ class QuantLinear(nn.Linear):
         Under autocast that is the autocast dtype, so FP32 master weights are seen as the BF16 weights that will be
         saved.
         """
-        dtype = _compute_dtype(input)
+        dtype = compute_dtype(input)
         weight, inputs = self.weight_quantizer, self.input_quantizer
         if weight.is_enabled and weight.scale is None and inputs.scale is None:
             spec = inputs.spec if inputs.is_enabled else None
@@ -106,7 +106,8 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, scheme={self.scheme_name}"
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a product of x is computed in: under autocast its, else that of x."""
     device_type = x.device.type
     if device_type == "meta":  # shapes only; autocast knows no meta device
         return x.dtype

@@ -44,7 +44,7 @@ def prepare_as_saved(
     wanted = {"learn_exponent": bool(learn_exponent), "learn_scale": learn_scale}
     prepare_qat(
         model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules,
-        learn_scale=learn_scale,
+        learn_scale=learn_scale, kv_cache_scheme=config.kv_cache_scheme,
     )  # fmt: skip
     if is_baked:
         _keep_values(model)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..schemes.spec import Scheme
+from .kv_cache import cache_quantizers
 from .quant_linear import check_convertible, convert, is_quantlinear
 
 
@@ -97,7 +98,8 @@ def _sites_of(name: str, module: nn.Module, predicate: str) -> Iterator[Site]:
 def quantizers_off(model: nn.Module) -> Iterator[None]:
     """Let a prepared model compute without quantization inside; what was off before stays off afterwards."""
     modules = [site.module for site in quantized_sites(model)]
-    quantizers = [q for module in modules for q in (module.weight_quantizer, module.input_quantizer) if q.is_enabled]
+    found = [q for module in modules for q in (module.weight_quantizer, module.input_quantizer)]
+    quantizers = [quantizer for quantizer in (*found, *cache_quantizers(model)) if quantizer.is_enabled]
     for quantizer in quantizers:
         quantizer.disable()
     try:

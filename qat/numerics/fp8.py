@@ -1,4 +1,4 @@
-"""FP8 quantization (E4M3, a scale for a row or a block) in plain PyTorch: the executable specification of its kernels.
+"""FP8 quantization (E4M3, a scale for a row, a block or a tensor) in plain PyTorch: the specification of its kernels.
 
 Weights have a scale for each output channel (row of [N, K]), stored in BF16; inputs one for each token or for 128
 values of it, which the engine computes. Unlike MX scales they are not powers of two, so an element times its scale is
@@ -10,6 +10,13 @@ rounded once more, to the dtype of the result.
                         compressed-tensors in transformers
 
 A row or block that holds a NaN or an infinity becomes NaN as a whole (its scale is NaN).
+
+Keys and values in a cache have one static scale a tensor, calibrated, which does not depend on what is quantized:
+
+    absmax          s in FP32, q = e4m3(clamp(x / s)), value = q * s: vLLM
+    absmax_native   s, x / s and q * s each rounded to the tensor's dtype: compressed-tensors in transformers
+
+An infinity saturates there, as in engines; a NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -25,6 +32,8 @@ FORMATS = {
     "fp8_token": Format("fp8_token", E4M3, None, FP32, FP8_INPUT_RULES, FP8_INPUT_RULES, "fp_token"),
     "fp8_g128": Format("fp8_g128", E4M3, 128, FP32, FP8_INPUT_RULES, FP8_INPUT_RULES, "fp_group"),
 }
+# Keys and values. Not among FORMATS: codes of a cache are kept by engines alone, so it has no packed layout.
+TENSOR = Format("fp8_tensor", E4M3, None, FP32, FP8_INPUT_RULES, FP8_INPUT_RULES, "fp_tensor")
 SMALLEST_WEIGHT_SCALE = float(torch.finfo(torch.bfloat16).tiny)  # a row of zeros has no scale of its own
 SMALLEST_INPUT_SCALE = 1.0 / (E4M3.largest * 512.0)  # vLLM, csrc/quantization/w8a8/fp8: min_scaling_factor
 
@@ -80,6 +89,30 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
 def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`dequantize(quantize(x))`: [..., K] in `dtype`."""
     return dequantize(quantize(x, fmt, rule, dtype), fmt, dtype or x.dtype)
+
+
+def tensor_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The static scale, FP32 [1], of tensors whose largest magnitude is `amax`."""
+    return (amax.float() / E4M3.largest).reshape(1)
+
+
+def fake_quantize_static(x: torch.Tensor, scale: torch.Tensor, rule: str, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest values of x under one given scale, in `dtype`: first `x.to(dtype)`, then rounding.
+
+    Args:
+        x: any shape, float32, bfloat16 or float16.
+        scale: FP32 [1], greater than 0.
+        rule: one of `TENSOR.rules`.
+    """
+    viewed = x.to(dtype)
+    if rule == "absmax_native":
+        scale = scale.to(dtype)
+        return _nearest(viewed / scale).to(dtype) * scale
+    return (_nearest(viewed.float() / scale).float() * scale).to(dtype)
+
+
+def _nearest(quotient: torch.Tensor) -> torch.Tensor:
+    return quotient.clamp(-E4M3.largest, E4M3.largest).to(E4M3.storage)
 
 
 def quantize_to_scale(

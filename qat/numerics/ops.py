@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from . import fp8
 from .families import family_of, get_format
 from .formats import Format, Quantized
 from .kernels import KERNELS
@@ -66,6 +67,27 @@ def _straight_through(ctx, grad):
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_remember_dtype)
+
+
+@torch.library.custom_op("mx_qat::fake_quantize_static", mutates_args=())
+def fake_quantize_static(x: torch.Tensor, scale: torch.Tensor, rule: str, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values x -> their nearest values in FP8 under a static scale, FP32 [1], in `dtype`.
+
+    The gradient passes straight through, in x's dtype.
+    """
+    return fp8.fake_quantize_static(x, scale, rule, dtype)
+
+
+@fake_quantize_static.register_fake
+def _(x, scale, rule, dtype):
+    return torch.empty_like(x, dtype=dtype)  # elementwise: the strides of x, which may be transposed
+
+
+def _straight_through_static(ctx, grad):
+    return grad.to(ctx.input_dtype), None, None, None
+
+
+fake_quantize_static.register_autograd(_straight_through_static, setup_context=_remember_dtype)
 
 
 def quantize(

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files.json_file import read_object, shown
 from ..version import VERSION
 from .patterns import check_patterns
-from .presets import get_scheme
+from .presets import get_kv_cache_scheme, get_scheme
 
 QAT_CONFIG_NAME = "qat_config.json"
 TRAINING = {
@@ -38,7 +38,7 @@ class QATConfig:
     defaults; with `learn_scale` the weights of a finished model are quantized values already. `calibrated_scales` holds
     the scales that do not follow from weights,
     by the names of their tensors in a packed checkpoint ("model.layers.0.mlp.down_proj.input_global_scale"): FP32
-    values, exactly.
+    values, exactly. `kv_cache_scheme` is that of keys and values in the cache; None: they are not quantized.
     """
 
     mapping: dict[str, str]
@@ -46,6 +46,7 @@ class QATConfig:
     scale_rules: dict[str, dict[str, str | None]] = field(default_factory=dict)
     training: dict[str, str | bool | float] = field(default_factory=dict)
     calibrated_scales: dict[str, float] = field(default_factory=dict)
+    kv_cache_scheme: str | None = None
     versions: dict[str, str] = field(default_factory=lambda: dict(_VERSIONS))
 
     @property
@@ -57,12 +58,13 @@ class QATConfig:
             for name, rule in self.scale_rules.items()
         )
         training = "".join(f", {name} {value}" for name, value in self.training.items())
-        return f"{schemes}; scale rules {rules}{training}"
+        cache = "" if self.kv_cache_scheme is None else f", key/value cache {self.kv_cache_scheme}"
+        return f"{schemes}; scale rules {rules}{training}{cache}"
 
     def same_training(self, other: QATConfig) -> bool:
         """Whether a run under `other` may resume a run under this one: versions and calibrated scales may differ."""
         mine, theirs = asdict(self), asdict(other)
-        compared = ("mapping", "ignore", "scale_rules", "training")
+        compared = ("mapping", "ignore", "scale_rules", "training", "kv_cache_scheme")
         return all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)
 
     def save(self, folder: str | Path) -> None:
@@ -109,6 +111,8 @@ def _check(content: dict[str, Any]) -> None:
     _check_rules(content.get("scale_rules", {}))
     _check_entries("training", content.get("training", {}), TRAINING)
     _check_scales(content.get("calibrated_scales", {}))
+    if content.get("kv_cache_scheme") is not None:
+        get_kv_cache_scheme(content["kv_cache_scheme"])
     versions = content.get("versions", {})
     _check_entries("versions", versions, dict.fromkeys(versions, str))
 

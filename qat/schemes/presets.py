@@ -6,6 +6,7 @@ They stand here as data because importing AutoRound takes seconds, in every proc
 from __future__ import annotations
 
 from ..errors import UserError
+from ..numerics import fp8
 from ..numerics.families import get_format
 from .spec import Scheme, TensorSpec
 
@@ -35,6 +36,8 @@ PRESETS = {
 }
 ALIASES = {"W4A16": "INT4_G128", "W4A16G32": "INT4_G32"}  # AutoRound's names of the same schemes
 SCHEMES = tuple(PRESETS)
+# Of keys and values in the cache; the first rule is vLLM's.
+KV_CACHE_SCHEMES = {"FP8": TensorSpec(fp8.TENSOR, fp8.TENSOR.rules[0])}
 
 
 def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule: str | None = None) -> Scheme:
@@ -56,6 +59,18 @@ def scheme_name(name: str, what: str = "quantization scheme") -> str:
     if known not in PRESETS:
         raise UserError(f"{what} {name!r} is unknown; choose one of {', '.join(SCHEMES)}")
     return known
+
+
+def get_kv_cache_scheme(name: str, what: str = "kv_cache_scheme") -> tuple[str, TensorSpec]:
+    """Name and spec of the key/value cache's scheme called `name`, in any case; `what` is what messages call it.
+
+    Raises:
+        UserError: the name is not one of KV_CACHE_SCHEMES.
+    """
+    known = name.upper() if isinstance(name, str) else None
+    if known not in KV_CACHE_SCHEMES:
+        raise UserError(f"{what} {name!r} is unknown; choose one of {', '.join(KV_CACHE_SCHEMES)}")
+    return known, KV_CACHE_SCHEMES[known]
 
 
 def weight_rules() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
-from qat.schemes.presets import input_rules, scheme_name, weight_rules
+from qat.schemes.presets import KV_CACHE_SCHEMES, get_kv_cache_scheme, input_rules, scheme_name, weight_rules
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,13 @@ class QuantizationArguments:
         metadata={
             "help": f"Quantization scheme, one of {', '.join(SCHEMES)}. With --do_train: quantization-aware training; "
             "without: evaluation after plain rounding (PTQ). Default: none, or the scheme of a QAT folder."
+        },
+    )
+    kv_cache_scheme: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Quantize keys and values in the cache, too: {', '.join(KV_CACHE_SCHEMES)}. Their scales are "
+            "calibrated on training samples. Needs --quant_scheme or --quant_mapping; a QAT folder keeps its own."
         },
     )
 
@@ -116,6 +123,7 @@ class QuantizationArguments:
                 f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
             )
         check_smooth_alpha(self.smooth_alpha)
+        self._check_cache()
         for name, choices in (("weight_scale_rule", weight_rules()), ("input_scale_rule", input_rules())):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
@@ -150,6 +158,16 @@ class QuantizationArguments:
                 raise UserError(f"--{name} {rate} must be greater than 0, and finite")
             if rate != getattr(type(self), name) and not getattr(self, setting):
                 raise UserError(f"--{name} {rate} has no effect without --{setting} True; give that too, or omit it")
+
+    def _check_cache(self) -> None:
+        """Raises UserError for a scheme of the cache that does not exist, or has no scheme of weights beside it."""
+        if self.kv_cache_scheme is not None:
+            self.kv_cache_scheme, _ = get_kv_cache_scheme(self.kv_cache_scheme, "--kv_cache_scheme")
+            if self.quant_scheme is None and self.quant_mapping is None:
+                raise UserError(
+                    f"--kv_cache_scheme {self.kv_cache_scheme} needs --quant_scheme or --quant_mapping beside it; give "
+                    "one of them, or omit it (a model that was trained with it keeps it)"
+                )
 
     def _check_rules(self, *schemes: str) -> None:
         """Raises UserError for a scale rule that the formats of a scheme do not have."""

@@ -180,7 +180,7 @@ class Start:
         """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
         if (layers := quant_args.layers()) is not None:
             rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-            prepare_qat(model, *layers, *rules, **quant_args.learned)
+            prepare_qat(model, *layers, *rules, **quant_args.learned, kv_cache_scheme=quant_args.kv_cache_scheme)
         elif self.qat_config is not None:
             logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
             prepare_as_saved(model, self.qat_config, **quant_args.learned)

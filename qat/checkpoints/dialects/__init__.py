@@ -32,8 +32,15 @@ class Dialect(Protocol):
     def can_hold(self, scheme: Scheme) -> str | None:
         """Why the dialect cannot hold a scheme, and the remedy; None if it can."""
 
-    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
-        """The `quantization_config` for packed sites (schemes by name) and linear layers that are left alone."""
+    def config(self, sites: Mapping[str, Scheme], rest: list[str], kv_cache: TensorSpec | None = None) -> dict:
+        """The `quantization_config` for packed sites (schemes by name) and linear layers that are left alone.
+
+        Args:
+            kv_cache: how keys and values are quantized; None: not at all.
+
+        Raises:
+            UserError: the dialect cannot hold that.
+        """
 
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
         """The names of a site's tensors in the file: codes, then scales."""

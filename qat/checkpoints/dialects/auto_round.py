@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from ...errors import UserError
 from ...numerics import mx, nvfp4
-from ...schemes.spec import Scheme
+from ...schemes.spec import Scheme, TensorSpec
 from .compressed_tensors import CompressedTensors
 
 _INPUT_RULES = ("floor", "rceil")
@@ -42,8 +42,13 @@ class AutoRound(CompressedTensors):
             )
         return None
 
-    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
+    def config(self, sites: Mapping[str, Scheme], rest: list[str], kv_cache: TensorSpec | None = None) -> dict:
         """See `Dialect.config`."""
+        if kv_cache is not None:
+            raise UserError(
+                "the key/value cache is quantized, which AutoRound's format cannot hold; use the export format "
+                "compressed-tensors"
+            )
         settings = {name: _settings(scheme) for name, scheme in sites.items()}
         # The scheme of most layers is the file's, the others are exceptions by name.
         common = Counter(tuple(sorted(setting.items())) for setting in settings.values()).most_common(1)[0][0]

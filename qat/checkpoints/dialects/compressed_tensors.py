@@ -16,6 +16,7 @@ from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
 
+CACHE_RULE = "absmax_native"  # of keys and values, in transformers
 # What the library calls the layout of weights, and the formats that inputs may have beside them: rows for new schemes.
 _LAYOUTS = {
     "mxfp4": "mxfp4-pack-quantized",
@@ -59,7 +60,7 @@ class CompressedTensors:
             "one of the schemes by name"
         )
 
-    def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
+    def config(self, sites: Mapping[str, Scheme], rest: list[str], kv_cache: TensorSpec | None = None) -> dict:
         """See `Dialect.config`."""
         _check_options(sites)
         groups: dict[tuple, list[str]] = {}
@@ -83,7 +84,7 @@ class CompressedTensors:
                 for i, (key, names) in enumerate(groups.items())
             },
             "ignore": rest,
-            "kv_cache_scheme": None,  # of the key/value cache of the whole model, which no scheme quantizes yet
+            "kv_cache_scheme": None if kv_cache is None else kv_cache_args(kv_cache.format),
         }
 
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
@@ -133,6 +134,12 @@ def quantization_args(fmt: Format, dynamic: bool) -> dict:
         args |= {"symmetric": True, "dynamic": dynamic}
     stored = {E8M0: "torch.uint8", E4M3: "torch.float8_e4m3fn"}.get(fmt.scale)
     return args | ({"scale_dtype": stored, "zp_dtype": stored} if stored else {})
+
+
+def kv_cache_args(fmt: Format) -> dict:
+    """The fields of compressed-tensors' `QuantizationArgs` for keys and values: one static scale a tensor."""
+    kind = {"num_bits": fmt.element.bits, "type": "float", "strategy": "tensor"}
+    return kind | {"symmetric": True, "dynamic": False}
 
 
 def packed_tensors(quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
