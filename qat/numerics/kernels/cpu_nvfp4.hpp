@@ -30,13 +30,20 @@ inline uint32_t nv_code(float value, float effective) {
 
 inline float nv_error(const float* values, float effective) {
     float difference[kNvBlock];
-    for (int i = 0; i < kNvBlock; ++i) difference[i] = values[i] - nv_element(values[i], effective) * effective;
+    KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) difference[i] = values[i] - nv_element(values[i], effective) * effective;
     return pairwise_sum_of_squares<kNvBlock>(difference);
 }
 
 inline float e4m3_value(uint32_t code) {  // of a positive finite number
     const uint32_t normal = (code << (kFp32MantissaBits - 3)) + kE4m3.smallest_field - (1u << kFp32MantissaBits);
     return code < 8 ? static_cast<float>(static_cast<int32_t>(code)) * 0x1p-9f : as_float(normal);
+}
+
+inline float e2m1_value(uint32_t code) {
+    const uint32_t magnitude = code & 7u;
+    const uint32_t normal = (magnitude << (kFp32MantissaBits - 1)) + (126u << kFp32MantissaBits);
+    const uint32_t half = magnitude ? as_bits(0.5f) : 0u;  // 0.5 is subnormal in E2M1
+    return as_float((magnitude < 2 ? half : normal) | (code & 8u) << 28);
 }
 
 // rule: 0 absmax, 1 absmax_native, 2 search.
@@ -70,20 +77,21 @@ void nvfp4_fake_quantize(const typename Stored::Word* x, typename View::Word* y,
             float values[kNvBlock];
             const uint32_t amax = read_block<Stored, View, kNvBlock>(x + block * kNvBlock, values);
             const float effective = nv_find_scale<View>(values, amax, divisor, rule).effective;
-            for (int i = 0; i < kNvBlock; ++i)
+            KEEP_LOOP for (int i = 0; i < kNvBlock; ++i)
                 y[block * kNvBlock + i] = static_cast<typename View::Word>(
                     View::store(effective == effective ? as_bits(nv_element(values[i], effective) * effective) : kQuietNaN));
         }
     });
 }
 
+// The 16 codes of a block are one 64-bit word, the first in its lowest bits.
 inline void nv_write_codes(const float* values, NvScale scale, uint8_t* codes) {
-    const uint32_t keep = scale.effective == scale.effective ? ~0u : 0;  // a NaN block's codes are zero
-    for (int i = 0; i < kNvBlock / 2; ++i) {
-        const uint32_t low = nv_code(values[2 * i], scale.effective);
-        const uint32_t high = nv_code(values[2 * i + 1], scale.effective);
-        codes[i] = static_cast<uint8_t>((low | high << 4) & keep);
-    }
+    uint32_t code[kNvBlock];
+    KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) code[i] = nv_code(values[i], scale.effective);
+    uint64_t word = 0;
+    KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) word |= static_cast<uint64_t>(code[i]) << (4 * i);
+    if (scale.effective != scale.effective) word = 0;  // a NaN block's codes are zero
+    std::memcpy(codes, &word, sizeof word);
 }
 
 template <class Stored, class View>
@@ -103,22 +111,21 @@ void nvfp4_quantize(const typename Stored::Word* x, uint8_t* codes, uint8_t* sca
 template <class View>
 void nvfp4_dequantize(const uint8_t* codes, const uint8_t* scales, typename View::Word* y, int64_t blocks, float divisor,
                       int threads) {
-    constexpr float kValues[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
     in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
         for (int64_t block = first; block < first + count; ++block) {
             const uint8_t code = scales[block];
             const float magnitude = e4m3_value(code & 0x7Fu);
             const float scale = (code & 0x7F) == 0x7F ? as_float(kQuietNaN) : code & 0x80 ? -magnitude : magnitude;
             const float effective = scale / divisor;
-            float values[kNvBlock];
-            for (int i = 0; i < kNvBlock / 2; ++i) {
-                const uint8_t pair = codes[block * kNvBlock / 2 + i];
-                values[2 * i] = as_float(as_bits(kValues[pair & 7]) | (pair & 8u) << 28) * effective;
-                values[2 * i + 1] = as_float(as_bits(kValues[pair >> 4 & 7]) | (pair & 0x80u) << 24) * effective;
-            }
-            for (int i = 0; i < kNvBlock; ++i)
+            uint64_t word;
+            std::memcpy(&word, codes + block * kNvBlock / 2, sizeof word);
+            uint32_t elements[kNvBlock];
+            KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) elements[i] = static_cast<uint32_t>(word >> (4 * i)) & 0xFu;
+            KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) {
+                const float value = e2m1_value(elements[i]) * effective;
                 y[block * kNvBlock + i] =
-                    static_cast<typename View::Word>(View::store(effective == effective ? as_bits(values[i]) : kQuietNaN));
+                    static_cast<typename View::Word>(View::store(effective == effective ? as_bits(value) : kQuietNaN));
+            }
         }
     });
 }
