@@ -7,11 +7,6 @@ namespace {
 constexpr int kNvBlock = 16;
 const Grid kE2m1(MxFormat{4, 1, 0, 2, 6.0f, 0, 0});
 
-struct NvScale {
-    float scale;      // an E4M3 number, NaN where the block is not finite
-    float effective;  // scale over the divisor of the tensor
-};
-
 inline float nv_element(float value, float effective) {
     const float scaled = value / effective;
     const uint32_t magnitude = min_of(as_bits(scaled) & kMagnitude, kE2m1.max_bits);
@@ -46,51 +41,78 @@ inline float e2m1_value(uint32_t code) {
     return as_float((magnitude < 2 ? half : normal) | (code & 8u) << 28);
 }
 
-// rule: 0 absmax, 1 absmax_native, 2 search.
-template <class View>
-inline NvScale nv_find_scale(const float* values, uint32_t amax, float divisor, int rule) {
-    if (amax >= kExponentField) return {as_float(kQuietNaN), as_float(kQuietNaN)};
-    const float sixth = as_float(amax) / 6.0f;
-    const float wanted = divisor * (rule == 1 ? rounded_to<View>(sixth) : sixth);
-    float scale = as_float(fp8_element(min_of(as_bits(wanted), kE4m3.max_bits)));
-    if (scale == 0.0f) scale = 0.125f;
-    if (rule == 2) {
-        const uint32_t code = fp8_code(as_bits(scale));
-        float least = nv_error(values, scale / divisor);
-        for (int step = 1; step >= -1; step -= 2) {
-            const float neighbour = e4m3_value(min_of(max_of(code + step, 1u), kE4m3.max_code));
-            const float error = nv_error(values, neighbour / divisor);
-            if (error < least) {
-                least = error;
-                scale = neighbour;
-            }
+// Scales of several blocks, found together: a single one would leave most SIMD lanes empty.
+constexpr int kNvBatch = 16;
+
+struct NvBlocks {
+    float values[kNvBatch][kNvBlock];
+    float scale[kNvBatch];      // E4M3 numbers, NaN where the block is not finite
+    float effective[kNvBatch];  // scale over the divisor of the tensor
+};
+
+inline void nv_search(const float* values, float divisor, float* scale, float* effective) {
+    const uint32_t code = fp8_code(as_bits(*scale));
+    float least = nv_error(values, *effective);
+    for (int step = 1; step >= -1; step -= 2) {
+        const float neighbour = e4m3_value(min_of(max_of(code + step, 1u), kE4m3.max_code));
+        const float error = nv_error(values, neighbour / divisor);
+        if (error < least) {
+            least = error;
+            *scale = neighbour;
         }
     }
-    return {scale, scale / divisor};
+    *effective = *scale / divisor;
+}
+
+// Reads `count` blocks, at most kNvBatch, and finds their scales. rule: 0 absmax, 1 absmax_native, 2 search.
+template <class Stored, class View>
+inline void nv_read(const typename Stored::Word* x, int count, float divisor, int rule, NvBlocks* blocks) {
+    uint32_t amax[kNvBatch] = {};
+    for (int b = 0; b < count; ++b)
+        amax[b] = read_block<Stored, View, kNvBlock>(x + b * kNvBlock, blocks->values[b]);
+    KEEP_LOOP for (int b = 0; b < kNvBatch; ++b) {
+        const float sixth = as_float(amax[b]) / 6.0f;
+        const float native = rounded_to<View>(sixth);
+        const float wanted = divisor * (rule == 1 ? native : sixth);
+        float scale = as_float(fp8_element(min_of(as_bits(wanted), kE4m3.max_bits)));
+        scale = scale == 0.0f ? 0.125f : scale;
+        scale = amax[b] >= kExponentField ? as_float(kQuietNaN) : scale;
+        blocks->scale[b] = scale;
+        blocks->effective[b] = scale / divisor;
+    }
+    if (rule != 2) return;
+    for (int b = 0; b < count; ++b)
+        if (amax[b] < kExponentField)
+            nv_search(blocks->values[b], divisor, &blocks->scale[b], &blocks->effective[b]);
 }
 
 template <class Stored, class View>
 void nvfp4_fake_quantize(const typename Stored::Word* x, typename View::Word* y, int64_t blocks, float divisor, int rule,
                          int threads) {
     in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
-        for (int64_t block = first; block < first + count; ++block) {
-            float values[kNvBlock];
-            const uint32_t amax = read_block<Stored, View, kNvBlock>(x + block * kNvBlock, values);
-            const float effective = nv_find_scale<View>(values, amax, divisor, rule).effective;
-            KEEP_LOOP for (int i = 0; i < kNvBlock; ++i)
-                y[block * kNvBlock + i] = static_cast<typename View::Word>(
-                    View::store(effective == effective ? as_bits(nv_element(values[i], effective) * effective) : kQuietNaN));
+        for (int64_t block = first; block < first + count; block += kNvBatch) {
+            NvBlocks batch;
+            const int here = static_cast<int>(min_of<int64_t>(kNvBatch, first + count - block));
+            nv_read<Stored, View>(x + block * kNvBlock, here, divisor, rule, &batch);
+            for (int b = 0; b < here; ++b) {
+                const float effective = batch.effective[b];
+                auto* to = y + (block + b) * kNvBlock;
+                KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) {
+                    const uint32_t value = as_bits(nv_element(batch.values[b][i], effective) * effective);
+                    to[i] = static_cast<typename View::Word>(View::store(effective == effective ? value : kQuietNaN));
+                }
+            }
         }
     });
 }
 
 // The 16 codes of a block are one 64-bit word, the first in its lowest bits.
-inline void nv_write_codes(const float* values, NvScale scale, uint8_t* codes) {
+inline void nv_write_codes(const float* values, float effective, uint8_t* codes) {
     uint32_t code[kNvBlock];
-    KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) code[i] = nv_code(values[i], scale.effective);
+    KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) code[i] = nv_code(values[i], effective);
     uint64_t word = 0;
     KEEP_LOOP for (int i = 0; i < kNvBlock; ++i) word |= static_cast<uint64_t>(code[i]) << (4 * i);
-    if (scale.effective != scale.effective) word = 0;  // a NaN block's codes are zero
+    if (effective != effective) word = 0;  // a NaN block's codes are zero
     std::memcpy(codes, &word, sizeof word);
 }
 
@@ -98,12 +120,15 @@ template <class Stored, class View>
 void nvfp4_quantize(const typename Stored::Word* x, uint8_t* codes, uint8_t* scales, int64_t blocks, float divisor,
                     int rule, int threads) {
     in_parallel(blocks, threads, [&](int64_t first, int64_t count) {
-        for (int64_t block = first; block < first + count; ++block) {
-            float values[kNvBlock];
-            const uint32_t amax = read_block<Stored, View, kNvBlock>(x + block * kNvBlock, values);
-            const NvScale scale = nv_find_scale<View>(values, amax, divisor, rule);
-            scales[block] = scale.scale == scale.scale ? static_cast<uint8_t>(fp8_code(as_bits(scale.scale))) : 0x7F;
-            nv_write_codes(values, scale, codes + block * kNvBlock / 2);
+        for (int64_t block = first; block < first + count; block += kNvBatch) {
+            NvBlocks batch;
+            const int here = static_cast<int>(min_of<int64_t>(kNvBatch, first + count - block));
+            nv_read<Stored, View>(x + block * kNvBlock, here, divisor, rule, &batch);
+            for (int b = 0; b < here; ++b) {
+                const float scale = batch.scale[b];
+                scales[block + b] = scale == scale ? static_cast<uint8_t>(fp8_code(as_bits(scale))) : 0x7F;
+                nv_write_codes(batch.values[b], batch.effective[b], codes + (block + b) * kNvBlock / 2);
+            }
         }
     });
 }
