@@ -50,18 +50,25 @@ struct NvBlocks {
     float effective[kNvBatch];  // scale over the divisor of the tensor
 };
 
-inline void nv_search(const float* values, float divisor, float* scale, float* effective) {
-    const uint32_t code = fp8_code(as_bits(*scale));
-    float least = nv_error(values, *effective);
+// The better of each scale and its neighbours. Blocks that are not finite keep theirs, since no error is below a NaN.
+inline void nv_search(NvBlocks* blocks, int count, float divisor) {
+    float least[kNvBatch] = {}, scale[kNvBatch], effective[kNvBatch], error[kNvBatch] = {};
+    for (int b = 0; b < count; ++b) least[b] = nv_error(blocks->values[b], blocks->effective[b]);
+    uint32_t first[kNvBatch];
+    KEEP_LOOP for (int b = 0; b < kNvBatch; ++b) first[b] = fp8_code(as_bits(blocks->scale[b]));
     for (int step = 1; step >= -1; step -= 2) {
-        const float neighbour = e4m3_value(min_of(max_of(code + step, 1u), kE4m3.max_code));
-        const float error = nv_error(values, neighbour / divisor);
-        if (error < least) {
-            least = error;
-            *scale = neighbour;
+        KEEP_LOOP for (int b = 0; b < kNvBatch; ++b) {
+            scale[b] = e4m3_value(min_of(max_of(first[b] + step, 1u), kE4m3.max_code));
+            effective[b] = scale[b] / divisor;
+        }
+        for (int b = 0; b < count; ++b) error[b] = nv_error(blocks->values[b], effective[b]);
+        KEEP_LOOP for (int b = 0; b < kNvBatch; ++b) {
+            const bool better = error[b] < least[b];
+            least[b] = better ? error[b] : least[b];
+            blocks->scale[b] = better ? scale[b] : blocks->scale[b];
+            blocks->effective[b] = better ? effective[b] : blocks->effective[b];
         }
     }
-    *effective = *scale / divisor;
 }
 
 // Reads `count` blocks, at most kNvBatch, and finds their scales. rule: 0 absmax, 1 absmax_native, 2 search.
@@ -80,10 +87,7 @@ inline void nv_read(const typename Stored::Word* x, int count, float divisor, in
         blocks->scale[b] = scale;
         blocks->effective[b] = scale / divisor;
     }
-    if (rule != 2) return;
-    for (int b = 0; b < count; ++b)
-        if (amax[b] < kExponentField)
-            nv_search(blocks->values[b], divisor, &blocks->scale[b], &blocks->effective[b]);
+    if (rule == 2) nv_search(blocks, count, divisor);
 }
 
 template <class Stored, class View>
