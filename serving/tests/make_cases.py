@@ -64,10 +64,9 @@ CASES = {
     "mxfp4mxfp8-floor": Case("MXFP4MXFP8", "floor", "rceil"),
     "nvfp4": Case("NVFP4", "absmax", UNQUANTIZED_INPUTS),
     "nvfp4a16": Case("NVFP4A16", None, UNQUANTIZED_MODEL),
-    "int4-g32": Case("INT4_G32", None, UNQUANTIZED_MODEL, stock=True),
-    "int4-g128": Case("INT4_G128", None, UNQUANTIZED_MODEL, stock=True),
-    "int4-g32-bf16": Case("INT4_G32", None, UNQUANTIZED_MODEL, stock=True, dtype="bfloat16", tolerance=0.1),
-    "fp8-bf16": Case("FP8", "absmax", UNQUANTIZED_INPUTS, stock=True, dtype="bfloat16", tolerance=0.1),
+    # vLLM's kernel of INT4 for CPUs does not compute in FP32.
+    "int4-g32": Case("INT4_G32", None, UNQUANTIZED_MODEL, stock=True, dtype="bfloat16", tolerance=0.1),
+    "int4-g128": Case("INT4_G128", None, UNQUANTIZED_MODEL, stock=True, dtype="bfloat16", tolerance=0.1),
 }
 
 
