@@ -56,7 +56,7 @@ were compared with the fake-quantized model.
 ## Serve
 
 ```
-vllm serve {path}
+{serve}
 ```
 
 ## Load
@@ -134,9 +134,15 @@ def write_card(
         dataset=facts.dataset or "not recorded",
         formats="".join(f"* {describe_scheme(s)}, in {counts[name]} layers.\n" for name, s in schemes.items()),
         results=_results_section(measured, facts, is_of_this_model),
+        serve=serve_command(path, dialect, layers.values()),
         path=path,
     )
     ModelCard(text).save(folder / CARD_NAME)
+
+
+def serve_command(path: str, dialect: Dialect, schemes: Iterable[Scheme]) -> str:
+    """The command that serves a packed folder, with the options that its files cannot hold."""
+    return " ".join(["vllm serve", path, *dialect.serve_options(schemes)])
 
 
 def describe_scheme(scheme: Scheme) -> str:
@@ -163,6 +169,7 @@ def _describe_format(fmt: Format, row: str) -> str:
 
 
 def _rules(names: Iterable[str | None]) -> str:
+    """For example "EVEN", or "FLOOR, NOT QUANTIZED" where schemes differ."""
     return ", ".join(sorted({(name or "not quantized").upper() for name in names}))
 
 

@@ -1,8 +1,9 @@
-"""Pack a checkpoint in BF16 into codes and scales (MXFP4, MXFP8, FP8) that inference engines load as they are.
+"""Pack a checkpoint in BF16 into codes and scales that inference engines load as they are.
 
 The codes and scales come from `ops.quantize`, the operator, rules and view (BF16) of the forward pass, so the served
 weights are the trained ones bit for bit; `verify.py` proves it with other code. Weights stream shard by shard: one
-source shard is memory-mapped while its packed counterpart is built; the finished folder is renamed into place.
+source shard is memory-mapped while its packed counterpart is built; the finished folder is renamed into place. Scales
+that do not follow from the weights alone (see `tensor_scales.py`) are known before the first shard.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .model_card import CardFacts, write_card
 from .skeleton import UNTIED, describe_sites, prepared_skeleton, unquantized_layers
+from .tensor_scales import calibrated_tensors, check_calibrated, weight_divisors
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def export_checkpoint(
     overwrite: bool = False,
     facts: CardFacts | None = None,
     trust_remote_code: bool = False,
+    calibrated_scales: Mapping[str, float] | None = None,
 ) -> Path:
     """Pack the checkpoint in `source` into the new folder `target`; `source` is only read.
 
@@ -66,13 +69,16 @@ def export_checkpoint(
         overwrite: replace a packed checkpoint that is already there.
         facts: for the model card.
         trust_remote_code: run Python code that comes with the source, and copy it.
+        calibrated_scales: as `QATConfig.calibrated_scales`, for schemes that need them and a source that has none: a
+            plain one, or one that was trained in another scheme. Each is written under its name.
 
     Returns:
         `target`.
 
     Raises:
         UserError: see `CheckpointFolder.open`; or the source is packed already, has no scheme, lacks a weight, holds
-            NaN or infinity in a weight; the format cannot hold the scheme; or the target must not be overwritten.
+            NaN or infinity in a weight; the format cannot hold the scheme; the scheme quantizes inputs under a scale
+            that was not calibrated; or the target must not be overwritten.
         OSError: the disk is full. After any error nothing is left at `target`.
     """
     dialect = get_dialect(export_format)
@@ -83,16 +89,19 @@ def export_checkpoint(
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
-    model, qat_config = prepared_skeleton(checkpoint, scheme, ignore, trust_remote_code=trust_remote_code)
+    model, qat_config = prepared_skeleton(
+        checkpoint, scheme, ignore, trust_remote_code=trust_remote_code, calibrated_scales=calibrated_scales
+    )
     _log_surplus(model, checkpoint)
     sites = quantized_sites(model)
     schemes = {site.name: site.scheme for site in sites}
     check_schemes(dialect, schemes)
+    check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
     quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint))
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
-        packed_bytes = _write_shards(checkpoint, sites, dialect, folder)
+        packed_bytes = _write_shards(checkpoint, sites, dialect, qat_config.calibrated_scales, folder)
         _write_config(checkpoint, model, quantization_config, folder)
         _copy_companions(checkpoint, folder, trust_remote_code)
         qat_config.save(folder)
@@ -104,14 +113,21 @@ def export_checkpoint(
     return target
 
 
-def pack_weight(weight: torch.Tensor, spec: TensorSpec) -> Quantized:
-    """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized."""
+def pack_weight(weight: torch.Tensor, spec: TensorSpec, divisor: torch.Tensor | None = None) -> Quantized:
+    """Codes and scales of a weight [N, K] of any float dtype; its BF16 view is quantized.
+
+    Args:
+        divisor: FP32 [1], in formats with a tensor scale; default: that of this weight.
+    """
+    if divisor is None and spec.format.tensor_scale is not None:
+        divisor = ops.tensor_divisor([weight], spec.format.name, VIEW_DTYPE)
     step = weight.shape[0] if ops.has_kernels(weight, spec.format.name) else max(1, _SLAB_VALUES // weight.shape[1])
-    slabs = [ops.quantize(slab, spec.format.name, spec.rule, VIEW_DTYPE) for slab in weight.split(step)]
+    slabs = [ops.quantize(slab, spec.format.name, spec.rule, VIEW_DTYPE, divisor) for slab in weight.split(step)]
     if len(slabs) == 1:
         return slabs[0]
-    codes, *scales = map(torch.cat, zip(*(slab.tensors for slab in slabs), strict=True))
-    return Quantized(codes, tuple(scales))
+    codes = torch.cat([slab.codes for slab in slabs])
+    block_scales = torch.cat([slab.scales[0] for slab in slabs])
+    return Quantized(codes, (block_scales, *slabs[0].scales[1:]))  # the rest is of the whole tensor
 
 
 def exported_dtype(tensor: torch.Tensor, config: dict) -> torch.dtype:
@@ -120,17 +136,21 @@ def exported_dtype(tensor: torch.Tensor, config: dict) -> torch.dtype:
     return VIEW_DTYPE if tensor.dtype == getattr(torch, main) and tensor.is_floating_point() else tensor.dtype
 
 
-def _write_shards(checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect, folder: Path) -> int:
+def _write_shards(
+    checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect, scales: Mapping[str, float], folder: Path
+) -> int:
     """Write one packed file for each file of the source, and their index; returns the bytes of all tensors."""
     by_tensor = {site.tensor: site for site in sites}
+    divisors = weight_divisors(checkpoint, sites)
+    calibrated = calibrated_tensors(checkpoint, scales)
     weight_map: dict[str, str] = {}
     total_bytes = 0
     with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Packing") as progress:
         for file in checkpoint.shards:
-            packed: dict[str, torch.Tensor] = {}
+            packed: dict[str, torch.Tensor] = calibrated[file]
             for name, tensor in checkpoint.tensors(file):
                 if name in by_tensor:
-                    packed |= _pack_site(by_tensor[name], tensor, dialect)
+                    packed |= _pack_site(by_tensor[name], tensor, dialect, divisors.get(name))
                 else:
                     check_finite([(name, tensor)], checkpoint.path)
                     packed[name] = tensor.to(exported_dtype(tensor, checkpoint.config))
@@ -144,10 +164,12 @@ def _write_shards(checkpoint: CheckpointFolder, sites: list[Site], dialect: Dial
     return total_bytes
 
 
-def _pack_site(site: Site, weight: torch.Tensor, dialect: Dialect) -> dict[str, torch.Tensor]:
+def _pack_site(
+    site: Site, weight: torch.Tensor, dialect: Dialect, divisor: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """The tensors of a site by their names in the file."""
     spec = site.scheme.weight
-    quantized = pack_weight(weight, spec)
+    quantized = pack_weight(weight, spec, divisor)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
         raise UserError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))

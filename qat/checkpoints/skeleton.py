@@ -18,6 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
+from ..layers.calibration import set_calibrated_scales
+from ..layers.fused import FUSED
 from ..layers.learned_scales import check_baked
 from ..layers.prepare import prepare_qat
 from ..layers.quant_linear import is_quantlinear
@@ -34,8 +36,6 @@ UNTIED = (
     "tie_word_embeddings is true, and the head that is stored differs from the embedding; they are two tensors, and "
     "are saved as such, with tie_word_embeddings false"
 )
-# Engines fuse these into one matrix, so layers of one group must have one scheme.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def prepared_skeleton(
@@ -44,6 +44,7 @@ def prepared_skeleton(
     ignore: Iterable[str] = ("lm_head",),
     saved: QATConfig | None = None,
     trust_remote_code: bool = False,
+    calibrated_scales: Mapping[str, float] | None = None,
 ) -> tuple[PreTrainedModel, QATConfig]:
     """The model of `checkpoint` on the meta device, prepared for `scheme`, and its configuration.
 
@@ -52,9 +53,11 @@ def prepared_skeleton(
             `ignore` then counts.
         saved: how the checkpoint was trained; default: its own `qat_config.json`.
         trust_remote_code: run Python code that comes with the checkpoint.
+        calibrated_scales: as `QATConfig.calibrated_scales`; default: those of `saved`, if `scheme` is that of `saved`.
 
     Raises:
-        UserError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding.
+        UserError: no scheme is known; a weight to be packed is missing, misnamed or shared with the embedding; or a
+            calibrated scale belongs to no layer.
     """
     saved = saved or QATConfig.load(checkpoint.path)
     if scheme is None and saved is None:
@@ -68,7 +71,13 @@ def prepared_skeleton(
         else:
             prepare_qat(model, {LINEAR.key: scheme} if isinstance(scheme, str) else scheme, ignore)
     config = cast(QATConfig, model.qat_config)
-    if saved is not None and not saved.same_training(config):
+    is_as_saved = saved is not None and saved.same_training(config)
+    if calibrated_scales is None and is_as_saved:
+        calibrated_scales = cast(QATConfig, saved).calibrated_scales
+    if calibrated_scales:
+        set_calibrated_scales(model, calibrated_scales)
+        config = cast(QATConfig, model.qat_config)
+    if saved is not None and not is_as_saved:
         logger.warning("%s was trained with %s and is exported with %s", checkpoint.path, saved.summary, scheme)
     _check_layers(model, checkpoint)
     return model, config
@@ -156,7 +165,8 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for group in FUSED:
             fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
-            if len({scheme and scheme.weight for scheme in fused}) > 1:
+            formats = {scheme and (scheme.weight.format, scheme.input and scheme.input.format) for scheme in fused}
+            if len(formats) > 1:
                 logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))
 
 

@@ -3,9 +3,10 @@
 Two proofs, both with code that took no part in packing:
 
 * every packed weight, decompressed by the compressed-tensors library, against the weight that the forward pass computes
-  with, element by element; and every other tensor against its source;
+  with, element by element; every calibrated scale; and every other tensor against its source;
 * the logits of the folder as transformers loads it, in a fresh process, against those of the fake-quantized model, bit
-  by bit, both in BF16 on the CPU and with activations under the rule that this engine applies.
+  by bit, both in BF16 on the CPU and with activations under the rule that this engine applies. Where it does not
+  quantize activations, or computes in another way, the verdict says so.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def verify(
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
-    model, _ = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
+    model, config = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
     sites = quantized_sites(model)
-    count = compare_weights(packed, checkpoint, sites, dialect)
+    count = compare_weights(packed, checkpoint, sites, dialect, config.calibrated_scales)
     verdict: dict[str, Any] = {
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
@@ -81,7 +82,7 @@ def verify(
     }
     if with_logits and verdict["verified"]:
         verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
-        verdict["verified"] = verdict["logits"]["bit_equal"]
+        verdict["verified"] = verdict["logits"]["bit_equal"] or verdict["logits"]["why_not_bit_equal"] is not None
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path)
     return verdict
@@ -95,7 +96,12 @@ def compare_logits(
     tokens: int = 128,
     trust_remote_code: bool = False,
 ) -> dict:
-    """The logits part of the verdict: transformers on the packed folder against the fake-quantized model."""
+    """The logits part of the verdict: transformers on the packed folder against the fake-quantized model.
+
+    Where the file cannot hold the format of the activations, transformers leaves them as they are, and so does the
+    model that it is compared with; `activations_not_quantized_by_engine` names such schemes. `why_not_bit_equal` is the
+    reason where a library computes a scheme in another way; the logits are then reported and prove nothing.
+    """
     text_name, input_ids = _real_text(packed, tokens, trust_remote_code)
     schemes = {site.scheme.name: site.scheme for site in sites}
     engine_rules = {name: dialect.input_rule(scheme) for name, scheme in schemes.items()}
@@ -103,6 +109,8 @@ def compare_logits(
     expected, as_trained = fake_quantized_logits(
         checkpoint.path, packed.path, input_ids, engine_rules, trust_remote_code
     )
+    plain = [n for n, scheme in schemes.items() if engine_rules[n] is None and scheme.input is not None]
+    differ = [f"{n}: {reason}" for n, scheme in schemes.items() if (reason := dialect.logits_differ(scheme))]
     finite = bool(served.isfinite().all() and expected.isfinite().all())
     return {
         "text": text_name,
@@ -110,7 +118,9 @@ def compare_logits(
         "engine": f"transformers, {dialect.name}",
         "engine_activation_rules": engine_rules,
         "trained_activation_rules": {name: scheme.rules["input"] for name, scheme in schemes.items()},
+        "activations_not_quantized_by_engine": plain,
         "bit_equal": finite and torch.equal(served, expected),
+        "why_not_bit_equal": "; ".join(differ) if differ and finite else None,
         "largest_difference": float((served.float() - expected.float()).abs().max()),
         "mean_log_probability_difference_to_trained_rule": _log_probability_difference(served, as_trained, input_ids),
     }
@@ -177,13 +187,24 @@ def _raise_unless_verified(verdict: dict, folder: Path) -> None:
             f"{folder} is not the model in {verdict['source']}: {weights['elements_that_differ']:,} elements differ, "
             f"first in {weights['first_difference']}; export it again"
         )
-    if logits is not None and not logits["bit_equal"]:
+    if logits is not None and not verdict["verified"]:
         raise VerificationError(
             f"{folder}: all weights are equal, but the logits of {logits['engine']} differ from the fake-quantized "
             f"model's by up to {logits['largest_difference']}; see {VERDICT_NAME}"
         )
-    rules = "" if logits is None else f"; logits of {logits['tokens']} tokens are bit-equal"
     logger.info(
         "Verified %s: %d weights, %d elements, none differs%s", folder, weights["packed_weights"],
-        weights["elements_compared"], rules,
+        weights["elements_compared"], "" if logits is None else f"; {_about_logits(logits)}",
     )  # fmt: skip
+    for scheme in logits["activations_not_quantized_by_engine"] if logits else ():
+        logger.warning(
+            "%s: %s leaves the activations of %s unquantized, since the file cannot hold their format; the logits are "
+            "those of its weights alone, %.4f nats a token from those of the training",
+            folder, logits["engine"], scheme, logits["mean_log_probability_difference_to_trained_rule"],
+        )  # fmt: skip
+
+
+def _about_logits(logits: dict) -> str:
+    if logits["bit_equal"]:
+        return f"logits of {logits['tokens']} tokens are bit-equal"
+    return f"logits are not proven and differ by up to {logits['largest_difference']}: {logits['why_not_bit_equal']}"

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
+from ..layers.sites import quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
 from .fit import load_checked
@@ -65,13 +67,13 @@ def fake_quantized_logits(
         source: the BF16 checkpoint.
         qat_config_folder: where the `qat_config.json` in force lies.
         input_ids: int64 [batch, time].
-        engine_rules: by scheme, the rule under which the engine quantizes activations.
+        engine_rules: by scheme, the rule under which the engine quantizes activations; None: it does not.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
         BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
     """
-    rules = [f"{scheme}={rule}" for scheme, rule in engine_rules.items() if rule is not None]
+    rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
     result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
     return result["logits"], result["logits_as_trained"]
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         assert config is not None, args.qat_config
         prepare_as_saved(model, config)
         result = {"logits_as_trained": _logits(model, input_ids)}
-        set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in (r.split("=") for r in args.rules)})
+        compute_as_engine(model, dict(rule.split("=") for rule in args.rules))
     else:
         assert not any(is_quantlinear(module) for module in model.modules())
         result = {}
@@ -154,6 +156,14 @@ def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
         ),
         folder,
     )  # fmt: skip
+
+
+def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str]) -> None:
+    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all."""
+    set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in rules.items() if rule})
+    for site in quantized_sites(model):
+        if not rules[site.scheme.name]:
+            site.module.input_quantizer.disable()
 
 
 @torch.no_grad()

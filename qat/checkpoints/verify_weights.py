@@ -5,7 +5,9 @@ That library unpacks codes and scales with code of its own, so a mistake in our 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -14,8 +16,10 @@ from ..layers.sites import Site
 from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import Dialect
+from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
 from .folder import CheckpointFolder
 from .pack import exported_dtype
+from .tensor_scales import calibrated_tensors, weight_divisors
 
 
 @dataclass
@@ -37,25 +41,38 @@ class WeightCount:
 
 
 def compare_weights(
-    packed: CheckpointFolder, checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect
+    packed: CheckpointFolder,
+    checkpoint: CheckpointFolder,
+    sites: list[Site],
+    dialect: Dialect,
+    calibrated_scales: Mapping[str, float],
 ) -> WeightCount:
-    """Compare all tensors of `packed` with those expected from `checkpoint`."""
+    """Compare all tensors of `packed` with those expected from `checkpoint` and the calibrated scales."""
     count, held, by_tensor = WeightCount(), packed.names, {site.tensor: site for site in sites}
+    divisors = weight_divisors(checkpoint, sites)
+    calibrated = {
+        name: scale
+        for scales in calibrated_tensors(checkpoint, calibrated_scales).values()
+        for name, scale in scales.items()
+    }
 
     def names_of(tensor: str) -> tuple[str, ...]:
         site = by_tensor.get(tensor)
         return (tensor,) if site is None else dialect.tensor_names(site.name, site.scheme.weight)
 
-    wanted = {name for tensor in checkpoint.names for name in names_of(tensor)}
+    wanted = {name for tensor in checkpoint.names for name in names_of(tensor)} | set(calibrated)
     for name in sorted(wanted ^ held):
         count.note(f"{name} ({'missing' if name in wanted else 'not expected'})", 1)
+    for name in sorted(held & set(calibrated)):
+        count.other_tensors += 1
+        _compare(count, name, packed.read(name)[0], calibrated[name])
     with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as progress:
         for file in checkpoint.shards:
             for name, source in checkpoint.tensors(file):
-                if held.issuperset(names_of(name)):
+                if held.issuperset(names_of(name)) and name not in calibrated:
                     tensors = packed.read(*names_of(name))
                     if name in by_tensor:
-                        _compare_site(count, by_tensor[name], source, tensors, dialect)
+                        _compare_site(count, by_tensor[name], source, tensors, dialect, divisors.get(name))
                     else:
                         count.other_tensors += 1
                         _compare(count, name, tensors[0], source.to(exported_dtype(source, checkpoint.config)))
@@ -63,12 +80,24 @@ def compare_weights(
     return count
 
 
-def _compare_site(count: WeightCount, site: Site, source: torch.Tensor, tensors: list, dialect: Dialect) -> None:
+def _compare_site(
+    count: WeightCount,
+    site: Site,
+    source: torch.Tensor,
+    tensors: list[torch.Tensor],
+    dialect: Dialect,
+    divisor: torch.Tensor | None,
+) -> None:
     spec = site.scheme.weight
-    expected = ops.fake_quantize(source, spec.format.name, spec.rule, VIEW_DTYPE)
+    expected = ops.fake_quantize(source, spec.format.name, spec.rule, VIEW_DTYPE, divisor)
     count.packed_weights += 1
     count.elements_compared += expected.numel()
     count.packed_bytes += sum(tensor.nbytes for tensor in tensors)
+    for name, tensor in zip(dialect.tensor_names(site.name, spec), tensors, strict=True):
+        if name.endswith(WEIGHT_DIVISOR):  # engines that fuse layers need the very same one
+            _compare(count, name, tensor, cast(torch.Tensor, divisor))
+        elif name.endswith(WEIGHT_SHAPE):
+            _compare(count, name, tensor, torch.tensor(source.shape))
     _compare(count, site.tensor, dialect.decompress(tensors, spec), expected)
 
 

@@ -107,7 +107,8 @@ def set_calibrated_scales(model: nn.Module, scales: Mapping[str, float]) -> None
         if not 0 < value < math.inf:
             raise UserError(f"the calibrated scale {name} is {value}, not a positive number; calibrate again")
         layer = layers[name]
-        layer.input_quantizer.divisor = torch.tensor([value], dtype=torch.float32, device=layer.weight.device)
+        device = "cpu" if layer.weight.is_meta else layer.weight.device  # a skeleton has values of scales too
+        layer.input_quantizer.divisor = torch.tensor([value], dtype=torch.float32, device=device)
     record_scales(model)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qat import is_quantlinear
-from qat.checkpoints.skeleton import FUSED
+from qat.layers.fused import FUSED
 from qat.errors import UserError
 from qat.schemes.spec import Scheme
 

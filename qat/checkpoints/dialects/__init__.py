@@ -7,7 +7,7 @@ and scales are those of `numerics`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -40,6 +40,12 @@ class Dialect(Protocol):
 
     def input_rule(self, scheme: Scheme) -> str | None:
         """The scale rule that transformers applies to inputs when it loads the checkpoint; None: not quantized."""
+
+    def logits_differ(self, scheme: Scheme) -> str | None:
+        """Why the logits of transformers are not bit-equal to those of the scheme, under no rule; None if they are."""
+
+    def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
+        """What `vllm serve` must be told beside the folder, because the file cannot hold it; mostly nothing."""
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         """A weight [N, K] in BF16 from the tensors of its site, by the library that the dialect is named after."""

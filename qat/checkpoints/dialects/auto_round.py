@@ -1,7 +1,7 @@
-"""AutoRound's dialect of the MX formats (`packing_format` "auto_round:llm_compressor").
+"""AutoRound's dialect of the MX formats and NVFP4 (`packing_format` "auto_round:llm_compressor").
 
-Its tensors are compressed-tensors'. The file names the rule under which transformers quantizes activations, FLOOR or
-RCEIL; that of the weights is not named, since their scales are in the file.
+Its tensors are compressed-tensors'. In the MX formats the file names the rule under which transformers quantizes
+activations, FLOOR or RCEIL; that of the weights is not named, since their scales are in the file.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...errors import UserError
-from ...numerics.mx import FORMATS
+from ...numerics import mx, nvfp4
 from ...schemes.spec import Scheme
 from .compressed_tensors import CompressedTensors
 
 _INPUT_RULES = ("floor", "rceil")
+_PAIRS = {(name, name) for name in (*mx.FORMATS, *nvfp4.FORMATS)}  # weights and inputs, of AutoRound's backends
+_STATIC_NVFP4 = "nv_fp4_with_static_gs"  # inputs with a calibrated divisor
 
 
 class AutoRound(CompressedTensors):
@@ -27,12 +29,13 @@ class AutoRound(CompressedTensors):
     def can_hold(self, scheme: Scheme) -> str | None:
         """See `Dialect.can_hold`."""
         weight, inputs = scheme.weight, scheme.input
-        if inputs is None or not {weight.format.name, inputs.format.name} <= set(FORMATS):
+        if inputs is None or (weight.format.name, inputs.format.name) not in _PAIRS:
             return (
-                f"is quantized in {scheme.name}, which this program does not write in AutoRound's format; use the "
-                "export format compressed-tensors"
+                f"is quantized in {scheme.name}, for which AutoRound has no layout of these tensors (its own of INT4 "
+                "is GPTQ's, and its FP4 backends quantize inputs in the weights' format); use the export format "
+                "compressed-tensors"
             )
-        if inputs.rule not in _INPUT_RULES:
+        if inputs.format.name in mx.FORMATS and inputs.rule not in _INPUT_RULES:
             return (
                 f"quantizes its input under rule {inputs.rule!r}, which AutoRound's format cannot hold: it knows "
                 f"{', '.join(_INPUT_RULES)}; use the export format compressed-tensors"
@@ -60,14 +63,21 @@ class AutoRound(CompressedTensors):
         """See `Dialect.input_rule`."""
         return None if scheme.input is None else scheme.input.rule
 
+    def logits_differ(self, scheme: Scheme) -> str | None:
+        """See `Dialect.logits_differ`."""
+        if scheme.weight.format.tensor_scale is None:
+            return None
+        return "AutoRound's NVFP4 layers multiply by rounded reciprocals of the scales where NVFP4 divides by them"
+
 
 def _settings(scheme: Scheme) -> dict:
     weight, inputs = scheme.weight, scheme.input
     assert inputs is not None, f"{scheme.name} passed can_hold"
+    static = inputs.format.tensor_scale is not None
     return {
         "data_type": weight.format.data_type, "bits": weight.bits, "group_size": weight.block_size, "sym": True,
-        "act_data_type": inputs.data_type, "act_bits": inputs.bits, "act_group_size": inputs.block_size,
-        "act_sym": True, "act_dynamic": True,
+        "act_data_type": _STATIC_NVFP4 if static else inputs.data_type, "act_bits": inputs.bits,
+        "act_group_size": inputs.block_size, "act_sym": True, "act_dynamic": True,
     }  # fmt: skip
 
 

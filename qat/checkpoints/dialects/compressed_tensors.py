@@ -1,15 +1,17 @@
 """compressed-tensors' own dialect: vLLM, transformers and llm-compressor read it.
 
 Mixed schemes become several groups. transformers quantizes activations in the tensor's own dtype, MX formats under
-EVEN.
+EVEN. MXFP8 activations beside MXFP4 weights have no name in the file, which then says that activations stay as they
+are; vLLM takes them from its command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from ...errors import UserError
 from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
@@ -35,6 +37,11 @@ _INPUT_RULES = {  # by format, in transformers
     "mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native", "fp8_g128": "absmax_native",
     "nvfp4": "absmax_native",
 }  # fmt: skip
+WEIGHT_DIVISOR, WEIGHT_SHAPE = "weight_global_scale", "weight_shape"
+# Formats of weights and inputs that the file cannot hold together, and the options that tell vLLM the inputs' format.
+_ON_THE_COMMAND_LINE: dict[tuple[str, str | None], list[str]] = {
+    ("mxfp4", "mxfp8"): ["--quantization-config.linear.activation", "mxfp8"],
+}
 
 
 class CompressedTensors:
@@ -54,6 +61,7 @@ class CompressedTensors:
 
     def config(self, sites: Mapping[str, Scheme], rest: list[str]) -> dict:
         """See `Dialect.config`."""
+        _check_options(sites)
         groups: dict[tuple, list[str]] = {}
         schemes = {}
         for name, scheme in sites.items():
@@ -75,7 +83,7 @@ class CompressedTensors:
                 for i, (key, names) in enumerate(groups.items())
             },
             "ignore": rest,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None,  # of the key/value cache of the whole model, which no scheme quantizes yet
         }
 
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
@@ -84,7 +92,15 @@ class CompressedTensors:
 
     def input_rule(self, scheme: Scheme) -> str | None:
         """See `Dialect.input_rule`."""
-        return None if scheme.input is None else _INPUT_RULES[scheme.input.format.name]
+        return None if scheme.input is None or self.serve_options([scheme]) else _INPUT_RULES[scheme.input.format.name]
+
+    def logits_differ(self, scheme: Scheme) -> str | None:
+        """See `Dialect.logits_differ`."""
+        return None
+
+    def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
+        """See `Dialect.serve_options`."""
+        return next((_ON_THE_COMMAND_LINE[key] for key in map(_key, schemes) if key in _ON_THE_COMMAND_LINE), [])
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         """See `Dialect.decompress`.
@@ -131,9 +147,9 @@ def _names(fmt: Format) -> list[str]:
     """Of the tensors of a packed weight: codes, scales from inner to outer, and the shape where the file has it."""
     names = ["weight_packed" if fmt.element in (E2M1, INT4) else "weight", "weight_scale"]
     if fmt.tensor_scale:
-        names.append("weight_global_scale")
+        names.append(WEIGHT_DIVISOR)
     if fmt.element == INT4:
-        names.append("weight_shape")
+        names.append(WEIGHT_SHAPE)
     return names
 
 
@@ -142,4 +158,25 @@ def _key(scheme: Scheme) -> tuple[str, str | None]:
 
 
 def _input_args(scheme: Scheme) -> dict | None:
-    return None if scheme.input is None else quantization_args(scheme.input.format, dynamic=True)
+    if scheme.input is None or _key(scheme) in _ON_THE_COMMAND_LINE:
+        return None
+    return quantization_args(scheme.input.format, dynamic=True)
+
+
+def _check_options(sites: Mapping[str, Scheme]) -> None:
+    """Refuse layers that vLLM's options for other layers would change: they hold for a whole model.
+
+    Raises:
+        UserError: there is one.
+    """
+    chosen = next((scheme for scheme in sites.values() if _key(scheme) in _ON_THE_COMMAND_LINE), None)
+    if chosen is None:
+        return
+    assert chosen.input is not None
+    for name, scheme in sites.items():
+        if _key(scheme)[1] != chosen.input.format.name:
+            raise UserError(
+                f"{name} is in {scheme.name}, other layers in {chosen.name}, whose activations are chosen by vLLM's "
+                f"option {' '.join(_ON_THE_COMMAND_LINE[_key(chosen)])} for all layers; use {chosen.name} for all of "
+                f"them, or schemes with inputs in {chosen.input.format.name}"
+            )

@@ -52,18 +52,38 @@ def test_a_card_without_metrics_has_neither_an_index_nor_a_section_of_them(tmp_p
     assert "model-index" not in card.content and "model_name" not in card.content
 
 
+MX = "an OCP Microscaling format; values in {}, {} bits; 32 values share a scale in E8M0"
+OTHER = "not an OCP Microscaling format; values in {}, {} bits; "
+MXFP4, MXFP8 = f"mxfp4 ({MX.format('E2M1', 4)})", f"mxfp8 ({MX.format('E4M3', 8)})"
+NVFP4 = f"nvfp4 ({OTHER.format('E2M1', 4)}16 values share a scale in E4M3, and the tensor has one in FP32)"
+TOKEN = f"fp8_token ({OTHER.format('E4M3', 8)}each token has a scale in FP32)"
+DESCRIBED = {  # weights, activations
+    "MXFP4": (MXFP4, "in the same format"),
+    "MXFP8": (MXFP8, "in the same format"),
+    "MXFP4_RCEIL": (MXFP4, "in the same format"),
+    "MXFP8_RCEIL": (MXFP8, "in the same format"),
+    "MXFP4A16": (MXFP4, "not quantized"),
+    "MXFP8A16": (MXFP8, "not quantized"),
+    "MXFP4FP8": (MXFP4, f"in {TOKEN}"),
+    "MXFP4FP8_G128": (MXFP4, f"in fp8_g128 ({OTHER.format('E4M3', 8)}128 values share a scale in FP32)"),
+    "MXFP4MXFP8": (MXFP4, f"in {MXFP8}"),
+    "NVFP4": (NVFP4, "in the same format"),
+    "NVFP4A16": (NVFP4, "not quantized"),
+    "INT4_G32": (f"int4_g32 ({OTHER.format('INT4', 4)}32 values share a scale in BF16)", "not quantized"),
+    "INT4_G128": (f"int4_g128 ({OTHER.format('INT4', 4)}128 values share a scale in BF16)", "not quantized"),
+    "FP8": (f"fp8_channel ({OTHER.format('E4M3', 8)}each output channel has a scale in BF16)", f"in {TOKEN}"),
+}
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_scheme_is_described_by_the_fields_of_its_formats(name):
-    said = describe_scheme(get_scheme(name))
-    if name == "FP8":
-        assert said == (
-            "FP8: weights in fp8_channel (not an OCP Microscaling format; values in E4M3, 8 bits; each output channel "
-            "has a scale in BF16), activations in fp8_token (not an OCP Microscaling format; values in E4M3, 8 bits; "
-            "each token has a scale in FP32)"
-        )
-    else:
-        element, bits = {"MXFP4": ("E2M1", 4), "MXFP8": ("E4M3", 8)}[name.removesuffix("_RCEIL")]
-        assert said == (
-            f"{name}: weights in {name[:5].lower()} (an OCP Microscaling format; values in {element}, {bits} bits; "
-            "32 values share a scale in E8M0), activations in the same format"
-        )
+    weights, activations = DESCRIBED[name]
+    assert describe_scheme(get_scheme(name)) == f"{name}: weights in {weights}, activations {activations}"
+
+
+def test_the_card_of_weight_only_layers_says_that_activations_are_not_quantized(tmp_path):
+    source = save_qat(tmp_path / "source", {"torch.nn.Linear": "INT4_G32", "*.down_proj": "MXFP8"})
+    text = card_of(source, tmp_path / "packed", RESULTS).text
+    assert "* INT4_G32: weights in int4_g32 " in text and ", activations not quantized, in 12 layers." in text
+    assert "| scale rule of the activations in training | FLOOR, NOT QUANTIZED |" in text
+    assert "| scale rule of the activations in transformers | EVEN, NOT QUANTIZED |" in text

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
 import pytest
 import torch
-from helpers import make_llama, make_tokenizer, save_llama
+from helpers import make_llama, make_tokenizer, save_llama, save_qat
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +23,8 @@ from qat.checkpoints.dialects import get_dialect
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint, pack_weight
 from qat.checkpoints.verify import verify
+from qat.errors import UserError
+from qat.layers.calibration import calibrated_layers
 from qat.numerics import ops
 from qat.schemes.config import QATConfig
 from qat.schemes.spec import TensorSpec
@@ -73,14 +76,6 @@ def test_packed_bytes_equal_auto_rounds(data_type, bits):
     their_codes = theirs.weight_packed if bits == 4 else theirs.weight
     assert torch.equal(ours.codes, their_codes.view(torch.uint8))
     assert torch.equal(ours.scales[0], theirs.weight_scale)
-
-
-def test_slabs_change_nothing(monkeypatch):
-    spec = get_scheme("FP8").weight
-    whole = pack_weight(weight(), spec)
-    monkeypatch.setattr(pack, "_SLAB_VALUES", 5 * 96)
-    monkeypatch.setattr(pack.ops, "has_kernels", lambda *_: False)
-    assert all(map(torch.equal, pack_weight(weight(), spec).tensors, whole.tensors))
 
 
 @pytest.mark.parametrize("export_format", ["compressed-tensors", "auto_round"])
@@ -138,6 +133,138 @@ def test_a_plain_checkpoint_in_fp32_is_packed_from_its_bf16_view(tmp_path):
     assert torch.equal(get_dialect("compressed-tensors").decompress(packed, get_scheme("MXFP8").weight), expected)
     assert tensors["model.norm.weight"].dtype == torch.bfloat16
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---- Scales of whole tensors ----
+
+
+@pytest.fixture(scope="module")
+def nvfp4(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A plain checkpoint in shards that separate fused layers, and calibrated scales for its inputs in NVFP4."""
+    folder = tmp_path_factory.mktemp("nvfp4") / "plain"
+    model = make_llama(layers=1).bfloat16()
+    with torch.no_grad():
+        for name, factor in (("q_proj", 0.5), ("k_proj", 3.0), ("v_proj", 2.0), ("gate_proj", 0.25), ("up_proj", 1.0)):
+            next(p for n, p in model.named_parameters() if f"{name}.weight" in n).mul_(factor)
+    model.save_pretrained(folder, max_shard_size="9KB")
+    make_tokenizer().save_pretrained(folder)
+    prepared = prepare_qat(make_llama(layers=1), {"torch.nn.Linear": "NVFP4"})
+    inputs = {"q_proj": 40.25, "k_proj": 40.25, "v_proj": 40.25, "o_proj": 11.5, "down_proj": 1.0 / 3.0}
+    scales = {f"{n}.input_global_scale": inputs.get(n.split(".")[-1], 8.0) for n in calibrated_layers(prepared)}
+    return folder, {name: float(torch.tensor(scale)) for name, scale in scales.items()}
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_fused_layers_in_different_shards_share_the_divisor_of_the_largest(nvfp4, tmp_path):
+    source, scales = nvfp4
+    assert len(list(source.glob("*.safetensors"))) > 4
+    folder = export_checkpoint(source, tmp_path / "packed", scheme="NVFP4", calibrated_scales=scales)
+    tensors, plain = all_tensors(folder), all_tensors(source)
+    for parent, group in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))):
+        names = [f"model.layers.0.{parent}.{own}" for own in group]
+        amax = torch.stack([plain[f"{name}.weight"].abs().max() for name in names]).max().float()
+        assert {float(tensors[f"{name}.weight_global_scale"]) for name in names} == {float(448.0 * 6.0 / amax)}
+    own = tensors["model.layers.0.mlp.down_proj.weight_global_scale"]
+    assert own == 448.0 * 6.0 / plain["model.layers.0.mlp.down_proj.weight"].abs().max().float()
+    assert verify(folder, source, with_logits=False)["weights"]["elements_that_differ"] == 0
+
+
+def test_calibrated_scales_are_tensors_beside_their_layers_and_in_the_configuration(nvfp4, tmp_path):
+    source, scales = nvfp4
+    folder = export_checkpoint(source, tmp_path / "packed", scheme="NVFP4", calibrated_scales=scales)
+    tensors, index = all_tensors(folder), json.loads((folder / "model.safetensors.index.json").read_text())
+    for name, scale in scales.items():
+        assert tensors[name].dtype == torch.float32 and tensors[name].tolist() == [scale]
+        beside = name.replace("input_global_scale", "weight_packed")
+        assert index["weight_map"][name] == index["weight_map"][beside]
+    assert QATConfig.load(folder).calibrated_scales == scales
+
+
+def test_inputs_that_were_not_calibrated_are_refused_with_the_remedy(nvfp4, tmp_path):
+    source, scales = nvfp4
+    with pytest.raises(UserError, match="q_proj is in NVFP4, .* has none; give --dataset .* NVFP4A16"):
+        export_checkpoint(source, tmp_path / "packed", scheme="NVFP4")
+    untied = {name: 2.0 * scale if "k_proj" in name else scale for name, scale in scales.items()}
+    with pytest.raises(UserError, match=r"different scales for the same input \(40.25, 80.5\); calibrate again"):
+        export_checkpoint(source, tmp_path / "packed", scheme="NVFP4", calibrated_scales=untied)
+    with pytest.raises(UserError, match="for no layer, model.nowhere.input_global_scale"):
+        export_checkpoint(
+            source,
+            tmp_path / "packed",
+            scheme="NVFP4",
+            calibrated_scales={**scales, "model.nowhere.input_global_scale": 1},
+        )
+    assert not list(tmp_path.iterdir())
+    export_checkpoint(source, tmp_path / "packed", scheme="NVFP4A16")
+
+
+def test_a_trained_checkpoint_brings_its_calibrated_scales_under_its_own_scheme_by_name_too(nvfp4, tmp_path):
+    _, scales = nvfp4
+    source = save_qat(tmp_path / "source", {"torch.nn.Linear": "NVFP4"}, layers=1)
+    config = QATConfig.load(source)
+    replace(config, calibrated_scales=scales).save(source)
+    for target, scheme in (("own", None), ("named", "NVFP4")):
+        folder = export_checkpoint(source, tmp_path / target, scheme=scheme)
+        assert {n: t.item() for n, t in all_tensors(folder).items() if "input_global" in n} == scales
+
+
+def test_layers_of_another_format_than_those_they_are_fused_with_are_packed_with_a_warning(nvfp4, tmp_path, caplog):
+    source, _ = nvfp4
+    mapping = {"torch.nn.Linear": "NVFP4A16", "*.k_proj": "INT4_G32"}
+    folder = export_checkpoint(source, tmp_path / "packed", scheme=mapping)
+    assert "q_proj, k_proj, v_proj differ in scheme; vLLM fuses them and will refuse" in caplog.text
+    tensors, plain = all_tensors(folder), all_tensors(source)
+    amax = max(float(plain[f"model.layers.0.self_attn.{own}.weight"].abs().max()) for own in ("q_proj", "v_proj"))
+    for own in ("q_proj", "v_proj"):
+        divisor = tensors[f"model.layers.0.self_attn.{own}.weight_global_scale"]
+        assert float(divisor) == float(448.0 * 6.0 / torch.tensor(amax))
+    assert verify(folder, source, with_logits=False)["verified"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layer", "block"),
+    [("INT4_G128", "self_attn.q_proj has in_features=64", 128), ("MXFP4FP8_G128", "in_features=64", 128)],
+)
+def test_a_layer_that_the_blocks_do_not_divide_is_named(nvfp4, tmp_path, scheme, layer, block):
+    with pytest.raises(UserError, match=f"{layer}, which is not a multiple of the block size {block}"):
+        export_checkpoint(nvfp4[0], tmp_path / "packed", scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4A16", "INT4_G32", "FP8", "MXFP4A16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_in_every_format(tmp_path, scheme, value):
+    model = make_llama(layers=1).bfloat16()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 40] = value
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match="0.mlp.up_proj.weight holds NaN or infinity"):
+        export_checkpoint(tmp_path / "source", tmp_path / "packed", scheme=scheme)
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "INT4_G32", "MXFP4A16", "MXFP4MXFP8"])
+def test_a_tied_head_is_refused_in_every_scheme(nvfp4, tmp_path, scheme):
+    with pytest.raises(UserError, match="lm_head shares its weight with the embedding"):
+        export_checkpoint(nvfp4[0], tmp_path / "packed", scheme=scheme, ignore=())
+
+
+def test_activations_that_the_file_cannot_hold_are_an_option_of_the_engine_for_all_layers(nvfp4, tmp_path):
+    folder = export_checkpoint(nvfp4[0], tmp_path / "packed", scheme="MXFP4MXFP8")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert [group["input_activations"] for group in config["config_groups"].values()] == [None]
+    assert f"vllm serve {folder} --quantization-config.linear.activation mxfp8\n" in (folder / "README.md").read_text()
+    mixed = {"torch.nn.Linear": "MXFP4MXFP8", "*.down_proj": "MXFP4A16"}
+    with pytest.raises(UserError, match="down_proj is in MXFP4A16, other layers in MXFP4MXFP8, .*activation mxfp8"):
+        export_checkpoint(nvfp4[0], tmp_path / "mixed", scheme=mixed)
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4A16", "INT4_G32", "FP8", "NVFP4A16", "MXFP4FP8"])
+def test_auto_rounds_format_refuses_what_its_backends_do_not_read(nvfp4, tmp_path, scheme):
+    with pytest.raises(UserError, match=f"is quantized in {scheme}, for which AutoRound has no .*compressed-tensors"):
+        export_checkpoint(nvfp4[0], tmp_path / "packed", "auto_round", scheme=scheme)
 
 
 # ---- Refusals ----

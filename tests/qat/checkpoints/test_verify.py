@@ -10,15 +10,17 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from helpers import MIXED, save_qat
+from helpers import MIXED, make_llama, make_tokenizer, save_qat
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from qat import prepare_qat
 from qat.checkpoints import verify
 from qat.checkpoints import verify_logits as logits
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import VerificationError
 from qat.errors import UserError
+from qat.layers.calibration import calibrate_inputs
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,14 @@ def pair(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("verify")
     source = save_qat(folder / "source", MIXED)
     return source, export_checkpoint(source, source / "packed")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> tuple[Path, Path]:
+    """The same with calibrated scales and INT4."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    source = save_calibrated(folder / "source", TOGETHER)
+    return source, export_checkpoint(source, folder / "packed")
 
 
 @pytest.fixture
@@ -72,6 +82,73 @@ def test_logits_are_bit_equal_in_both_formats(tmp_path, monkeypatch, same_proces
     assert compared["bit_equal"]
     if export_format == "auto_round":  # its engine applies the rule of the training
         assert compared["mean_log_probability_difference_to_trained_rule"] == 0
+
+
+def save_calibrated(folder: Path, mapping: dict[str, str]) -> Path:
+    """A QAT checkpoint, with calibrated scales where its schemes need them."""
+    model = prepare_qat(make_llama(layers=1, attention_bias=True).bfloat16(), mapping)
+    calibrate_inputs(model, [{"input_ids": torch.arange(256)[None]}])
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    model.qat_config.save(folder)
+    return folder
+
+
+WEIGHT_ONLY = ("MXFP4A16", "MXFP8A16", "NVFP4A16", "INT4_G32")
+TOGETHER = {"torch.nn.Linear": "NVFP4", "*.o_proj": "INT4_G32", "*.mlp.*": "MXFP4FP8", "*.down_proj": "FP8"}
+LOGITS = [*({"torch.nn.Linear": name} for name in (*WEIGHT_ONLY, "NVFP4", "FP8", "MXFP4FP8")), TOGETHER]
+
+
+@pytest.mark.parametrize("mapping", LOGITS, ids=lambda mapping: "-".join(mapping.values()))
+def test_logits_of_each_scheme_are_bit_equal_to_those_of_transformers(tmp_path, same_process, mapping):
+    source = save_calibrated(tmp_path / "source", mapping)
+    verdict = verify.verify(export_checkpoint(source, tmp_path / "packed"), source, 32)
+    compared = verdict["logits"]
+    assert verdict["verified"] and compared["bit_equal"] and compared["why_not_bit_equal"] is None
+    is_plain = set(mapping.values()) <= set(WEIGHT_ONLY)
+    assert (compared["mean_log_probability_difference_to_trained_rule"] == 0) == is_plain
+
+
+def test_the_verdict_says_that_the_engine_leaves_activations_alone_which_the_file_cannot_hold(
+    tmp_path, same_process, caplog
+):
+    source = save_calibrated(tmp_path / "source", {"torch.nn.Linear": "MXFP4MXFP8"})
+    compared = verify.verify(export_checkpoint(source, tmp_path / "packed"), source, 32)["logits"]
+    assert compared["bit_equal"] and compared["activations_not_quantized_by_engine"] == ["MXFP4MXFP8"]
+    assert compared["engine_activation_rules"] == {"MXFP4MXFP8": None}
+    assert compared["trained_activation_rules"] == {"MXFP4MXFP8": "floor"}
+    assert compared["mean_log_probability_difference_to_trained_rule"] > 0
+    assert "leaves the activations of MXFP4MXFP8 unquantized" in caplog.text
+
+
+def test_the_verdict_has_the_reason_where_a_library_computes_in_another_way(tmp_path, same_process, caplog):
+    caplog.set_level("INFO", "qat")
+    source = save_calibrated(tmp_path / "source", {"torch.nn.Linear": "NVFP4"})
+    verdict = verify.verify(export_checkpoint(source, tmp_path / "packed", "auto_round"), source, 32)
+    assert verdict["verified"] and not verdict["logits"]["bit_equal"]
+    assert 0 < verdict["logits"]["largest_difference"] < 0.1
+    assert "reciprocals" in verdict["logits"]["why_not_bit_equal"]
+    assert "logits are not proven and differ by up to" in caplog.text and "NVFP4: AutoRound's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ("q_proj.input_global_scale", "1 elements differ, first in model.layers.0.self_attn.q_proj.input_global_scale"),
+        ("q_proj.weight_global_scale", r"\d+ elements differ, first in .*0.self_attn.q_proj.weight_global_scale"),
+        ("k_proj.weight_scale", r"\d+ elements differ, first in model.layers.0.self_attn.k_proj.weight"),
+        ("o_proj.weight_packed", "1 elements differ, first in model.layers.0.self_attn.o_proj.weight"),
+        ("o_proj.weight_shape", "1 elements differ, first in model.layers.0.self_attn.o_proj.weight_shape"),
+    ],
+)
+def test_one_changed_bit_of_any_kind_of_tensor_is_found(calibrated, tmp_path, tensor, said):
+    source, packed = calibrated
+    changed = Path(shutil.copytree(packed, tmp_path / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.{tensor}"].view(torch.uint8).flatten()[0] ^= 1
+    save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=said):
+        verify.verify(changed, source, with_logits=False)
 
 
 @pytest.mark.parametrize(

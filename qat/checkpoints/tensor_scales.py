@@ -1,0 +1,69 @@
+"""Scales of whole tensors: those of weights, shared by layers that engines fuse, and those that were calibrated.
+
+A format with a second level of scales (NVFP4) has a divisor for each weight, and one for each input. Engines fuse
+layers such as q, k and v into one matrix with one divisor, so these share theirs, in training and here. Their weights
+may lie in different shards, and are read a group at a time, memory-mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import UserError
+from ..layers.sites import Site
+from ..numerics import ops
+from ..schemes.spec import VIEW_DTYPE
+from .folder import CheckpointFolder
+
+
+def weight_divisors(checkpoint: CheckpointFolder, sites: list[Site]) -> dict[str, torch.Tensor]:
+    """The divisors of weights in formats with a tensor scale, FP32 [1], by the names of the weights."""
+    tensors = {id(site.module): site.tensor for site in sites}
+    divisors: dict[str, torch.Tensor] = {}
+    for site in sites:
+        fmt = site.scheme.weight.format
+        if fmt.tensor_scale is not None and site.tensor not in divisors:
+            together = [tensors[id(layer)] for layer in site.module.fused_with]
+            divisor = ops.tensor_divisor(checkpoint.read(*together), fmt.name, VIEW_DTYPE)
+            divisors |= {name: divisor.clone() for name in together}  # safetensors refuses shared memory
+    return divisors
+
+
+def check_calibrated(sites: list[Site]) -> None:
+    """Refuse inputs that are quantized under a calibrated scale which they do not have, or share with fused layers.
+
+    Raises:
+        UserError: there is one; the message names its layer.
+    """
+    for site in sites:
+        quantizers = [layer.input_quantizer for layer in site.module.fused_with]
+        if not site.module.input_quantizer.needs_divisor:
+            continue
+        if any(quantizer.divisor is None for quantizer in quantizers):
+            raise UserError(
+                f"{site.name} is in {site.scheme.name}, whose inputs need a calibrated scale, and has none; give "
+                "--dataset to scripts/export.py (calibrated_scales to export_checkpoint), or choose a weight-only "
+                "scheme such as NVFP4A16"
+            )
+        divisors = {float(quantizer.divisor) for quantizer in quantizers if quantizer.needs_divisor}
+        if len(divisors) > 1:
+            raise UserError(
+                f"{site.name} and the layers that engines fuse with it have different scales for the same input "
+                f"({', '.join(map(str, sorted(divisors)))}); calibrate again"
+            )
+
+
+def calibrated_tensors(checkpoint: CheckpointFolder, scales: Mapping[str, float]) -> dict[str, dict[str, torch.Tensor]]:
+    """Calibrated scales as tensors, FP32 [1], by file and name: each beside the first tensor of its module."""
+    files: dict[str, str] = {}
+    for file, names in checkpoint.shards.items():
+        for name in names:
+            while name := name.rpartition(".")[0]:
+                files.setdefault(name, file)
+    placed: dict[str, dict[str, torch.Tensor]] = {file: {} for file in checkpoint.shards}
+    first = next(iter(checkpoint.shards))
+    for name, value in scales.items():
+        placed[files.get(name.rpartition(".")[0], first)][name] = torch.tensor([value], dtype=torch.float32)
+    return placed
