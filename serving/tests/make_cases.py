@@ -19,10 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qat import is_quantlinear, prepare_qat
+from qat.checkpoints.dialects import get_dialect
 from qat.checkpoints.pack import export_checkpoint
 from qat.layers.calibration import calibrate_inputs
 from qat.layers.restore import prepare_as_saved, set_input_rule
-from qat.layers.sites import quantizers_off
+from qat.layers.sites import quantized_sites, quantizers_off
 
 MIXED = {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}
 UNQUANTIZED_INPUTS, UNQUANTIZED_MODEL = "unquantized inputs", "the unquantized model"
@@ -90,8 +91,9 @@ def make_case(case: Case, folder: Path, prompts: torch.Tensor) -> dict:
     twin = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     prepare_as_saved(twin, prepared.qat_config)
     set_engine_rule(twin.eval(), case.rule)
+    options = get_dialect(case.export_format).serve_options(site.scheme for site in quantized_sites(prepared))
     expected = {
-        "packed": str(packed), "rule": case.rule or "", "stock": case.stock, "dtype": case.dtype,
+        "options": options, "packed": str(packed), "rule": case.rule or "", "stock": case.stock, "dtype": case.dtype,
         "tolerance": case.tolerance, "control": case.control, **expect(twin, prompts),
     }  # fmt: skip
     return expected | {"control_log_probabilities": under_control(twin, case.control, prompts).tolist()}
