@@ -73,12 +73,10 @@ MXFP4A16, MXFP8A16, NVFP4A16 = ("mxfp4", None), ("mxfp8", None), ("nvfp4", None)
 MXFP4FP8, MXFP4FP8_G128, MXFP4MXFP8 = ("mxfp4", "fp8_token"), ("mxfp4", "fp8_g128"), ("mxfp4", "mxfp8")
 INT4_G32, INT4_G128, FP8 = ("int4_g32", None), ("int4_g128", None), ("fp8_channel", "fp8_token")
 
-# The file cannot say that activations are MXFP8 where weights are MXFP4: this option of `vllm serve` does.
-MXFP8_OPTION = "--quantization-config.linear.activation mxfp8"
-
 _W4A16, _W8A16 = "W4A16, weights only", "W8A16, weights only"
 _AS_WITHOUT = "not emulated, as without the option"
 _REFUSED = Fact("refused", "run-cpu", serves=False)
+_BY_OPTION = Fact("as `MXFP4A16`; with the option and the package humming W4A8 in MXFP8", "source-33", OPEN)
 _FP8_CACHE = Fact("FP8, scales of the file", "source-32")
 
 
@@ -89,7 +87,7 @@ def _older_gpu(fp8: Fact, fp4: str, humming_source: str) -> dict[Kind, Fact]:
         MXFP4: Fact(fp4, "source-32"), MXFP4A16: Fact(fp4, "source-32"),
         MXFP8: Fact(_W8A16, "source-32"), MXFP8A16: Fact(_W8A16, "source-32"),
         MXFP4FP8: by_humming, MXFP4FP8_G128: by_humming,
-        MXFP4MXFP8: Fact("W4A8 in MXFP8 with the option and the package humming", "source-33", OPEN),
+        MXFP4MXFP8: _BY_OPTION,
         NVFP4: Fact(fp4, "source-33"), NVFP4A16: Fact(_W4A16, "source-32"),
         INT4_G32: Fact(_W4A16, "source-32"), INT4_G128: Fact(_W4A16, "source-32"),
         FP8: fp8,
@@ -97,7 +95,7 @@ def _older_gpu(fp8: Fact, fp4: str, humming_source: str) -> dict[Kind, Fact]:
 
 
 _BY_HUMMING_OR_W4A4 = Fact("W4A8 with the package humming, else W4A4", "source-32", OPEN)
-_TORCH_FP8 = Fact("W8A8", "run-cpu", "fp8_token", "absmax")
+_TORCH_FP8 = Fact("W8A8", "run-cpu", "fp8_token")
 _CPU_INT4 = Fact("W4A16; W4A8 in INT8 on CPUs with AMX unless VLLM_CPU_INT4_W4A8=0", "run-cpu-no-amx")
 
 ENGINES = (
@@ -107,7 +105,7 @@ ENGINES = (
         MXFP8: Fact("W8A8", "source-32", "mxfp8", "rceil"),
         MXFP8A16: Fact("W8A8", "source-32", "mxfp8", "rceil"),
         MXFP4FP8: _BY_HUMMING_OR_W4A4, MXFP4FP8_G128: _BY_HUMMING_OR_W4A4,
-        MXFP4MXFP8: Fact("W4A8 in MXFP8 with the option and the package humming", "source-33", OPEN),
+        MXFP4MXFP8: _BY_OPTION,
         NVFP4: Fact("W4A4", "source-33", "nvfp4", "absmax"), NVFP4A16: Fact(_W4A16, "source-32"),
         INT4_G32: Fact(_W4A16, "source-32"), INT4_G128: Fact(_W4A16, "source-32"),
         FP8: Fact("W8A8", "source-33", "fp8_token", "absmax"),
@@ -123,6 +121,7 @@ ENGINES = (
         MXFP8: Fact(_W8A16, "source-32"), MXFP8A16: Fact(_W8A16, "source-32"),
         MXFP4FP8: Fact("W4A4", "source-32", "mxfp4", "even"),
         MXFP4FP8_G128: Fact("W4A4", "source-32", "mxfp4", "even"),
+        MXFP4MXFP8: Fact("W4A4", "source-32", "mxfp4", "even"),
         NVFP4: Fact("W4A4", "source-33", "nvfp4"),
         NVFP4A16: Fact(_AS_WITHOUT, "source-32", OPEN),
         INT4_G32: Fact(_AS_WITHOUT, "source-32", OPEN),
@@ -139,7 +138,7 @@ ENGINES = (
         MXFP8: Fact("W8A8", "run-cpu", "mxfp8", CHOSEN), MXFP8A16: Fact("W8A16", "run-cpu"),
         MXFP4FP8: Fact("W4A8", "run-cpu", "fp8_token", "absmax"),
         MXFP4FP8_G128: Fact("W4A8", "run-cpu", "fp8_g128", "absmax"),
-        MXFP4MXFP8: Fact("W4A8", "run-cpu", "mxfp8", CHOSEN),
+        MXFP4MXFP8: Fact("with the option W4A8", "run-cpu", "mxfp8", CHOSEN),
         NVFP4: Fact("W4A4", "run-cpu", "nvfp4", "absmax"), NVFP4A16: Fact("W4A16", "run-cpu"),
         INT4_G32: _CPU_INT4, INT4_G128: _CPU_INT4, FP8: _TORCH_FP8,
     }),
@@ -148,7 +147,7 @@ ENGINES = (
         MXFP8: Fact("W8A8", "run-ct", "mxfp8", "even"), MXFP8A16: Fact("W8A16", "run-ct"),
         MXFP4FP8: Fact("W4A8", "run-ct", "fp8_token", "absmax_native"),
         MXFP4FP8_G128: Fact("W4A8", "run-ct", "fp8_g128", "absmax_native"),
-        MXFP4MXFP8: Fact("W4A8", "run-ct", "mxfp8", "even"),
+        MXFP4MXFP8: Fact("W4A16", "run-ct"),
         NVFP4: Fact("W4A4", "run-ct", "nvfp4", "absmax_native"), NVFP4A16: Fact("W4A16", "run-ct"),
         INT4_G32: Fact("W4A16", "run-ct"), INT4_G128: Fact("W4A16", "run-ct"),
         FP8: Fact("W8A8", "run-ct", "fp8_token", "absmax_native"),

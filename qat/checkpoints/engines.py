@@ -13,8 +13,8 @@ from pathlib import Path
 from ..schemes.config import QATConfig
 from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import Scheme
-from .dialects import dialect_of
-from .engine_facts import AS_TRAINED, CHOSEN, ENGINES, MXFP4MXFP8, MXFP8_OPTION, OPEN, SOURCES, Engine, Fact, Kind
+from .dialects import dialect_of, get_dialect
+from .engine_facts import AS_TRAINED, CHOSEN, ENGINES, OPEN, SOURCES, Engine, Fact, Kind
 from .folder import CheckpointFolder
 
 NOT_KNOWN = Fact("not known", "")
@@ -43,7 +43,7 @@ def engine_table(schemes: Iterable[Scheme], export_format: str, kv_cache: bool =
                 different[scheme.name].append(f"{name} ({difference})")
         if kv_cache:
             cells.append(("key/value cache", engine.kv_cache or NOT_KNOWN))
-        text = "; ".join(f"{of}: {fact.text}" if len(cells) > 1 else fact.text for of, fact in cells)
+        text = "; ".join(f"{of}: {fact.text}" if len(cells) > 1 else fact.text for of, fact in cells).replace("`", "")
         sources = "; ".join(dict.fromkeys(SOURCES[fact.source] for _, fact in cells if fact.source))
         rows.append((name, text, f"({sources})" if sources else ""))
     lines = [f"What engines compute for {' and '.join(scheme.name for scheme in found)} in this folder:"]
@@ -52,8 +52,8 @@ def engine_table(schemes: Iterable[Scheme], export_format: str, kv_cache: bool =
     for scheme in found:
         if engines := different[scheme.name]:
             lines.append(f"{scheme.name} was trained with {_trained(scheme)}. Different: {'; '.join(engines)}")
-    if any(kind_of(scheme) == MXFP4MXFP8 for scheme in found):
-        lines.append(f"The file cannot hold MXFP8 activations beside MXFP4 weights: vllm serve DIR {MXFP8_OPTION}")
+    if options := get_dialect(export_format).serve_options(found):
+        lines.append(f"The option, which the file cannot hold: vllm serve DIR {' '.join(options)}")
     return "\n".join(lines)
 
 

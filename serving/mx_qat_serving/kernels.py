@@ -11,6 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as vllm_linear
 from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
@@ -18,6 +19,7 @@ from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8Line
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
 from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllm_reader
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Fp4
+from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp8Dynamic
 from vllm.platforms import PlatformEnum, current_platform
 
 from qat.numerics import ops
@@ -38,6 +40,10 @@ class _ExactKernel:
     inputs: str | None = None  # the format of the inputs, once the weights are loaded
     rule: str | None = None
 
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.option = activation_option()
+
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         return True, None
@@ -48,7 +54,7 @@ class _ExactKernel:
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Codes uint8 [N, K / 2] or float8_e4m3fn [N, K] and scales [N, K / block] -> [N, K] in the model's dtype."""
-        inputs = input_format(layer, self.fmt)
+        inputs = self.option or input_format(layer, self.fmt)
         self.rule = None if inputs is None else rule_for(inputs)
         self.inputs = None if self.rule is None else inputs
         codes, scales = layer.weight.data.contiguous().view(torch.uint8), self.scales(layer)
@@ -119,6 +125,20 @@ class Nvfp4Scheme(CompressedTensorsW4A4Fp4):
         """vLLM's own, with the divisor of the file kept as `weight_divisor`, FP32 [1]."""
         layer.weight_divisor = layer.weight_global_scale.data.max().float().reshape(1)
         super().process_weights_after_loading(layer)
+
+
+def activation_option() -> str | None:
+    """The format of vLLM's option --quantization-config.linear.activation; None where it is not given.
+
+    Raises:
+        ValueError: a format other than MXFP8.
+    """
+    config = get_current_vllm_config_or_none()
+    args = None if config is None else config.model_config.quantization_config
+    key = None if args is None or args.linear is None else args.linear.activation
+    if key not in (None, kMxfp8Dynamic):
+        raise ValueError(f"--quantization-config.linear.activation: the plugin of mx-qat knows mxfp8, not {key}")
+    return None if key is None else "mxfp8"
 
 
 KERNELS = ((ExactMxfp4LinearKernel, "mxfp4"), (ExactMxfp8LinearKernel, "mxfp8"), (ExactNvfp4LinearKernel, "nvfp4"))

@@ -96,7 +96,10 @@ def one_case(folder: Path, name: str) -> None:
 
     content = json.loads((folder / "cases.json").read_text())
     case, prompts = content["cases"][name], content["prompts"]
-    llm = LLM(case["packed"], dtype=case["dtype"], enforce_eager=True, max_model_len=128, skip_tokenizer_init=True)
+    llm = LLM(
+        case["packed"], dtype=case["dtype"], enforce_eager=True, max_model_len=128, skip_tokenizer_init=True,
+        **as_arguments(case["options"]),
+    )  # fmt: skip
     sampling = SamplingParams(
         temperature=0, max_tokens=len(case["greedy"][0]), prompt_logprobs=0, ignore_eos=True, detokenize=False
     )
@@ -114,6 +117,18 @@ def one_case(folder: Path, name: str) -> None:
     total = sum(len(tokens) for tokens in case["greedy"])
     row = {"difference": difference, "from_control": from_control, "margin": margin}
     print(json.dumps(row | {"greedy_equal": equal, "greedy": total}))
+
+
+def as_arguments(options: list[str]) -> dict:
+    """Options of `vllm serve` for `LLM`: ["--quantization-config.linear.activation", "mxfp8"] as nested dicts."""
+    arguments: dict = {}
+    for name, value in zip(options[::2], options[1::2], strict=True):
+        *path, last = name.removeprefix("--").replace("-", "_").split(".")
+        inner = arguments
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return arguments
 
 
 def equal_tokens(a: list[int], b: list[int]) -> int:
