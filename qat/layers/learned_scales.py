@@ -29,7 +29,6 @@ import math
 import torch
 
 from ..numerics import integer, nvfp4, ops
-from ..numerics.families import family_of
 from ..numerics.formats import E4M3, Quantized
 from .rounding import LearnedRounding
 
@@ -75,8 +74,9 @@ class LearnedScales(LearnedRounding):
         assert fmt.block is not None, fmt.name
         values = ops.dequantize(quantized, fmt.name, torch.float32)
         viewed = weight.to(dtype).float()
+        saturates = integer.saturates if fmt.name in integer.FORMATS else nvfp4.saturates
         # s * dv/ds
-        slope = torch.where(family_of(fmt).saturates(viewed, quantized, fmt), values, values - viewed)
+        slope = torch.where(saturates(viewed, quantized, fmt), values, values - viewed)
         blocks = (grad.float() * slope).unflatten(-1, (grad.shape[-1] // fmt.block, fmt.block)).sum(-1)
         ratio = rule_scale.float() / quantized.scales[0].float()
         ratio = torch.where(_is_fixed(rule_scale), 0.0, ratio)

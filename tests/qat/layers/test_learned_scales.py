@@ -95,6 +95,18 @@ def test_the_gradient_of_a_scale_by_hand():
     assert quantizer.scale_offset.grad.item() == pytest.approx(slope / math.sqrt(32 * 7), rel=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["INT4_G32", "NVFP4A16"])
+def test_fullgraph_compilation_gives_the_same_loss_and_gradients(scheme):
+    layer, results = make_layer(scheme), []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        x = torch.linspace(-2, 2, 6 * 256).view(6, 256).requires_grad_()
+        run(x).square().sum().backward()
+        results.append([x.grad, *[p.grad.clone() for p in layer.parameters()]])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme,rule", [*((s, None) for s in SCHEMES), ("INT4_G32", "search")])
 def test_a_run_starts_from_the_values_of_the_rule_bit_for_bit(scheme, rule):
     layer, spec = make_layer(scheme, rule, moved=False), get_scheme(scheme, rule).weight
