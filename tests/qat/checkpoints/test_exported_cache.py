@@ -39,7 +39,7 @@ def test_the_settings_are_those_that_compressed_tensors_reads():
 
     _, spec = get_kv_cache_scheme("fp8")
     args = QuantizationArgs(**kv_cache_args(spec.format))
-    found = args.num_bits, args.type.value, args.strategy.value, args.symmetric, args.dynamic
+    found = args.num_bits, args.type, args.strategy, args.symmetric, args.dynamic
     assert found == (8, "float", "tensor", True, False)
 
 
