@@ -161,13 +161,13 @@ def cache_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Whether it is the attention itself: what computes keys and values, not what contains it, and no recurrence."""
+    """Whether it computes keys and values that are to be cached: not what contains it, no recurrence, no encoder."""
     if "attention" not in type(module).__name__.lower():
         return False
     if _takes_cache(module):
-        return "update" in _names_in_forward(module)
+        return _updates(module) or _has_projections(module)
     takes_state = "cache_params" in _parameters(module)
-    return not takes_state and any(hasattr(module, name) for name in _PROJECTIONS)
+    return _has_projections(module) and not takes_state and getattr(module, "is_causal", True)
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -179,7 +179,9 @@ def _why_not(module: nn.Module) -> str | None:
         return "reads the cache of another layer"
     if _ARGUMENT not in _parameters(module):
         return f"does not expose its keys and values: its forward takes no {_ARGUMENT}"
-    if not any(getattr(module, name, None) is not None for name in _PROJECTIONS):
+    if not _updates(module):
+        return "keeps something else than keys and values in its cache"
+    if not _has_projections(module):
         return f"does not expose its keys and values: engines look for {' or '.join(_PROJECTIONS)}"
     inner = next((name for name, child in module.named_modules() if name and _takes_cache(child)), None)
     if inner is not None:
@@ -195,7 +197,11 @@ def _parameters(module: nn.Module) -> Any:
     return inspect.signature(type(module).forward).parameters
 
 
-def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
-    """The attributes and globals that the code of its forward names."""
+def _has_projections(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) is not None for name in _PROJECTIONS)
+
+
+def _updates(module: nn.Module) -> bool:
+    """Whether the code of its forward names `update`, as in `past_key_values.update(...)`."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return () if code is None else code.co_names
+    return code is not None and "update" in code.co_names

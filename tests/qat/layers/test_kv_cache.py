@@ -201,8 +201,8 @@ def test_under_autocast_keys_and_values_are_seen_in_bfloat16_as_they_are_served(
 
 
 def test_a_compiled_model_computes_the_same():
-    model = with_cache(make_model("Llama"), 8.0)
-    compiled = torch.compile(model, backend="aot_eager")
+    model = with_cache(make_model("Llama", num_hidden_layers=1), 8.0)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert torch.allclose(logits(compiled), logits(model), atol=1e-6)
 
 
@@ -347,6 +347,24 @@ def test_layers_that_read_the_cache_of_another_layer_are_refused():
     model.model.layers[1].self_attn.is_kv_shared_layer = True
     with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn \(LlamaAttention\) reads the cache of another"):
         cache_layers(model)
+
+
+def test_a_recurrence_that_engines_take_for_attention_is_refused():
+    changes = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}
+    with torch.device("meta"):
+        model = make_model("MiniMax", **changes)
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn \(MiniMaxLightningAttention\) keeps something else"):
+        cache_layers(model)
+
+
+def test_a_vision_tower_keeps_no_cache():
+    model = make_model("Llama")
+    model.vision = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        )
+    )
+    assert list(cache_layers(model)) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 
 
 def test_recurrent_layers_of_a_hybrid_model_are_no_attention():
