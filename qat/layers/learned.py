@@ -45,11 +45,6 @@ def check_learnable(spec: TensorSpec, settings: Iterable[str]) -> None:
             f"{given.SETTING}=True needs {needs}, and {fmt.name} has {fmt.scale.name}: {remedy}, choose one of "
             f"{', '.join(given.FORMATS)}, or {given.SETTING}=False"
         )
-    if kind is learned_scales and fmt.tensor_scale is not None and spec.rule == "search":
-        raise UserError(
-            f"{kind.SETTING}=True: {fmt.name} cannot learn scales on top of the weight scale rule 'search', which may "
-            f"move the scale that the tensor's own follows from; choose {fmt.rules[0]!r}, or {kind.SETTING}=False"
-        )
 
 
 def learns(config: QATConfig | None) -> bool:

@@ -183,7 +183,6 @@ def test_training_scales_alone_lowers_the_error_of_a_layer(scheme, start, reache
         ("NVFP4", {"learn_exponent": True}, "nvfp4 has e4m3: give learn_scale=True"),
         ("INT4_G32", {"learn_exponent": True}, "int4_g32 has bf16: give learn_scale=True"),
         ({nn.Linear: "MXFP4", "*.down_proj": "INT4_G32"}, {"learn_exponent": True}, "int4_g32 has bf16"),
-        ("NVFP4", {"learn_scale": True, "weight_scale_rule": "search"}, "nvfp4 cannot learn scales on top of .*search"),
     ],
 )
 def test_scales_that_cannot_be_learned_are_refused_and_the_right_setting_is_named(mapping, settings, message):
