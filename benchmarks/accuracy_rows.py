@@ -145,16 +145,29 @@ for _name in ("MXFP4A16", "MXFP4FP8"):
         f"{_name}, default, 40 % cross-entropy", scheme=_name, distill_options={"distill_ce_weight": 0.4},
         **settings_of(_name),
     )  # fmt: skip
-# Learned scales start from absmax, so each stands beside the same recipe without search.
+# Learned scales, each beside the same recipe without.
 for _name in ("NVFP4", "INT4_G32"):
-    _recipe: dict = {"scheme": _name, **settings_of(_name), "weights": "absmax"}
-    ROWS[f"{_name}-absmax"] = default(f"{_name}, default without search", **_recipe)
-    for _lr in ("1e-3", "1e-2"):
-        ROWS[f"{_name}-learned-{_lr}"] = default(
-            f"{_name}, default without search, learned scales at lr {_lr}",
-            prepare_options={"learn_scale": True},
-            trainer_options={"parameter_groups": optimizer_settings(scales=float(_lr))},
-            **_recipe,
-        )
+    for _rule in ("absmax", "search"):
+        _recipe: dict = {"scheme": _name, **settings_of(_name), "weights": _rule}
+        if _rule == "absmax":  # with search it is the row NAME-qad
+            ROWS[f"{_name}-absmax"] = default(f"{_name}, default without search", **_recipe)
+        for _lr in ("1e-3", "1e-2"):
+            ROWS[f"{_name}-{_rule}-learned-{_lr}"] = default(
+                f"{_name}, default with {_rule} and learned scales, lr {_lr}",
+                prepare_options={"learn_scale": True},
+                trainer_options={"parameter_groups": optimizer_settings(scales=float(_lr))},
+                **_recipe,
+            )
+# The key/value cache in FP8, beside the same without.
+_cache: dict = {"prepare_options": {"kv_cache_scheme": "FP8"}}
+ROWS["MXFP8A16-kv-ptq"] = Row(
+    "MXFP8A16 PTQ, FP8 key/value cache", scheme="MXFP8A16", weights=None, inputs=None, **_cache
+)
+ROWS["MXFP4FP8-kv-ptq"] = Row(
+    "MXFP4FP8 PTQ, FP8 key/value cache", scheme="MXFP4FP8", weights=None, inputs=None, **_cache
+)
+ROWS["MXFP4FP8-kv"] = default(
+    "MXFP4FP8, default, FP8 key/value cache", scheme="MXFP4FP8", **settings_of("MXFP4FP8"), **_cache
+)
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]
