@@ -267,7 +267,7 @@ def test_training_samples_at_even_distances_choose_and_evaluation_samples_do_not
         ("[1, 2]", "holds no mapping"),
         ("{}", "holds no mapping"),
         ('{"mapping": {"*.up_proj": 4}}', "holds no mapping"),
-        ('{"*.up_proj": "MXFP5"}', "names 'MXFP5'; choose one of MXFP4"),
+        ('{"*.up_proj": "MXFP5"}', "scheme 'MXFP5' is unknown; choose one of MXFP4"),
         ('{"mapping": {"*.up_proj": "MXFP4"}, "ignore": "lm_head"}', "not a list of patterns"),
         ("{", "cannot be read"),
     ],
