@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 from qat.version import VERSION
 
 APPLICATION = ("main.py", "utils.py", "qat", "data", "training", "scripts")
-ON_THE_PATH = (
+# Folders from which files of ours are imported by bare names.
+ON_THE_PATH = ("", "tests", "scripts", "scripts/tasks", "serving")
     "",
     "tests",
     "scripts",
