@@ -20,12 +20,6 @@ from qat.version import VERSION
 APPLICATION = ("main.py", "utils.py", "qat", "data", "training", "scripts")
 # Folders from which files of ours are imported by bare names.
 ON_THE_PATH = ("", "tests", "scripts", "scripts/tasks", "serving")
-    "",
-    "tests",
-    "scripts",
-    "scripts/tasks",
-    "serving",
-)  # folders from which files of ours are imported by bare names
 OPTIONAL = {
     "triton": "torch brings it where there are GPUs; elsewhere the kernels are left out",
     "vllm": "scripts/evaluate.py --backend vllm runs in vLLM's own environment",
