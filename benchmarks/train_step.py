@@ -3,7 +3,8 @@
     python benchmarks/train_step.py --shape smollm2-135m --batch 4 --length 256
     python benchmarks/train_step.py --schemes NVFP4,INT4_G32,MXFP4FP8 --no_memory
 
-Steps of the BF16 and of the QAT model alternate in one process on the same batch, and medians are compared. Memory is
+Steps of the BF16 and of the QAT model alternate in one process on the same batch, and medians are compared; of many
+schemes, two at a time beside BF16. Memory is
 the peak resident size of a process that trains one of the two, so it has a process for each. On a CPU it tells as
 much about the C library's heap, which keeps what was freed and fragments, as about the model; so it is measured a
 second time with a heap that gives large freed tensors back to the system at once, which shows what is in use.
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +28,7 @@ from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, s
 from qat.schemes.presets import PRESETS, get_scheme  # noqa: E402
 
 SCHEMES = ("MXFP4", "MXFP8")
+AT_ONCE = 2  # schemes that are in memory beside BF16
 BYTES = 0.85  # of a block, to be reached; other schemes:
 BYTES_OF = {"NVFP4": 0.65, "MXFP4FP8": 0.70} | dict.fromkeys(
     (name for name, scheme in PRESETS.items() if scheme.input is None), 1.0
@@ -73,25 +77,23 @@ def main() -> None:
     if not args.no_memory:
         memory = {scheme: peak_memory(args, scheme or "BF16") for scheme in every}
         in_use = {scheme: peak_memory(args, scheme or "BF16", RETURN_FREED) for scheme in every}
-    steps = {}
-    for scheme in every:
-        model = make_model(args.shape, scheme, args.layers)
-        steps[scheme] = TrainingStep(model, make_batch(model, args.batch, args.length))
-    saved = {s: saved_bytes_of_a_block(step.model, args.batch * args.length) for s, step in steps.items()}
-    seconds = median_seconds(steps, args.repeats)
-    forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, args.repeats)
+    figures: dict = {}
+    for first in range(0, len(args.schemes), AT_ONCE):
+        figures |= measured_beside_bf16(args, args.schemes[first : first + AT_ONCE])
 
-    report.add("BF16 step", seconds[None], unit="s")
-    report.add("BF16 forward without gradients", forward[None], unit="s")
+    bf16 = figures[None]
+    report.add("BF16 step", bf16.seconds, unit="s")
+    report.add("BF16 forward without gradients", bf16.forward, unit="s")
     if memory:
         report.add("BF16 peak memory of the process", memory[None], unit="GiB")
         report.add("BF16 peak memory of the process, freed memory returned", in_use[None], unit="GiB")
     for scheme in args.schemes:
-        report.add(f"{scheme} step over BF16", seconds[scheme] / seconds[None], "1.15")
-        report.add(f"{scheme} forward without gradients over BF16", forward[scheme] / forward[None], "1.15")
+        ratio = figures[scheme]
+        report.add(f"{scheme} step over BF16", ratio.seconds, "1.15")
+        report.add(f"{scheme} forward without gradients over BF16", ratio.forward, "1.15")
         report.add(
             f"{scheme} bytes saved for backward by a block over BF16",
-            saved[scheme] / saved[None],
+            ratio.saved,
             f"{BYTES_OF.get(scheme, BYTES):.2f}",
         )
         if memory:
@@ -101,6 +103,29 @@ def main() -> None:
     ratios = {row["figure"].replace(" over BF16", ""): float(row["value"]) for row in report.rows if not row["unit"]}
     title = f"{args.shape}, {args.batch} x {args.length} tokens"
     bar_chart(args.out / f"{report.name}.png", "QAT over BF16 training", "QAT / BF16", {title: ratios})
+
+
+class Figures(NamedTuple):
+    """Of BF16: seconds of a step and of a forward pass, bytes that a block saves; of a scheme: the same over BF16's."""
+
+    seconds: float
+    forward: float
+    saved: float
+
+
+def measured_beside_bf16(args: argparse.Namespace, schemes: Sequence[str]) -> dict[str | None, Figures]:
+    """The figures of some schemes over those of BF16, and BF16's own under None; their steps alternate."""
+    steps = {}
+    for scheme in (None, *schemes):
+        model = make_model(args.shape, scheme, args.layers)
+        steps[scheme] = TrainingStep(model, make_batch(model, args.batch, args.length))
+    saved = {s: saved_bytes_of_a_block(step.model, args.batch * args.length) for s, step in steps.items()}
+    seconds = median_seconds(steps, args.repeats)
+    forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, args.repeats)
+    found = {
+        s: Figures(seconds[s] / seconds[None], forward[s] / forward[None], saved[s] / saved[None]) for s in schemes
+    }
+    return {None: Figures(seconds[None], forward[None], saved[None]), **found}
 
 
 if __name__ == "__main__":

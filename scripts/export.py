@@ -28,7 +28,7 @@ from qat.files.atomic import check_target  # noqa: E402
 from qat.files.model_folder import check_model_folder  # noqa: E402
 from qat.schemes.mapping_file import DEFAULT_IGNORE  # noqa: E402
 from qat.schemes.patterns import HELP as PATTERNS  # noqa: E402
-from qat.schemes.presets import scheme_name  # noqa: E402
+from qat.schemes.presets import KV_CACHE_SCHEMES, get_kv_cache_scheme, scheme_name  # noqa: E402
 
 SAMPLES = 32  # to calibrate on, as main.py does
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             dataset = args.dataset if scales is None else None  # the model was not trained on what calibrates it
             export_checkpoint(
                 args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
-                CardFacts(args.base_model, dataset), args.trust_remote_code, scales,
+                CardFacts(args.base_model, dataset), args.trust_remote_code, scales, args.kv_cache_scheme,
             )  # fmt: skip
         if args.verify is not None or not args.no_verify:
             verify(
@@ -84,9 +84,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace a packed checkpoint in DST")
     parser.add_argument("--base_model", help="for the model card: the model that training began from")
     parser.add_argument(
+        "--kv_cache_scheme", metavar="SCHEME",
+        help=f"of the key/value cache, with --quant_scheme: {', '.join(KV_CACHE_SCHEMES)}; default: none",
+    )  # fmt: skip
+    parser.add_argument(
         "--dataset",
-        help="what SRC was trained on, for the model card; with a --quant_scheme whose inputs have calibrated scales "
-        "(NVFP4): a dataset of main.py, to calibrate on",
+        help="what SRC was trained on, for the model card; with --kv_cache_scheme, or a --quant_scheme whose inputs "
+        "have calibrated scales (NVFP4): a dataset of main.py, to calibrate on",
     )
     parser.add_argument(
         "--calibration_samples", type=int, help=f"samples of --dataset to calibrate on (default {SAMPLES})"
@@ -109,6 +113,13 @@ def _check_together(args: argparse.Namespace) -> None:
     """Raise a UserError for an unknown scheme and for arguments without effect."""
     if args.quant_scheme is not None:
         args.quant_scheme = scheme_name(args.quant_scheme, "--quant_scheme")
+    if args.kv_cache_scheme is not None:
+        args.kv_cache_scheme, _ = get_kv_cache_scheme(args.kv_cache_scheme, "--kv_cache_scheme")
+        if args.quant_scheme is None and args.verify is None:
+            raise UserError(
+                f"--kv_cache_scheme {args.kv_cache_scheme} has no effect without --quant_scheme: the cache is "
+                "quantized as SRC was trained; give --quant_scheme too, or leave it out"
+            )
     if args.calibration_samples is not None and args.calibration_samples < 1:
         raise UserError(f"--calibration_samples {args.calibration_samples} must be at least 1, such as {SAMPLES}")
     if (args.verify is None) == (args.target is None):
@@ -116,7 +127,8 @@ def _check_together(args: argparse.Namespace) -> None:
     given = {name for name, value in vars(args).items() if value not in (None, False)}
     if args.format != EXPORT_FORMATS[0] and args.verify is not None:
         raise UserError(f"--format {args.format} has no effect with --verify, which only compares; leave it out")
-    for name in ("quant_scheme", "ignore", "overwrite", "base_model", "dataset", "calibration_samples", "no_verify"):
+    for name in ("quant_scheme", "kv_cache_scheme", "ignore", "overwrite", "base_model", "dataset",
+                 "calibration_samples", "no_verify"):  # fmt: skip
         if args.verify is not None and name in given:
             raise UserError(f"--{name} has no effect with --verify, which only compares; leave it out")
     if args.source is not None and args.verify is None:
@@ -131,33 +143,32 @@ def _check_together(args: argparse.Namespace) -> None:
 
 
 def calibrated(args: argparse.Namespace) -> dict[str, float] | None:
-    """The calibrated scales of SRC for --quant_scheme, from --dataset; None where it has them or needs none.
+    """The calibrated scales of SRC for what is quantized, from --dataset; None where it has them or needs none.
 
     Raises:
         UserError: they are needed, and there is no --dataset; or --calibration_samples has no effect.
     """
-    source = CheckpointFolder.open(args.source_folder, "SRC")
+    source, scheme, cache = CheckpointFolder.open(args.source_folder, "SRC"), args.quant_scheme, args.kv_cache_scheme
     saved = QATConfig.load(source.path)
-    needs = args.quant_scheme is not None and get_scheme(args.quant_scheme).has_calibrated_scales
-    if needs and saved is not None and saved.calibrated_scales and args.dataset is None:
-        return None
-    if needs and args.dataset is None:
-        raise UserError(
-            f"--quant_scheme {args.quant_scheme} quantizes inputs under calibrated scales, and SRC has none; give "
-            "--dataset, such as chats.jsonl, to calibrate on"
-        )
-    if not needs:
+    if scheme is None or not (cache or get_scheme(scheme).has_calibrated_scales):
         if args.calibration_samples is not None:
             raise UserError(
-                f"--calibration_samples {args.calibration_samples} has no effect: nothing is calibrated without a "
-                "--quant_scheme whose inputs have calibrated scales (NVFP4); leave it out"
+                f"--calibration_samples {args.calibration_samples} has no effect: nothing is calibrated without "
+                "--kv_cache_scheme or a --quant_scheme whose inputs have calibrated scales (NVFP4); leave it out"
             )
         return None
+    if args.dataset is None:
+        if saved is not None and saved.calibrated_scales:
+            return None
+        raise UserError(
+            f"--quant_scheme {scheme}{f' --kv_cache_scheme {cache}' if cache else ''} quantizes under calibrated "
+            "scales, and SRC has none; give --dataset, such as chats.jsonl, to calibrate on"
+        )
     from training.start.calibration import scales_of_checkpoint
 
     return scales_of_checkpoint(
-        source.path, args.quant_scheme, args.ignore, args.dataset, args.calibration_samples or SAMPLES,
-        args.trust_remote_code,
+        source.path, scheme, args.ignore, args.dataset, args.calibration_samples or SAMPLES, args.trust_remote_code,
+        cache,
     )  # fmt: skip
 
 

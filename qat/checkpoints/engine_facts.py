@@ -151,9 +151,10 @@ ENGINES = (
         NVFP4: Fact("W4A4", "run-ct", "nvfp4", "absmax_native"), NVFP4A16: Fact("W4A16", "run-ct"),
         INT4_G32: Fact("W4A16", "run-ct"), INT4_G128: Fact("W4A16", "run-ct"),
         FP8: Fact("W8A8", "run-ct", "fp8_token", "absmax_native"),
-    }),
+    }, Fact("FP8, scales of the file in BF16", "run-ct")),
     Engine("transformers, auto_round", "auto_round", {
         MXFP4: Fact("W4A4", "run-ar", "mxfp4", AS_TRAINED),
         MXFP8: Fact("W8A8", "run-ar", "mxfp8", AS_TRAINED),
+        NVFP4: Fact("W4A4, with rounded reciprocals", "run-ar", "nvfp4", "absmax"),
     }),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from ..schemes.config import QATConfig
 from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import Scheme
 from .dialects import dialect_of, get_dialect
-from .engine_facts import AS_TRAINED, CHOSEN, ENGINES, OPEN, SOURCES, Engine, Fact, Kind
+from .engine_facts import AS_TRAINED, CHOSEN, ENGINES, MXFP4, MXFP8, OPEN, SOURCES, Engine, Fact, Kind
 from .folder import CheckpointFolder
 
 NOT_KNOWN = Fact("not known", "")
@@ -93,7 +93,7 @@ def _readers(export_format: str) -> Iterable[Engine]:
 def _fact(engine: Engine, scheme: Scheme, export_format: str) -> Fact:
     """What is known about the scheme; of AutoRound's format, engines were examined with MX formats alone."""
     kind = kind_of(scheme)
-    if export_format == "auto_round" and kind not in (("mxfp4", "mxfp4"), ("mxfp8", "mxfp8")):
+    if export_format == "auto_round" and engine.dialect is None and kind not in (MXFP4, MXFP8):
         return NOT_KNOWN
     return engine.facts.get(kind, NOT_KNOWN)
 

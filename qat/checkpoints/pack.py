@@ -59,6 +59,7 @@ def export_checkpoint(
     facts: CardFacts | None = None,
     trust_remote_code: bool = False,
     calibrated_scales: Mapping[str, float] | None = None,
+    kv_cache_scheme: str | None = None,
 ) -> Path:
     """Pack the checkpoint in `source` into the new folder `target`; `source` is only read.
 
@@ -73,6 +74,7 @@ def export_checkpoint(
         trust_remote_code: run Python code that comes with the source, and copy it.
         calibrated_scales: as `QATConfig.calibrated_scales`, for schemes that need them and a source that has none: a
             plain one, or one that was trained in another scheme. Each is written under its name.
+        kv_cache_scheme: as in `prepare_qat`, beside `scheme`; with the default scheme, that of the training.
 
     Returns:
         `target`.
@@ -92,8 +94,9 @@ def export_checkpoint(
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
     model, qat_config = prepared_skeleton(
-        checkpoint, scheme, ignore, trust_remote_code=trust_remote_code, calibrated_scales=calibrated_scales
-    )
+        checkpoint, scheme, ignore, trust_remote_code=trust_remote_code, calibrated_scales=calibrated_scales,
+        kv_cache_scheme=kv_cache_scheme,
+    )  # fmt: skip
     _log_surplus(model, checkpoint)
     sites = quantized_sites(model)
     schemes = {site.name: site.scheme for site in sites}

@@ -44,6 +44,7 @@ class PackedFolder:
         own: its own qat_config.json; None where it has none, since another program packed it.
         declared: what the settings of such a folder say of each layer; empty where `own` says it.
         key_value_scales: names of the tensors that hold scales of the key/value cache, by compressed-tensors' names.
+        caches_fp8: whether the settings say that engines cache keys and values in FP8.
     """
 
     checkpoint: CheckpointFolder
@@ -51,6 +52,7 @@ class PackedFolder:
     own: QATConfig | None
     declared: dict[str, Declared]
     key_value_scales: dict[str, str]
+    caches_fp8: bool
 
     @property
     def packed_names(self) -> set[str]:
@@ -90,7 +92,8 @@ def check_packed(
         check_settings(settings, checkpoint.path)
     layers = packed_layers(checkpoint.stored, checkpoint.path)
     said = {} if own else {n: declared(settings, n, layer.format, checkpoint.path) for n, layer in layers.items()}
-    packed = PackedFolder(checkpoint, layers, own, said, _key_value_scales(checkpoint, settings))
+    caches_fp8 = has_key_value_scheme(settings, checkpoint.path)
+    packed = PackedFolder(checkpoint, layers, own, said, _key_value_scales(checkpoint), caches_fp8)
     for name in layers:
         _check_input_scale(packed, name)
     stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed.packed_names}
@@ -115,9 +118,8 @@ def check_packed_values(
     check_finite(packed.plain_tensors(), packed.checkpoint.path)
 
 
-def _key_value_scales(checkpoint: CheckpointFolder, settings: dict[str, Any]) -> dict[str, str]:
+def _key_value_scales(checkpoint: CheckpointFolder) -> dict[str, str]:
     """Names of the tensors with scales of the key/value cache, by compressed-tensors' names for them."""
-    has_key_value_scheme(settings, checkpoint.path)  # refuses those that are not read
     found = {}
     for name, stored in checkpoint.stored.items():
         match = _KEY_VALUE_SCALE.fullmatch(name)

@@ -45,6 +45,7 @@ def prepared_skeleton(
     saved: QATConfig | None = None,
     trust_remote_code: bool = False,
     calibrated_scales: Mapping[str, float] | None = None,
+    kv_cache_scheme: str | None = None,
 ) -> tuple[PreTrainedModel, QATConfig]:
     """The model of `checkpoint` on the meta device, prepared for `scheme`, and its configuration.
 
@@ -53,6 +54,7 @@ def prepared_skeleton(
             `ignore` then counts.
         saved: how the checkpoint was trained; default: its own `qat_config.json`.
         trust_remote_code: run Python code that comes with the checkpoint.
+        kv_cache_scheme: as in `prepare_qat`, beside a `scheme`.
         calibrated_scales: as `QATConfig.calibrated_scales`; default: those of `saved`, if `scheme` is that of `saved`.
 
     Raises:
@@ -69,7 +71,8 @@ def prepared_skeleton(
             assert saved is not None
             prepare_as_saved(model, saved)
         else:
-            prepare_qat(model, {LINEAR.key: scheme} if isinstance(scheme, str) else scheme, ignore)
+            mapping = {LINEAR.key: scheme} if isinstance(scheme, str) else scheme
+            prepare_qat(model, mapping, ignore, kv_cache_scheme=kv_cache_scheme)
     config = cast(QATConfig, model.qat_config)
     is_as_saved = saved is not None and saved.same_training(config)
     if calibrated_scales is None and is_as_saved:

@@ -20,6 +20,7 @@ from ..files.json_file import read_object
 from ..files.model_folder import CONFIG_NAME, quantizer_of
 from ..layers.calibration import DIVISOR
 from ..layers.fused import fused_groups
+from ..layers.kv_cache import cache_layers
 from ..layers.sites import LINEAR, find_sites
 from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import get_scheme
@@ -80,18 +81,19 @@ def load_packed(
         config = _derive_config(model, packed, divisors)
     else:
         config = packed.own
-        _check_divisors(config, divisors, checkpoint.path)
+        stored = {f"{name}.{DIVISOR}": divisor for name, divisor in divisors.items()}
+        _check_scales(config, stored | _stored_key_value_scales(packed), checkpoint.path)
     found = {name: layer.format for name, layer in packed.layers.items()}
     return model, keep_values(model, found, config, is_ours=packed.own is not None)
 
 
-def _check_divisors(own: QATConfig, divisors: Mapping[str, float], folder: Path) -> None:
-    """Raise a UserError where qat_config.json has other scales of inputs than the tensors of the folder."""
-    for name, found in divisors.items():
-        said = own.calibrated_scales.get(f"{name}.{DIVISOR}")
+def _check_scales(own: QATConfig, stored: Mapping[str, float], folder: Path) -> None:
+    """Raise a UserError where qat_config.json has other calibrated scales than the tensors of the folder."""
+    for name, found in stored.items():
+        said = own.calibrated_scales.get(name)
         if said != found:
             raise UserError(
-                f"{folder / QAT_CONFIG_NAME} contradicts the scales in {folder}: {name}.{DIVISOR} is {found}, and it "
+                f"{folder / QAT_CONFIG_NAME} contradicts the scales in {folder}: {name} is {found}, and it "
                 f"says {said}; export or copy the checkpoint again"
             )
 
@@ -108,8 +110,9 @@ def _derive_config(model: nn.Module, packed: PackedFolder, divisors: Mapping[str
             "%s: the inputs of %d layers have one FP8 scale for the whole tensor; here they are quantized under one "
             "scale for each token (FP8)", packed.checkpoint.path, replaced,
         )  # fmt: skip
-    calibrated = _input_scales(packed, schemes, divisors) | _key_value_scales(packed)
-    return QATConfig(mapping, ignore, rules, calibrated_scales=calibrated)
+    calibrated = _input_scales(packed, schemes, divisors) | _key_value_scales(model, packed)
+    cache = "FP8" if packed.caches_fp8 else None
+    return QATConfig(mapping, ignore, rules, calibrated_scales=calibrated, kv_cache_scheme=cache)
 
 
 def _input_scales(packed: PackedFolder, schemes: Mapping[str, str], divisors: Mapping[str, float]) -> dict[str, float]:
@@ -128,11 +131,24 @@ def _input_scales(packed: PackedFolder, schemes: Mapping[str, str], divisors: Ma
     return {f"{name}.{DIVISOR}": value for name, value in taken.items()}
 
 
-def _key_value_scales(packed: PackedFolder) -> dict[str, float]:
-    """The calibrated scales of the key/value cache: none, since training does not quantize keys and values."""
-    if packed.key_value_scales:
+def _key_value_scales(model: nn.Module, packed: PackedFolder) -> dict[str, float]:
+    """The calibrated scales of the key/value cache; one that is missing is 1, as in engines."""
+    if not packed.caches_fp8:
+        if packed.key_value_scales:
+            logger.warning(
+                "%s has %d scales of a key/value cache, and its settings have no kv_cache_scheme; they are not used",
+                packed.checkpoint.path, len(packed.key_value_scales),
+            )  # fmt: skip
+        return {}
+    found = _stored_key_value_scales(packed)
+    names = [quantizer for layer in cache_layers(model) for quantizer in (f"{layer}.k_scale", f"{layer}.v_scale")]
+    if missing := [name for name in names if name not in found]:
         logger.warning(
-            "%s: %d scales of its key/value cache are not used: training does not quantize keys and values",
-            packed.checkpoint.path, len(packed.key_value_scales),
+            "%s caches keys and values in FP8 and lacks %d of their scales, which are 1, as engines take them: %s",
+            packed.checkpoint.path, len(missing), missing[0],
         )  # fmt: skip
-    return {}
+    return {name: found.get(name, 1.0) for name in names}
+
+
+def _stored_key_value_scales(packed: PackedFolder) -> dict[str, float]:
+    return {name: float(packed.checkpoint.read(stored)[0].float()) for name, stored in packed.key_value_scales.items()}

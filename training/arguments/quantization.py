@@ -98,7 +98,7 @@ class QuantizationArguments:
         default=32,
         metadata={
             "help": "Training samples from which the scales are calibrated that do not follow from weights: those of "
-            "NVFP4's inputs. At most 512 tokens of each are read."
+            "NVFP4's inputs and of the key/value cache. At most 512 tokens of each are read."
         },
     )
     input_scale_refresh: int = field(

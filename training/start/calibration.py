@@ -1,4 +1,4 @@
-"""Calibrate the scales that do not follow from weights, such as those of NVFP4's inputs, with training samples."""
+"""Calibrate the scales that do not follow from weights with training samples: NVFP4's inputs, the key/value cache."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def scales_of_checkpoint(
     dataset: str,
     samples: int = SAMPLES,
     trust_remote_code: bool = False,
+    kv_cache_scheme: str | None = None,
 ) -> dict[str, float]:
     """The calibrated scales of an unquantized checkpoint for a scheme, as `export_checkpoint` takes them.
 
@@ -81,6 +82,7 @@ def scales_of_checkpoint(
         dataset: whose first training samples are read, see `data.sources.readers.HELP`.
         samples: how many of them, at most; only their beginnings.
         trust_remote_code: run Python code that comes with the checkpoint.
+        kv_cache_scheme: as in `prepare_qat`.
 
     Returns:
         Exact FP32 values by the names of tensors.
@@ -95,7 +97,8 @@ def scales_of_checkpoint(
     data = make_supervised_data_module(dataset, tokenizer, eval_dataset="none", evaluate=False)
     model = load_plain(folder, "SRC", trust_remote_code=trust_remote_code).to(device)
     with contextlib.redirect_stdout(io.StringIO()):  # messages about training
-        prepare_qat(model, {torch.nn.Linear: scheme} if isinstance(scheme, str) else scheme, ignore)
+        mapping = {torch.nn.Linear: scheme} if isinstance(scheme, str) else scheme
+        prepare_qat(model, mapping, ignore, kv_cache_scheme=kv_cache_scheme)
     calibrate_inputs(model, first_samples(data, device, samples), samples)
     return calibrated_scales(model)
 
@@ -134,5 +137,5 @@ def check_refresh(model: nn.Module, every: int) -> None:
     if every and not (needs_calibration(model) or calibrated_scales(model)):
         raise UserError(
             f"--input_scale_refresh {every} has no effect: no layer of the model has a calibrated scale, as inputs in "
-            "NVFP4 have; leave it out"
+            "NVFP4 and the key/value cache in FP8 have; leave it out"
         )

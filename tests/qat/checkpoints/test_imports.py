@@ -222,8 +222,10 @@ def test_scales_of_a_key_value_cache_are_known_tensors(tmp_path, caplog):
     names = {f"model.layers.0.self_attn.{part}": torch.tensor([0.5]) for part in ("k_scale", "v_scale")}
     change_tensors(folder, names)
     assert check_packed(folder).key_value_scales == {name: name for name in names}
-    load_packed(folder)
-    assert "2 scales of its key/value cache" in caplog.text
+    config = load_packed(folder)[1]
+    assert config.kv_cache_scheme == "FP8" and config.calibrated_scales == dict.fromkeys(names, 0.5)
+    change_settings(folder, kv_cache_scheme=None)
+    assert load_packed(folder)[1].kv_cache_scheme is None and "has 2 scales of a key/value cache" in caplog.text
     change_settings(folder, kv_cache_scheme={**scheme, "num_bits": 4})
     with pytest.raises(ValueError, match="has the key/value cache in .*num_bits.*4"):
         check_packed(folder)
@@ -370,7 +372,9 @@ def test_nvfp4_of_model_optimizer_is_multiplied_and_not_divided_by_a_reciprocal(
     assert first[[0, 1, 16, 17]].tolist() == values.tolist()
     assert torch.equal(first, values[[0, 1] * 8 + [2, 3] * 8].repeat(2))
     assert config.mapping == {"torch.nn.Linear": "NVFP4"}
-    assert set(config.calibrated_scales.values()) == {1024.0} and len(config.calibrated_scales) == 7
+    inputs = {name: value for name, value in config.calibrated_scales.items() if name.endswith("input_global_scale")}
+    assert set(inputs.values()) == {1024.0} and len(inputs) == 7
+    assert config.kv_cache_scheme == "FP8" and len(config.calibrated_scales) == 9
     assert check_packed(folder).key_value_scales == {
         f"model.layers.0.self_attn.{part}_scale": f"model.layers.0.self_attn.{part}_proj.{part}_scale" for part in "kv"
     }
