@@ -41,14 +41,22 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
 
 def bar_chart(path: Path, title: str, axis: str, groups: dict[str, dict[str, float]]) -> None:
-    """PNG of horizontal bars on a logarithmic axis, one panel per group, values written beside the bars."""
+    """PNG of horizontal bars on a logarithmic axis, one panel per group, values written beside the bars.
+
+    Panels stand four in a row, each as high as its bars need.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(6 * len(groups), 4), sharex=True, squeeze=False)
-    for panel, (group, values) in zip(panels[0], groups.items(), strict=True):
+    columns = min(4, len(groups))
+    rows, bars_at_most = -(-len(groups) // columns), max(map(len, groups.values()))
+    size = 6 * columns, rows * (1.5 + 0.3 * bars_at_most)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, sharex=True, squeeze=False)
+    for panel in panels.flat[len(groups) :]:
+        panel.set_axis_off()
+    for panel, (group, values) in zip(panels.flat, groups.items(), strict=False):
         names = list(values)[::-1]
         bars = panel.barh(names, [values[name] for name in names])
         panel.bar_label(bars, fmt="%.3g", padding=3)

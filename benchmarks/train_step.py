@@ -100,9 +100,18 @@ def main() -> None:
             report.add(f"{scheme} peak memory over BF16", memory[scheme] / memory[None], "1.00")
             report.add(f"{scheme} peak memory over BF16, freed memory returned", in_use[scheme] / in_use[None], "1.00")
     report.write(args.out)
-    ratios = {row["figure"].replace(" over BF16", ""): float(row["value"]) for row in report.rows if not row["unit"]}
-    title = f"{args.shape}, {args.batch} x {args.length} tokens"
-    bar_chart(args.out / f"{report.name}.png", "QAT over BF16 training", "QAT / BF16", {title: ratios})
+    title = f"QAT over BF16 training: {args.shape}, {args.batch} x {args.length} tokens"
+    bar_chart(args.out / f"{report.name}.png", title, "QAT / BF16", panels_of(report.rows))
+
+
+def panels_of(rows: Sequence[dict[str, str]]) -> dict[str, dict[str, float]]:
+    """The ratios of a report by what they compare, then by scheme."""
+    panels: dict[str, dict[str, float]] = {}
+    for row in rows:
+        scheme, _, figure = row["figure"].removesuffix(" over BF16").partition(" ")
+        if not row["unit"]:
+            panels.setdefault(figure, {})[scheme] = float(row["value"])
+    return panels
 
 
 class Figures(NamedTuple):
