@@ -97,9 +97,7 @@ class QuantLinear(nn.Linear):
                 f"a layer in {self.scheme_name} has no calibrated scale for its input; run "
                 "qat.layers.calibration.calibrate_inputs on some samples first"
             )
-        if inputs.divisor.device != device:
-            inputs.divisor = inputs.divisor.to(device)
-        return inputs.divisor
+        return inputs.divisor_on(device)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

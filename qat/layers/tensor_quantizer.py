@@ -146,6 +146,12 @@ class TensorQuantizer(nn.Module):
         """Whether it quantizes inputs in a format with a tensor scale, which has to be calibrated."""
         return self.if_quant and self.spec.format.tensor_scale is not None
 
+    def divisor_on(self, device: torch.device) -> torch.Tensor | None:
+        """The calibrated divisor, FP32 [1], on the device of the input; None before calibration."""
+        if self.divisor is not None and self.divisor.device != device:
+            self.divisor = self.divisor.to(device)
+        return self.divisor
+
     @property
     def is_enabled(self) -> bool:
         """Whether `forward` quantizes."""

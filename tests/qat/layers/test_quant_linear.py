@@ -158,3 +158,11 @@ def test_a_quantizer_made_with_if_quant_false_never_quantizes():
     quantizer, x = TensorQuantizer(bits=4, if_quant=False), torch.randn(2, 32)
     quantizer.enable()
     assert quantizer(x) is x
+
+
+def test_a_calibrated_divisor_follows_the_input_to_its_device():
+    quantizer = TensorQuantizer.of(get_scheme("NVFP4").input)
+    assert quantizer.divisor_on(torch.device("meta")) is None
+    quantizer.divisor = torch.tensor([3.0])
+    assert quantizer.divisor_on(torch.device("cpu")) is quantizer.divisor
+    assert quantizer.divisor_on(torch.device("meta")).device.type == "meta"
