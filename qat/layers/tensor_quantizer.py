@@ -159,14 +159,18 @@ class TensorQuantizer(nn.Module):
         """Return inputs untouched in `forward`."""
         self._enabled = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] (float32, bfloat16 or float16) -> the same shape and dtype, on the format's grid."""
+    def forward(self, x: torch.Tensor, divisor: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] (float32, bfloat16 or float16) -> the same shape and dtype, on the format's grid.
+
+        Args:
+            divisor: FP32 [1], in formats with a tensor scale; default: that of x.
+        """
         if not self.is_enabled:
             return x
         if self.scale is not None:
-            scale = self.rounding.quantize(x.detach(), x.dtype, *self.learned).scales[0]
+            scale = self.rounding.quantize(x.detach(), x.dtype, *self.learned, divisor=divisor).scales[0]
             self.scale.copy_(scale.view_as(self.scale))
-        return self.rounding.fake_quantize(x, x.dtype, *self.learned)
+        return self.rounding.fake_quantize(x, x.dtype, *self.learned, divisor=divisor)
 
     def weight_pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight on the grid of `scale` -> the bytes that engines load.

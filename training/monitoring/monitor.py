@@ -150,7 +150,8 @@ class QuantizationMonitor(TrainerCallback):
         def look(layer: QuantLinear, args: tuple) -> None:
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
-            quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype, layer.input_quantizer.divisor)
+            divisor = layer.input_divisor(x.device)  # before the first step it is on the CPU
+            quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype, divisor)
             self.input_fractions.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
 
         return look
