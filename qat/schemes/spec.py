@@ -1,4 +1,4 @@
-"""TensorSpec and Scheme: which format and scale rule a layer's weight, input and key/value cache have."""
+"""TensorSpec and Scheme: which format and scale rule a layer's weight and input have."""
 
 from __future__ import annotations
 
@@ -109,13 +109,11 @@ class Scheme:
         name: of a preset, such as "MXFP4".
         weight: spec of the weight.
         input: spec of the activations that the layer reads; None: they stay as they are (weight-only).
-        kv: spec of keys and values in the cache; None: not quantized.
     """
 
     name: str
     weight: TensorSpec
     input: TensorSpec | None = None
-    kv: TensorSpec | None = None
 
     def with_rules(self, weight: str | None = None, input: str | None = None) -> Scheme:
         """This scheme under other scale rules; None keeps its own.
