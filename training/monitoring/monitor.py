@@ -148,6 +148,8 @@ class QuantizationMonitor(TrainerCallback):
 
     def _watch(self, group: str):
         def look(layer: QuantLinear, args: tuple) -> None:
+            if not layer.input_quantizer.is_enabled:  # the student without quantizers is its own teacher
+                return
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
             divisor = layer.input_divisor(x.device)  # before the first step it is on the CPU
