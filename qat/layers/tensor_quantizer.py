@@ -22,10 +22,9 @@ class TensorQuantizer(nn.Module):
     Its `spec` is the only place that defines how a layer's tensor is quantized.
 
     Args:
-        data_type: AutoRound's name, with the scale rule as suffix: "mx_fp", "mx_fp_rceil", "mx_fp_even",
-            "mx_fp_search", "fp"; or "mx_fp4" and "mx_fp8", which name the bits too.
-        bits: 4 (E2M1) or 8 (E4M3). Default: what `data_type` names, else 8.
-        block_size: values that share a scale: 32 in MX formats, -1 (a whole row) in FP8. Default: the format's.
+        data_type: as in `TensorSpec.of`: AutoRound's name, with the scale rule as suffix ("mx_fp", "mx_fp_rceil").
+        bits: of a value. Default: what `data_type` names, else 8.
+        block_size: values that share a scale; -1 for a whole row. Default: the format's.
         sym: these formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
         learn_exponent: train the block exponents of a weight: the parameter `exponent_offset` (FP32 [N, K / 32], zero
