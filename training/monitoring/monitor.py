@@ -9,7 +9,8 @@ steps after an oscillation.
 Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 layers, spread over
 the depth of the model, and 16 rows of each, joined into one matrix, so that a step costs a few dozen small operations
 whatever the model's size. Inputs are looked at in steps that are logged, in at most 4 layers of each group, 64 tokens
-of each. Under FSDP2 these are rows that the logging process holds. A resumed run starts its histories anew.
+of each. Under FSDP2 these are rows that the logging process holds. In formats with a tensor scale, the joined rows have
+one of their own, not that of their layers, which needs all rows. A resumed run starts its histories anew.
 """
 
 from __future__ import annotations
