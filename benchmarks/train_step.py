@@ -78,7 +78,7 @@ def main() -> None:
         memory = {scheme: peak_memory(args, scheme or "BF16") for scheme in every}
         in_use = {scheme: peak_memory(args, scheme or "BF16", RETURN_FREED) for scheme in every}
     figures: dict = {}
-    for first in range(0, len(args.schemes), AT_ONCE):
+    for first in range(0, max(1, len(args.schemes)), AT_ONCE):
         figures |= measured_beside_bf16(args, args.schemes[first : first + AT_ONCE])
 
     bf16 = figures[None]

@@ -41,7 +41,8 @@ class VllmLog:
         if own is not None:
             logger.warning("%s=%s configures vLLM's log, so kernels are not read from it", own, os.environ[own])
             return
-        folder = Path(tempfile.mkdtemp(prefix="vllm-log-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm-log-", ignore_cleanup_errors=True)  # until the end
+        folder = Path(self._folder.name)
         self._path = folder / "vllm.log"
         self._path.touch()
         config = folder / "logging.json"

@@ -3,7 +3,7 @@
     accelerate launch --config_file accelerate_config/fsdp2.yaml --num_processes 2 tests/fsdp_on_cpu.py [FLAG ...]
 
 Everything but that switch is the product: the yaml's settings reach accelerate's plugin as they do on GPUs. What FSDP1
-gets wrong on CPUs is mended here, three lines of it, since nobody trains with it there.
+gets wrong on CPUs is fixed here, three lines of it, since nobody trains with it there.
 """
 
 from __future__ import annotations

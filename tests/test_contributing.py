@@ -13,7 +13,8 @@ CODE = re.findall(r"`([^`\n]+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding=
 @cache
 def sources() -> str:
     """The text of all Python files of the project."""
-    files = [file for folder in ("qat", "data", "training", "tests") for file in (ROOT / folder).rglob("*.py")]
+    folders = ("qat", "data", "training", "serving", "benchmarks", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.name != "test_contributing.py")
 
 
@@ -26,7 +27,7 @@ def test_files_that_it_names_exist():
 
 
 def test_names_of_code_that_it_names_exist():
-    names = {code.removesuffix("()") for code in CODE if re.fullmatch(r"_?[A-Z]{2,}\w*|[a-z]+(_\w+)+(\(\))?", code)}
+    names = {code.removesuffix("()") for code in CODE if re.fullmatch(r"_?[A-Z]{2,}\w*|_?[a-z]+(_\w+)+(\(\))?", code)}
     names -= {"PYTHON", "test_export_2"}  # of scripts/environment.sh; a bad example
     assert {"PRESETS", "_LAYOUTS", "assert_equals_plain"} <= names
     assert not [name for name in sorted(names) if not re.search(rf"\b{name}", sources())]

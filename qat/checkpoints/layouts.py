@@ -25,11 +25,13 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
-from ..numerics import ops
+from ..layers.calibration import DIVISOR
+from ..numerics import mx, ops
 from ..numerics.codes import decode
 from ..numerics.families import get_format
 from ..numerics.formats import E8M0, Format, Quantized
 from ..schemes.spec import VIEW_DTYPE
+from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
 from .fit import check_finite, is_finite
 from .folder import Stored
 
@@ -37,12 +39,11 @@ Tensors = Mapping[str, torch.Tensor]  # of a layer, by the last part of their na
 
 _FLOATS = ("BF16", "F16", "F32")
 _INT4 = ("int4_g32", "int4_g128")
-_E8M0_NAN = 255
 _SYMMETRIC_ZEROS = 0x77777777  # eight zero points in a word, each stored less 1: 8 is the middle of 0 to 15
 _SLAB_VALUES = 1 << 22  # dequantized at a time in plain PyTorch; bounds its temporaries
-_INPUT_DIVISOR, _INPUT_MULTIPLIER = "input_global_scale", "input_scale"
-_POSITIVE = ("weight_global_scale", "weight_scale_2", _INPUT_DIVISOR, _INPUT_MULTIPLIER)
-_REMEDY = "start from the BF16 checkpoint that it was made of"
+_INPUT_MULTIPLIER = "input_scale"
+_POSITIVE = (WEIGHT_DIVISOR, "weight_scale_2", DIVISOR, _INPUT_MULTIPLIER)
+REMEDY = "start from the BF16 checkpoint that it was made of"
 # Tensors that change what a layer computes, in formats that are not read.
 _REFUSED = {
     "weight_zero_point": "zero points (asymmetric quantization)",
@@ -98,7 +99,7 @@ class PackedLayer:
     @property
     def input_scale(self) -> str | None:
         """The full name of the calibrated scale of its inputs; None where there is none."""
-        return self.tensors.get(_INPUT_DIVISOR, self.tensors.get(_INPUT_MULTIPLIER))
+        return self.tensors.get(DIVISOR, self.tensors.get(_INPUT_MULTIPLIER))
 
 
 # ---- Which layout a layer has ----
@@ -113,7 +114,7 @@ def packed_layers(stored: Mapping[str, Stored], where: object) -> dict[str, Pack
     """
     for name in sorted(stored):
         if reason := _REFUSED.get(name.rpartition(".")[2]):
-            raise UserError(f"{where} has {name}: {reason}, which this program does not read; {_REMEDY}")
+            raise UserError(f"{where} has {name}: {reason}, which this program does not read; {REMEDY}")
     scales = {layout.scale for layout in LAYOUTS}
     marks = scales | {layout.codes for layout in LAYOUTS if layout.codes != "weight"}
     names = sorted({layer for name in stored for layer, _, last in [name.rpartition(".")] if last in marks})
@@ -144,7 +145,7 @@ def _layout(name: str, own: Mapping[str, Stored], where: object) -> Layout:
     is_gptq = "scales" in own or codes == "qweight"
     scale = "scales" if is_gptq else "weight_scale"
     if codes is None or scale not in own:
-        lacking = codes or ("qweight" if is_gptq else "weight_packed" if "weight_shape" in own else "weight")
+        lacking = codes or ("qweight" if is_gptq else "weight_packed" if WEIGHT_SHAPE in own else "weight")
         raise UserError(f"{where} is incomplete: {name}.{lacking} or its {scale} is missing")
     stored, scales = own[codes], own[scale]
     for row in LAYOUTS:
@@ -153,7 +154,7 @@ def _layout(name: str, own: Mapping[str, Stored], where: object) -> Layout:
             return row
     raise UserError(
         f"{where}: {name} has {codes} in {stored.dtype} {stored.shape} and scales in {scales.dtype}: no layout of "
-        f"MXFP4, MXFP8, NVFP4, INT4 or FP8 that is read; {_REMEDY}"
+        f"MXFP4, MXFP8, NVFP4, INT4 or FP8 that is read; {REMEDY}"
     )
 
 
@@ -192,7 +193,7 @@ def _check_other(name: str, found: Stored | None, dtypes: tuple[str, ...], is_re
     part = name.rpartition(".")[2]
     if part in _POSITIVE and math.prod(found.shape) != 1:
         raise UserError(f"{name} has the shape {found.shape}, and it must be one number; pack it again")
-    if part == "weight_shape" and found.shape != (2,):
+    if part == WEIGHT_SHAPE and found.shape != (2,):
         raise UserError(f"{name} has the shape {found.shape}, and it must be (2,); pack it again")
 
 
@@ -207,19 +208,19 @@ def check_tensor(part: str, tensor: torch.Tensor, layer: PackedLayer, where: obj
     """
     name = layer.tensors[part]
     if part == layer.layout.scale:
-        broken = int(tensor.max()) == _E8M0_NAN if layer.format.scale == E8M0 else not is_finite(tensor)
+        broken = int(tensor.max()) == mx.E8M0_NAN if layer.format.scale == E8M0 else not is_finite(tensor)
         if broken:
             raise UserError(
                 f"{where}: {name} holds scales that are NaN or infinite; export or copy the checkpoint again"
             )
     elif part in _POSITIVE and not 0 < float(tensor) < math.inf:
         raise UserError(f"{where}: {name} is {float(tensor)}, not a positive number; export or copy it again")
-    elif part == "weight_shape" and tuple(tensor.tolist()) != layer.shape:
+    elif part == WEIGHT_SHAPE and tuple(tensor.tolist()) != layer.shape:
         raise UserError(f"{where}: {name} is {tensor.tolist()}, and the codes are of a weight {list(layer.shape)}")
     elif part == "qzeros" and bool((tensor != _SYMMETRIC_ZEROS).any()):
-        raise UserError(f"{where}: {name} has zero points other than 8 (asymmetric quantization); {_REMEDY}")
+        raise UserError(f"{where}: {name} has zero points other than 8 (asymmetric quantization); {REMEDY}")
     elif part == "g_idx" and not torch.equal(tensor.long(), torch.arange(layer.shape[1]) // (layer.format.block or 1)):
-        raise UserError(f"{where}: {name} has another order of its columns (act-order); {_REMEDY}")
+        raise UserError(f"{where}: {name} has another order of its columns (act-order); {REMEDY}")
     else:
         check_finite([(name, tensor)], where)
 
@@ -235,12 +236,12 @@ def input_divisor(layer: PackedLayer, tensor: torch.Tensor) -> float:
     The reciprocal of a multiplier is what vLLM's kernels divide by, too.
     """
     value = tensor.float().reshape(())
-    return float(value if _INPUT_DIVISOR in layer.tensors else value.reciprocal())
+    return float(value if DIVISOR in layer.tensors else value.reciprocal())
 
 
 def engines_divisor(layer: PackedLayer, divisors: list[float]) -> float:
     """What engines take where layers that they fuse have several: the largest divisor, or the largest multiplier."""
-    return max(divisors) if _INPUT_DIVISOR in layer.tensors else min(divisors)
+    return max(divisors) if DIVISOR in layer.tensors else min(divisors)
 
 
 def _of_operators(codes: torch.Tensor, fmt: Format, *scales: torch.Tensor) -> torch.Tensor:
@@ -267,7 +268,7 @@ def _mx(tensors: Tensors, fmt: Format) -> torch.Tensor:
 
 
 def _nvfp4(tensors: Tensors, fmt: Format) -> torch.Tensor:
-    scales = tensors["weight_scale"], tensors["weight_global_scale"].reshape(1)
+    scales = tensors["weight_scale"], tensors[WEIGHT_DIVISOR].reshape(1)
     return _of_operators(tensors["weight_packed"], fmt, *scales)
 
 
@@ -290,20 +291,20 @@ def _fp8(tensors: Tensors, fmt: Format) -> torch.Tensor:
     return _in_dtype_of(scale.reshape(-1, 1).expand(codes.shape[0], 1), codes, fmt)
 
 
-_DIVISOR = {_INPUT_DIVISOR: ("F32",)}
+_OF_INPUTS = {DIVISOR: ("F32",)}
 _MULTIPLIER = {_INPUT_MULTIPLIER: _FLOATS}
 LAYOUTS = (
     Layout("weight_packed", "U8", "weight_scale", ("U8",), ("mxfp4",), _mx),
     Layout("weight", "F8_E4M3", "weight_scale", ("U8",), ("mxfp8",), _mx),
     Layout(
-        "weight_packed", "U8", "weight_scale", ("F8_E4M3",), ("nvfp4",), _nvfp4, {"weight_global_scale": ("F32",)},
-        _DIVISOR,
+        "weight_packed", "U8", "weight_scale", ("F8_E4M3",), ("nvfp4",), _nvfp4, {WEIGHT_DIVISOR: ("F32",)},
+        _OF_INPUTS,
     ),
     Layout(
         "weight", "U8", "weight_scale", ("F8_E4M3",), ("nvfp4",), _nvfp4_of_multiplier, {"weight_scale_2": ("F32",)},
         _MULTIPLIER,
     ),
-    Layout("weight_packed", "I32", "weight_scale", _FLOATS, _INT4, _int4, {"weight_shape": ("I64", "I32")}),
+    Layout("weight_packed", "I32", "weight_scale", _FLOATS, _INT4, _int4, {WEIGHT_SHAPE: ("I64", "I32")}),
     Layout("weight", "F8_E4M3", "weight_scale", _FLOATS, ("fp8_channel",), _fp8, {}, _MULTIPLIER),
     Layout(
         "qweight", "I32", "scales", _FLOATS, _INT4, _int4_of_gptq, {"qzeros": ("I32",)}, {"g_idx": ("I32",)}, True,

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..numerics import mx
 from ..numerics.formats import Format
 from ..schemes.config import QATConfig
+from ..schemes.presets import get_kv_cache_scheme
 from ..schemes.spec import Scheme
 from .dialects import Dialect
 
@@ -47,6 +48,7 @@ that they were exported from.
 | scale rule of the weights | {weight_rules} (the scales are in the file) |
 | scale rule of the activations in training | {input_rules} |
 | scale rule of the activations in transformers | {engine_rules} |
+| key/value cache | {cache} |
 | training data | {dataset} |
 
 {formats}{results}
@@ -131,6 +133,7 @@ def write_card(
         weight_rules=_rules(scheme.rules["weight"] for scheme in layers.values()),
         input_rules=_rules(scheme.rules["input"] for scheme in layers.values()),
         engine_rules=_rules(dialect.input_rule(scheme) for scheme in layers.values()),
+        cache=_describe_cache(qat_config.kv_cache_scheme),
         dataset=facts.dataset or "not recorded",
         formats="".join(f"* {describe_scheme(s)}, in {counts[name]} layers.\n" for name, s in schemes.items()),
         results=_results_section(measured, facts, is_of_this_model),
@@ -154,8 +157,6 @@ def describe_scheme(scheme: Scheme) -> str:
         parts.append("activations in the same format")
     else:
         parts.append(f"activations in {_describe_format(scheme.input.format, 'token')}")
-    if scheme.kv is not None:
-        parts.append(f"keys and values in the cache in {_describe_format(scheme.kv.format, 'token')}")
     return f"{scheme.name}: {', '.join(parts)}"
 
 
@@ -166,6 +167,17 @@ def _describe_format(fmt: Format, row: str) -> str:
     if fmt.tensor_scale is not None:
         scales += f", and the tensor has one in {fmt.tensor_scale.name.upper()}"
     return f"{fmt.name} ({standard}; values in {fmt.element.name.upper()}, {fmt.element.bits} bits; {scales})"
+
+
+def _describe_cache(scheme: str | None) -> str:
+    """How keys and values are quantized, in words."""
+    if scheme is None:
+        return "not quantized"
+    name, spec = get_kv_cache_scheme(scheme)
+    return (
+        f"{name}: values in {spec.format.element.name.upper()}; the keys of a layer have one scale in "
+        f"{spec.format.scale.name.upper()}, its values another (in the file)"
+    )
 
 
 def _rules(names: Iterable[str | None]) -> str:

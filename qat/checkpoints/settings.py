@@ -15,25 +15,15 @@ from typing import Any
 from ..errors import UserError
 from ..files.json_file import read_object, shown
 from ..files.model_folder import HF_QUANT_CONFIG, quantizer_of
+from ..numerics.families import formats
 from ..numerics.formats import Format
 from ..schemes.patterns import EXPRESSION, matches
 from ..schemes.presets import PRESETS
-from .dialects.compressed_tensors import quantization_args
+from .dialects.compressed_tensors import LAYOUT_NAMES, quantization_args
+from .layouts import REMEDY
 
 _PER_TENSOR = "fp8_tensor"  # inputs in FP8 with one scale, which no scheme has
 _LINEAR = "Linear"
-# compressed-tensors' names of the layouts of weights.
-_LAYOUTS = ("mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized", "pack-quantized", "float-quantized")
-_REMEDY = "start from the BF16 checkpoint that it was made of"
-# compressed-tensors' arguments for inputs: bits, type, strategy, group size.
-_INPUTS = {
-    (4, "float", "group", 32): "mxfp4",
-    (8, "float", "group", 32): "mxfp8",
-    (4, "float", "tensor_group", 16): "nvfp4",
-    (8, "float", "token", None): "fp8_token",
-    (8, "float", "group", 128): "fp8_g128",
-    (8, "float", "tensor", None): _PER_TENSOR,
-}
 # Model-Optimizer's algorithms: the formats of weights and of inputs.
 _ALGORITHMS: dict[str, tuple[str, str | None]] = {
     "NVFP4": ("nvfp4", "nvfp4"),
@@ -82,12 +72,12 @@ def check_settings(settings: Mapping[str, Any], where: object) -> None:
             raise _refusal(where, method, "with zero points (sym false),")
     else:
         for name in (settings.get("format"), *(group.get("format") for group in _groups(settings, where))):
-            if name not in (None, "mixed-precision", *_LAYOUTS):
-                raise _refusal(where, method, f"in its format {shown(name)} (read are {', '.join(_LAYOUTS)}),")
+            if name not in (None, "mixed-precision", *LAYOUT_NAMES):
+                raise _refusal(where, method, f"in its format {shown(name)} (read are {', '.join(LAYOUT_NAMES)}),")
 
 
 def _refusal(where: object, method: str, how: str) -> UserError:
-    return UserError(f"{where} is quantized by {method} {how} which is not read; {_REMEDY}".replace(",,", ","))
+    return UserError(f"{where} is quantized by {method} {how} which is not read; {REMEDY}".replace(",,", ","))
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ def declared(settings: Mapping[str, Any], layer: str, fmt: Format, where: object
             return Declared(name + suffix if name + suffix in PRESETS else name, is_replaced)
     raise UserError(
         f"{where}: {layer} has weights in {fmt.name} and inputs in {inputs or 'no format'}, and no scheme has both; "
-        f"{_REMEDY}"
+        f"{REMEDY}"
     )
 
 
@@ -143,7 +133,7 @@ def has_key_value_scheme(settings: Mapping[str, Any], where: object) -> bool:
         is_fp8 = found == "FP8"
     if not is_fp8:
         raise UserError(
-            f"{where} has the key/value cache in {shown(found)}; FP8 with a scale for each tensor is read; {_REMEDY}"
+            f"{where} has the key/value cache in {shown(found)}; FP8 with a scale for each tensor is read; {REMEDY}"
         )
     return True
 
@@ -176,10 +166,12 @@ def _of_compressed_tensors(
     _check_weights(weights, fmt, f"{where}: {layer}")
     if group.get("input_activations") is None:
         return None, ""
-    kind = (inputs.get("num_bits"), inputs.get("type"), _strategy(inputs), inputs.get("group_size") or None)
-    found = next((name for known, name in _INPUTS.items() if known == kind), None)
+    known = {_kind(quantization_args(f, dynamic=True)): f.name for f in formats().values() if f.input_rules}
+    known[8, "float", "tensor", None] = _PER_TENSOR
+    kind = _kind(inputs)
+    found = next((name for other, name in known.items() if other == kind), None)  # JSON may not be hashable
     if found is None or not inputs.get("symmetric", True):
-        raise UserError(f"{where}: {layer} has inputs in {shown(inputs)}, which no scheme has; {_REMEDY}")
+        raise UserError(f"{where}: {layer} has inputs in {shown(inputs)}, which no scheme has; {REMEDY}")
     return found, ""
 
 
@@ -191,6 +183,12 @@ def _group_of(layer: str, groups: list[dict[str, Any]]) -> dict[str, Any] | None
         if any(name == layer or (name.startswith(EXPRESSION) and matches(layer, name)) for name in names):
             return group
     return next((group for group, names in zip(groups, targets, strict=True) if _LINEAR in names), None)
+
+
+def _kind(arguments: Mapping[str, Any]) -> tuple:
+    """Bits, type, strategy and group size."""
+    size = arguments.get("group_size") or None
+    return arguments.get("num_bits"), arguments.get("type"), _strategy(arguments), size
 
 
 def _strategy(arguments: Mapping[str, Any]) -> str:
@@ -213,7 +211,7 @@ def _check_weights(weights: Mapping[str, Any], fmt: Format, where: str) -> None:
         if value not in choices:
             raise UserError(
                 f"{where} is said to have weights of {key} {shown(value)}; {fmt.name}, as its tensors are, has "
-                f"{' or '.join(map(repr, choices))}; {_REMEDY}"
+                f"{' or '.join(map(repr, choices))}; {REMEDY}"
             )
 
 
@@ -226,11 +224,11 @@ def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: 
         if own.get(key, expected) != expected:
             raise UserError(
                 f"{where}: {layer} is said to have weights of {key} {shown(own[key])}, and in {fmt.name} it is "
-                f"{expected}; {_REMEDY}"
+                f"{expected}; {REMEDY}"
             )
     kind = str(own.get("data_type", fmt.data_type))
     if not kind.startswith(fmt.data_type):
-        raise UserError(f"{where}: {layer} has weights in AutoRound's {kind}, which is not read; {_REMEDY}")
+        raise UserError(f"{where}: {layer} has weights in AutoRound's {kind}, which is not read; {REMEDY}")
     bits = own.get("act_bits") or 16
     if isinstance(bits, int) and bits > 8:
         return None, ""
@@ -247,7 +245,7 @@ def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: 
     if found is None or own.get("act_sym", True) is False:
         raise UserError(
             f"{where}: {layer} has inputs in AutoRound's {inputs} of {bits} bits in groups of {size}, which no scheme "
-            f"has; {_REMEDY}"
+            f"has; {REMEDY}"
         )
     return found, suffix
 
@@ -276,6 +274,6 @@ def _of_model_optimizer(settings: Mapping[str, Any], layer: str, fmt: Format, wh
     if weights != fmt.name:
         raise UserError(
             f"{where}: {layer} is said to be quantized by the quant_algo {algorithm!r}, and its tensors are in "
-            f"{fmt.name}; read are {', '.join(_ALGORITHMS)}; {_REMEDY}"
+            f"{fmt.name}; read are {', '.join(_ALGORITHMS)}; {REMEDY}"
         )
     return inputs, ""

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import UserError
 from ..numerics import ops
-from ..numerics.formats import E2M1_VALUES, Format, Quantized
+from ..numerics.codes import decode
+from ..numerics.formats import Format, Quantized
 from ..schemes.spec import VIEW_DTYPE
 from .rounding import Rounding
 
@@ -121,6 +122,5 @@ def _candidates(blocks: torch.Tensor, fmt: Format, divisor: torch.Tensor | None)
 
 def _magnitudes(fmt: Format) -> list[float]:
     """The magnitudes of the elements but zero, the largest first."""
-    if fmt.element.exponent_bits:
-        return sorted(E2M1_VALUES[1:], reverse=True)
-    return [float(magnitude) for magnitude in range(int(fmt.element.largest) + 1, 0, -1)]
+    magnitudes = decode(torch.arange(256, dtype=torch.uint8), fmt.element).abs().unique()
+    return magnitudes[magnitudes > 0].tolist()[::-1]

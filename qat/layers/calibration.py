@@ -123,14 +123,16 @@ def calibrate_inputs(
         return
     largest: dict[nn.Module, torch.Tensor] = {}
     handles = [scale.reader.register_forward_pre_hook(_recorder(largest)) for scale in scales.values()]
-    was_training = model.training
+    run = model if forward is None else forward  # a compiled model has no truth value
+    was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with quantizers_off(model):
             for batch in tqdm(batches, total=total, desc="Calibrating scales", unit=" batches"):
-                (forward or model)(**batch)
+                run(**batch)
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():  # parts of a model may be in other modes
+            module.training = mode
         for handle in handles:
             handle.remove()
     for scale in scales.values():
@@ -147,6 +149,8 @@ def calibrate_inputs(
 
 def _recorder(largest: dict[nn.Module, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if not inputs[0].numel():  # an expert that no token of a batch reaches
+            return
         amax = torch.linalg.vector_norm(inputs[0].detach().float(), torch.inf)
         largest[module] = torch.maximum(largest[module], amax) if module in largest else amax
 

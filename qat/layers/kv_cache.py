@@ -124,7 +124,10 @@ def check_cache_calibrated(model: nn.Module) -> None:
     """Raise a UserError that names the first scale of the cache that is not calibrated."""
     for quantizer in cache_quantizers(model):
         if quantizer.scale is None:
-            raise UserError(f"{quantizer.tensor} is not calibrated, so engines would take 1.0; calibrate first")
+            raise UserError(
+                f"{quantizer.tensor} is not calibrated, so engines would take 1.0; give --dataset to scripts/export.py "
+                "(calibrated_scales to export_checkpoint)"
+            )
 
 
 def set_cache_rule(model: nn.Module, rule: str) -> None:

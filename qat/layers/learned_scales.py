@@ -74,6 +74,7 @@ class LearnedScales(LearnedRounding):
         assert fmt.block is not None, fmt.name
         values = ops.dequantize(quantized, fmt.name, torch.float32)
         viewed = weight.to(dtype).float()
+        # Not family_of, which torch.compile cannot follow.
         saturates = integer.saturates if fmt.name in integer.FORMATS else nvfp4.saturates
         # s * dv/ds
         slope = torch.where(saturates(viewed, quantized, fmt), values, values - viewed)

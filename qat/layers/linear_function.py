@@ -105,7 +105,7 @@ class _QuantizedLinear(torch.autograd.Function):
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if ctx.needs_input_grad[0]:
             grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
-            grad_x = grad_x.reshape(*grad.shape[:-1], -1).to(x_dtype)
+            grad_x = grad_x.reshape(*grad.shape[:-1], weight.shape[-1]).to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
             grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])

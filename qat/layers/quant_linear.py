@@ -58,10 +58,12 @@ class QuantLinear(nn.Linear):
             spec = inputs.spec if inputs.is_enabled else None
             output = quantized_linear(
                 input, self.effective_weight(), self.bias, spec, weight.rounding, dtype, weight.learned,
-                self._divisor(input, dtype), self._input_divisor(input.device), id(self.fused_with),
+                self._divisor(input, dtype), self.input_divisor(input.device), id(self.fused_with),
             )  # fmt: skip
         else:
-            output = F.linear(inputs(input.to(dtype)), weight(self.effective_weight().to(dtype)), self.bias)
+            divisor = self._divisor(input, dtype) if weight.is_enabled else None
+            x = inputs(input.to(dtype), self.input_divisor(input.device))
+            output = F.linear(x, weight(self.effective_weight().to(dtype), divisor), self.bias)
         return self.output_quantizer(output)
 
     def _divisor(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -83,8 +85,8 @@ class QuantLinear(nn.Linear):
         key = fmt.name, dtype, tuple((id(weight), weight._version) for weight in weights)
         return once_for(input, key, lambda: ops.tensor_divisor([w.detach() for w in weights], fmt.name, dtype))
 
-    def _input_divisor(self, device: torch.device) -> torch.Tensor | None:
-        """The calibrated one of the input in formats with a tensor scale.
+    def input_divisor(self, device: torch.device) -> torch.Tensor | None:
+        """The calibrated one of the input in formats with a tensor scale, FP32 [1] on `device`; else None.
 
         Raises:
             UserError: it has not been calibrated.

@@ -22,10 +22,9 @@ class TensorQuantizer(nn.Module):
     Its `spec` is the only place that defines how a layer's tensor is quantized.
 
     Args:
-        data_type: AutoRound's name, with the scale rule as suffix: "mx_fp", "mx_fp_rceil", "mx_fp_even",
-            "mx_fp_search", "fp"; or "mx_fp4" and "mx_fp8", which name the bits too.
-        bits: 4 (E2M1) or 8 (E4M3). Default: what `data_type` names, else 8.
-        block_size: values that share a scale: 32 in MX formats, -1 (a whole row) in FP8. Default: the format's.
+        data_type: as in `TensorSpec.of`: AutoRound's name, with the scale rule as suffix ("mx_fp", "mx_fp_rceil").
+        bits: of a value. Default: what `data_type` names, else 8.
+        block_size: values that share a scale; -1 for a whole row. Default: the format's.
         sym: these formats are symmetric; False is refused.
         if_quant: False makes a quantizer that never quantizes (the output quantizer of a QuantLinear).
         learn_exponent: train the block exponents of a weight: the parameter `exponent_offset` (FP32 [N, K / 32], zero
@@ -165,14 +164,18 @@ class TensorQuantizer(nn.Module):
         """Return inputs untouched in `forward`."""
         self._enabled = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] (float32, bfloat16 or float16) -> the same shape and dtype, on the format's grid."""
+    def forward(self, x: torch.Tensor, divisor: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K] (float32, bfloat16 or float16) -> the same shape and dtype, on the format's grid.
+
+        Args:
+            divisor: FP32 [1], in formats with a tensor scale; default: that of x.
+        """
         if not self.is_enabled:
             return x
         if self.scale is not None:
-            scale = self.rounding.quantize(x.detach(), x.dtype, *self.learned).scales[0]
+            scale = self.rounding.quantize(x.detach(), x.dtype, *self.learned, divisor=divisor).scales[0]
             self.scale.copy_(scale.view_as(self.scale))
-        return self.rounding.fake_quantize(x, x.dtype, *self.learned)
+        return self.rounding.fake_quantize(x, x.dtype, *self.learned, divisor=divisor)
 
     def weight_pack(self, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight on the grid of `scale` -> the bytes that engines load.

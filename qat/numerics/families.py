@@ -9,7 +9,9 @@ A family is a module of this package with a dictionary FORMATS and the functions
     saturates(x, quantized, fmt) -> Tensor              bool [..., K]: which values exceed the largest of their block
     broken_blocks(quantized, fmt) -> Tensor             how many blocks are NaN because they held NaN or infinity
 
-in plain PyTorch: the executable specification with which kernels are compared, bit for bit.
+Formats with a tensor scale have `tensor_divisor(amax) -> Tensor` as well, FP32 [1]; the functions `quantize`,
+`fake_quantize` and `quantize_to_scale` take such a `divisor` at the end (default: that of x). All of it is plain
+PyTorch: the executable specification with which kernels are compared, bit for bit.
 """
 
 from __future__ import annotations

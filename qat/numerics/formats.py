@@ -1,8 +1,8 @@
 """Formats as data: everything that kernels, layers and exporters know about a quantized tensor is a field here.
 
-A tensor is quantized along its last dimension. Values that share a scale are a block: 32 values in the MX formats, a
-whole row in FP8. Each value is stored as the code of an element format and means `element * scale`. A format with a
-second level of scales has one more for the whole tensor.
+A tensor is quantized along its last dimension. Values that share a scale are a block: 32 values in the MX formats, 16
+in NVFP4, a whole row in FP8. Each value is stored as the code of an element format and means `element * scale`. A
+format with a second level of scales has one more for the whole tensor.
 
 Each family of formats is one file beside this one (`mx.py`, `fp8.py`) with its FORMATS and its functions.
 """

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .codes import decode, encode
+from .elements import squared_error
 from .formats import BF16, INT4, Format, Quantized
 from .rules import INT4_RULES
 
@@ -99,7 +100,7 @@ def _rounded_by(blocks, amax, divisor):
     """Squared error, scale and elements of each block under the scale amax / divisor."""
     scale = _scale(amax, divisor)
     elements = _round_elements(blocks, scale)
-    return _block_error(blocks - elements * scale.float()[..., None]), scale, elements
+    return squared_error(blocks - elements * scale.float()[..., None]), scale, elements
 
 
 def _scale(amax: torch.Tensor, divisor: float) -> torch.Tensor:
@@ -114,11 +115,3 @@ def _round_elements(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _scale_back(elements: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (elements * scale.float()[..., None]).to(dtype).flatten(-2)
-
-
-def _block_error(difference: torch.Tensor) -> torch.Tensor:
-    """Sum of squares over each block; neighbours are added in pairs, so that all kernels agree."""
-    total = difference * difference
-    while total.shape[-1] > 1:
-        total = total[..., 0::2] + total[..., 1::2]
-    return total[..., 0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .codes import decode, encode
-from .elements import round_to_element
+from .elements import round_to_element, squared_error
 from .formats import E2M1, E4M3, E8M0, FP32_BIAS, FP32_MANTISSA_BITS, Format, Quantized
 from .rules import MX_INPUT_RULES, MX_RULES, mantissa_threshold
 
@@ -97,7 +97,7 @@ def _quantize_elements(x, fmt, rule, dtype):
         elements_up = _round_elements(blocks, scale_up, fmt)
         scaled = blocks * _power_of_two(E8M0_BIAS - scale)[..., None]
         # Both errors in units of the floor scale; a NaN compares false and keeps floor's NaN scale.
-        better = _block_error(scaled - 2 * elements_up) < _block_error(scaled - elements)
+        better = squared_error(scaled - 2 * elements_up) < squared_error(scaled - elements)
         scale = torch.where(better, scale_up, scale)
         elements = torch.where(better[..., None], elements_up, elements)
     return elements, scale.to(torch.uint8)
@@ -128,11 +128,3 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     smallest = 1 << (FP32_MANTISSA_BITS - 1)  # 2^-127 is subnormal
     value = torch.where(exponent == -127, smallest, field).int().view(torch.float32)
     return torch.where(exponent.abs() == 128, torch.nan, value)
-
-
-def _block_error(difference: torch.Tensor) -> torch.Tensor:
-    """Sum of squares over each block [..., 32] -> [...]; neighbours are added in pairs, so all kernels agree."""
-    total = difference * difference
-    while total.shape[-1] > 1:
-        total = total[..., 0::2] + total[..., 1::2]
-    return total[..., 0]

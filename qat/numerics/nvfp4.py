@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from .codes import decode, encode
-from .elements import round_to_element
+from .elements import round_to_element, squared_error
 from .formats import E2M1, E4M3, FP32, Format, Quantized
 from .rules import NVFP4_INPUT_RULES, NVFP4_RULES
 
@@ -119,13 +119,13 @@ def _as_scale(value: torch.Tensor) -> torch.Tensor:
 
 def _search(blocks, elements, scale, divisor):
     """The better of the scale and its neighbours in E4M3, the next larger one first."""
-    error = _block_error(blocks - elements * (scale / divisor)[..., None])
+    error = squared_error(blocks - elements * (scale / divisor)[..., None])
     code = scale.to(torch.float8_e4m3fn).view(torch.uint8).int()
     for step in (1, -1):
         neighbour = (code + step).clamp(1, E4M3.largest_code).to(torch.uint8).view(torch.float8_e4m3fn).float()
         neighbour = torch.where(scale.isnan(), scale, neighbour)
         other = _round_elements(blocks, neighbour, divisor)
-        other_error = _block_error(blocks - other * (neighbour / divisor)[..., None])
+        other_error = squared_error(blocks - other * (neighbour / divisor)[..., None])
         better = other_error < error
         elements = torch.where(better[..., None], other, elements)
         scale, error = torch.where(better, neighbour, scale), torch.where(better, other_error, error)
@@ -138,11 +138,3 @@ def _round_elements(blocks: torch.Tensor, scale: torch.Tensor, divisor: torch.Te
 
 def _scale_back(elements: torch.Tensor, scale: torch.Tensor, divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (elements * (scale / divisor)[..., None]).to(dtype).flatten(-2)
-
-
-def _block_error(difference: torch.Tensor) -> torch.Tensor:
-    """Sum of squares over each block; neighbours are added in pairs, so that all kernels agree."""
-    total = difference * difference
-    while total.shape[-1] > 1:
-        total = total[..., 0::2] + total[..., 1::2]
-    return total[..., 0]

@@ -21,10 +21,7 @@ from .patterns import check_patterns
 from .presets import get_kv_cache_scheme, get_scheme
 
 QAT_CONFIG_NAME = "qat_config.json"
-TRAINING = {
-    "learn_exponent": bool,
-    "learn_scale": bool,
-}  # the settings that `QATConfig.training` may hold, and their types
+TRAINING = {"learn_exponent": bool, "learn_scale": bool}  # what `QATConfig.training` may hold, and the types
 _FORMAT_VERSION = 1
 _VERSIONS = {"torch": torch.__version__.split("+")[0], "mx-qat": VERSION}
 
@@ -36,9 +33,9 @@ class QATConfig:
     `scale_rules` spells out, for each scheme in use, the rule of its weights and of its inputs (None where a scheme
     does not quantize inputs). `training` holds the settings by which the weights were trained, where they are not the
     defaults; with `learn_scale` the weights of a finished model are quantized values already. `calibrated_scales` holds
-    the scales that do not follow from weights,
-    by the names of their tensors in a packed checkpoint ("model.layers.0.mlp.down_proj.input_global_scale"): FP32
-    values, exactly. `kv_cache_scheme` is that of keys and values in the cache; None: they are not quantized.
+    the scales that do not follow from weights, by the names of their tensors in a packed checkpoint
+    ("model.layers.0.mlp.down_proj.input_global_scale"): FP32 values, exactly. `kv_cache_scheme` is that of keys and
+    values in the cache; None: they are not quantized.
     """
 
     mapping: dict[str, str]

@@ -1,4 +1,4 @@
-"""TensorSpec and Scheme: which format and scale rule a layer's weight, input and key/value cache have."""
+"""TensorSpec and Scheme: which format and scale rule a layer's weight and input have."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..numerics.families import formats
 from ..numerics.formats import Format
 
 VIEW_DTYPE = torch.bfloat16  # weights are rounded as seen in this dtype: the forward pass under autocast, and export
-# AutoRound's name of the kind of format with the bits in it, which the reference system takes too.
 DEFAULT_BITS = 8
+# AutoRound's names of a kind of format with the bits in it, which the reference system takes too.
 _ALIASES = {"mx_fp4": ("mx_fp", 4), "mx_fp8": ("mx_fp", 8), "nv_fp4_with_static_gs": ("nv_fp", 4)}
 
 
@@ -43,8 +43,8 @@ class TensorSpec:
         """The spec that AutoRound's names mean.
 
         Args:
-            data_type: "mx_fp" or "fp", with the scale rule as suffix unless it is the default ("mx_fp_rceil"); or
-                "mx_fp4" and "mx_fp8", which name the bits too.
+            data_type: "mx_fp", "nv_fp", "int" or "fp" (inputs: "fp_token", "fp_group"), with the scale rule as suffix
+                unless it is the default ("mx_fp_rceil"); or "mx_fp4" and "mx_fp8", which name the bits too.
             bits: of a value. Default: what `data_type` names, else 8.
             block_size: values that share a scale; -1 for a whole row. Default: the format's.
             sym: False is refused: these formats have no zero point.
@@ -109,13 +109,11 @@ class Scheme:
         name: of a preset, such as "MXFP4".
         weight: spec of the weight.
         input: spec of the activations that the layer reads; None: they stay as they are (weight-only).
-        kv: spec of keys and values in the cache; None: not quantized.
     """
 
     name: str
     weight: TensorSpec
     input: TensorSpec | None = None
-    kv: TensorSpec | None = None
 
     def with_rules(self, weight: str | None = None, input: str | None = None) -> Scheme:
         """This scheme under other scale rules; None keeps its own.

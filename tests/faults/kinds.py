@@ -269,7 +269,7 @@ def _expect_saved_end(job: Job, run: Run, signum: int) -> None:
 
 
 def damage(job: Job, reference: Reference, draw: random.Random) -> None:
-    """A file of the newest checkpoint is cut or changed: the one before is continued from, aloud."""
+    """A file of the newest checkpoint is cut or changed: the run resumes from the one before, and logs it."""
     # Late enough for two checkpoints, whether one is written every 2 steps or every 3.
     batch = draw.randint(2 * 6 + 2, 2 * STEPS - 1)
     job.start(AtStep(batch)).wait()
@@ -290,7 +290,7 @@ def damage(job: Job, reference: Reference, draw: random.Random) -> None:
 
 
 def disk_full(job: Job, reference: Reference, draw: random.Random) -> None:
-    """No space for a checkpoint or the final model: the run ends and says so; with space it goes on."""
+    """No space for a checkpoint or the final model: the run ends with that error; with space it resumes."""
     if os.geteuid() == 0 and draw.random() < 0.7:
         with _small_disk(job, int(draw.uniform(1.1, 2.5) * reference.checkpoint_kib)) as (size, grow):
             _say(f"a disk of {size} KiB")

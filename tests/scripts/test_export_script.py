@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from qat import QATConfig
 from qat.errors import UserError
 from qat.processes import ended_by_signals
+from training.arguments.quantization import QuantizationArguments
+from training.start.samples import SAMPLES
 
 SCRIPT = ROOT / "scripts" / "export.py"
 
@@ -30,6 +32,10 @@ def test_any_bf16_checkpoint_is_packed_verified_and_verified_again(script, tmp_p
     source, target = str(save_llama(tmp_path / "source")), str(tmp_path / "packed")
     assert script.main([source, target, "--quant_scheme", "mxfp4", "--weights_only"]) == 0
     assert script.main(["--verify", target, "--weights_only"]) == 0  # the source is recorded
+
+
+def test_the_number_of_samples_is_that_of_a_run(script):
+    assert script.SAMPLES == SAMPLES == QuantizationArguments().calibration_samples
 
 
 def test_a_plain_checkpoint_is_calibrated_on_a_dataset(script, tmp_path):

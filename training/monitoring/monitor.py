@@ -9,7 +9,8 @@ steps after an oscillation.
 Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 layers, spread over
 the depth of the model, and 16 rows of each, joined into one matrix, so that a step costs a few dozen small operations
 whatever the model's size. Inputs are looked at in steps that are logged, in at most 4 layers of each group, 64 tokens
-of each. Under FSDP2 these are rows that the logging process holds. A resumed run starts its histories anew.
+of each. Under FSDP2 these are rows that the logging process holds. In formats with a tensor scale, the joined rows have
+one of their own, not that of their layers, which needs all rows. A resumed run starts its histories anew.
 """
 
 from __future__ import annotations
@@ -148,9 +149,11 @@ class QuantizationMonitor(TrainerCallback):
 
     def _watch(self, group: str):
         def look(layer: QuantLinear, args: tuple) -> None:
+            if not layer.input_quantizer.is_enabled:  # the student without quantizers is its own teacher
+                return
             spec, x = layer.input_quantizer.spec, args[0].detach()
             rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
-            divisor = layer.input_quantizer.divisor_on(x.device)
+            divisor = layer.input_divisor(x.device)  # before the first step it is on the CPU
             quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype, divisor)
             self.input_fractions.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
 

@@ -38,6 +38,7 @@ _INPUT_RULES = {  # by format, in transformers
     "mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax_native", "fp8_g128": "absmax_native",
     "nvfp4": "absmax_native",
 }  # fmt: skip
+LAYOUT_NAMES = tuple(dict.fromkeys(_LAYOUTS.values()))
 WEIGHT_DIVISOR, WEIGHT_SHAPE = "weight_global_scale", "weight_shape"
 # Formats of weights and inputs that the file cannot hold together, and the options that tell vLLM the inputs' format.
 _ON_THE_COMMAND_LINE: dict[tuple[str, str | None], list[str]] = {

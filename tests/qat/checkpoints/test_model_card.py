@@ -46,6 +46,15 @@ def test_metrics_that_are_not_finite_stay_out_of_the_metadata(tmp_path):
     assert "| perplexity in evaluation | inf |" in card.text
 
 
+def test_a_card_says_how_keys_and_values_are_cached(tmp_path):
+    source, scales = save_llama(tmp_path / "source", layers=1), ("k_scale", "v_scale")
+    settings = {"scheme": "FP8", "calibrated_scales": {f"model.layers.0.self_attn.{name}": 0.5 for name in scales}}
+    cached = card_of(source, tmp_path / "cached", {}, kv_cache_scheme="FP8", **settings)
+    assert "| key/value cache | FP8: values in E4M3; the keys of a layer have one scale in FP32, its" in cached.text
+    plain = card_of(source, tmp_path / "plain", {}, scheme="FP8")
+    assert "| key/value cache | not quantized |" in plain.text
+
+
 def test_a_card_without_metrics_has_neither_an_index_nor_a_section_of_them(tmp_path):
     card = card_of(save_qat(tmp_path / "source", {"torch.nn.Linear": "MXFP8"}), tmp_path / "packed", {})
     assert card.data.eval_results is None and "## Results" not in card.text

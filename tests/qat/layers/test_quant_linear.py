@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat import QuantLinear, TensorQuantizer, convert, get_scheme, is_quantlinear
-from qat.numerics import mx
+from qat.errors import UserError
+from qat.numerics import mx, ops
 from qat.numerics.mx import FORMATS
+from qat.schemes.presets import PRESETS
 
 MXFP4, MXFP8 = FORMATS.values()
 SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL"])
@@ -71,6 +73,26 @@ def test_one_disabled_quantizer_leaves_the_other_at_work():
     layer.input_quantizer.enable()
     layer.weight_quantizer.disable()
     assert torch.equal(layer(x), F.linear(fake(x, "MXFP4", "input"), layer.weight))
+
+
+def test_inputs_in_nvfp4_alone_have_the_calibrated_divisor_too():
+    layer, x = make_layer("NVFP4"), torch.randn(5, 64) * 3
+    layer.weight_quantizer.disable()
+    with pytest.raises(UserError, match="no calibrated scale for its input"):
+        layer(x)
+    layer.input_quantizer.divisor = torch.tensor([2.0])
+    quantized = ops.fake_quantize(x, "nvfp4", "absmax", torch.float32, torch.tensor([2.0]))
+    assert torch.equal(layer(x), F.linear(quantized, layer.weight, layer.bias))
+    assert layer.input_divisor(torch.device("meta")).device.type == "meta"  # it goes where the input is
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_no_rows_at_all_give_no_rows_and_gradients_of_zero(scheme):
+    layer = convert(nn.Linear(128, 48), get_scheme(scheme), "layer")
+    layer.input_quantizer.divisor = torch.ones(1) if layer.input_quantizer.needs_divisor else None
+    x = torch.zeros(2, 0, 128, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape and not layer.weight.grad.any() and not layer.bias.grad.any()
 
 
 def test_autocast_quantizes_the_bf16_view_of_fp32_masters():
