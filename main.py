@@ -46,6 +46,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     model_args, args, data_args, quant_args, distill_args = arguments
     start = Start.read(model_args, args.cache_dir)
     start.check(quant_args, distill_args)
+    start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)
