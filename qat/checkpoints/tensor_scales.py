@@ -38,16 +38,17 @@ def check_calibrated(sites: list[Site]) -> None:
         UserError: there is one; the message names its layer.
     """
     for site in sites:
-        quantizers = [layer.input_quantizer for layer in site.module.fused_with]
         if not site.module.input_quantizer.needs_divisor:
             continue
+        fused = (layer.input_quantizer for layer in site.module.fused_with)  # a weight-only one may be among them
+        quantizers = [quantizer for quantizer in fused if quantizer.needs_divisor]
         if any(quantizer.divisor is None for quantizer in quantizers):
             raise UserError(
                 f"{site.name} is in {site.scheme.name}, whose inputs need a calibrated scale, and has none; give "
                 "--dataset to scripts/export.py (calibrated_scales to export_checkpoint), or choose a weight-only "
                 "scheme such as NVFP4A16"
             )
-        divisors = {float(quantizer.divisor) for quantizer in quantizers if quantizer.needs_divisor}
+        divisors = {float(quantizer.divisor) for quantizer in quantizers}
         if len(divisors) > 1:
             raise UserError(
                 f"{site.name} and the layers that engines fuse with it have different scales for the same input "
