@@ -62,6 +62,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
+    if data_args.streaming and not args.do_train:
+        data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
         start_fingerprint=start.fingerprint, **arguments.trainer_options, **data,

@@ -142,3 +142,8 @@ def test_a_refresh_of_scales_in_an_evaluation_is_refused(folders, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(folders, "plain", "refused", "--quant_scheme", "NVFP4", "--input_scale_refresh", "3")
     assert "--input_scale_refresh 3 has no effect without --do_train True" in capsys.readouterr().err
+
+
+def test_a_stream_is_evaluated_and_calibrates_without_a_number_of_steps(folders):
+    stream = ("--streaming", "True", "--kv_cache_scheme", "FP8")
+    assert run(folders, "plain", "streamed", "--quant_scheme", "NVFP4", *stream)["eval_loss"] > 0
