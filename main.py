@@ -46,6 +46,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     model_args, args, data_args, quant_args, distill_args = arguments
     start = Start.read(model_args, args.cache_dir)
     start.check(quant_args, distill_args)
+    start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)
@@ -61,6 +62,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
+    if data_args.streaming and not args.do_train:
+        data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
         start_fingerprint=start.fingerprint, **arguments.trainer_options, **data,

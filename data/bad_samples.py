@@ -43,7 +43,7 @@ class BadSamplePolicy:
     def handle(self, error: BadSample) -> None:
         """Count `error`, or raise it as the ValueError that ends the run."""
         if self.policy == "error":
-            raise UserError(f"{error}\nFix the data, or set --on_bad_sample skip to skip and count such samples")
+            raise UserError(f"{error}. Fix the data, or set --on_bad_sample skip to skip and count such samples")
         self.counts[error.kind] += 1
         if len(self.first) < SHOWN:
             self.first.append(str(error))

@@ -239,9 +239,9 @@ def make_hf(folder: str, args: argparse.Namespace):
             )
         model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
     elif packed:
-        model, saved = load_packed(folder, "DIR", args.trust_remote_code)
+        model, saved = load_packed(folder, "DIR", args.trust_remote_code, rounds_again=False)
         described = "packed"
-        prepare_as_saved(model, saved)
+        prepare_as_saved(model, saved, keeps_values=True)
     else:
         model = load_plain(folder, "DIR", torch.bfloat16, args.trust_remote_code)
         described = "BF16" if saved is None else f"fake-quantized, {saved.summary}"

@@ -29,7 +29,7 @@ from qat.layers.restore import check_trainable
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
 from .resume.steps import check_steps
-from .start.calibration import check_refresh
+from .start.calibration import check_calibration
 from .start.data_checks import check_fit, local_paths
 from .start.skeleton import check_length, skeleton_of
 from .start.start import Start
@@ -91,10 +91,11 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     with _mapping_named(quant_args.quant_mapping):
         with _silenced():  # that of the model itself is printed
             start.quantize(skeleton, quant_args)
-        check_refresh(skeleton, quant_args.input_scale_refresh)
         if args.do_train:
             check_trainable(skeleton)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
+        if not (start.is_packed and config is None):  # which is known once it is unpacked
+            check_calibration(skeleton, quant_args)
         exports = args.do_train and config is not None and quant_args.export_format != "none"
         if exports:
             check_exportable(skeleton, quant_args.export_format)

@@ -51,7 +51,7 @@ def engine_table(schemes: Iterable[Scheme], export_format: str, kv_cache: bool =
     lines += [f"  {name.ljust(width)}  {text}  {source}".rstrip() for name, text, source in rows]
     for scheme in found:
         if engines := different[scheme.name]:
-            lines.append(f"{scheme.name} was trained with {_trained(scheme)}. Different: {'; '.join(engines)}")
+            lines.append(f"{scheme.name} stands for {_trained(scheme)}. Different: {'; '.join(engines)}")
     if options := get_dialect(export_format).serve_options(found):
         lines.append(f"The option, which the file cannot hold: vllm serve DIR {' '.join(options)}")
     return "\n".join(lines)

@@ -48,13 +48,18 @@ def is_packed(folder: str | Path) -> bool:
 
 
 def load_packed(
-    folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
+    folder: str | Path,
+    argument: str = "the packed folder",
+    trust_remote_code: bool = False,
+    rounds_again: bool = True,
 ) -> tuple[PreTrainedModel, QATConfig]:
     """The model in a packed checkpoint, its weights dequantized exactly, BF16, on the CPU.
 
     Args:
         argument: by which argument the user named the folder, for messages.
         trust_remote_code: run Python code that comes with it.
+        rounds_again: whether its weights are going to be rounded by a rule, as in training; how far that moves them is
+            then logged.
 
     Returns:
         A plain model, and the QATConfig that describes how it was packed.
@@ -83,6 +88,8 @@ def load_packed(
         config = packed.own
         stored = {f"{name}.{DIVISOR}": divisor for name, divisor in divisors.items()}
         _check_scales(config, stored | _stored_key_value_scales(packed), checkpoint.path)
+    if not rounds_again:
+        return model, config
     found = {name: layer.format for name, layer in packed.layers.items()}
     return model, keep_values(model, found, config, is_ours=packed.own is not None)
 

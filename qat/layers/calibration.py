@@ -8,6 +8,7 @@ The samples run through the unquantized model, once for all of them.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from .names import original_name
 from .prepare import set_qat_config
 from .quant_linear import QuantLinear
 from .sites import quantized_sites, quantizers_off
+
+logger = logging.getLogger(__name__)
 
 DIVISOR = "input_global_scale"  # compressed-tensors' name of the divisor of a layer's inputs
 
@@ -124,12 +127,13 @@ def calibrate_inputs(
     largest: dict[nn.Module, torch.Tensor] = {}
     handles = [scale.reader.register_forward_pre_hook(_recorder(largest)) for scale in scales.values()]
     run = model if forward is None else forward  # a compiled model has no truth value
-    was_training = {module: module.training for module in model.modules()}
+    was_training, count = {module: module.training for module in model.modules()}, 0
     model.eval()
     try:
         with quantizers_off(model):
             for batch in tqdm(batches, total=total, desc="Calibrating scales", unit=" batches"):
                 run(**batch)
+                count += 1
     finally:
         for module, mode in was_training.items():  # parts of a model may be in other modes
             module.training = mode
@@ -145,6 +149,7 @@ def calibrate_inputs(
     for scale in scales.values():
         scale.set(float(scale.from_largest(largest)))
     _record(model)
+    logger.info("Calibrated %d scales on %d samples", len(scales), count)
 
 
 def _recorder(largest: dict[nn.Module, torch.Tensor]) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -18,7 +18,11 @@ from .sites import find_sites, quantized_sites
 
 
 def prepare_as_saved(
-    model: nn.Module, config: QATConfig, learn_exponent: bool | None = None, learn_scale: bool = False
+    model: nn.Module,
+    config: QATConfig,
+    learn_exponent: bool | None = None,
+    learn_scale: bool = False,
+    keeps_values: bool = False,
 ) -> nn.Module:
     """`prepare_qat` as `config` describes it, each scheme under the scale rules that it names.
 
@@ -26,6 +30,8 @@ def prepare_as_saved(
         learn_exponent: whether this run trains block exponents, which `model.qat_config` then records; None for no run:
             nothing is trained, and `model.qat_config` is `config`.
         learn_scale: the same for block scales.
+        keeps_values: whether the weights are those of a packed checkpoint, which is to be evaluated: layers compute
+            with them as they are. Rounded again, they may change: a rule may derive another scale from them.
 
     Weights that a run with learned scales saved are quantized values, and stay as they are.
 
@@ -46,8 +52,8 @@ def prepare_as_saved(
         model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules,
         learn_scale=learn_scale, kv_cache_scheme=config.kv_cache_scheme,
     )  # fmt: skip
-    if is_baked:
-        _keep_values(model)
+    if is_baked or keeps_values:
+        _keep_values(model, None if keeps_values else learned_scales.FORMATS)
     if learn_exponent is None:
         set_qat_config(model, config)
     else:
@@ -58,11 +64,11 @@ def prepare_as_saved(
     return model
 
 
-def _keep_values(model: nn.Module) -> None:
-    """Let layers whose scales were learned compute with their weights as they are."""
+def _keep_values(model: nn.Module, formats: Collection[str] | None) -> None:
+    """Let layers with weights in `formats`, default: all, compute with their weights as they are."""
     for site in quantized_sites(model):
         quantizer = site.module.weight_quantizer
-        quantizer.is_baked = quantizer.spec.format.name in learned_scales.FORMATS
+        quantizer.is_baked = formats is None or quantizer.spec.format.name in formats
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -85,5 +91,12 @@ def set_scale_rules(model: nn.Module, rules: Mapping[str, Mapping[str, str | Non
 
 
 def set_input_rule(model: nn.Module, rule: str) -> None:
-    """Quantize the inputs of all layers under `rule`: what an engine with a rule of its own does."""
-    set_scale_rules(model, {site.scheme.name: {"input": rule} for site in quantized_sites(model)})
+    """Quantize the inputs that are quantized at all under `rule`: what an engine with a rule of its own does.
+
+    Raises:
+        UserError: no inputs are quantized, or those of a scheme do not have the rule.
+    """
+    names = {site.scheme.name for site in quantized_sites(model) if site.scheme.input is not None}
+    if not names:
+        raise UserError(f"scale rule {rule!r} for inputs has no effect: no layer quantizes its inputs; leave it out")
+    set_scale_rules(model, {name: {"input": rule} for name in names})

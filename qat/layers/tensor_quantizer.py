@@ -189,9 +189,13 @@ class TensorQuantizer(nn.Module):
             unchanged.
 
         Raises:
-            UserError: a scale of another shape or dtype.
+            UserError: a scale of another shape or dtype, or a format with a tensor scale.
         """
         fmt = self.spec.format
+        if fmt.tensor_scale is not None:
+            raise UserError(
+                f"weight_pack gives no tensor scale, which {fmt.name} has; use qat.checkpoints.pack.pack_weight"
+            )
         fmt.check_scales(weight.shape, scale)
         return as_stored(ops.quantize_to_scale(weight, scale, fmt.name, weight.dtype), fmt.element), scale
 

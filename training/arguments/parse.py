@@ -125,6 +125,11 @@ def _check_together(arguments: Arguments) -> None:
             "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
             "out, or pack the folder with scripts/export.py"
         )
+    if (every := arguments.quantization.input_scale_refresh) and not training.do_train:
+        raise UserError(
+            f"--input_scale_refresh {every} has no effect without --do_train True: "
+            "scales are calibrated again while weights train; leave it out"
+        )
     for name in (name for name, on in arguments.quantization.learned.items() if on and not training.bf16):
         raise UserError(
             f"--{name} True: weights are saved as they are quantized in bfloat16, which is not what --bf16 False or "

@@ -212,6 +212,11 @@ class QuantizationArguments:
                     self.quant_mapping, rules[name], name, own,
                 )  # fmt: skip
 
+    @property
+    def names_schemes(self) -> bool:
+        """Whether --quant_scheme or --quant_mapping says what to quantize in."""
+        return self.quant_scheme is not None or self.quant_mapping is not None
+
     def check_unused(self) -> None:
         """Raise a UserError for a setting that has no effect where nothing is quantized."""
         for name in (*SETTINGS, "smooth_alpha", "calibration_samples", "input_scale_refresh"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +21,12 @@ from qat.checkpoints.load import load_plain
 from qat.errors import UserError
 from qat.layers.calibration import calibrate_inputs, calibrated_scales, needs_calibration, set_calibrated_scales
 
+from ..arguments.quantization import QuantizationArguments
 from ..backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 from .samples import SAMPLES, TOKENS, computing_in_fp32, first_samples
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-logger = logging.getLogger(__name__)
 
 
 def calibrate_with_data(
@@ -57,12 +55,16 @@ def calibrate_with_data(
         return
     if not any(parameter.is_meta for parameter in model.parameters()):
         with computing_in_fp32(model, device, "calibration", "give a smaller --calibration_samples"):
-            calibrate_inputs(model, first_samples(data_module, model.device, samples), samples)
+            calibrate_inputs(model, first_samples(data_module, model.device, samples), _total(data_module, samples))
     if PartialState().num_processes > 1:
-        scales = [calibrated_scales(model)]
-        broadcast_object_list(scales)
-        set_calibrated_scales(model, scales[0])
-    logger.info("Calibrated %d scales on at most %d training samples", len(calibrated_scales(model)), samples)
+        _take_from_first_process(model)
+
+
+def _take_from_first_process(model: nn.Module) -> None:
+    """Give a model in all processes the calibrated scales that the first one has."""
+    scales = [calibrated_scales(model)]
+    broadcast_object_list(scales)
+    set_calibrated_scales(model, scales[0])
 
 
 def scales_of_checkpoint(
@@ -99,8 +101,14 @@ def scales_of_checkpoint(
     with contextlib.redirect_stdout(io.StringIO()):  # messages about training
         mapping = {torch.nn.Linear: scheme} if isinstance(scheme, str) else scheme
         prepare_qat(model, mapping, ignore, kv_cache_scheme=kv_cache_scheme)
-    calibrate_inputs(model, first_samples(data, device, samples), samples)
+    calibrate_inputs(model, first_samples(data, device, samples), _total(data, samples))
     return calibrated_scales(model)
+
+
+def _total(data_module: dict, samples: int) -> int:
+    """How many samples are going to be read, as far as it is known: a stream does not say how many it has."""
+    dataset = data_module["train_dataset"]
+    return min(samples, len(dataset)) if isinstance(dataset, Sized) else samples
 
 
 class ScaleRefresh(TrainerCallback):
@@ -126,16 +134,21 @@ class ScaleRefresh(TrainerCallback):
         with trainer.compute_loss_context_manager():
             model = trainer.accelerator.unwrap_model(trainer.model)
             calibrate_inputs(model, batches, len(self.batches), forward=trainer.model_wrapped)
+        if args.world_size > 1:
+            _take_from_first_process(model)
 
 
-def check_refresh(model: nn.Module, every: int) -> None:
-    """Refuse a refresh of scales that a prepared model does not have.
+def check_calibration(model: nn.Module, quant_args: QuantizationArguments) -> None:
+    """Refuse settings of a calibration of scales that a prepared model does not have, or that it has already.
 
     Raises:
         UserError: as described.
     """
-    if every and not (needs_calibration(model) or calibrated_scales(model)):
-        raise UserError(
-            f"--input_scale_refresh {every} has no effect: no layer of the model has a calibrated scale, as inputs in "
-            "NVFP4 and the key/value cache in FP8 have; leave it out"
-        )
+    every, samples = quant_args.input_scale_refresh, quant_args.calibration_samples
+    is_calibrated, needs = bool(calibrated_scales(model)), needs_calibration(model)
+    none = "no layer of the model has a calibrated scale, as inputs in NVFP4 and the key/value cache in FP8 have"
+    if every and not (needs or is_calibrated):
+        raise UserError(f"--input_scale_refresh {every} has no effect: {none}; leave it out")
+    if samples != type(quant_args).calibration_samples and not (needs or every):
+        reason = "the scales are those of the model, which are calibrated already" if is_calibrated else none
+        raise UserError(f"--calibration_samples {samples} has no effect: {reason}; leave it out")

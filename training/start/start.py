@@ -53,6 +53,8 @@ class Start:
             packed is known once it is loaded.
         dtypes: known once it is loaded.
         fingerprint: of its weights, once it is loaded; None in a process that has none.
+        keeps_values: whether the stage computes with the values of a packed model as they are, as engines do: it
+            evaluates them, and names no scheme to round them in.
     """
 
     model_args: ModelArguments
@@ -61,6 +63,7 @@ class Start:
     qat_config: QATConfig | None = None
     dtypes: SavedDtypes = field(default_factory=SavedDtypes)
     fingerprint: str | None = None
+    keeps_values: bool = False
 
     @classmethod
     def read(cls, model_args: ModelArguments, cache_dir: str | None = None) -> Start:
@@ -102,7 +105,7 @@ class Start:
             check_loadable(teacher, TEACHER_ARGUMENT, self.model_args.trust_remote_code, self.cache_dir)
         if self.is_packed or self.qat_config is not None:
             self._check_teacher(distill_args)
-        elif quant_args.quant_scheme is None and quant_args.quant_mapping is None:
+        elif not quant_args.names_schemes:
             quant_args.check_unused()
         if (self.is_packed or self._has_learned_scales) and quant_args.smooth_alpha:
             how = "packed" if self.is_packed else "saved"
@@ -162,7 +165,7 @@ class Start:
         if not self.is_packed:
             return load_unquantized(self.model_args, self.cache_dir)
         model, self.qat_config = load_packed(
-            self.model_args.model_name_or_path, _ARGUMENT, self.model_args.trust_remote_code
+            self.model_args.model_name_or_path, _ARGUMENT, self.model_args.trust_remote_code, not self.keeps_values
         )
         return model
 
@@ -183,7 +186,9 @@ class Start:
             prepare_qat(model, *layers, *rules, **quant_args.learned, kv_cache_scheme=quant_args.kv_cache_scheme)
         elif self.qat_config is not None:
             logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
-            prepare_as_saved(model, self.qat_config, **quant_args.learned)
+            prepare_as_saved(model, self.qat_config, **quant_args.learned, keeps_values=self.keeps_values)
+            if self.keeps_values:
+                logger.info("The evaluation computes with the packed weights as they are, without rounding them again")
 
 
 def saved_config(name_or_path: str, cache_dir: str | None = None) -> QATConfig | None:

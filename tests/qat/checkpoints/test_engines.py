@@ -52,7 +52,7 @@ def test_an_engine_that_computes_something_else_than_was_trained_is_named():
     table = engine_table([get_scheme("MXFP4", input_scale_rule="rceil")], CT)
     assert row_of(table, "vLLM on Blackwell").startswith("vLLM on Blackwell | W4A4, RCEIL |")
     assert "W4A16, weights only" in row_of(table, "vLLM on Hopper") and "refused" in row_of(table, "vLLM on CPUs")
-    (line,) = [line for line in table.splitlines() if line.startswith("MXFP4 was trained with")]
+    (line,) = [line for line in table.splitlines() if line.startswith("MXFP4 stands for")]
     assert "activations in mxfp4 under RCEIL. Different:" in line
     assert "vLLM on Hopper (not quantized)" in line and "transformers, compressed-tensors (EVEN)" in line
     assert "Blackwell" not in line and "CPU" not in line  # the first applies RCEIL, the second refuses
@@ -60,9 +60,7 @@ def test_an_engine_that_computes_something_else_than_was_trained_is_named():
 
 def test_an_engine_that_quantizes_what_was_trained_in_16_bits_is_named():
     table = engine_table([get_scheme("MXFP4A16")], CT)
-    assert (
-        "MXFP4A16 was trained with unquantized activations. Different: vLLM on Blackwell (mxfp4 under RCEIL)" in table
-    )
+    assert "MXFP4A16 stands for unquantized activations. Different: vLLM on Blackwell (mxfp4 under RCEIL)" in table
     assert "was trained" not in engine_table([get_scheme("INT4_G32")], CT)
 
 

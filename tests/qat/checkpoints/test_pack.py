@@ -194,6 +194,15 @@ def test_scales_of_a_cache_lie_beside_the_first_tensor_of_their_attention(nvfp4)
     assert scale.dtype == torch.float32 and scale.shape == (1,)
 
 
+def test_a_weight_only_layer_among_fused_ones_needs_no_calibrated_scale(nvfp4, tmp_path):
+    source, scales = nvfp4
+    others = {name: scale for name, scale in scales.items() if "k_proj" not in name}
+    mapping = {"torch.nn.Linear": "NVFP4", "*.k_proj": "NVFP4A16"}
+    folder = export_checkpoint(source, tmp_path / "packed", scheme=mapping, calibrated_scales=others)
+    stored = {name for name in CheckpointFolder.open(folder).names if name.endswith(".input_global_scale")}
+    assert stored == others.keys() and len(stored) == len(scales) - 1
+
+
 def test_inputs_that_were_not_calibrated_are_refused_with_the_remedy(nvfp4, tmp_path):
     source, scales = nvfp4
     with pytest.raises(UserError, match="q_proj is in NVFP4, .* has none; give --dataset .* NVFP4A16"):

@@ -188,3 +188,9 @@ def test_a_calibrated_divisor_follows_the_input_to_its_device():
     quantizer.divisor = torch.tensor([3.0])
     assert quantizer.divisor_on(torch.device("cpu")) is quantizer.divisor
     assert quantizer.divisor_on(torch.device("meta")).device.type == "meta"
+
+
+def test_weight_pack_refuses_a_format_whose_tensor_scale_it_would_lose():
+    quantizer = TensorQuantizer.of(get_scheme("NVFP4A16").weight)
+    with pytest.raises(UserError, match="weight_pack gives no tensor scale, which nvfp4 has"):
+        quantizer.weight_pack(torch.ones(2, 16), torch.ones(2, 1).to(torch.float8_e4m3fn))

@@ -62,6 +62,14 @@ def test_inputs_can_be_put_under_the_rule_of_an_engine():
         set_input_rule(model, "search")
 
 
+def test_weight_only_layers_take_no_rule_of_an_engine():
+    model = prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4A16", "*.down_proj": "MXFP4"})
+    set_input_rule(model, "even")
+    assert {name: rules["input"] for name, rules in rules_of(model).items()} == {"MXFP4A16": None, "MXFP4": "even"}
+    with pytest.raises(ValueError, match="no layer quantizes its inputs"):
+        set_input_rule(prepare_qat(make_llama(), {torch.nn.Linear: "MXFP4A16"}), "even")
+
+
 def test_a_scheme_of_weights_alone_leaves_inputs_as_they_are():
     from qat import convert
     from qat.schemes.spec import Scheme

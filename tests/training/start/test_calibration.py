@@ -14,8 +14,9 @@ import main
 from data.sets.collating import SupervisedCollator
 from qat import QATConfig, prepare_qat
 from qat.errors import UserError
+from training.arguments.quantization import QuantizationArguments
 from training.start import samples
-from training.start.calibration import calibrate_with_data, check_refresh
+from training.start.calibration import calibrate_with_data, check_calibration
 
 CPU = torch.device("cpu")
 
@@ -53,9 +54,26 @@ def test_scales_are_those_of_the_beginnings_of_the_first_samples_and_fused_layer
     assert len({scales[f"{attention}.{n}.input_global_scale"] for n in ("q_proj", "k_proj", "v_proj")}) == 1
 
 
-def test_a_refresh_without_calibrated_scales_is_refused():
+def test_settings_of_a_calibration_that_does_not_take_place_are_refused():
+    weight_only = prepare_qat(make_llama(layers=1), {torch.nn.Linear: "NVFP4A16"})
+    model = prepare_qat(make_llama(layers=1), {torch.nn.Linear: "NVFP4"})
+    both = QuantizationArguments(calibration_samples=5, input_scale_refresh=5)
     with pytest.raises(UserError, match="--input_scale_refresh 5 has no effect"):
-        check_refresh(prepare_qat(make_llama(layers=1), {torch.nn.Linear: "NVFP4A16"}), 5)
+        check_calibration(weight_only, QuantizationArguments(input_scale_refresh=5))
+    with pytest.raises(UserError, match="--calibration_samples 5 has no effect: no layer of the model"):
+        check_calibration(weight_only, QuantizationArguments(calibration_samples=5))
+    check_calibration(model, both)
+    calibrate_with_data(model, make_data(), 2, CPU)
+    with pytest.raises(UserError, match="--calibration_samples 5 has no effect: .* calibrated already"):
+        check_calibration(model, QuantizationArguments(calibration_samples=5))
+    check_calibration(model, both)
+
+
+def test_the_log_has_the_number_of_samples_that_there_are(caplog, capsys):
+    model = prepare_qat(make_llama(layers=1), {torch.nn.Linear: "NVFP4"})
+    with caplog.at_level("INFO"):
+        calibrate_with_data(model, make_data(), 1000, CPU)
+    assert "Calibrated 7 scales on 3 samples" in caplog.text and "3/3" in capsys.readouterr().err
 
 
 def run(folder: Path, output: str, *flags: str) -> None:

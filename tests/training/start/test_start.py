@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_llama, save_llama, write_conversations
+from helpers import make_llama, save_llama, save_qat, write_conversations
 
 import main
-from qat import prepare_qat
+from qat import QATConfig, prepare_qat
 from qat.checkpoints.pack import export_checkpoint
 from training.arguments.distillation import DistillationArguments
 from training.arguments.model import ModelArguments
 from training.arguments.quantization import QuantizationArguments
+from training.start.calibration import scales_of_checkpoint
 from training.start.start import Start
 
 
@@ -116,3 +117,33 @@ def test_a_packed_model_is_compared_with_the_model_that_it_came_from_and_a_train
     trained = run(folders, "trained", "b", "--distill_teacher", "self")
     # One function in two ways: the "trained" weights are the plain ones. BF16 copies round norms and embeddings too.
     assert 0 < packed["eval_kl"] == pytest.approx(trained["eval_kl"], rel=0.05)
+
+
+def test_an_evaluation_of_a_packed_model_computes_with_its_weights_and_not_with_rounded_ones(folders, caplog):
+    """INT4's absmax would take other scales from the packed values."""
+    save_qat(folders / "int4", {"torch.nn.Linear": "INT4_G32"})
+    export_checkpoint(folders / "int4", folders / "int4-packed")
+    trained, packed = (run(folders, name, f"{name}-evaluated")["eval_loss"] for name in ("int4", "int4-packed"))
+    assert packed == trained and "change when rounded again" not in caplog.text
+    rounded = run(folders, "int4-packed", "rounded", "--quant_scheme", "INT4_G32")["eval_loss"]
+    assert rounded != trained and "change when rounded again" in caplog.text
+
+
+def test_a_start_from_a_foreign_model_may_refresh_the_scales_that_it_brings(folders):
+    scales = scales_of_checkpoint(folders / "plain", "NVFP4", ("lm_head",), str(folders / "data.jsonl"), 4)
+    export_checkpoint(folders / "plain", folders / "nvfp4", scheme="NVFP4", calibrated_scales=scales)
+    (folders / "nvfp4" / "qat_config.json").unlink()
+    train = ("--do_train", "True", "--max_steps", "1", "--input_scale_refresh", "1", "--export_format", "none")
+    run(folders, "nvfp4", "refreshed", *train, "--per_device_train_batch_size", "2")
+    assert QATConfig.load(folders / "refreshed").calibrated_scales.keys() == scales.keys()
+
+
+def test_a_refresh_of_scales_in_an_evaluation_is_refused(folders, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(folders, "plain", "refused", "--quant_scheme", "NVFP4", "--input_scale_refresh", "3")
+    assert "--input_scale_refresh 3 has no effect without --do_train True" in capsys.readouterr().err
+
+
+def test_a_stream_is_evaluated_and_calibrates_without_a_number_of_steps(folders):
+    stream = ("--streaming", "True", "--kv_cache_scheme", "FP8")
+    assert run(folders, "plain", "streamed", "--quant_scheme", "NVFP4", *stream)["eval_loss"] > 0
