@@ -75,8 +75,8 @@ def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig
         best, least = _best(model, layers, fmt, rule, moved)
         text = (
             f"{moved.elements} of {elements} packed elements in {moved.layers} of {len(layers)} layers "
-            f"({100 * moved.elements / elements:.3f} %) change when rounded again in {fmt.name} under {rule}, by "
-            f"{100 * moved.relative:.3g} % of the weights' root mean square"
+            f"({100 * moved.elements / elements:.3f} %) change when rounded again in {fmt.name} under {rule}, the rule "
+            f"of the folder, by {100 * moved.relative:.3g} % of the weights' root mean square"
         )
         keeps = "keeps them" if not least.elements else f"changes {least.elements}, by {100 * least.relative:.3g} %"
         if best == rule:

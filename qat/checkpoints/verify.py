@@ -86,7 +86,7 @@ def verify(
         verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
         verdict["verified"] = verdict["logits"]["bit_equal"] or verdict["logits"]["why_not_bit_equal"] is not None
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
-    _raise_unless_verified(verdict, packed.path)
+    _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict
 
 
@@ -196,11 +196,11 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _raise_unless_verified(verdict: dict, folder: Path) -> None:
+def _raise_unless_verified(verdict: dict, folder: Path, source: Path) -> None:
     weights, logits = verdict["weights"], verdict["logits"]
     if weights["elements_that_differ"]:
         raise VerificationError(
-            f"{folder} is not the model in {verdict['source']}: {weights['elements_that_differ']:,} elements differ, "
+            f"{folder} is not the model in {source}: {weights['elements_that_differ']:,} elements differ, "
             f"first in {weights['first_difference']}; export it again"
         )
     if logits is not None and not verdict["verified"]:

@@ -152,7 +152,8 @@ def check_convertible(module: nn.Module, scheme: Scheme, name: str = "") -> None
         if not spec.format.fits(module.in_features):
             raise UserError(
                 f"{label} has in_features={module.in_features}, which is not a multiple of the block size "
-                f"{spec.format.block} of {spec.format.name}; add {name!r} to `ignore` to leave it unquantized"
+                f"{spec.format.block} of {spec.format.name}; add {name!r} to `ignore` "
+                '(--ignore, or "ignore" in a mapping file) to leave it unquantized'
             )
 
 

@@ -176,7 +176,10 @@ def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
     tensors = load_file(changed / "model.safetensors")
     tensors["surplus"] = tensors.pop("model.layers.0.mlp.gate_proj.weight_scale")
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationError, match=r"2 elements differ, first in .*gate_proj.weight_scale \(missing\)"):
+    with pytest.raises(
+        VerificationError,
+        match=r"is not the model in /.*: 2 elements differ, first in .*gate_proj.weight_scale \(missing\)",
+    ):
         verify.verify(changed, source, with_logits=False)
 
 
