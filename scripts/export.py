@@ -158,11 +158,11 @@ def calibrated(args: argparse.Namespace) -> dict[str, float] | None:
             )
         return None
     if args.dataset is None:
-        if saved is not None and saved.calibrated_scales:
+        if saved is not None and saved.calibrated_scales and saved.kv_cache_scheme == cache:
             return None
         raise UserError(
             f"--quant_scheme {scheme}{f' --kv_cache_scheme {cache}' if cache else ''} quantizes under calibrated "
-            "scales, and SRC has none; give --dataset, such as chats.jsonl, to calibrate on"
+            "scales, which SRC does not have; give --dataset, such as chats.jsonl, to calibrate on"
         )
     from training.start.calibration import scales_of_checkpoint
 
