@@ -231,14 +231,6 @@ def test_a_trained_checkpoint_brings_its_calibrated_scales_under_its_own_scheme_
         assert {n: t.item() for n, t in all_tensors(folder).items() if "input_global" in n} == scales
 
 
-def test_a_layer_with_quantized_weights_only_needs_no_scale_beside_fused_ones_that_have_one(nvfp4, tmp_path):
-    source, scales = nvfp4
-    mapping = {"torch.nn.Linear": "NVFP4", "*.v_proj": "NVFP4A16"}
-    own = {name: scale for name, scale in scales.items() if ".v_proj." not in name}
-    folder = export_checkpoint(source, tmp_path / "packed", scheme=mapping, calibrated_scales=own)
-    assert {n: t.item() for n, t in all_tensors(folder).items() if "input_global" in n} == own
-
-
 def test_layers_of_another_format_than_those_they_are_fused_with_are_packed_with_a_warning(nvfp4, tmp_path, caplog):
     source, _ = nvfp4
     mapping = {"torch.nn.Linear": "NVFP4A16", "*.k_proj": "INT4_G32"}

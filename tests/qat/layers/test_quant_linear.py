@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat import QuantLinear, TensorQuantizer, convert, get_scheme, is_quantlinear
+from qat import SCHEMES, QuantLinear, TensorQuantizer, convert, get_scheme, is_quantlinear
 from qat.errors import UserError
 from qat.numerics import mx, ops
 from qat.numerics.mx import FORMATS
@@ -194,3 +194,15 @@ def test_weight_pack_refuses_a_format_whose_tensor_scale_it_would_lose():
     quantizer = TensorQuantizer.of(get_scheme("NVFP4A16").weight)
     with pytest.raises(UserError, match="weight_pack gives no tensor scale, which nvfp4 has"):
         quantizer.weight_pack(torch.ones(2, 16), torch.ones(2, 1).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_width_that_the_blocks_of_a_scheme_do_not_divide_is_refused_by_name(scheme):
+    layer, specs = torch.nn.Linear(200, 8), filter(None, (get_scheme(scheme).weight, get_scheme(scheme).input))
+    block = next((spec.format.block for spec in specs if spec.format.block), None)
+    if block is None:  # a scale for a whole row
+        assert convert(layer, get_scheme(scheme), "up_proj")(torch.ones(1, 200)).shape == (1, 8)
+        return
+    with pytest.raises(UserError, match=f"up_proj has in_features=200, .* not a multiple of the block size {block} of"):
+        convert(layer, get_scheme(scheme), "up_proj")
+    assert type(layer) is torch.nn.Linear
