@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat import SCHEMES, QuantLinear, TensorQuantizer, convert, get_scheme, is_quantlinear
+from qat import QuantLinear, TensorQuantizer, convert, get_scheme, is_quantlinear
 from qat.errors import UserError
 from qat.numerics import mx, ops
 from qat.numerics.mx import FORMATS
+from qat.schemes.presets import PRESETS
 from qat.schemes.presets import PRESETS
 
 MXFP4, MXFP8 = FORMATS.values()
@@ -196,7 +197,7 @@ def test_weight_pack_refuses_a_format_whose_tensor_scale_it_would_lose():
         quantizer.weight_pack(torch.ones(2, 16), torch.ones(2, 1).to(torch.float8_e4m3fn))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", PRESETS)
 def test_a_width_that_the_blocks_of_a_scheme_do_not_divide_is_refused_by_name(scheme):
     layer, specs = torch.nn.Linear(200, 8), filter(None, (get_scheme(scheme).weight, get_scheme(scheme).input))
     block = next((spec.format.block for spec in specs if spec.format.block), None)
