@@ -17,7 +17,7 @@ from helpers import make_llama, make_tokenizer, save_llama, save_qat
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qat import get_scheme, prepare_qat
+from qat import SCHEMES, get_scheme, prepare_qat
 from qat.checkpoints import pack
 from qat.checkpoints.dialects import get_dialect
 from qat.checkpoints.folder import CheckpointFolder
@@ -26,7 +26,7 @@ from qat.checkpoints.pack import export_checkpoint, pack_weight
 from qat.checkpoints.tensor_scales import calibrated_tensors
 from qat.checkpoints.verify import verify
 from qat.errors import UserError
-from qat.layers.calibration import calibrated_layers
+from qat.layers.calibration import calibrate_inputs, calibrated_layers
 from qat.numerics import ops
 from qat.schemes.config import QATConfig
 from qat.schemes.spec import TensorSpec
@@ -242,6 +242,19 @@ def test_layers_of_another_format_than_those_they_are_fused_with_are_packed_with
         divisor = tensors[f"model.layers.0.self_attn.{own}.weight_global_scale"]
         assert float(divisor) == float(448.0 * 6.0 / torch.tensor(amax))
     assert verify(folder, source, with_logits=False)["verified"]
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if not name.endswith("G128")])  # 64 inputs a layer
+def test_each_scheme_is_packed_beside_another_in_the_same_attention_layer(tmp_path, scheme):
+    other = "NVFP4" if scheme == "MXFP8" else "MXFP8"
+    model = make_llama(layers=1, attention_bias=True).bfloat16()
+    prepare_qat(model, {"torch.nn.Linear": scheme, "*.k_proj": other})
+    calibrate_inputs(model, [{"input_ids": torch.arange(20)[None]}])
+    model.save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    model.qat_config.save(tmp_path / "source")
+    export_checkpoint(tmp_path / "source", tmp_path / "packed")
+    assert verify(tmp_path / "packed", tmp_path / "source", with_logits=False)["verified"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from qat.errors import UserError
 from qat.numerics import mx, ops
 from qat.numerics.mx import FORMATS
 from qat.schemes.presets import PRESETS
-from qat.schemes.presets import PRESETS
 
 MXFP4, MXFP8 = FORMATS.values()
 SCHEMES = pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL"])
