@@ -7,9 +7,10 @@ Engines quantize activations themselves, under a rule of their own or not at all
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..layers.fused import fused_groups
 from ..schemes.config import QATConfig
 from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import Scheme
@@ -25,18 +26,24 @@ def kind_of(scheme: Scheme) -> Kind:
     return scheme.weight.format.name, None if scheme.input is None else scheme.input.format.name
 
 
-def engine_table(schemes: Iterable[Scheme], export_format: str, kv_cache: bool = False) -> str:
+def engine_table(
+    schemes: Iterable[Scheme], export_format: str, kv_cache: bool = False, split: Sequence[str] = ()
+) -> str:
     """A table for a packed folder, one row for each engine, and how each differs from the training.
 
     Args:
         schemes: those of the folder's layers, under the rules of the training.
         export_format: a name of `dialects.DIALECTS`.
         kv_cache: whether the folder holds scales of a key/value cache in FP8.
+        split: layers that vLLM fuses into one matrix and that differ in scheme, for which it refuses the folder.
     """
     found = list({(scheme.name, scheme.input and scheme.input.rule): scheme for scheme in schemes}.values())
     rows, different = [], {scheme.name: list[str]() for scheme in found}
     for engine in _readers(export_format):
         name = engine.name.replace("`", "")
+        if split and name.startswith("vLLM"):
+            rows.append((name, "refused: layers that it fuses differ in scheme", ""))
+            continue
         cells = [(scheme.name, _fact(engine, scheme, export_format)) for scheme in found]
         for scheme, (_, fact) in zip(found, cells, strict=True):
             if difference := _difference(scheme, fact):
@@ -52,6 +59,8 @@ def engine_table(schemes: Iterable[Scheme], export_format: str, kv_cache: bool =
     for scheme in found:
         if engines := different[scheme.name]:
             lines.append(f"{scheme.name} stands for {_trained(scheme)}. Different: {'; '.join(engines)}")
+    if split:
+        lines.append(f"vLLM fuses {', '.join(split)}; give them one scheme to serve the folder there")
     if options := get_dialect(export_format).serve_options(found):
         lines.append(f"The option, which the file cannot hold: vllm serve DIR {' '.join(options)}")
     return "\n".join(lines)
@@ -63,11 +72,23 @@ def table_of_folder(folder: str | Path) -> str:
     Raises:
         UserError: it is no packed folder of ours.
     """
-    config, saved = CheckpointFolder.open(folder, "the packed folder").quantization_config or {}, QATConfig.load(folder)
+    checkpoint, saved = CheckpointFolder.open(folder, "the packed folder"), QATConfig.load(folder)
+    config = checkpoint.quantization_config or {}
     dialect = dialect_of(config, folder)
     rules = {} if saved is None else saved.scale_rules
     schemes = [get_scheme(name).with_rules(**rule) for name, rule in rules.items()]
-    return engine_table(schemes, dialect.name, config.get("kv_cache_scheme") is not None)
+    split = next(_split_groups(checkpoint.names, config), ())
+    return engine_table(schemes, dialect.name, config.get("kv_cache_scheme") is not None, split)
+
+
+def _split_groups(tensors: Iterable[str], config: Mapping) -> Iterator[list[str]]:
+    """Layers that engines fuse and that are in different groups of the configuration, or partly unquantized."""
+    groups = enumerate(config.get("config_groups", {}).values())
+    named = {target: number for number, group in groups for target in group["targets"]}
+    parts = {tuple(name.rsplit(".", 1)) for name in tensors if "." in name}
+    layers = {layer for layer, part in parts if part in ("weight", "weight_packed")}
+    of = {layer: named.get(layer, -1) if (layer, "weight_scale") in parts else None for layer in layers}
+    return (group for group in fused_groups(sorted(layers)) if len({of[layer] for layer in group}) > 1)
 
 
 def markdown() -> str:

@@ -85,3 +85,17 @@ def test_the_table_of_a_folder_knows_its_schemes_rules_and_format(tmp_path):
     assert "transformers, compressed-tensors" not in table and "under RCEIL. Different: vLLM on Hopper" in table
     with pytest.raises(UserError, match="not a packed checkpoint"):
         table_of_folder(save_llama(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("mapping", [{"*.v_proj": "MXFP8"}, None], ids=["another scheme", "unquantized"])
+def test_vllm_refuses_a_folder_in_which_layers_that_it_fuses_differ(tmp_path, mapping):
+    source, base = save_llama(tmp_path / "plain", layers=1), {"torch.nn.Linear": "MXFP4"}
+    ignore = ["lm_head"] if mapping else ["lm_head", "*.v_proj"]
+    packed = export_checkpoint(source, tmp_path / "p", scheme=base | (mapping or {}), ignore=ignore)
+    table = table_of_folder(packed)
+    assert "refused: layers that it fuses differ" in row_of(table, "vLLM on Blackwell")
+    assert "vLLM fuses model.layers.0.self_attn.q_proj, " in table and "W4A4" in row_of(
+        table, "transformers, compressed-tensors"
+    )
+    whole = table_of_folder(export_checkpoint(source, tmp_path / "whole", scheme="MXFP4"))
+    assert "refused: layers" not in whole
