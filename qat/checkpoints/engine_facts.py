@@ -95,7 +95,7 @@ def _older_gpu(fp8: Fact, fp4: str, humming_source: str) -> dict[Kind, Fact]:
 
 
 _BY_HUMMING_OR_W4A4 = Fact("W4A8 with the package humming, else W4A4", "source-32", OPEN)
-_TORCH_FP8 = Fact("W8A8", "run-cpu", "fp8_token")
+_TORCH_FP8 = Fact("W8A8", "run-cpu", "fp8_token", "absmax")
 _CPU_INT4 = Fact("W4A16; W4A8 in INT8 on CPUs with AMX unless VLLM_CPU_INT4_W4A8=0", "run-cpu-no-amx")
 
 ENGINES = (
