@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 import main
 from data.preview import PreviewArguments
+from qat import SCHEMES
 from training.arguments.data import DataArguments
 from training.arguments.model import ModelArguments
 from training.sensitivity.measure import SensitivityArguments
@@ -182,6 +183,14 @@ def test_the_tree_of_the_architecture_names_every_room_and_the_files_of_qat():
         assert {path.name for path in paths if path.is_dir()} <= folders
         assert {path.name for path in paths if path.is_file()} <= files
     assert {path.name for path in (ROOT / "qat").glob("*/*.py")} - {"__init__.py"} <= files
+
+
+@pytest.mark.parametrize("page,heading", [("README.md", "## Schemes,"), ("docs/quantization.md", "## Schemes")])
+def test_tables_of_schemes_have_every_scheme_and_no_other(page, heading):
+    section = (ROOT / page).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"absmax", "absmax_native"}  # FP8's rules
+    assert named == set(SCHEMES)
 
 
 @pytest.mark.parametrize("code", blocks_of(ROOT / "README.md", "python"))

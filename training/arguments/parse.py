@@ -135,6 +135,11 @@ def _check_together(arguments: Arguments) -> None:
             f"--{name} True: weights are saved as they are quantized in bfloat16, which is not what --bf16 False or "
             f"--fp16 True trains; give --bf16 True, or leave --{name} out"
         )
+    for setting, is_on in arguments.quantization.learned.items():
+        if is_on and not training.do_train:
+            raise UserError(
+                f"--{setting} True has no effect without --do_train True: an evaluation learns nothing; leave it out"
+            )
     if distillation.distill:
         check_with_teacher(training)
     if distillation.distill_teacher == "self" and training.do_train:
