@@ -1,4 +1,4 @@
-"""What produces an activation and can divide it: norms and linear layers."""
+"""What produces an activation and can divide it: norms, linear layers, the `up` part of gated experts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..layers.experts import ExpertsLayout
+
 
 @dataclass(frozen=True)
 class Producer:
@@ -17,11 +19,11 @@ class Producer:
     Attributes:
         name: in its model, for messages.
         parameters: that `divide` changes.
-        divide: lets what it puts out be divided by factors [channels], in place.
+        divide: lets what it puts out be divided by factors [channels], of experts [E, channels], in place.
     """
 
     name: str
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[torch.Tensor, ...]
     divide: Callable[[torch.Tensor], None]
 
 
@@ -39,6 +41,21 @@ def norm_producer(name: str, norm: nn.Module) -> Producer:
 def linear_producer(name: str, linear: nn.Linear) -> Producer:
     """A linear layer."""
     return Producer(name, tuple(linear.parameters(recurse=False)), functools.partial(_divide_linear, linear))
+
+
+def up_producer(name: str, experts: nn.Module, layout: ExpertsLayout) -> Producer:
+    """The `up` part of experts whose gate comes first; factors [E, I]."""
+    first = layout.parameters[0]
+    weight = experts.get_parameter(first)
+    bias = experts.get_parameter(f"{first}_bias") if layout.has_bias else None
+
+    def divide(factors: torch.Tensor) -> None:
+        rows = weight.transpose(-2, -1) if layout.is_transposed else weight
+        rows[:, factors.shape[-1] :].div_(factors.unsqueeze(-1).to(weight.dtype))
+        if bias is not None:
+            bias[:, factors.shape[-1] :].div_(factors.to(bias.dtype))
+
+    return Producer(f"{name}.{first}", (weight,) if bias is None else (weight, bias), divide)
 
 
 def _divide_norm(norm: nn.Module, factors: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ multiplies the weights that read it by the same factor:
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)          alpha 0: no smoothing of X; alpha 1: all channels of X alike
 
 The division costs nothing, since whatever produces the activation absorbs it: the norm before q/k/v or gate/up, v_proj
-before o_proj, up_proj before down_proj (activations.py finds them). The factors of an activation have a geometric mean
+before o_proj, up_proj before down_proj (observation.py finds them). The factors of an activation have a geometric mean
 of 1.
 
 Some models use an activation in a way that is not seen, as a residual or through a function that is not linear. Their
@@ -17,15 +17,20 @@ logits move; the activation is undone, and the others stay smoothed.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UserError
+from ..layers.experts import layout_of
 from ..layers.sites import quantizers_off
-from .activations import Activation, Observation, observe
+from .activations import Activation
+from .observation import Observation, observe
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +61,7 @@ class Smoothed:
 
     def __str__(self) -> str:
         text = f"smoothed {self.smoothed} of {self.inputs} activations"
-        parts = [f"{name} (logits move by {moved:.2g})" for name, moved in self.left.items()]
+        parts = list(_by_kind(self.left))
         if self.uncovered:
             parts.append(
                 f"{len(self.uncovered)} with no norm, v_proj or gated up_proj directly before, e.g. the input of "
@@ -67,7 +72,7 @@ class Smoothed:
 
 @torch.no_grad()
 def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: float) -> Smoothed:
-    """Smooth the inputs of the quantized layers of `model` in place; an activation that moves the logits stays as it is.
+    """Smooth the inputs of the quantized layers of `model` in place, except those that would move its logits.
 
     Args:
         model: prepared by `prepare_qat`, its weights FP32 for exactness.
@@ -91,7 +96,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
     was_training = model.training
     model.eval()
     try:
-        with quantizers_off(model):
+        with quantizers_off(model), _without_cache(model):
             check = _Check(model, _beginning(max(batches, key=_tokens)))
             seen = observe(model, batches)
             left: dict[str, float] = {}
@@ -103,17 +108,47 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
     return result
 
 
+def _by_kind(left: dict[str, float]) -> Iterator[str]:
+    """The activations that are left, those together whose names differ in numbers only."""
+    kinds: dict[str, list[str]] = {}
+    for name in left:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+    for kind, names in kinds.items():
+        moved = max(left[name] for name in names)
+        alone = f"{names[0]} (logits move by {moved:.2g})"
+        yield alone if len(names) == 1 else f"{len(names)} of {kind} (logits move by up to {moved:.2g})"
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No keys and values are kept inside: latent ones are copied into a cache, so their reader would not be seen."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 class _Check:
-    """How far the logits of a model have moved since this was made."""
+    """How far the logits of a model have moved since this was made.
+
+    In a mixture of experts, rounding alone sends a token to another expert where two of its scores are almost equal,
+    and its logits move. So there the median over the tokens counts, in other models the largest.
+    """
 
     def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
         self.model, self.batch = model, batch
+        self.is_mixture = any(layout_of(module) is not None for module in model.modules())
         self.before = model(**batch).logits
 
     def moved(self) -> float:
-        """The largest change, as a fraction of the largest logit."""
-        after = self.model(**self.batch).logits
-        return float((after - self.before).abs().max() / self.before.abs().max())
+        """The largest change of a token's logits, as a fraction of the largest logit."""
+        change = (self.model(**self.batch).logits - self.before).abs().amax(-1).flatten()
+        return float((change.median() if self.is_mixture else change.max()) / self.before.abs().max())
 
 
 def _smooth_exactly(lot: Sequence[Activation], alpha: float, check: _Check, left: dict[str, float]) -> list[Activation]:
@@ -166,7 +201,10 @@ def _log(model: nn.Module, result: Smoothed, alpha: float) -> None:
     text = str(result)
     if not result.smoothed:
         logger.warning(
-            "%s is not smoothed (--smooth_alpha %g): %s; it continues without smoothing", type(model).__name__, alpha, text
+            "%s continues without smoothing, which --smooth_alpha %g asks for: %s",
+            type(model).__name__,
+            alpha,
+            text,
         )
         return
     log = logger.warning if result.left else logger.info
@@ -185,18 +223,24 @@ def _beginning(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _apply(activation: Activation, alpha: float) -> None:
-    weight = torch.stack([_by_channel(reader.largest()) for reader in activation.readers]).amax(0)
+    ndim = activation.largest.ndim
+    weight = torch.stack([_reduced(reader.largest(), ndim) for reader in activation.readers]).amax(0)
     factors = smoothing_factors(activation.by_output(activation.largest), activation.by_output(weight), alpha)
     activation.producer.divide(factors)
     for reader in activation.readers:
         reader.multiply(activation.by_channel(factors))
 
 
-def _by_channel(largest: torch.Tensor) -> torch.Tensor:
-    return largest.flatten(0, -2).amax(0) if largest.ndim > 1 else largest
+def _reduced(largest: torch.Tensor, ndim: int) -> torch.Tensor:
+    """[..., K] -> [K] if `ndim` is 1: the largest of all experts, where one activation reaches all of them."""
+    return largest.flatten(0, -2).amax(0) if largest.ndim > ndim else largest
 
 
 def smoothing_factors(largest_input: torch.Tensor, largest_weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over their geometric mean, FP32 [channels]; see the top."""
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over their geometric mean, FP32 [..., channels]; see the top.
+
+    1 where no channel was seen: of an expert that no token reached.
+    """
     factors = largest_input.clamp(min=_SMALLEST) ** alpha / largest_weight.clamp(min=_SMALLEST) ** (1 - alpha)
-    return factors / factors.log().mean().exp()
+    factors = factors / factors.log().mean(-1, keepdim=True).exp()
+    return torch.where(largest_input.amax(-1, keepdim=True) > 0, factors, 1)
