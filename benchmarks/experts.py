@@ -11,6 +11,7 @@ grouped products with weights cast to BF16, and each scheme.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,7 @@ def measure(args: argparse.Namespace, model: Qwen3MoeForCausalLM, schemes: dict[
         with context():
             saved[name] = saved_bytes_of_a_block(model, args.tokens)
             if args.device == "cuda":
+                gc.collect()
                 torch.cuda.reset_peak_memory_stats()
                 run()
                 peaks[name] = torch.cuda.max_memory_allocated()
