@@ -27,9 +27,9 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..layers.experts import layout_of
 from ..layers.sites import quantizers_off
 from .activations import Activation
+from .equality import Equality
 from .observation import Observation, observe
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
     model.eval()
     try:
         with quantizers_off(model), _without_cache(model):
-            check = _Check(model, _beginning(max(batches, key=_tokens)))
+            check = Equality(model, _beginning(max(batches, key=_tokens)))
             seen = observe(model, batches)
             left: dict[str, float] = {}
             kept = [a for lot in _lots(seen.activations) for a in _smooth_exactly(lot, alpha, check, left)]
@@ -133,25 +133,9 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-class _Check:
-    """How far the logits of a model have moved since this was made.
-
-    In a mixture of experts, rounding alone sends a token to another expert where two of its scores are almost equal,
-    and its logits move. So there the median over the tokens counts, in other models the largest.
-    """
-
-    def __init__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-        self.model, self.batch = model, batch
-        self.is_mixture = any(layout_of(module) is not None for module in model.modules())
-        self.before = model(**batch).logits
-
-    def moved(self) -> float:
-        """The largest change of a token's logits, as a fraction of the largest logit."""
-        change = (self.model(**self.batch).logits - self.before).abs().amax(-1).flatten()
-        return float((change.median() if self.is_mixture else change.max()) / self.before.abs().max())
-
-
-def _smooth_exactly(lot: Sequence[Activation], alpha: float, check: _Check, left: dict[str, float]) -> list[Activation]:
+def _smooth_exactly(
+    lot: Sequence[Activation], alpha: float, check: Equality, left: dict[str, float]
+) -> list[Activation]:
     """Smooth those of a lot that do not move the logits, which are returned; the others go into `left`.
 
     All are smoothed, and the logits are compared once; where they moved, all are undone, and each half is tried alone.
