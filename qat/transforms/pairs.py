@@ -76,4 +76,5 @@ def _within_experts(name: str, experts: QuantExperts) -> Iterator[Pair]:
 def _largest_by_expert(x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The largest magnitude of each channel over the rows of each expert, FP32 [E, K]; 0 where it has none."""
     largest = torch.zeros(len(routing.offsets), x.shape[-1], device=x.device)
-    return largest.index_reduce_(0, routing.experts, x.detach().abs().float(), "amax")
+    experts = routing.experts.unsqueeze(-1).expand_as(x)
+    return largest.scatter_reduce_(0, experts, x.detach().abs().float(), "amax")

@@ -39,8 +39,9 @@ class FrozenTeacher:
     def __init__(self, model: PreTrainedModel, device: torch.device, accelerator: Accelerator | None = None) -> None:
         model.requires_grad_(False).eval()
         self.device = device
-        self.head = agreed_head(model, accelerator)
         self.autocasts = needs_autocast(model, accelerator)
+        with self._precision():
+            self.head = agreed_head(model, accelerator)
         body = model if self.head is None else model.base_model
         if accelerator is None or accelerator.distributed_type != DistributedType.FSDP:
             model.to(device)
