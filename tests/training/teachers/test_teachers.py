@@ -57,7 +57,11 @@ def make_minimax() -> PreTrainedModel:
 def test_a_copy_with_buffers_in_fp32_computes_under_autocast_and_others_as_they_are():
     model, ids = make_minimax(), torch.randint(2, 260, (2, 12))
     teacher = FrozenTeacher(load_teacher(model, None), CPU.device)
-    assert teacher.autocasts and teacher.head is not None and not FrozenTeacher(load_teacher(make_llama(), None), CPU.device).autocasts
+    assert (
+        teacher.autocasts
+        and teacher.head is not None
+        and not FrozenTeacher(load_teacher(make_llama(), None), CPU.device).autocasts
+    )
     rows = teacher.rows({"input_ids": ids, "labels": ids})
     logits, expected = rows.head(rows.hidden).float(), labelled_rows(model(ids).logits, ids)
     assert (logits - expected).norm() < 0.02 * expected.norm()  # BF16
