@@ -11,14 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..errors import UserError
-from ..layers.sites import Site
+from ..layers.experts import layout_of
+from ..layers.sites import EXPERTS, Site
 from ..schemes.spec import TensorSpec
 from .stored_names import Place, StoredNames, expert_layers
-
-EXPERTS = "experts"  # the kind of sites
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,10 @@ class Matrix:
         """The values [N, K] of this matrix in its stored tensor; a view."""
         if self.is_alone:
             return tensor
-        rows = self.site.module.rows(tensor)[self.expert]
-        if self.parts > 1 and is_interleaved(self.site):
+        rows, layout = self.site.module.rows(tensor)[self.expert], layout_of(self.site.owner)
+        if self.parts > 1 and layout is not None and layout.is_interleaved:
             return rows[self.part :: self.parts]
         return rows.chunk(self.parts)[self.part]
-
-
-def is_interleaved(site: Site) -> bool:
-    """Whether gate and up of an expert alternate row by row."""
-    from ..layers.experts import layout_of
-
-    layout = layout_of(site.owner)
-    return layout is not None and layout.is_interleaved
 
 
 def matrices_of(names: StoredNames, sites: list[Site], where: object) -> dict[str, list[Matrix]]:
@@ -88,6 +78,11 @@ def matrices_of(names: StoredNames, sites: list[Site], where: object) -> dict[st
                 continue
             found[place.stored] = list(_matrices(names, site, place))
     return found
+
+
+def columns_of(site: Site) -> int:
+    """The values in a row of a site's weight: what its products sum over."""
+    return site.module.rows(site.weight).shape[-1]
 
 
 def by_divisor(matrices: Mapping[str, list[Matrix]]) -> Iterator[list[Matrix]]:
@@ -125,19 +120,9 @@ def _places_of(names: StoredNames, site: Site, where: object) -> list[Place]:
 
 
 def _matrices(names: StoredNames, site: Site, place: Place) -> Iterator[Matrix]:
-    if place.expert is not None or site.kind != EXPERTS:
+    if place.expert is not None or site.kind != EXPERTS.name:
         yield Matrix(place.layer, place.stored, site, place.expert, place.part, place.parts)
         return
     experts = site.weight.shape[0]
     for name, expert, part, parts in expert_layers(names.published(site.name), site.parameter, experts):
         yield Matrix(name, place.stored, site, expert, part, parts, is_alone=False)
-
-
-def experts_modules(model: nn.Module) -> list[str]:
-    """The names of modules that hold the experts of a layer as fused parameters, whether or not they are quantized."""
-    return [name for name, module in model.named_modules() if _holds_experts(name, module)]
-
-
-def _holds_experts(name: str, module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    return name.rpartition(".")[2] == EXPERTS and any(parameter.ndim == 3 for parameter in own.values())
