@@ -210,7 +210,7 @@ def test_wrong_logits_are_an_error_though_all_weights_agree(pair, monkeypatch, t
     served, expected = torch.zeros(1, 8, 260), torch.zeros(1, 8, 260)
     served[0, 3, 5] = 2.0**-20
     monkeypatch.setattr(verify, "packed_logits", lambda *_: served)
-    monkeypatch.setattr(verify, "fake_quantized_logits", lambda *_: (expected, expected))
+    monkeypatch.setattr(verify, "fake_quantized_logits", lambda *_: (expected, expected, False))
     with pytest.raises(VerificationError, match="all weights are equal, but the logits of transformers"):
         verify.verify(changed, source, tokens=8)
 
