@@ -109,7 +109,7 @@ def export_checkpoint(
     check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
     quantization_config = dialect.config(
-        target_schemes(sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
+        target_schemes(model, sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
     )
     check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
@@ -192,9 +192,7 @@ def _pack_matrix(
     spec = matrix.spec
     quantized = pack_weight(weight.contiguous(), spec, divisor, matrix.site.module.weight_quantizer.rounding)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
-        raise UserError(
-            f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?"
-        )
+        raise UserError(f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?")
     return dict(zip(dialect.tensor_names(matrix.name, spec), packed_tensors(quantized, spec), strict=True))
 
 

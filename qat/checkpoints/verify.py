@@ -41,6 +41,7 @@ from .verify_weights import WeightCount, compare_weights
 logger = logging.getLogger(__name__)
 
 VERDICT_NAME = "verification.json"
+_EXPERTS_IN = "experts in "
 
 
 def verify(
@@ -133,7 +134,7 @@ def compare_logits(
     )
     linear = {site.scheme.name for site in sites if site.kind == LINEAR.name}
     plain = [n for n in schemes if n in linear and engine_rules[n] is None and schemes[n].input is not None]
-    plain += [f"experts in {n}" for n, rule in experts.items() if rule is None and schemes[n].input is not None]
+    plain += [f"{_EXPERTS_IN}{n}" for n, rule in experts.items() if rule is None and schemes[n].input is not None]
     differ = [f"{n}: {reason}" for n, scheme in schemes.items() if (reason := dialect.logits_differ(scheme))]
     if reads_matrices and dialect.quant_method == CompressedTensors.quant_method:
         differ.append("compressed-tensors takes one scale for all tokens where an input has no batch dimension")
@@ -241,10 +242,11 @@ def _raise_unless_verified(verdict: dict, folder: Path, source: Path) -> None:
     if reason := verdict["why_no_logits"]:
         logger.warning("%s: the weights are proven, the logits are not: %s", folder, reason)
     for scheme in logits["activations_not_quantized_by_engine"] if logits else ():
-        why = "it computes experts with" if scheme.startswith("experts") else "the file cannot hold their format; those are"
+        of_experts = scheme.startswith(_EXPERTS_IN)
+        why = "" if of_experts else ", since the file cannot hold their format"
         logger.warning(
-            "%s: %s leaves the activations of %s unquantized: %s rounded weights alone; the logits are %.4f nats a token "
-            "from those of the training",
+            "%s: %s leaves the activations of %s unquantized%s; the logits are those of its weights alone, %.4f nats a "
+            "token from those of the training",
             folder, logits["engine"], scheme, why, logits["mean_log_probability_difference_to_trained_rule"],
         )  # fmt: skip
 

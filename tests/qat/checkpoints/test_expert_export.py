@@ -106,8 +106,8 @@ def test_a_fused_tensor_is_split_into_gate_and_up_of_each_expert(tmp_path):
     tensors = load_file(packed / "model.safetensors")
     spec = get_scheme("MXFP4").weight
     for projection, rows in (("gate_proj", fused[2, :64]), ("up_proj", fused[2, 64:])):
-        name = f"model.layers.0.block_sparse_moe.experts.2.{projection}"
-        found = CompressedTensors().decompress([tensors[f"{name}.{n}"] for n in ("weight_packed", "weight_scale")], spec)
+        name = f"model.layers.0.block_sparse_moe.experts.2.{projection}.weight"
+        found = CompressedTensors().decompress([tensors[f"{name}_packed"], tensors[f"{name}_scale"]], spec)
         assert torch.equal(found, ops.fake_quantize(rows, "mxfp4", spec.rule, torch.bfloat16))
 
 
@@ -115,8 +115,8 @@ def test_interleaved_transposed_experts_are_taken_apart(tmp_path):
     source, packed, _ = export(tmp_path, "gpt_oss", "MXFP4A16")
     fused = load_file(source / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]
     tensors = load_file(packed / "model.safetensors")
-    name, spec = "model.layers.0.mlp.experts.1.up_proj", get_scheme("MXFP4A16").weight
-    found = CompressedTensors().decompress([tensors[f"{name}.{n}"] for n in ("weight_packed", "weight_scale")], spec)
+    name, spec = "model.layers.0.mlp.experts.1.up_proj.weight", get_scheme("MXFP4A16").weight
+    found = CompressedTensors().decompress([tensors[f"{name}_packed"], tensors[f"{name}_scale"]], spec)
     assert torch.equal(found, ops.fake_quantize(fused[1, :, 1::2].T.contiguous(), "mxfp4", spec.rule, torch.bfloat16))
     assert "model.layers.0.mlp.experts.gate_up_proj_bias" in tensors
     verdict = verify(packed, source, tokens=8)
@@ -187,7 +187,8 @@ def test_one_changed_bit_of_one_expert_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ignore", "said"), [(("lm_head",), "experts.gate_up_proj holds experts"), (("*.experts", "lm_head"), "leave experts alone")]
+    ("ignore", "said"),
+    [(("lm_head",), "experts.gate_up_proj holds experts"), (("*.experts", "lm_head"), "leave experts alone")],
 )
 def test_auto_rounds_format_holds_no_experts(tmp_path, ignore, said):
     source = save_family("qwen3_moe", tmp_path / "source")

@@ -87,7 +87,7 @@ def test_experts_come_in_the_order_of_their_numbers_and_gate_before_up():
 def test_layers_that_share_their_weight_are_one_stored_tensor(loaded):
     folder, model = loaded("zamba2")
     names = StoredNames(model, folder.names)
-    first, second = ("model.layers.{}.shared_transformer.self_attn.q_proj.weight".format(i) for i in (0, 2))
+    first, second = (f"model.layers.{i}.shared_transformer.self_attn.q_proj.weight" for i in (0, 2))
     assert names.of(first) == names.of(second) != []
     assert {first, second} & folder.names == {names.of(first)[0].stored}
 

@@ -196,8 +196,9 @@ def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(t
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 260}
     MixtralForCausalLM(MixtralConfig(**sizes, **experts)).bfloat16().save_pretrained(tmp_path / "source")
-    packed = export_checkpoint(tmp_path / "source", tmp_path / "packed", scheme="MXFP4")
+    packed = export_checkpoint(tmp_path / "source", tmp_path / "packed", scheme="MXFP4", ignore=("*.experts",))
     (packed / "verification.json").write_text('{"verified": true}')  # of an earlier export
+    monkeypatch.setattr(verify, "why_not_loadable", lambda *_: None)  # a cause that is not known
     said = "packed is not proven.*cannot load it: .*experts.gate_up_proj"
     with pytest.raises(VerificationError, match=said) as error:
         verify.verify(packed, tmp_path / "source", tokens=8)
