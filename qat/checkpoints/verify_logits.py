@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,9 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..layers.kv_cache import set_cache_rule
-from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
-from ..layers.sites import quantized_sites
+from ..layers.sites import EXPERTS, quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
@@ -39,6 +39,10 @@ class VerificationError(UserError):
     """A packed checkpoint is not the model it was made of, or its engine cannot load it."""
 
 
+class NotLoadableError(VerificationError):
+    """transformers cannot load a packed checkpoint."""
+
+
 def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
     """What transformers computes with a packed checkpoint, on the CPU, in a fresh process.
 
@@ -51,7 +55,7 @@ def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool
         BF16 [batch, time, vocabulary].
 
     Raises:
-        VerificationError: transformers cannot load it.
+        NotLoadableError: transformers cannot load it.
     """
     return _in_fresh_process(["packed", "--folder", str(folder), *_trusted(trust_remote_code)], input_ids)["logits"]
 
@@ -62,7 +66,8 @@ def fake_quantized_logits(
     input_ids: torch.Tensor,
     engine_rules: dict[str, str | None],
     trust_remote_code: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    experts_as_linear: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """What the fake-quantized model computes, on the CPU, in a fresh process.
 
     Args:
@@ -71,14 +76,18 @@ def fake_quantized_logits(
         input_ids: int64 [batch, time].
         engine_rules: by scheme, the rule under which the engine quantizes activations; None: it does not.
         trust_remote_code: run Python code that comes with the checkpoint.
+        experts_as_linear: whether these rules hold for experts as well; else the engine leaves their inputs alone.
 
     Returns:
-        BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
+        BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training; and
+        whether a layer with one scale for each token read a matrix without a batch: compressed-tensors takes one scale
+        for the whole of it.
     """
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
+    command += ["--experts_as_linear"] if experts_as_linear else []
     result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
-    return result["logits"], result["logits_as_trained"]
+    return result["logits"], result["logits_as_trained"], bool(result["reads_matrices"])
 
 
 def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -103,7 +112,8 @@ def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             logger.debug("%s failed:\n%s", " ".join(command), done.stderr)
-            raise VerificationError(_failure(arguments, done.returncode, done.stderr))
+            kind = NotLoadableError if arguments[0] == "packed" else VerificationError
+            raise kind(_failure(arguments, done.returncode, done.stderr))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
 
 
@@ -128,6 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--qat_config")
     parser.add_argument("--rules", nargs="*", default=())
+    parser.add_argument("--experts_as_linear", action="store_true")
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
@@ -141,10 +152,12 @@ def main(argv: list[str] | None = None) -> None:
         config = QATConfig.load(args.qat_config)
         assert config is not None, args.qat_config
         prepare_as_saved(model, config)
-        result = {"logits_as_trained": _logits(model, input_ids)}
-        compute_as_engine(model, dict(rule.split("=") for rule in args.rules))
+        with _matrices_noticed(model, args.experts_as_linear) as noticed:
+            result = {"logits_as_trained": _logits(model, input_ids)}
+        result["reads_matrices"] = torch.tensor(bool(noticed))
+        compute_as_engine(model, dict(rule.split("=") for rule in args.rules), args.experts_as_linear)
     else:
-        assert not any(is_quantlinear(module) for module in model.modules())
+        assert not quantized_sites(model)
         result = {}
     set_cache_rule(model, CACHE_RULE)
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
@@ -161,12 +174,34 @@ def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
     )  # fmt: skip
 
 
-def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str]) -> None:
-    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all."""
+def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str], experts_as_linear: bool = False) -> None:
+    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all.
+
+    Args:
+        experts_as_linear: the same for experts; else their inputs are not quantized.
+    """
     set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in rules.items() if rule})
     for site in quantized_sites(model):
-        if not rules[site.scheme.name]:
+        if not rules[site.scheme.name] or (site.kind == EXPERTS.name and not experts_as_linear):
             site.module.input_quantizer.disable()
+
+
+@contextmanager
+def _matrices_noticed(model: PreTrainedModel, experts_as_linear: bool) -> Iterator[list[str]]:
+    """The labels of sites inside that quantize inputs of two dimensions under one scale for each row."""
+    noticed: list[str] = []
+
+    def hook(label: str) -> Callable:
+        return lambda module, inputs: noticed.append(label) if inputs[0].ndim == 2 else None
+
+    sites = [site for site in quantized_sites(model) if experts_as_linear or site.kind != EXPERTS.name]
+    by_row = [s for s in sites if s.scheme.input is not None and s.scheme.input.format.block is None]
+    handles = [site.module.register_forward_pre_hook(hook(site.label)) for site in by_row]
+    try:
+        yield noticed
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...errors import UserError
+from ...layers.sites import LINEAR
 from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
@@ -51,7 +52,7 @@ class CompressedTensors:
 
     name = quant_method = "compressed-tensors"
 
-    def can_hold(self, scheme: Scheme) -> str | None:
+    def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
         weight, inputs = _key(scheme)
         if inputs in _INPUTS.get(weight, ()):
@@ -120,6 +121,11 @@ class CompressedTensors:
         named = dict(zip(_names(spec.format), tensors, strict=True))
         scheme = QuantizationScheme(targets=["Linear"], weights=weights)
         return compressor.decompress(named, scheme)["weight"].to(VIEW_DTYPE)
+
+
+def layout_name(fmt: Format) -> str:
+    """What the library calls the layout of weights in a format."""
+    return _LAYOUTS[fmt.name]
 
 
 def quantization_args(fmt: Format, dynamic: bool) -> dict:
