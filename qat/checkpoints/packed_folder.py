@@ -90,7 +90,7 @@ def check_packed(
         raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
     if own is None:
         check_settings(settings, checkpoint.path)
-    layers = packed_layers(checkpoint.stored, checkpoint.path)
+    layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])
     said = {} if own else {n: declared(settings, n, layer.format, checkpoint.path) for n, layer in layers.items()}
     caches_fp8 = has_key_value_scheme(settings, checkpoint.path)
     packed = PackedFolder(checkpoint, layers, own, said, _key_value_scales(checkpoint), caches_fp8)
@@ -98,7 +98,7 @@ def check_packed(
         _check_input_scale(packed, name)
     stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed.packed_names}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
+    shapes |= {layer.weight: layer.shape for layer in layers.values()}
     empty = {name: torch.empty(shape, dtype=VIEW_DTYPE, device="meta") for name, shape in shapes.items()}
     model = model_of(checkpoint, empty, trust_remote_code, device_map="meta")
     check_dtypes(stored, model, checkpoint.path)

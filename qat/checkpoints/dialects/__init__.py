@@ -16,6 +16,7 @@ from ...errors import UserError
 from ...schemes.spec import Scheme, TensorSpec
 from .auto_round import AutoRound
 from .compressed_tensors import CompressedTensors
+from .mxfp4 import NativeMXFP4
 
 
 class Dialect(Protocol):
@@ -58,7 +59,7 @@ class Dialect(Protocol):
         """A weight [N, K] in BF16 from the tensors of its site, by the library that the dialect is named after."""
 
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CompressedTensors(), AutoRound())}
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CompressedTensors(), AutoRound(), NativeMXFP4())}
 EXPORT_FORMATS = tuple(DIALECTS)
 
 
