@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from ..files.model_folder import (
     weight_files,
 )
 from .dialects import DIALECTS
+from .dialects.mxfp4 import FORMAT as NATIVE
+from .dialects.mxfp4 import MODEL_TYPE
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stored"]
 
@@ -123,7 +125,7 @@ class CheckpointFolder:
         Raises:
             UserError: it is quantized by another method.
         """
-        return is_packed_by(self.quantizer, self.path)
+        return is_packed_by(self.quantizer, self.config, self.path)
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one shard, memory-mapped: what is not kept costs no memory."""
@@ -156,13 +158,17 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return config
 
 
-def is_packed_by(method: str | None, where: object) -> bool:
+def is_packed_by(method: str | None, config: Mapping[str, Any], where: object) -> bool:
     """Whether weights quantized by `method` are read by this program; False for a plain model.
+
+    Args:
+        config: the content of the model's config.json.
 
     Raises:
         UserError: the method is another one.
     """
-    if method is not None and method not in READ_METHODS:
+    is_foreign = method == NATIVE and config.get("model_type") != MODEL_TYPE  # the tensors are those of gpt-oss
+    if method is not None and (method not in READ_METHODS or is_foreign):
         raise UserError(
             f"{where} is quantized by {method}, which is not read; give the BF16 checkpoint that it was made of, or a "
             "local folder packed in MXFP4, MXFP8, NVFP4, INT4 or FP8 by llm-compressor, AutoRound or Model-Optimizer"
