@@ -20,7 +20,8 @@ def make_gpt_oss(layers: int = 2) -> GptOssForCausalLM:
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=1, sliding_window=64,
     )  # fmt: skip
     model = GptOssForCausalLM(config).bfloat16()

@@ -61,9 +61,18 @@ def load_checked(load: Callable[[], Any], where: object, strict: bool = False) -
     Raises:
         UserError: the weights do not fit the model, or the files cannot be read.
     """
+    with fitting(where):
+        model, report = load()
+    check_report(report, model, where, strict)
+    return model
+
+
+@contextmanager
+def fitting(where: object) -> Iterator[None]:
+    """Turn what transformers raises while it builds or loads a model into UserErrors; keep its progress and tables."""
     with _quiet_transformers() as loading:
         try:
-            model, report = load()
+            yield
         except MemoryError:
             raise
         except Exception as error:  # whatever transformers and a config.json's values end in
@@ -73,8 +82,6 @@ def load_checked(load: Callable[[], Any], where: object, strict: bool = False) -
                 raise code_error(where) from error
             reason = loading.conversion_error() or f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{where} does not fit the model of its {CONFIG_NAME}: {reason}; {_REMEDY}") from error
-    check_report(report, model, where, strict)
-    return model
 
 
 def check_report(report: Mapping[str, Iterable], model: PreTrainedModel, where: object, strict: bool = False) -> None:

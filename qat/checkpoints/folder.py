@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stor
 
 # Programs whose packed folders are read: those whose formats are written, and Model-Optimizer.
 MODEL_OPTIMIZER = "modelopt"
+Reader = Callable[..., list[torch.Tensor]]  # tensors by their names
 READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), MODEL_OPTIMIZER)
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _SIZES = ("_dim", "_size")
@@ -135,12 +137,22 @@ class CheckpointFolder:
 
     def read(self, *names: str) -> list[torch.Tensor]:
         """Single tensors by name."""
-        result = []
-        for name in names:
-            file = next(file for file, held in self.shards.items() if name in held)
-            with safe_open(self.path / file, framework="pt") as shard:
-                result.append(shard.get_tensor(name))
-        return result
+        with self.opened() as read:
+            return read(*names)
+
+    @contextmanager
+    def opened(self) -> Iterator[Reader]:
+        """What reads tensors by name, for many of them: files are opened once, and closed in the end."""
+        files = {name: file for file, held in self.shards.items() for name in held}
+        shards: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def read(*names: str) -> list[torch.Tensor]:
+                for file in {files[name] for name in names} - set(shards):
+                    shards[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
+                return [shards[files[name]].get_tensor(name) for name in names]
+
+            yield read
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:

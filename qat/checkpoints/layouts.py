@@ -160,7 +160,8 @@ def _native_layers(stored: Mapping[str, Stored], where: object) -> dict[str, Pac
         if lacking := [tensor for tensor in tensors.values() if tensor not in stored]:
             raise UserError(f"{where} is incomplete: {lacking[0]} is missing; copy or pack it again")
         blocks, scales = (stored[tensor] for tensor in tensors.values())
-        if (blocks.dtype, scales.dtype) != ("U8", "U8") or blocks.shape != (*scales.shape, 16) or len(scales.shape) != 3:
+        is_u8, is_3d = (blocks.dtype, scales.dtype) == ("U8", "U8"), len(scales.shape) == 3
+        if not (is_u8 and is_3d and blocks.shape == (*scales.shape, 16)):
             raise UserError(
                 f"{where}: {name} has blocks in {blocks.dtype} {blocks.shape} and scales in {scales.dtype} "
                 f"{scales.shape}; they must be U8 (E, N, K / 32, 16) and U8 (E, N, K / 32); copy or pack it again"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Mxfp4Config, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
+from transformers.utils.quantization_config import Mxfp4Config
 
 from ..files.model_folder import quantizer_of
 from .dialects.mxfp4 import FORMAT
@@ -31,7 +32,7 @@ def is_native(folder: Path) -> bool:
     return quantizer_of(folder, read_config_file(folder)) == FORMAT
 
 
-def forget_format(model: PreTrainedModel) -> None:
+def forget_format(model: Any) -> None:
     """Let a model that was dequantized be saved under the names of its parameters.
 
     transformers (5.23) applies the conversions of loading in reverse when it saves. That of the native format has no
@@ -40,9 +41,6 @@ def forget_format(model: PreTrainedModel) -> None:
     """
     from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
-    conversions: Any = getattr(model, "_weight_conversions", None) or ()
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if not any(isinstance(operation, Mxfp4Dequantize) for operation in getattr(conversion, "operations", ()))
-    ]
+    if conversions := getattr(model, "_weight_conversions", None):
+        is_native = [any(isinstance(op, Mxfp4Dequantize) for op in getattr(c, "operations", ())) for c in conversions]
+        model._weight_conversions = [c for c, drop in zip(conversions, is_native, strict=True) if not drop]

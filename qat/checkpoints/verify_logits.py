@@ -157,8 +157,9 @@ def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
     config = read_config(folder, folder, trust_remote_code, local_files_only=True)
     return load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **loading_options(config),
+            folder, config=config, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            **loading_options(config),
         ),
         folder,
     )  # fmt: skip

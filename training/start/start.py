@@ -94,7 +94,8 @@ class Start:
         elif learns(qat_config):
             check_baked(names, name)
         native = is_native(folder)
-        return cls(model_args, cache_dir, is_packed and not (native and qat_config is None), qat_config, is_native=native)
+        is_packed = is_packed and not (native and qat_config is None)
+        return cls(model_args, cache_dir, is_packed, qat_config, is_native=native)
 
     # ---- May this stage start here? ----
 
