@@ -183,9 +183,8 @@ def _converted(name: str, parameter: str, converter: WeightConverter, pattern: s
     """The place of a tensor that transformers merges with others."""
     operations = [type(operation) for operation in converter.operations]
     part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
-    joins_rows = parts == 1 or (
-        operations[-1] is Concatenate and converter.operations[-1].dim == len(operations) - 1
-    )  # of experts [E, N, K] and of linear layers [N, K]
+    # Rows are the second dimension of experts [E, N, K], the first of linear layers [N, K].
+    joins_rows = parts == 1 or getattr(converter.operations[-1], "dim", None) == len(operations) - 1
     if operations[:1] == [MergeModulelist] and len(operations) <= 2 and joins_rows:
         return Place(name, parameter, index, part, parts)
     return Place(name, parameter, None, part, parts, is_plain=operations == [Concatenate] and joins_rows and index == 0)

@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..layers.kv_cache import set_cache_rule
-from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
-from ..layers.sites import quantized_sites
+from ..layers.sites import EXPERTS, quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
@@ -64,6 +63,7 @@ def fake_quantized_logits(
     input_ids: torch.Tensor,
     engine_rules: dict[str, str | None],
     trust_remote_code: bool = False,
+    experts_as_linear: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the fake-quantized model computes, on the CPU, in a fresh process.
 
@@ -73,12 +73,14 @@ def fake_quantized_logits(
         input_ids: int64 [batch, time].
         engine_rules: by scheme, the rule under which the engine quantizes activations; None: it does not.
         trust_remote_code: run Python code that comes with the checkpoint.
+        experts_as_linear: whether these rules hold for experts as well; else the engine leaves their inputs alone.
 
     Returns:
         BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
     """
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
+    command += ["--experts_as_linear"] if experts_as_linear else []
     result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
     return result["logits"], result["logits_as_trained"]
 
@@ -130,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--qat_config")
     parser.add_argument("--rules", nargs="*", default=())
+    parser.add_argument("--experts_as_linear", action="store_true")
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
@@ -144,9 +147,9 @@ def main(argv: list[str] | None = None) -> None:
         assert config is not None, args.qat_config
         prepare_as_saved(model, config)
         result = {"logits_as_trained": _logits(model, input_ids)}
-        compute_as_engine(model, dict(rule.split("=") for rule in args.rules))
+        compute_as_engine(model, dict(rule.split("=") for rule in args.rules), args.experts_as_linear)
     else:
-        assert not any(is_quantlinear(module) for module in model.modules())
+        assert not quantized_sites(model)
         result = {}
     set_cache_rule(model, CACHE_RULE)
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
@@ -165,11 +168,15 @@ def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
     )  # fmt: skip
 
 
-def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str]) -> None:
-    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all."""
+def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str], experts_as_linear: bool = False) -> None:
+    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all.
+
+    Args:
+        experts_as_linear: the same for experts; else their inputs are not quantized.
+    """
     set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in rules.items() if rule})
     for site in quantized_sites(model):
-        if not rules[site.scheme.name]:
+        if not rules[site.scheme.name] or (site.kind == EXPERTS.name and not experts_as_linear):
             site.module.input_quantizer.disable()
 
 

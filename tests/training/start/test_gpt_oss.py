@@ -1,4 +1,4 @@
-"""gpt-oss as it is published, its experts in MXFP4: trained in BF16, trained with quantization, packed, started again."""
+"""gpt-oss as it is published, its experts in MXFP4: trained in BF16 and with quantization, packed, started again."""
 
 from __future__ import annotations
 
