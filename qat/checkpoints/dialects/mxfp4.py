@@ -17,12 +17,15 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...errors import UserError
+from ...layers.sites import EXPERTS, LINEAR
 from ...numerics.formats import Quantized
+from ...schemes.patterns import EXPRESSION
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
 
 MODEL_TYPE = "gpt_oss"
 FORMAT = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
+EXPERTS_PATTERN = "*.experts"
 # As in OpenAI's folders: what a reader must not replace by a quantized module.
 _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
@@ -31,22 +34,28 @@ class NativeMXFP4:
     """See `Dialect`."""
 
     name = quant_method = FORMAT
+    packs_fused = True
 
-    def can_hold(self, scheme: Scheme) -> str | None:
+    def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
-        if scheme.weight.format.name == FORMAT:
-            return None
-        return (
-            f"has weights in {scheme.weight.format.name}, and gpt-oss's native format holds MXFP4 only; use a scheme "
-            "such as MXFP4A16, or the export format compressed-tensors"
-        )
+        if kind != EXPERTS.name:
+            return (
+                f"is quantized in {scheme.name}, and gpt-oss's native format holds experts only; map '*.experts' "
+                "alone, or use the export format compressed-tensors"
+            )
+        if scheme.weight.format.name != FORMAT:
+            return (
+                f"has weights in {scheme.weight.format.name}, and gpt-oss's native format holds MXFP4 only; use a "
+                "scheme such as MXFP4A16, or the export format compressed-tensors"
+            )
+        return None
 
     def config(self, sites: Mapping[str, Scheme], rest: list[str], kv_cache: TensorSpec | None = None) -> dict:
         """See `Dialect.config`."""
-        if linear := [name for name in sites if not name.endswith(".experts")]:
+        if alone := next((name for name in rest if name.startswith(EXPRESSION) and "experts" in name), None):
             raise UserError(
-                f"{linear[0]} is quantized, and gpt-oss's native format holds experts only; quantize '*.experts' "
-                "alone, or use the export format compressed-tensors"
+                f"the experts {alone} are left alone, and gpt-oss's native format holds those of all layers; map "
+                "'*.experts', or use the export format compressed-tensors"
             )
         if kv_cache is not None:
             raise UserError(
@@ -72,14 +81,18 @@ class NativeMXFP4:
         return []
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
-        """See `Dialect.decompress`: BF16 [E, K, N], as gpt-oss's parameters are, by transformers' own function."""
+        """See `Dialect.decompress`: [E * N, K], by the function with which transformers loads gpt-oss."""
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
         blocks, scales = tensors
-        return convert_moe_packed_tensors(blocks, scales, dtype=VIEW_DTYPE)
+        return convert_moe_packed_tensors(blocks, scales, dtype=VIEW_DTYPE).transpose(1, 2).flatten(0, 1)
+
+    def tensors(self, quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
+        """See `Dialect.tensors`: of codes [E, N, K / 2] and scales [E, N, K / 32]."""
+        scales = quantized.scales[0]
+        return [quantized.codes.reshape(*scales.shape, -1), scales]
 
 
-def fused_tensors(quantized: Quantized) -> list[torch.Tensor]:
-    """Blocks U8 [E, N, K / 32, 16] and scales U8 [E, N, K / 32] of codes [E, N, K / 2] and scales [E, N, K / 32]."""
-    scales = quantized.scales[0]
-    return [quantized.codes.reshape(*scales.shape, -1).contiguous(), scales.contiguous()]
+def experts_only(mapping: Mapping[str, str]) -> dict[str, str]:
+    """A mapping whose entry for all linear layers and experts, if there is one, is for experts alone."""
+    return {EXPERTS_PATTERN if key == LINEAR.key else key: scheme for key, scheme in mapping.items()}
