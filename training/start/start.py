@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -186,9 +185,9 @@ class Start:
         """The model's tokenizer, cutting at `model_max_length`, with a padding token."""
         return load_tokenizer(self.model_args, model_max_length, self.cache_dir)
 
-    def quantize(self, model: nn.Module, quant_args: QuantizationArguments) -> None:
+    def quantize(self, model: PreTrainedModel, quant_args: QuantizationArguments) -> None:
         """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
-        if (layers := quant_args.layers()) is not None:
+        if (layers := quant_args.layers_of(model.config.model_type)) is not None:
             rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
             prepare_qat(model, *layers, *rules, **quant_args.learned, kv_cache_scheme=quant_args.kv_cache_scheme)
         elif self.qat_config is not None:
