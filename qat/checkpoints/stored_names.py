@@ -43,6 +43,7 @@ class Place:
             2 for its up projection, 0 of 1 for all rows.
         is_plain: whether the tensor has the values of the parameter as they are. If not, transformers splits, permutes
             or joins it in another way, and it cannot be packed by itself.
+        is_converted: whether a converter of transformers merges it with others when it loads them.
     """
 
     stored: str
@@ -51,6 +52,7 @@ class Place:
     part: int = 0
     parts: int = 1
     is_plain: bool = True
+    is_converted: bool = False
 
     @property
     def layer(self) -> str:
@@ -186,8 +188,9 @@ def _converted(name: str, parameter: str, converter: WeightConverter, pattern: s
     # Rows are the second dimension of experts [E, N, K], the first of linear layers [N, K].
     joins_rows = parts == 1 or getattr(converter.operations[-1], "dim", None) == len(operations) - 1
     if operations[:1] == [MergeModulelist] and len(operations) <= 2 and joins_rows:
-        return Place(name, parameter, index, part, parts)
-    return Place(name, parameter, None, part, parts, is_plain=operations == [Concatenate] and joins_rows and index == 0)
+        return Place(name, parameter, index, part, parts, is_converted=True)
+    is_plain = operations == [Concatenate] and joins_rows and index == 0
+    return Place(name, parameter, None, part, parts, is_plain, is_converted=True)
 
 
 def _one_expert(name: str, renamed: str, own: Mapping[str, torch.Tensor]) -> Place | None:

@@ -35,7 +35,7 @@ from .loadable import runs_as_linear, why_not_loadable
 from .matrices import columns_of, matrices_of
 from .skeleton import prepared_skeleton
 from .tensor_scales import stored_scales
-from .verify_logits import VerificationError, fake_quantized_logits, packed_logits
+from .verify_logits import NotLoadableError, VerificationError, fake_quantized_logits, packed_logits
 from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
@@ -60,12 +60,13 @@ def verify(
         trust_remote_code: run Python code that comes with the two folders.
 
     Returns:
-        The verdict, as in `verification.json`.
+        The verdict, as in `verification.json`. Where transformers cannot load a folder for a cause in its loader (see
+        loadable.py), "verified" is about the weights, "logits" is None, and "why_no_logits" is the cause.
 
     Raises:
         UserError: one of the folders is not a checkpoint, or no source is known.
         VerificationError: something differs, and the message names the first tensor; or transformers cannot load the
-            folder, which then has no verdict.
+            folder for no known cause, and it has no verdict.
     """
     packed = CheckpointFolder.open(folder, "the packed folder")
     dialect = dialect_of(packed.quantization_config, packed.path)
@@ -85,12 +86,22 @@ def verify(
         "export_format": dialect.name,
         "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
         "logits": None,
-        "why_no_logits": why_not_loadable(model, names, packed.quantization_config or {}) if with_logits else None,
+        "why_no_logits": None,
         "versions": _versions(),
     }
-    if with_logits and verdict["verified"] and verdict["why_no_logits"] is None:
-        verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
-        verdict["verified"] = verdict["logits"]["bit_equal"] or verdict["logits"]["why_not_bit_equal"] is not None
+    if with_logits and verdict["verified"]:
+        why = why_not_loadable(model, names, packed.quantization_config or {})
+        try:
+            logits = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
+            agrees = logits["bit_equal"] or logits["why_not_bit_equal"] is not None
+        except NotLoadableError:
+            if why is None:
+                raise
+            logits, agrees = None, False
+        if why is None or agrees:
+            verdict |= {"logits": logits, "verified": agrees}
+        else:  # a cause in transformers' loader
+            verdict["why_no_logits"] = f"transformers cannot load the folder: {why}"
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict

@@ -40,6 +40,10 @@ class VerificationError(UserError):
     """A packed checkpoint is not the model it was made of, or its engine cannot load it."""
 
 
+class NotLoadableError(VerificationError):
+    """transformers cannot load a packed checkpoint."""
+
+
 def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
     """What transformers computes with a packed checkpoint, on the CPU, in a fresh process.
 
@@ -52,7 +56,7 @@ def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool
         BF16 [batch, time, vocabulary].
 
     Raises:
-        VerificationError: transformers cannot load it.
+        NotLoadableError: transformers cannot load it.
     """
     return _in_fresh_process(["packed", "--folder", str(folder), *_trusted(trust_remote_code)], input_ids)["logits"]
 
@@ -107,7 +111,8 @@ def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             logger.debug("%s failed:\n%s", " ".join(command), done.stderr)
-            raise VerificationError(_failure(arguments, done.returncode, done.stderr))
+            kind = NotLoadableError if arguments[0] == "packed" else VerificationError
+            raise kind(_failure(arguments, done.returncode, done.stderr))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
 
 
