@@ -54,7 +54,14 @@ class SitePart:
             return
         if self.tensor not in plain:
             plain[self.tensor] = torch.empty(self.site.weight.shape, dtype=VIEW_DTYPE)
-        self.place.of(_rows(self.site, plain[self.tensor])).copy_(values)
+        self.own_rows(plain[self.tensor]).copy_(values)
+
+    def own_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows [N, K] of an expert's matrix in the weight of its site; a view."""
+        rows, layout, parts = _rows(self.site, weight), layout_of(self.site.owner), self.place.parts
+        if parts > 1 and layout is not None and layout.is_interleaved:
+            return rows[self.place.expert][self.place.part :: parts]
+        return self.place.of(rows)
 
 
 def weights_of(layers: Mapping[str, PackedLayer]) -> set[str]:
@@ -96,7 +103,7 @@ def parts_of_layers(
 def _check_shape(part: SitePart, layer: PackedLayer, where: object) -> None:
     """Refuse a matrix that is not one of the experts of its parameter."""
     rows = _rows(part.site, part.site.weight)
-    expected = tuple(part.place.of(rows).shape) if (part.place.expert or 0) < len(rows) else None
+    expected = tuple(part.own_rows(part.site.weight).shape) if (part.place.expert or 0) < len(rows) else None
     if layer.shape != expected:
         raise UserError(
             f"{where} does not fit the model of its config.json: {part.place.layer} is a weight {layer.shape}, and "

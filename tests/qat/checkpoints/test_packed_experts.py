@@ -13,10 +13,15 @@ from helpers import make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qat import prepare_qat
+from qat.checkpoints.exportable import check_exportable
+from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.packed_folder import check_packed, check_packed_values
 from qat.checkpoints.unpack import load_packed
 from qat.layers.restore import prepare_as_saved
-from qat.layers.sites import EXPERTS, quantized_sites
+from qat.layers.sites import EXPERTS, find_sites, quantized_sites
+from qat.numerics import ops
+from qat.schemes.presets import get_scheme
 
 SIZES = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "num_hidden_layers": 2,
@@ -110,3 +115,62 @@ def test_experts_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_pa
     save_file(short, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"experts.3.down_proj is a weight \(32, 96\), and .* 4 experts of \(64, 96\)"):
         check_packed(tmp_path)
+
+
+def save_plain(folder: Path, family: str) -> Path:
+    """A tiny mixture in BF16, its weights large enough for all formats."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).bfloat16()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "export_format"),
+    [("gpt_oss", "MXFP8", "compressed-tensors"), ("granitemoe", "MXFP4", "auto"), ("mixtral", "NVFP4A16", "auto")],
+)
+def test_our_own_folders_start_again_in_families_whose_files_have_fused_experts_too(
+    tmp_path, family, scheme, export_format
+):
+    source = save_plain(tmp_path / "source", family)
+    packed = export_checkpoint(source, tmp_path / "packed", export_format, scheme)
+    model, config = load_packed(packed)
+    spec, expected = get_scheme(scheme).weight, AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    for site in (site for site in find_sites(expected) if site.kind == EXPERTS.name):
+        is_transposed = family == "gpt_oss"
+        found, weights = (own.get_parameter(site.tensor).detach() for own in (model, expected))
+        for own, weight in zip(found, weights, strict=True):
+            rows = (weight.t() if is_transposed else weight).contiguous()
+            divisor = [448.0 * 6.0 / rows.abs().max().float().reshape(1)] if spec.format.tensor_scale else []
+            rounded = ops.fake_quantize(rows, spec.format.name, spec.rule, torch.bfloat16, *divisor)
+            assert torch.equal(own.t() if is_transposed else own, rounded), site.tensor
+    (packed / "qat_config.json").unlink()
+    again, derived = load_packed(packed)
+    assert derived.mapping == config.mapping == {"torch.nn.Linear": scheme}
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_inputs_of_experts_take_the_scale_with_which_no_expert_saturates(tmp_path, caplog):
+    source = save_plain(tmp_path / "source", "qwen3_moe")
+    model = prepare_qat(AutoModelForCausalLM.from_pretrained(source), {"*.experts": "NVFP4"})
+    scales = {f"{site.label}.input_global_scale": 48.5 for site in quantized_sites(model)}
+    packed = export_checkpoint(
+        source, tmp_path / "packed", scheme={"*.experts": "NVFP4"}, calibrated_scales=scales
+    )  # fmt: skip
+    assert load_packed(packed)[1].calibrated_scales == scales
+    tensors, one = load_file(packed / "model.safetensors"), "model.layers.1.mlp.experts.2.up_proj.input_global_scale"
+    assert tensors[one].tolist() == [48.5]
+    save_file(tensors | {one: torch.tensor([32.25])}, packed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="contradicts the scales"):
+        load_packed(packed)
+    (packed / "qat_config.json").unlink()
+    found = load_packed(packed)[1].calibrated_scales
+    assert found == scales | {"model.layers.1.mlp.experts.gate_up_proj.input_global_scale": 32.25}
+    assert "all of them take 32.25" in caplog.text
+
+
+@pytest.mark.parametrize("mapping", [{"torch.nn.Linear": "MXFP4"}, {"*.q_proj": "MXFP4"}])
+def test_autorounds_format_of_a_mixture_is_refused_before_training(mapping):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES))
+    with pytest.raises(ValueError, match="auto_round: .*experts.*; use the export format compressed-tensors"):
+        check_exportable(prepare_qat(model, mapping), "auto_round")
