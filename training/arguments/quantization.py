@@ -193,7 +193,10 @@ class QuantizationArguments:
         for experts, which is logged."""
         if (layers := self.layers()) is None or self.export_format == "none":
             return layers
-        dialect = get_dialect(resolved_format(self.export_format, model_type))
+        try:
+            dialect = get_dialect(resolved_format(self.export_format, model_type))
+        except UserError as error:
+            raise UserError(f"--export_format {self.export_format}: {error}") from error
         if not dialect.packs_fused or (mapping := experts_only(layers[0])) == layers[0]:
             return layers
         logger.info(
