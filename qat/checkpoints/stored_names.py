@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 _WEIGHT = ".weight"
@@ -137,6 +138,15 @@ class StoredNames:
                 if stored and own:
                     found.setdefault(".".join(own), ".".join(stored))
         return found
+
+
+def saved_names(model: PreTrainedModel) -> StoredNames:
+    """The names that transformers would save a model under, where there is no file: those of its published files.
+
+    Args:
+        model: on the meta device; nothing is computed.
+    """
+    return StoredNames(model, revert_weight_conversion(model, model.state_dict()))
 
 
 def expert_layers(prefix: str, parameter: str, experts: int) -> list[tuple[str, int, int, int]]:

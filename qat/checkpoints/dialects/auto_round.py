@@ -56,10 +56,10 @@ class AutoRound(CompressedTensors):
                 "the key/value cache is quantized, which AutoRound's format cannot hold; use the export format "
                 "compressed-tensors"
             )
-        if alone := next((name for name in rest if name.startswith(EXPRESSION) and "experts" in name), None):
+        if experts := next((name for name in rest if name.startswith(EXPRESSION)), None):
             raise UserError(
-                f"the model has experts ({alone}), which AutoRound replaces by modules of its own when it loads a "
-                "folder, quantized or not, so that their weights are lost; use the export format compressed-tensors"
+                f"AutoRound's format cannot leave experts alone ({experts}): its loader takes them apart and packs "
+                "their routers as well; use the export format compressed-tensors"
             )
         settings = {name: _settings(scheme) for name, scheme in sites.items()}
         # The scheme of most layers is the file's, the others are exceptions by name.
