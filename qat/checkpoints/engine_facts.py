@@ -162,7 +162,8 @@ ENGINES = (
 )  # fmt: skip
 
 _NATIVE = {
-    "vLLM": Fact("experts W4A16; W4A8 in MXFP8 if --moe-backend names such a kernel", "source-32", OPEN),
+    "vLLM on GPUs": Fact("experts W4A16; W4A8 in MXFP8 if --moe-backend names such a kernel", "source-32", OPEN),
+    "vLLM on CPUs": Fact("refused without AMX; with it experts W4A16", "run-cpu-no-amx", OPEN),
     "transformers, mxfp4": Fact("experts W4A16", "run-native"),
 }
 NATIVE_ENGINES = tuple(

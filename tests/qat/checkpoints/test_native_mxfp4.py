@@ -15,6 +15,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qat import prepare_qat
 from qat.checkpoints.dialects import AUTO, DIALECTS, get_dialect, resolved_format
+from qat.checkpoints.engine_facts import NATIVE_ENGINES, NATIVE_SOURCES, SOURCES
+from qat.checkpoints.engines import engine_table
 from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.load import load_plain
 from qat.checkpoints.pack import export_checkpoint
@@ -162,3 +164,12 @@ def test_what_the_native_format_cannot_hold_is_refused_with_the_remedy(mapping, 
 def test_the_native_format_is_refused_for_other_models():
     with pytest.raises(ValueError, match="--export_format mxfp4: .* the model is a llama"):
         check_exportable(prepare_qat(make_llama(), {"torch.nn.Linear": "MXFP4"}), "mxfp4")
+
+
+def test_the_table_of_engines_is_about_the_native_format():
+    table = engine_table([get_scheme("MXFP4")], "mxfp4")
+    rows = [line.strip() for line in table.splitlines() if line.startswith("  ")]
+    assert [row.split("  ")[0] for row in rows] == ["vLLM on GPUs", "vLLM on CPUs", "transformers, mxfp4"]
+    assert "Different: transformers, mxfp4 (not quantized)" in table
+    facts = [fact for engine in NATIVE_ENGINES for fact in engine.facts.values()]
+    assert {fact.source for fact in facts} <= {*SOURCES, *NATIVE_SOURCES}
