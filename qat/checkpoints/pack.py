@@ -111,7 +111,7 @@ def export_checkpoint(
     check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), dialect.name)
     quantization_config = dialect.config(
-        target_schemes(sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
+        target_schemes(model, sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
     )
     check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
@@ -194,9 +194,7 @@ def _pack_matrix(
     spec = matrix.spec
     quantized = pack_weight(weight.contiguous(), spec, divisor, matrix.site.module.weight_quantizer.rounding)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
-        raise UserError(
-            f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?"
-        )
+        raise UserError(f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?")
     if matrix.is_fused:
         experts = (matrix.site.weight.shape[0], -1)
         scales = tuple(scale.unflatten(0, experts) for scale in quantized.scales)

@@ -174,3 +174,13 @@ def test_autorounds_format_of_a_mixture_is_refused_before_training(mapping):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES))
     with pytest.raises(ValueError, match="auto_round: .*experts.*; use the export format compressed-tensors"):
         check_exportable(prepare_qat(model, mapping), "auto_round")
+
+
+def test_a_folder_with_experts_and_linear_layers_in_two_schemes_is_told_apart_without_our_config(tmp_path):
+    source = save_plain(tmp_path / "source", "mixtral")
+    mapping = {"torch.nn.Linear": "MXFP8", "*.experts": "MXFP4A16"}
+    packed = export_checkpoint(source, tmp_path / "packed", scheme=mapping)
+    (packed / "qat_config.json").unlink()
+    found = load_packed(packed)[1].mapping
+    experts = {f"model.layers.{layer}.mlp.experts": "MXFP4A16" for layer in range(2)}
+    assert found == {"torch.nn.Linear": "MXFP8"} | experts
