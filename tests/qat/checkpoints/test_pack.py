@@ -365,7 +365,7 @@ def test_what_is_no_folder_or_packed_already_is_refused(source, tmp_path):
     packed = export_checkpoint(source, tmp_path / "packed")
     with pytest.raises(ValueError, match="already quantized .compressed-tensors."):
         export_checkpoint(packed, tmp_path / "again")
-    with pytest.raises(ValueError, match="choose one of compressed-tensors, auto_round"):
+    with pytest.raises(ValueError, match="choose one of auto, compressed-tensors, auto_round"):
         export_checkpoint(source, tmp_path / "again", "gguf")
 
 
