@@ -32,6 +32,11 @@ class Site:
     kind: str
 
     @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self.module
+
+    @property
     def tensor(self) -> str:
         """The name of the parameter in the model and in its checkpoints."""
         return f"{self.name}.{self.parameter}"
