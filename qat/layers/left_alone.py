@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..schemes.mapping_file import DEFAULT_IGNORE
 from ..schemes.patterns import matches
 from ..schemes.spec import Scheme
-from .sites import KINDS, Site
+from .sites import EXPERTS, KINDS, Site
 
 GENERAL_KEYS = frozenset(kind.key for kind in KINDS.values())
 FEWEST_OUTPUTS = 32  # of a layer worth quantizing: fewer are a few thousand weights, each of which decides much
@@ -57,7 +57,7 @@ class Defaults:
         """The same for a site, which `scheme` may not fit."""
         if reason := self.reason(site.name, site.owner):
             return reason
-        if site.kind != "experts" and _shape(site)[0] < FEWEST_OUTPUTS:
+        if site.kind != EXPERTS.name and site.shape[0] < FEWEST_OUTPUTS:
             return NARROW
         return None if fits(site, scheme) else f"in_features that the blocks of {scheme.name} do not divide"
 
@@ -75,7 +75,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def fits(site: Site, scheme: Scheme) -> bool:
     """Whether the blocks of a scheme's formats divide the reduction dimension of a site."""
-    width = _shape(site)[1]
+    width = site.shape[1]
     return all(spec.format.fits(width) for spec in (scheme.weight, scheme.input) if spec is not None)
 
 
@@ -90,13 +90,14 @@ def check_named_sites_fit(chosen: Iterable[tuple[Site, str]], schemes: Mapping[s
     if not unfit:
         return
     site, scheme = unfit[0]
-    width = _shape(site)[1]
+    width = site.shape[1]
     spec = next(s for s in (scheme.weight, scheme.input) if s is not None and not s.format.fits(width))
     names = list(dict.fromkeys(site.name for site, _ in unfit))
     patterns = as_patterns(names, {site.name for site, _ in chosen} - set(names))
     others = f", and so it is with {len(names) - 1} more" if len(names) > 1 else ""
+    what = f"sums over {width} values" if site.kind == EXPERTS.name else f"has in_features={width}"
     raise UserError(
-        f"{site.name} has in_features={width}, which is not a multiple of the block size {spec.format.block} of "
+        f"{site.label} {what}, which is not a multiple of the block size {spec.format.block} of "
         f"{spec.format.name}{others}; leave what is so unquantized: --ignore {' '.join(map(repr, patterns))} (or "
         '"ignore" in a mapping file)'
     )
@@ -119,13 +120,9 @@ def _language_model(model: nn.Module) -> set[int] | None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config(decoder=True) is config:
         return None
-    decoder, head = model.get_decoder(), output_head(model)
+    find: Any = getattr(model, "get_decoder", None)
+    decoder, head = find() if callable(find) else None, output_head(model)
     if decoder is None or decoder is model or decoder is head:
         return None
     parts = [decoder] if head is None else [decoder, head]
     return {id(module) for part in parts for module in part.modules()}
-
-
-def _shape(site: Site) -> tuple[int, int]:
-    """Rows and reduction dimension of a site's weight."""
-    return site.weight.shape[-2], site.weight.shape[-1]

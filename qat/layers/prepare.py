@@ -70,8 +70,8 @@ def prepare_qat(
     Raises:
         UserError: an unknown scheme, rule or key, a key that matches no linear layer or ignored ones only, a pattern of
             `ignore` that matches nothing (names of heads may), layers that a pattern names and that the blocks of
-            their scheme do not divide, scales that cannot be learned, an attention layer that does not expose its keys and values, or
-            nothing left to quantize. The model is unchanged then.
+            their scheme do not divide, scales that cannot be learned, an attention layer that does not expose its keys
+            and values, or nothing left to quantize. The model is unchanged then.
     """
     if mapping is not None and not isinstance(mapping, Mapping):
         raise UserError(f"mapping={mapping!r} does not map layers to schemes, as {{torch.nn.Linear: 'MXFP4'}} does")
@@ -93,7 +93,8 @@ def prepare_qat(
         kv_cache_scheme, kv_spec = get_kv_cache_scheme(kv_cache_scheme)
         quantize_cache(cache_layers(model), kv_spec)  # checks before it changes anything
     for site, scheme in chosen:
-        KINDS[site.kind].convert(site.module, schemes[scheme], site.name, bool(settings))
+        if not KINDS[site.kind].is_quantized(site.owner):  # with the other parameters of its module
+            KINDS[site.kind].convert(site.owner, schemes[scheme], site.name, bool(settings))
 
     config = QATConfig(
         mapping=by_name,

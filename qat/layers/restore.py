@@ -63,7 +63,7 @@ def prepare_as_saved(
         set_qat_config(model, config)
     else:
         wanted[learned_scales.SETTING] |= is_baked
-        training = {name: True for name, on in wanted.items() if on}
+        training: dict[str, str | bool | float] = {name: True for name, on in wanted.items() if on}
         set_qat_config(model, replace(config, training=training))
     if config.calibrated_scales:
         set_calibrated_scales(model, config.calibrated_scales)

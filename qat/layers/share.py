@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .left_alone import output_head
-from .sites import LINEAR, Site, quantized_sites
+from .sites import EXPERTS, LINEAR, Site, quantized_sites
 from .tensor_quantizer import TensorQuantizer
 
 ENOUGH = 0.9  # a smaller share is worth a warning
@@ -45,14 +45,14 @@ def describe_sites(sites: Iterable[Site]) -> str:
     """For example "8 linear layers and the experts of 2 layers in MXFP4, 4 linear layers in MXFP8"."""
     counts: dict[str, Counter[str]] = {}
     for scheme, kind, _ in dict.fromkeys((site.scheme.name, site.kind, site.name) for site in sites):
-        counts.setdefault(scheme, Counter())["experts" if kind == "experts" else LINEAR.name] += 1
+        counts.setdefault(scheme, Counter())[EXPERTS.name if kind == EXPERTS.name else LINEAR.name] += 1
     return ", ".join(f"{' and '.join(map(_in_words, c.items()))} in {scheme}" for scheme, c in counts.items())
 
 
 def _in_words(counted: tuple[str, int]) -> str:
     kind, count = counted
     plural = "" if count == 1 else "s"
-    return f"the experts of {count} layer{plural}" if kind == "experts" else f"{count} linear layer{plural}"
+    return f"the experts of {count} layer{plural}" if kind == EXPERTS.name else f"{count} linear layer{plural}"
 
 
 def describe_left(model: nn.Module, left_alone: Mapping[str, str]) -> list[str]:
