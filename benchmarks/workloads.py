@@ -108,7 +108,7 @@ def saved_bytes_of_a_block(model: LlamaForCausalLM, tokens: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
+            kept.append(tensor.detach())  # without its graph, which would keep this list alive
         return tensor
 
     with torch.autocast(device.type, torch.bfloat16):
