@@ -1,4 +1,7 @@
-"""Sites: what can be quantized in a model: linear layers and experts. A new kind is one more entry of KINDS."""
+"""Sites: what can be quantized in a model: linear layers, experts, GPT-2's Conv1D.
+
+A new kind is one more entry of KINDS.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import torch
 from torch import nn
 
 from ..schemes.spec import Scheme
+from .conv1d import check_conv1d, convert_conv1d, is_conv1d, is_quantconv1d
 from .experts import QuantExperts, check_experts, convert_experts, is_quantexperts, layout_of
 from .kv_cache import cache_quantizers
-from .quant_linear import check_convertible, convert, is_quantlinear
+from .quant_linear import check_convertible, convert, is_linear, is_quantlinear
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _expert_parameters(module: nn.Module) -> tuple[str, ...]:
 
 LINEAR = Kind(
     "linear", "torch.nn.Linear", lambda module: ("weight",), lambda module, parameter: module,
-    lambda module: type(module) is nn.Linear, is_quantlinear, lambda module: False, check_convertible, convert,
+    is_linear, is_quantlinear, lambda module: False, check_convertible, convert,
 )  # fmt: skip
 EXPERTS = Kind(
     "experts", "torch.nn.Linear",  # stacks of linear layers
@@ -115,7 +119,12 @@ EXPERTS = Kind(
     lambda module: layout_of(module) is not None and not is_quantexperts(module), is_quantexperts,
     _is_transposed, check_experts, convert_experts,
 )  # fmt: skip
-KINDS = {kind.name: kind for kind in (LINEAR, EXPERTS)}
+CONV1D = Kind(
+    "conv1d", "torch.nn.Linear",  # what it is in engines
+    lambda module: ("weight",), lambda module, parameter: module, is_conv1d, is_quantconv1d, lambda module: True,
+    check_conv1d, convert_conv1d,
+)  # fmt: skip
+KINDS = {kind.name: kind for kind in (LINEAR, EXPERTS, CONV1D)}
 
 
 def find_sites(model: nn.Module) -> list[Site]:
