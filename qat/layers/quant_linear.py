@@ -29,7 +29,7 @@ class LinearProduct(Operands):
     """
 
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: nn.Parameter  # or None
     fused_with: tuple[LinearProduct, ...]
     adds_bias_apart = False
 
