@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from .fit import check_finite, load_checked
 from .folder import CheckpointFolder
-from .model_config import check_readable, find_folder, read_config
+from .model_config import check_readable, find_folder, log_left_out, read_config
 from .skeleton import UNTIED, load_skeleton, untie_if_different
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def load_plain(
         where,
     )  # fmt: skip
     check_finite(model.named_parameters(), where)
+    log_left_out(config, model, where)
     if untie_if_different(model):
         logger.warning("%s: %s", where, UNTIED)
     return model
