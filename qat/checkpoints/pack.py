@@ -26,6 +26,7 @@ from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
 from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.rounding import Rounding
+from ..layers.share import describe_sites
 from ..layers.sites import Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -36,7 +37,7 @@ from .dialects.compressed_tensors import packed_tensors
 from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .model_card import CardFacts, write_card
-from .skeleton import UNTIED, describe_sites, prepared_skeleton, unquantized_layers
+from .skeleton import UNTIED, prepared_skeleton, unquantized_layers
 from .tensor_scales import calibrated_tensors, check_calibrated, weight_divisors
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def export_checkpoint(
         _copy_companions(checkpoint, folder, trust_remote_code)
         qat_config.save(folder)
         write_card(
-            folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, schemes, dialect,
+            folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, model, dialect,
             checkpoint.size_bytes, packed_bytes,
         )  # fmt: skip
     logger.info("Packed %s into %s: %.1f MiB", source, target, packed_bytes / 2**20)

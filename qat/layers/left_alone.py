@@ -25,6 +25,8 @@ ROUTER = "a router or a gate"
 DECAY = "decays and gates of linear attention"
 NARROW = f"fewer than {FEWEST_OUTPUTS} outputs"
 TOWER = "outside of the language model"
+UNFIT = "in_features that the blocks of"  # and a scheme, do not divide
+NO_KEY = "no mapping key matches"
 ANOTHER_KIND = "a kind of layer that the training did not quantize"
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # parts of names; a router may have layers of its own
@@ -59,7 +61,7 @@ class Defaults:
             return reason
         if site.kind != EXPERTS.name and site.shape[0] < FEWEST_OUTPUTS:
             return NARROW
-        return None if fits(site, scheme) else f"in_features that the blocks of {scheme.name} do not divide"
+        return None if fits(site, scheme) else f"{UNFIT} {scheme.name} do not divide"
 
 
 def is_named(name: str, mapping: Iterable[str]) -> bool:

@@ -19,9 +19,9 @@ from ..schemes.spec import Scheme
 from .fused import tie_fused
 from .kv_cache import cache_layers, cache_quantizers, quantize_cache
 from .learned import SETTINGS, check_learnable
-from .left_alone import GENERAL_KEYS, Defaults, check_named_sites_fit, is_named
-from .share import ENOUGH, describe_left, describe_sites, quantized_share
-from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
+from .left_alone import GENERAL_KEYS, NO_KEY, UNFIT, Defaults, check_named_sites_fit, is_named
+from .share import ENOUGH, describe_left, describe_sites, has_matrix, not_a_site, quantized_share
+from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
 
 logger = logging.getLogger(__name__)
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
@@ -128,14 +128,18 @@ def replace_with_quant_linear(model: nn.Module, schemes: Mapping[str, Scheme] | 
 def get_quantization_format(module: nn.Module) -> str | None:
     """The scheme that `module` computes in, and of everything inside it.
 
-    A name such as "MXFP4" when all quantized layers agree, "mixed: MXFP4 x 12, MXFP8 x 4" when they do not, and None
-    when nothing is quantized. Layers whose quantizers are both disabled count as unquantized; a layer with one of them
-    disabled is named by the half that works ("MXFP4 weight only", "MXFP4 input only"). A quantized key/value cache is
-    named last ("MXFP4, key/value cache fp8_tensor").
+    A name such as "MXFP4" when all quantized layers agree, "mixed: MXFP4 x 12, MXFP8 x 4" when they do not (the experts
+    of a layer count once: "MXFP4A16 x 2 experts"), and None when nothing is quantized. Layers whose quantizers are both
+    disabled count as unquantized; a layer with one of them disabled is named by the half that works ("MXFP4 weight
+    only", "MXFP4 input only"). A quantized key/value cache is named last ("MXFP4, key/value cache fp8_tensor").
     """
-    counts = Counter(filter(None, map(_site_format, quantized_sites(module))))
-    mixed = "mixed: " + ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
-    layers = mixed if len(counts) > 1 else next(iter(counts), None)
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, kind, _ in dict.fromkeys((_site_format(s), s.kind, s.name) for s in quantized_sites(module)):
+        if name is not None:
+            counts[name, " experts" if kind == EXPERTS.name else ""] += 1
+    mixed = "mixed: " + ", ".join(f"{name} x {count}{kind}" for (name, kind), count in sorted(counts.items()))
+    names = {name for name, _ in counts}
+    layers = mixed if len(names) > 1 else next(iter(names), None)
     caches = {quantizer.spec.format.name for quantizer in cache_quantizers(module) if quantizer.is_enabled}
     return ", ".join(filter(None, (layers, *(f"key/value cache {name}" for name in sorted(caches))))) or None
 
@@ -191,7 +195,7 @@ def _choose_sites(
         if pattern is not None:
             left[site.name] = f"ignored by {pattern!r}"
         elif not keys:
-            left[site.name] = "no mapping key matches"
+            left[site.name] = NO_KEY
         elif saved is not None and site.name in saved:
             by_rule[site.name] = saved[site.name]
         elif (
@@ -216,11 +220,14 @@ def _choose_sites(
 
 def _nothing(model: nn.Module, ignore: tuple[str, ...], by_rule: Mapping[str, str], found: str) -> str:
     """What to say of a model of which nothing is quantized."""
-    name, reason = next(iter(by_rule.items()), (None, None))
-    default = f" and {len(by_rule)} are left alone by default (e.g. {name}: {reason}; name it in a mapping)"
+    default = ""
+    if by_rule:
+        name, reason = next(iter(by_rule.items()))
+        remedy = "" if reason.startswith(UNFIT) else "; name it in a mapping"
+        default = f", and {len(by_rule)} are left alone by default (e.g. {name}: {reason}{remedy})"
     return (
         f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}"
-        f"{default if by_rule else ''}; it has {found}"
+        f"{default}; it has {found}"
     )
 
 
@@ -242,14 +249,11 @@ def _check_effects(
 
 def _unknown_modules(model: nn.Module, sites: set[str], defaults: Defaults | None) -> dict[str, str]:
     """{name: reason} of modules with weight matrices that are not sites; not of containers, norms and embeddings."""
-    found = {}
-    for name, module in model.named_modules():
-        has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
-        if name not in sites and has_matrix and not isinstance(module, nn.Embedding):
-            kind = "a subclass of torch.nn.Linear" if isinstance(module, nn.Linear) else "not a torch.nn.Linear"
-            by_rule = None if defaults is None else defaults.reason(name, module)
-            found[name] = by_rule or f"{type(module).__name__} is {kind}"
-    return found
+    return {
+        name: (defaults and defaults.reason(name, module)) or not_a_site(module)
+        for name, module in model.named_modules()
+        if name not in sites and has_matrix(module)
+    }
 
 
 def _examples(chosen: list[tuple[Site, str]], left: dict[str, str]) -> str:

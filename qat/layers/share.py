@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from .left_alone import output_head
-from .sites import EXPERTS, LINEAR, Site, quantized_sites
+from ..schemes.config import QATConfig
+from ..schemes.patterns import matches
+from .left_alone import ANOTHER_KIND, NO_KEY, Defaults, output_head
+from .sites import EXPERTS, LINEAR, Site, find_sites, quantized_sites
 from .tensor_quantizer import TensorQuantizer
 
 ENOUGH = 0.9  # a smaller share is worth a warning
@@ -43,16 +45,54 @@ def quantized_share(model: nn.Module) -> float:
 
 def describe_sites(sites: Iterable[Site]) -> str:
     """For example "8 linear layers and the experts of 2 layers in MXFP4, 4 linear layers in MXFP8"."""
+    return ", ".join(f"{layers} in {scheme}" for scheme, layers in layers_by_scheme(sites).items())
+
+
+def layers_by_scheme(sites: Iterable[Site]) -> dict[str, str]:
+    """How many layers each scheme has, in words: {"MXFP4": "8 linear layers and the experts of 2 layers"}."""
     counts: dict[str, Counter[str]] = {}
     for scheme, kind, _ in dict.fromkeys((site.scheme.name, site.kind, site.name) for site in sites):
         counts.setdefault(scheme, Counter())[EXPERTS.name if kind == EXPERTS.name else LINEAR.name] += 1
-    return ", ".join(f"{' and '.join(map(_in_words, c.items()))} in {scheme}" for scheme, c in counts.items())
+    return {scheme: " and ".join(map(_in_words, counted.items())) for scheme, counted in counts.items()}
 
 
 def _in_words(counted: tuple[str, int]) -> str:
     kind, count = counted
     plural = "" if count == 1 else "s"
     return f"the experts of {count} layer{plural}" if kind == EXPERTS.name else f"{count} linear layer{plural}"
+
+
+def left_unquantized(model: nn.Module, config: QATConfig) -> dict[str, str]:
+    """{name: reason} of the modules of a prepared model that have matrices and are not quantized."""
+    quantized = {site.name for site in quantized_sites(model)}
+    kinds = {site.name: site.kind for site in find_sites(model)}
+    defaults = Defaults(model, config.ignore)
+    return {
+        name: _reason(name, module, config, defaults, kinds.get(name))
+        for name, module in model.named_modules()
+        if name not in quantized and has_matrix(module)
+    }
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module itself has a matrix: neither an embedding, nor what quantizers learn."""
+    return not isinstance(module, nn.Embedding | TensorQuantizer) and _size(module) > 0
+
+
+def _reason(name: str, module: nn.Module, config: QATConfig, defaults: Defaults, kind: str | None) -> str:
+    if name in config.left_alone:
+        return config.left_alone[name]
+    if pattern := next((pattern for pattern in config.ignore if matches(name, pattern)), None):
+        return f"ignored by {pattern!r}"
+    if kind is None:
+        return defaults.reason(name, module) or not_a_site(module)
+    return NO_KEY if config.kinds is None or kind in config.kinds else ANOTHER_KIND
+
+
+def not_a_site(module: nn.Module) -> str:
+    """Why a module of a class that is not known cannot be quantized."""
+    kind = "a subclass of torch.nn.Linear" if isinstance(module, nn.Linear) else "not a torch.nn.Linear"
+    return f"{type(module).__name__} is {kind}"
 
 
 def describe_left(model: nn.Module, left_alone: Mapping[str, str]) -> list[str]:
