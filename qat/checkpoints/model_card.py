@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..layers.share import describe_left, describe_sites, layers_by_scheme, left_unquantized, quantized_share
+from ..layers.share import describe_left, describe_sites, layers_by_scheme, left_unquantized, percent, quantized_share
 from ..layers.sites import quantized_sites
 from ..numerics import mx
 from ..numerics.formats import Format
@@ -39,7 +39,7 @@ _TEMPLATE = """---
 
 # {title}
 
-{share:.1f} % of the linear weights are quantized: {layers}.
+{share} of the linear weights are quantized: {layers}.
 Packed as {export_format}: {packed_mib:.1f} MiB, {ratio:.2f} of the {source_mib:.1f} MiB that they were exported from.
 
 | | |
@@ -126,7 +126,7 @@ def write_card(
     text = _TEMPLATE.format(
         front_matter=data.to_yaml().strip(),
         title=title,
-        share=100 * quantized_share(model),
+        share=percent(quantized_share(model)),
         layers=describe_sites(sites),
         export_format=dialect.name,
         packed_mib=packed_bytes / 2**20,

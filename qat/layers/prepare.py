@@ -20,7 +20,7 @@ from .fused import tie_fused
 from .kv_cache import cache_layers, cache_quantizers, quantize_cache
 from .learned import SETTINGS, check_learnable
 from .left_alone import GENERAL_KEYS, NO_KEY, UNFIT, Defaults, check_named_sites_fit, is_named
-from .share import ENOUGH, describe_left, describe_sites, has_matrix, not_a_site, quantized_share
+from .share import ENOUGH, describe_left, describe_sites, has_matrix, not_a_site, percent, quantized_share
 from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str])
     if os.environ.get("RANK", "0") != "0":
         return
     share, reasons = quantized_share(model), describe_left(model, left)
-    lines = [f"{100 * share:.1f} % of the linear weights are quantized: {describe_sites(quantized_sites(model))}"]
+    lines = [f"{percent(share)} of the linear weights are quantized: {describe_sites(quantized_sites(model))}"]
     for name, rules in config.scale_rules.items():
         lines.append(f"  scale rules of {name}: weights {rules['weight']}, inputs {rules['input'] or 'not quantized'}")
     if config.kv_cache_scheme is not None:
@@ -277,4 +277,4 @@ def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str])
     print("\n".join(lines), flush=True)
     if share < ENOUGH:
         most = f"; the largest part left: {reasons[0]}" if reasons else ""
-        logger.warning("only %.1f %% of the linear weights are quantized%s", 100 * share, most)
+        logger.warning("only %s of the linear weights are quantized%s", percent(share), most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -41,6 +42,11 @@ def quantized_share(model: nn.Module) -> float:
     quantized = {id(site.weight) for site in quantized_sites(model)}
     total = sum(weight.numel() for weight in weights.values())
     return sum(w.numel() for w in weights.values() if id(w) in quantized) / total if total else 0.0
+
+
+def percent(share: float) -> str:
+    """For example "99.9 %", rounded down: "100.0 %" is all."""
+    return f"{math.floor(1000 * share + 1e-6) / 10:.1f} %"
 
 
 def describe_sites(sites: Iterable[Site]) -> str:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import make_llama
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from qat import prepare_qat, quantized_share
-from qat.layers.share import describe_sites, linear_weights
+from qat import get_quantization_format, prepare_qat, quantized_share
+from qat.layers.share import describe_sites, linear_weights, percent
 from qat.layers.sites import quantized_sites
 
 
@@ -49,6 +50,24 @@ def test_the_share_is_said_first_and_a_small_one_is_warned_of(capsys, caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "only 57.1 % of the linear weights are quantized; the largest part left: " in record.getMessage()
+
+
+def test_experts_are_in_the_share_and_counted_by_layers(capsys):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_local_experts": 4}
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_attention_heads=2, num_key_value_heads=2))
+    prepare_qat(model, {nn.Linear: "MXFP8", "*.experts": "MXFP4A16"})
+    routers, layers = 3 * 4 * 64, 3 * (4 * 64 * 64 + 4 * 3 * 64 * 96)
+    assert quantized_share(model) == layers / (layers + routers)
+    said = capsys.readouterr().out
+    assert said.startswith("99.7 % of the linear weights are quantized: 12 linear layers in MXFP8, the experts of 3 layers")
+    assert f"left unquantized: 3 modules with {routers:,} weights (a router or a gate), e.g. model.layers.0.mlp" in said
+    assert get_quantization_format(model) == "mixed: MXFP4A16 x 3 experts, MXFP8 x 12"
+
+
+def test_shares_are_rounded_down():
+    said = ["0.0 %", "57.1 %", "90.0 %", "99.9 %", "100.0 %"]
+    assert [percent(share) for share in (0, 0.57149, 0.9, 0.99999, 1)] == said
 
 
 def test_a_large_share_is_not_warned_of(capsys, caplog):
