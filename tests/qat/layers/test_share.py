@@ -60,7 +60,7 @@ def test_experts_are_in_the_share_and_counted_by_layers(capsys):
     routers, layers = 3 * 4 * 64, 3 * (4 * 64 * 64 + 4 * 3 * 64 * 96)
     assert quantized_share(model) == layers / (layers + routers)
     said = capsys.readouterr().out
-    assert said.startswith("99.7 % of the linear weights are quantized: 12 linear layers in MXFP8, the experts of 3 layers")
+    assert said.startswith("99.7 % of the linear weights are quantized: 12 linear layers in MXFP8, the experts of 3")
     assert f"left unquantized: 3 modules with {routers:,} weights (a router or a gate), e.g. model.layers.0.mlp" in said
     assert get_quantization_format(model) == "mixed: MXFP4A16 x 3 experts, MXFP8 x 12"
 
