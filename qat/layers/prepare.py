@@ -183,7 +183,7 @@ def _choose_sites(
     if prepared := quantized_sites(model):
         raise UserError(f"{prepared[0].name} is already a QuantLinear; prepare_qat takes an unprepared model")
     sites = find_sites(model)
-    defaults = Defaults(model, ignore) if saved is None else None
+    defaults = Defaults(model, ignore)
     left = _unknown_modules(model, {site.name for site in sites}, defaults)
     chosen: list[tuple[Site, str]] = []
     by_rule: dict[str, str] = {}
@@ -199,7 +199,7 @@ def _choose_sites(
         elif saved is not None and site.name in saved:
             by_rule[site.name] = saved[site.name]
         elif (
-            defaults is not None
+            saved is None
             and not is_named(site.name, mapping)
             and (reason := defaults.reason_of_site(site, schemes[mapping[keys[-1]]]))
         ):
@@ -247,10 +247,10 @@ def _check_effects(
             raise UserError(f"mapping key {key!r} matches only layers that ignore={list(ignore)} leaves alone")
 
 
-def _unknown_modules(model: nn.Module, sites: set[str], defaults: Defaults | None) -> dict[str, str]:
+def _unknown_modules(model: nn.Module, sites: set[str], defaults: Defaults) -> dict[str, str]:
     """{name: reason} of modules with weight matrices that are not sites; not of containers, norms and embeddings."""
     return {
-        name: (defaults and defaults.reason(name, module)) or not_a_site(module)
+        name: defaults.reason(name, module) or not_a_site(module)
         for name, module in model.named_modules()
         if name not in sites and has_matrix(module)
     }

@@ -6,8 +6,6 @@ Hugging Face one, and PEFT, FSDP and exporters see what they expect. Only `forwa
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,7 +16,8 @@ from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
 from .operands import Operands, compute_dtype, is_shard
 
-_FALCON = "transformers.models.falcon.modeling_falcon"  # by name, since qat/layers imports no transformers
+# By name, since qat/layers imports no transformers.
+_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
 class LinearProduct(Operands):
@@ -105,17 +104,27 @@ class QuantFalconLinear(QuantLinear):
     adds_bias_apart = True
 
 
-_QUANTIZED = {"torch.nn.modules.linear.Linear": QuantLinear, f"{_FALCON}.FalconLinear": QuantFalconLinear}
-
-
-def _quantized_class(module: nn.Module) -> type[QuantLinear] | None:
-    """The class that a linear layer gets; None for what is none, or has a forward pass of its own."""
-    return _QUANTIZED.get(f"{type(module).__module__}.{type(module).__qualname__}")
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer that `convert` takes: an nn.Linear itself, or Falcon's."""
-    return _quantized_class(module) is not None
+    return type(module) is nn.Linear or _is_falcon(module)
+
+
+def _is_falcon(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" == _FALCON_LINEAR
+
+
+_FALCON_CLASSES: dict[type, type[QuantLinear]] = {}
+
+
+def _quantized_class(module: nn.Module) -> type[QuantLinear]:
+    """The class that a linear layer gets; transformers recognizes that of a FalconLinear as one."""
+    original = type(module)
+    if not _is_falcon(module):
+        return QuantLinear
+    if original not in _FALCON_CLASSES:
+        bases = (QuantFalconLinear, original)
+        _FALCON_CLASSES[original] = type("QuantFalconLinear", bases, {"__module__": __name__})
+    return _FALCON_CLASSES[original]
 
 
 def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = False) -> QuantLinear:
@@ -128,7 +137,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = Fa
         UserError: the blocks of the scheme's formats do not divide its in_features.
     """
     check_convertible(module, scheme, name)
-    module.__class__ = cast(type, _quantized_class(module))
+    module.__class__ = _quantized_class(module)
     assert isinstance(module, QuantLinear)  # for type checkers, which do not follow __class__
     module.add_quantizers(scheme)
     if learns:

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...errors import UserError
+from ...layers.sites import CONV1D, LINEAR
 from ...numerics import mx, nvfp4
+from ...schemes.patterns import EXPRESSION
 from ...schemes.spec import Scheme, TensorSpec
 from .compressed_tensors import CompressedTensors
 
@@ -26,8 +28,15 @@ class AutoRound(CompressedTensors):
 
     name, quant_method = "auto_round", "auto-round"
 
-    def can_hold(self, scheme: Scheme) -> str | None:
+    def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
+        if kind == CONV1D.name:
+            return "is a Conv1D, whose weight AutoRound's format transposes; use the export format compressed-tensors"
+        if kind != LINEAR.name:
+            return (
+                "holds experts, for which AutoRound's format has no names that engines agree on; use the export format "
+                "compressed-tensors"
+            )
         weight, inputs = scheme.weight, scheme.input
         if inputs is None or (weight.format.name, inputs.format.name) not in _PAIRS:
             return (
@@ -48,6 +57,11 @@ class AutoRound(CompressedTensors):
             raise UserError(
                 "the key/value cache is quantized, which AutoRound's format cannot hold; use the export format "
                 "compressed-tensors"
+            )
+        if experts := next((name for name in rest if name.startswith(EXPRESSION)), None):
+            raise UserError(
+                f"AutoRound's format cannot leave experts alone ({experts}): its loader takes them apart and packs "
+                "their routers as well; use the export format compressed-tensors"
             )
         settings = {name: _settings(scheme) for name, scheme in sites.items()}
         # The scheme of most layers is the file's, the others are exceptions by name.
