@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from ..errors import UserError
 from ..files.json_file import read_object
+from ..layers.share import describe_left, left_unquantized, quantized_share
 from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_kv_cache_scheme
@@ -85,6 +86,8 @@ def verify(
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
         "export_format": dialect.name,
+        "quantized_share": quantized_share(model),
+        "left_unquantized": describe_left(model, left_unquantized(model, config)),
         "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
         "logits": None,
         "why_no_logits": None,
