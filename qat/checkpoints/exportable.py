@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..layers.kv_cache import kv_cache_spec
 from ..layers.sites import quantized_sites
-from .dialects import check_schemes, get_dialect
+from .dialects import check_schemes, get_dialect, resolved_format
 from .folder import CheckpointFolder
 from .loadable import why_not_loadable
 from .matrices import matrices_of
@@ -32,7 +32,7 @@ def check_exportable(model: PreTrainedModel, export_format: str, source: Checkpo
         UserError: the format cannot hold a scheme, or the model's layers; a quantized layer shares its weight with the
             embedding; or `source` does not have its weight.
     """
-    dialect, sites = get_dialect(export_format), quantized_sites(model)
+    sites = quantized_sites(model)
     check_untied(model)
     if source is None:
         names = saved_names(model)
@@ -40,6 +40,7 @@ def check_exportable(model: PreTrainedModel, export_format: str, source: Checkpo
         names = StoredNames(model, source.names)
         matrices_of(names, sites, source.path)
     try:
+        dialect = get_dialect(resolved_format(export_format, model.config.model_type))
         check_schemes(dialect, sites)
         rest = left_alone(model, sites, names, None if source is None else source.stored)
         config = dialect.config(target_schemes(model, sites, names), rest, kv_cache_spec(model))

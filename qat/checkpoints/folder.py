@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,14 @@ from ..files.model_folder import (
     weight_files,
 )
 from .dialects import DIALECTS
+from .dialects.mxfp4 import FORMAT as NATIVE
+from .dialects.mxfp4 import MODEL_TYPE
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stored"]
 
 # Programs whose packed folders are read: those whose formats are written, and Model-Optimizer.
 MODEL_OPTIMIZER = "modelopt"
+Reader = Callable[..., list[torch.Tensor]]  # tensors by their names
 READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), MODEL_OPTIMIZER)
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _SIZES = ("_dim", "_size")
@@ -124,7 +127,7 @@ class CheckpointFolder:
         Raises:
             UserError: it is quantized by another method.
         """
-        return is_packed_by(self.quantizer, self.path)
+        return is_packed_by(self.quantizer, self.config, self.path)
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one shard, memory-mapped: what is not kept costs no memory."""
@@ -135,20 +138,19 @@ class CheckpointFolder:
     def read(self, *names: str) -> list[torch.Tensor]:
         """Single tensors by name."""
         with self.reading() as read:
-            return [read(name) for name in names]
+            return read(*names)
 
     @contextmanager
-    def reading(self) -> Iterator[Callable[[str], torch.Tensor]]:
-        """What reads single tensors by name; each file is opened once, which counts where there are thousands."""
+    def reading(self) -> Iterator[Reader]:
+        """What reads tensors by name; each file is opened once, which counts where there are thousands."""
         files = {name: file for file, names in self.shards.items() for name in names}
         shards: dict[str, Any] = {}
         with ExitStack() as stack:
 
-            def read(name: str) -> torch.Tensor:
-                file = files[name]
-                if file not in shards:
+            def read(*names: str) -> list[torch.Tensor]:
+                for file in {files[name] for name in names} - set(shards):
                     shards[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
-                return shards[file].get_tensor(name)
+                return [shards[files[name]].get_tensor(name) for name in names]
 
             yield read
 
@@ -168,13 +170,17 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return config
 
 
-def is_packed_by(method: str | None, where: object) -> bool:
+def is_packed_by(method: str | None, config: Mapping[str, Any], where: object) -> bool:
     """Whether weights quantized by `method` are read by this program; False for a plain model.
+
+    Args:
+        config: the content of the model's config.json.
 
     Raises:
         UserError: the method is another one.
     """
-    if method is not None and method not in READ_METHODS:
+    is_foreign = method == NATIVE and config.get("model_type") != MODEL_TYPE  # the tensors are those of gpt-oss
+    if method is not None and (method not in READ_METHODS or is_foreign):
         raise UserError(
             f"{where} is quantized by {method}, which is not read; give the BF16 checkpoint that it was made of, or a "
             "local folder packed in MXFP4, MXFP8, NVFP4, INT4 or FP8 by llm-compressor, AutoRound or Model-Optimizer"

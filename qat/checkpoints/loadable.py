@@ -3,6 +3,7 @@
 vLLM reads some folders at which transformers' own loader stops. Each cause is looked for where it lies:
 
 * `_init_weights` of some models reads the weights of linear layers, and packed layers have none.
+* GPT-2's Conv1D keeps its weight transposed, and what is packed is the weight of the torch.nn.Linear that engines use.
 * Tied weights are looked up by their names, and packed layers have others.
 * What a converter of the model merges, such as experts, passes through `CompressedTensorsDequantize`. It knows one
   scheme for all of it, and of that not all formats; under a scheme of 4 bits it drops what is not packed.
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.compressed_tensors import get_experts_scheme
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
+from ..layers.sites import CONV1D, EXPERTS, LINEAR, Site, quantized_sites
 from ..numerics.formats import E8M0
 from .stored_names import StoredNames, expert_layers
 
@@ -53,6 +54,8 @@ def _reasons(model: PreTrainedModel, names: StoredNames, config: Mapping[str, An
     sites, method = quantized_sites(model), str(config.get("quant_method"))
     yield from _initializes_weights(model, [site for site in sites if site.kind == LINEAR.name])
     yield from _ties(sites)
+    yield from (f"{site.name} is a Conv1D there, and it reads packed weights of torch.nn.Linear only"
+                for site in sites if site.kind == CONV1D.name)  # fmt: skip
     if "config_groups" not in config:  # another program's
         return
     experts = [s for s in sites if s.kind == EXPERTS.name and not runs_as_linear(s.owner, method)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layers.experts import layout_of
 from ..layers.quant_linear import is_quantlinear
-from ..layers.sites import LINEAR, Site
+from ..layers.sites import EXPERTS, Site
 from ..schemes.patterns import EXPRESSION
 from ..schemes.spec import Scheme
 from .folder import Stored
@@ -29,7 +29,7 @@ def target_schemes(model: nn.Module, sites: Iterable[Site], names: StoredNames) 
     patterns = _patterns(model, names)
     found: dict[str, Scheme] = {}
     for site in sites:
-        targets = names.spellings(site.name) if site.kind == LINEAR.name else patterns[site.name]
+        targets = patterns[site.name] if site.kind == EXPERTS.name else names.spellings(site.name)
         found |= dict.fromkeys(targets, site.scheme)
     return found
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from ..errors import UserError
 from ..files.json_file import read_object
+from ..layers.share import describe_left, left_unquantized, quantized_share
 from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_kv_cache_scheme
@@ -78,13 +79,15 @@ def verify(
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
     model, config, names = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
     sites = quantized_sites(model)
-    matrices = matrices_of(names, sites, checkpoint.path)
+    matrices = matrices_of(names, sites, checkpoint.path, dialect.packs_fused)
     scales = stored_scales(config.calibrated_scales, matrices, names)
     count = compare_weights(packed, checkpoint, matrices, dialect, scales)
     verdict: dict[str, Any] = {
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
         "export_format": dialect.name,
+        "quantized_share": quantized_share(model),
+        "left_unquantized": describe_left(model, left_unquantized(model, config)),
         "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
         "logits": None,
         "why_no_logits": None,

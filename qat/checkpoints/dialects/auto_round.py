@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...errors import UserError
-from ...layers.sites import LINEAR
+from ...layers.sites import CONV1D, LINEAR
 from ...numerics import mx, nvfp4
 from ...schemes.patterns import EXPRESSION
 from ...schemes.spec import Scheme, TensorSpec
@@ -30,6 +30,8 @@ class AutoRound(CompressedTensors):
 
     def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
+        if kind == CONV1D.name:
+            return "is a Conv1D, whose weight AutoRound's format transposes; use the export format compressed-tensors"
         if kind != LINEAR.name:
             return (
                 "holds experts, for which AutoRound's format has no names that engines agree on; use the export format "

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...errors import UserError
-from ...layers.sites import LINEAR
+from ...layers.sites import CONV1D, LINEAR
 from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
@@ -51,10 +51,16 @@ class CompressedTensors:
     """See `Dialect`."""
 
     name = quant_method = "compressed-tensors"
+    packs_fused = False
 
     def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
         weight, inputs = _key(scheme)
+        if kind == CONV1D.name and "weight" in _names(scheme.weight.format):
+            return (
+                f"is a Conv1D in {scheme.name}: its packed weight has the name of the transposed one, which engines "
+                "transpose when they load it; use a scheme of 4 bits, such as MXFP4, for such layers"
+            )
         if inputs in _INPUTS.get(weight, ()):
             return None
         return (
@@ -104,6 +110,10 @@ class CompressedTensors:
     def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
         """See `Dialect.serve_options`."""
         return next((_ON_THE_COMMAND_LINE[key] for key in map(_key, schemes) if key in _ON_THE_COMMAND_LINE), [])
+
+    def tensors(self, quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
+        """See `Dialect.tensors`."""
+        return packed_tensors(quantized, spec)
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         """See `Dialect.decompress`.

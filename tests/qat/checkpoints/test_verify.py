@@ -57,6 +57,8 @@ def test_a_packed_model_equals_the_fake_quantized_one_and_the_verdict_says_by_ho
     source, packed = pair
     verdict = verify.verify(packed, source, tokens=48)
     assert verdict["verified"] and verdict == json.loads((packed / "verification.json").read_text())
+    left = verdict["left_unquantized"]
+    assert verdict["quantized_share"] == 1.0 and "(ignored by 'lm_head'), e.g. lm_head" in left[0]
     weights, compared = verdict["weights"], verdict["logits"]
     assert weights["packed_weights"] == 14
     assert weights["elements_compared"] == 2 * 64 * (3 * 96 + 2 * 64 + 2 * 32)

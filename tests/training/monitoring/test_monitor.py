@@ -44,7 +44,7 @@ def test_samples_reach_from_the_first_to_the_last():
 def make_monitor() -> tuple[nn.Module, QuantizationMonitor]:
     model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False)})
     nn.init.constant_(model["mlp"].weight, 4.0)  # FLOOR's scale is 1, so is the step below 2
-    prepare_qat(model, {nn.Linear: "MXFP4"})
+    prepare_qat(model, {"mlp": "MXFP4"})
     monitor = QuantizationMonitor(model, torch.float32)
     monitor.on_train_begin(None, STATE, None)
     return model, monitor
@@ -70,7 +70,7 @@ def test_only_changes_that_turn_back_are_oscillations():
 def test_a_scale_that_follows_its_block_is_no_flip():
     model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False)})
     nn.init.constant_(model["mlp"].weight, 1.0)
-    prepare_qat(model, {nn.Linear: "INT4_G32"})
+    prepare_qat(model, {"mlp": "INT4_G32"})
     monitor = QuantizationMonitor(model, torch.float32)
     monitor.on_train_begin(None, STATE, None)
     model["mlp"].weight.detach().mul_(1.1)
