@@ -44,8 +44,10 @@ def make_llama(tie_word_embeddings: bool = True, attention_bias: bool = False, l
     return LlamaForCausalLM(config)
 
 
-def make_mixture(kind: str = "qwen3_moe", experts: int = 4, layers: int = 2, **kwargs) -> PreTrainedModel:
-    """A random mixture of experts of 64 hidden units, two experts a token: "qwen3_moe", "gpt_oss" or another kind.
+def make_mixture(
+    kind: str = "qwen3_moe", experts: int = 4, layers: int = 2, chosen: int = 2, **kwargs
+) -> PreTrainedModel:
+    """A random mixture of experts of 64 hidden units: "qwen3_moe", "gpt_oss" or another kind; `chosen` for each token.
 
     Biases are random too, so that a lost one shows.
     """
@@ -53,7 +55,7 @@ def make_mixture(kind: str = "qwen3_moe", experts: int = 4, layers: int = 2, **k
     config = AutoConfig.for_model(
         kind, vocab_size=260, hidden_size=64, intermediate_size=96, moe_intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=256, num_experts=experts,
-        num_local_experts=experts, num_experts_per_tok=2, bos_token_id=0, eos_token_id=1, pad_token_id=1, **kwargs,
+        num_local_experts=experts, num_experts_per_tok=chosen, bos_token_id=0, eos_token_id=1, pad_token_id=1, **kwargs,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """RouterLoss: the load-balancing loss of a mixture of experts (Switch Transformer, arXiv:2101.03961, section 2.2).
 
-A model whose config.json says `"output_router_logits": true` adds it to its own loss. Losses in chunks leave the model's
-own loss out, so it is computed here, by transformers' own function and from the model's own router logits.
+A model whose config.json says `"output_router_logits": true` adds it to its own loss. Losses in chunks leave the
+model's own loss out, so it is computed here, by transformers' own function and from the model's own router logits.
 
 It is a mean over the tokens of a forward pass, so it is averaged over processes and accumulated batches. transformers
 sums it over these: there `router_aux_loss_coef` grows with the number of processes.

@@ -1,8 +1,8 @@
 """The weights of a checkpoint have the model's own names, and all of them are loaded again.
 
 transformers saves some models under their published names: experts that it keeps fused are split into a matrix each.
-`from_pretrained` joins them again; Trainer (5.23), which resumes by `load_state_dict`, does not, and would continue with
-the weights of the experts that the run began with, after a warning.
+`from_pretrained` joins them again. Trainer (5.23) resumes by `load_state_dict`, which does not: after a warning, it
+would continue with the experts that the run began with.
 """
 
 from __future__ import annotations
