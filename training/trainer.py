@@ -25,6 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.conversations.formatting import IGNORE_INDEX
 from qat import QATConfig
+from qat.errors import UserError
 from qat.layers.calibration import set_calibrated_scales
 from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned import check_compute_dtype
@@ -284,6 +285,13 @@ class QATTrainer(FaultTolerantTrainer):
     def _router_term(self, aux_loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """The load-balancing loss of a batch as a part of the loss: a mean over accumulated batches."""
         assert self.router_loss is not None
+        if torch.is_grad_enabled() and not aux_loss.requires_grad:
+            raise UserError(
+                'config.json says "output_router_logits": true, and the gradient of the load-balancing loss reaches no '
+                "parameter: activation checkpointing with use_reentrant drops it, or none that routers depend on is "
+                "trained; give --activation_checkpointing_kwargs '{\"use_reentrant\": false}', or set "
+                '"output_router_logits": false'
+            )
         batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps  # else Trainer divides
         return aux_loss * (self.router_loss.factor / batches)
 

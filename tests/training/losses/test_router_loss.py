@@ -79,7 +79,7 @@ def test_a_step_adds_its_mean_over_accumulated_batches(tmp_path, data, teacher, 
 def test_gradients_of_routers_are_the_same_with_recomputed_layers(tmp_path, data):
     gradients = []
     for checkpointing in (False, True):
-        model = prepare_qat(make_mixture(**ROUTED, router_jitter_noise=0.0), {nn.Linear: "MXFP4"})
+        model = prepare_qat(make_mixture(**ROUTED), {nn.Linear: "MXFP4"})
         trainer = make_trainer(tmp_path, model, data, None, gradient_checkpointing=checkpointing, max_steps=1)
         trainer.create_optimizer = lambda model=None, trainer=trainer: setattr(
             trainer, "optimizer", torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
@@ -90,6 +90,15 @@ def test_gradients_of_routers_are_the_same_with_recomputed_layers(tmp_path, data
     for name, value in gradients[0].items():
         assert torch.equal(value, gradients[1][name]), name
         assert "gate.weight" not in name or not torch.equal(value, before[name])
+
+
+def test_a_way_of_recomputing_layers_that_drops_its_gradient_is_refused(tmp_path, data):
+    trainer = make_trainer(
+        tmp_path, make_mixture(**ROUTED), data, None, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="reaches no parameter: .* use_reentrant drops it"):
+        trainer.train()
 
 
 def test_it_is_added_to_smoothed_labels_and_not_to_an_evaluation(tmp_path, data):
