@@ -43,6 +43,7 @@ class RouterLoss:
     chosen: int
     factor: float
 
+    @torch.compiler.disable  # the compiler cannot follow the function
     def __call__(
         self, router_logits: tuple[torch.Tensor, ...] | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
