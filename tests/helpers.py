@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from qat import prepare_qat
 
@@ -35,6 +42,26 @@ def make_llama(tie_word_embeddings: bool = True, attention_bias: bool = False, l
         attention_bias=attention_bias, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def make_mixture(
+    kind: str = "qwen3_moe", experts: int = 4, layers: int = 2, chosen: int = 2, **kwargs
+) -> PreTrainedModel:
+    """A random mixture of experts of 64 hidden units: "qwen3_moe", "gpt_oss" or another kind; `chosen` for each token.
+
+    Biases are random too, so that a lost one shows.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=260, hidden_size=64, intermediate_size=96, moe_intermediate_size=96, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=256, num_experts=experts,
+        num_local_experts=experts, num_experts_per_tok=chosen, bos_token_id=0, eos_token_id=1, pad_token_id=1, **kwargs,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+    return model
 
 
 def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, **kwargs) -> Path:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from faults.injected import AtStep
 from helpers import ROOT
 from processes import free_port, start
 from safetensors.torch import load_file
@@ -38,15 +41,22 @@ class Workspace:
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-6000:]
 
-    def run(self, config: str, runs: dict[str, dict], *flags: str, processes: int = 2) -> None:
-        """The same in forked processes, which need not import anything, under the variables that the launcher sets."""
+    def run(
+        self, config: str, runs: dict[str, dict], *flags: str, processes: int = 2, killed_at: int | None = None
+    ) -> None:
+        """The same in forked processes, which need not import anything, under the variables that the launcher sets.
+
+        Args:
+            killed_at: the batch of all runs together in which every process is killed, counted from 1.
+        """
         files = [[str(self.write(name, arguments))] for name, arguments in runs.items()]
         log = self.folder / f"{next(iter(runs))}.log"
         command = ["--config_file", f"accelerate_config/{config}.yaml", "--num_processes", str(processes), *flags]
         settings = launcher_variables([*command, "main.py"])
-        run = start(*files, log=log, before=enable_fsdp, count=processes, settings=settings)
+        run = start(*files, log=log, before=Before(killed_at), count=processes, settings=settings)
         statuses = run.wait()
-        assert statuses == [0] * processes, run.text()[-6000:]
+        expected = 0 if killed_at is None else -signal.SIGKILL
+        assert statuses == [expected] * processes, run.text()[-6000:]
 
     def losses(self, name: str) -> list[float]:
         history = json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
@@ -79,8 +89,15 @@ def launcher_variables(command: list[str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def enable_fsdp(rank: int) -> None:
+@dataclass(frozen=True)
+class Before:
     """Called in each process."""
-    import fsdp_on_cpu
 
-    fsdp_on_cpu.enable()
+    killed_at: int | None = None
+
+    def __call__(self, rank: int) -> None:
+        import fsdp_on_cpu
+
+        fsdp_on_cpu.enable()
+        if self.killed_at is not None:
+            AtStep(self.killed_at, rank=rank)(rank)

@@ -25,6 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.conversations.formatting import IGNORE_INDEX
 from qat import QATConfig
+from qat.errors import UserError
 from qat.layers.calibration import set_calibrated_scales
 from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned import check_compute_dtype
@@ -40,6 +41,8 @@ from .backends.weightless import give_storage
 from .losses.chunked import attach, chunked_loss
 from .losses.distillation import HiddenRows, Objective, SampledRows, labelled_rows
 from .losses.metrics import loss_over_tokens, sum_by_sample
+from .losses.router_loss import NAME as ROUTER_LOSS
+from .losses.router_loss import RouterLoss, UnknownRouterLoss, find_router_loss, wants_router_loss
 from .losses.term_means import TermMeans
 from .monitoring.monitor import QuantizationMonitor
 from .resume.fault_tolerance import FaultTolerantTrainer
@@ -115,6 +118,7 @@ class QATTrainer(FaultTolerantTrainer):
         self._collators = {"train": self.data_collator, "eval": self.data_collator}
         if teacher is not None:
             check_with_teacher(self.args)
+            find_router_loss(self.accelerator.unwrap_model(self.model))  # refused if it cannot be added to a divergence
             self._settings["learning"] |= _teacher_settings(teacher)
             self.teacher = as_teacher(teacher, self.model, self.head, self.accelerator)
             self._collators = {which: self.teacher.collate(self.data_collator, which) for which in self._collators}
@@ -124,6 +128,7 @@ class QATTrainer(FaultTolerantTrainer):
         if self._computes_loss():
             self.model_accepts_loss_kwargs = True  # whatever its forward takes: our loss counts a whole step's tokens
             terms = [name for name, weight in self._term_weights.items() if weight]
+            terms += [ROUTER_LOSS] if self.router_loss is not None else []
         self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
         self._is_constructed = True
 
@@ -145,6 +150,7 @@ class QATTrainer(FaultTolerantTrainer):
             self.add_callback(self.monitor)
         if self.accelerator.is_fsdp2:
             give_storage(model)
+        self.router_loss = self._find_router_loss(model)
         self.head = self._attach_head(model)
 
     @property
@@ -192,8 +198,17 @@ class QATTrainer(FaultTolerantTrainer):
             return None
         head = agreed_head(model, self.accelerator)
         if head is not None:
-            attach(model, head)
+            attach(model, head, self.router_loss)
         return head
+
+    def _find_router_loss(self, model: torch.nn.Module) -> RouterLoss | None:
+        """What the model adds to its own loss; None, and a warning, where only the model itself can compute it."""
+        try:
+            return find_router_loss(self.accelerator.unwrap_model(model))
+        except UnknownRouterLoss as error:
+            if self.accelerator.is_main_process:
+                logger.warning("losses are those of transformers, from the logits of a whole batch: %s", error)
+            return None
 
     def _why_whole_logits(self, model: torch.nn.Module) -> str | None:
         """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
@@ -243,7 +258,10 @@ class QATTrainer(FaultTolerantTrainer):
     # ---- Losses ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy, or with a teacher the forward KL (weighted with cross-entropy), a mean over tokens."""
+        """Cross-entropy, or with a teacher the forward KL (weighted with cross-entropy), a mean over tokens.
+
+        Where the model's config asks for it, the load-balancing loss of its routers is added, see router_loss.py.
+        """
         if self.label_smoother is not None and self.compute_loss_func is None:
             return self._smoothed_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._computes_loss():
@@ -252,14 +270,30 @@ class QATTrainer(FaultTolerantTrainer):
         teacher = self._teacher_rows(model, inputs)
         objective = Objective(inputs.pop("labels"), teacher, self._term_weights, self.distill_temperature)
         losses, outputs = self._losses(model, inputs, objective, return_outputs)
+        aux_loss = losses.get(ROUTER_LOSS)
         if model.training:
-            self._term_means.add(losses["token_losses"])
+            self._term_means.add(losses["token_losses"], aux_loss)
         if num_items_in_batch is None:
             loss = losses["loss"] / max(len(objective.targets), 1)
         else:  # labelled tokens of the whole step, on all processes, whose gradients DDP and FSDP will average
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = losses["loss"] / num_items_in_batch * processes
+        if aux_loss is not None:
+            loss = loss + self._router_term(aux_loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _router_term(self, aux_loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """The load-balancing loss of a batch as a part of the loss: a mean over accumulated batches."""
+        assert self.router_loss is not None
+        if torch.is_grad_enabled() and not aux_loss.requires_grad:
+            raise UserError(
+                'config.json says "output_router_logits": true, and the gradient of the load-balancing loss reaches no '
+                "parameter: activation checkpointing with use_reentrant drops it, or none that routers depend on is "
+                "trained; give --activation_checkpointing_kwargs '{\"use_reentrant\": false}', or set "
+                '"output_router_logits": false'
+            )
+        batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps  # else Trainer divides
+        return aux_loss * (self.router_loss.factor / batches)
 
     def _computes_loss(self) -> bool:
         """Whether the loss is ours and not transformers'."""
@@ -270,8 +304,8 @@ class QATTrainer(FaultTolerantTrainer):
         if self.head is None or self.label_smoother is not None or self.compute_loss_func is not None:
             return False
         model = self.accelerator.unwrap_model(self.model)
-        routed = getattr(model.config.get_text_config(), "output_router_logits", False)
-        return model.loss_function is ForCausalLMLoss and not routed
+        is_whole = self.router_loss is not None or not wants_router_loss(model)
+        return model.loss_function is ForCausalLMLoss and is_whole
 
     def _smoothed_loss(self, model, inputs, return_outputs, num_items_in_batch):
         """Trainer's own loss with smoothed labels, which are shifted by one token for every model.
@@ -284,6 +318,8 @@ class QATTrainer(FaultTolerantTrainer):
         loss = self.label_smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
+        if model.training and self.router_loss is not None:
+            loss = loss + self._router_term(outputs.aux_loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_rows(self, model, inputs: dict) -> HiddenRows | SampledRows | None:
@@ -298,7 +334,10 @@ class QATTrainer(FaultTolerantTrainer):
         if self.head is not None and not return_outputs:
             return model(**inputs, objective=objective), None
         outputs = model(**inputs)
-        return chunked_loss(labelled_rows(outputs.logits, objective.labels), objective), outputs
+        losses = chunked_loss(labelled_rows(outputs.logits, objective.labels), objective)
+        if model.training and self.router_loss is not None:
+            losses[ROUTER_LOSS] = outputs.aux_loss
+        return losses, outputs
 
     # ---- Evaluation ----
 

@@ -76,6 +76,11 @@ OVERRIDES: tuple[Override, ...] = (
         "Compare the run with the record in the checkpoint (RunRecord); place a stream where it was.",
     ),
     Override(
+        "_issue_warnings_after_load",
+        "(self, load_result)",
+        "A checkpoint that lacks weights of the model is refused; Trainer warns and continues.",
+    ),
+    Override(
         "_load_best_model",
         "(self)",
         "The best checkpoint is loaded only if its manifest finds it complete.",
@@ -110,8 +115,8 @@ OVERRIDES: tuple[Override, ...] = (
     Override(
         "_save",
         "(self, output_dir=None, state_dict=None)",
-        "The final model is written in its original dtype with what layers learned in its weights, and the training "
-        "arguments as JSON in place of a pickle.",
+        "The final model is written in its original dtype with what layers learned in its weights, a checkpoint under "
+        "the model's own names, and the training arguments as JSON in place of a pickle.",
     ),
     Override(
         "_save_checkpoint",

@@ -28,6 +28,8 @@ from transformers import PreTrainedModel
 from qat.errors import UserError
 
 from .distillation import CHUNK, Objective, chunks, labelled_rows
+from .router_loss import NAME as ROUTER_LOSS
+from .router_loss import RouterLoss
 
 # What models do to the head's output, by the name of the setting in their config: Gemma 2; Granite; Cohere; Falcon-H1.
 _TRANSFORMS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
@@ -106,10 +108,13 @@ def find_head(model: PreTrainedModel) -> Head:
     return heads[best]
 
 
-def attach(model: PreTrainedModel, head: Head) -> None:
+def attach(model: PreTrainedModel, head: Head, router_loss: RouterLoss | None = None) -> None:
     """Let `model(**inputs, objective=...)` return the dict of `chunked_loss` instead of an output with logits.
 
     Call it before the model is wrapped. `model(**inputs, objective=Rows(labels))` returns hidden states.
+
+    Args:
+        router_loss: in training, the dict has its value too, a scalar under "aux_loss".
     """
     plain = model.forward.__func__
     module = head.module
@@ -118,7 +123,11 @@ def attach(model: PreTrainedModel, head: Head) -> None:
     def forward(self, *args, objective: Objective | Rows | None = None, **kwargs):
         if objective is None:
             return plain(self, *args, **kwargs)
-        return module(self.base_model(*args, **kwargs).last_hidden_state, objective)
+        if router_loss is None or isinstance(objective, Rows) or not self.training:
+            return module(self.base_model(*args, **kwargs).last_hidden_state, objective)
+        output = self.base_model(*args, **kwargs, output_router_logits=True)
+        aux_loss = router_loss(output.router_logits, kwargs.get("attention_mask"))
+        return {**module(output.last_hidden_state, objective), ROUTER_LOSS: aux_loss}
 
     @functools.wraps(head.plain_forward)
     def head_forward(self, hidden, objective: Objective | Rows | None = None):

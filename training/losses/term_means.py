@@ -13,7 +13,8 @@ from .metrics import get_metrics_with_perplexity
 class TermMeans:
     """Means of each term of the loss over the labelled tokens since the last log entry, of all processes.
 
-    Sums stay on the device until they are logged, so a step waits for nothing.
+    Sums stay on the device until they are logged, so a step waits for nothing. A term that a batch has as a whole (the
+    load-balancing loss of routers) counts for each labelled token of it.
 
     Args:
         names: of the terms ("ce", "kl"), in the order of their columns; all processes have the same.
@@ -26,9 +27,11 @@ class TermMeans:
         self.names, self.accelerator, self.skip_non_finite = tuple(names), accelerator, skip_non_finite
         self._sums = torch.zeros(len(self.names) + 1, device=accelerator.device)  # the last one counts tokens
 
-    def add(self, token_losses: torch.Tensor) -> None:
-        """Count a batch: losses [n, terms] of its n labelled tokens, unweighted."""
+    def add(self, token_losses: torch.Tensor, whole: torch.Tensor | None = None) -> None:
+        """Count a batch: losses [n, terms] of its n labelled tokens, unweighted, and a last term as a scalar."""
         sums = token_losses.detach().float().sum(0).to(self._sums.device)
+        if whole is not None:
+            sums = torch.cat([sums, whole.detach().float().to(sums.device).view(1) * len(token_losses)])
         sums = torch.cat([sums, sums.new_full((1,), len(token_losses))])
         if self.skip_non_finite:
             sums = torch.where(sums.isfinite().all(), sums, 0.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from qat.files.manifest import problems
 from qat.processes import Signalled, end_by_parent_alone, name_of, status_of
 
 from ..backends.writers import Writers
+from .checkpoint_weights import check_loaded, own_names
 from .checkpoints import find_checkpoint
 from .run_record import RunRecord, model_settings
 from .safeguards import StepGuard, check_weights
@@ -283,6 +284,10 @@ class FaultTolerantTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._weights_were_loaded(Path(resume_from_checkpoint))
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Refuse what Trainer warns of: weights that the checkpoint lacks keep the values that the run began with."""
+        check_loaded(self.accelerator.unwrap_model(self.model), load_result.missing_keys, load_result.unexpected_keys)
+
     def _weights_were_loaded(self, checkpoint: Path) -> None:
         """What belongs to the weights of a checkpoint and is no tensor is taken from there too."""
 
@@ -363,8 +368,9 @@ class FaultTolerantTrainer(Trainer):
         }  # fmt: skip
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's own; the arguments are written as JSON, not pickled."""
-        super()._save(output_dir, state_dict)
+        """Trainer's own; a checkpoint has the model's own names, and the arguments are written as JSON, not pickled."""
+        with own_names(self.model) if self._partial is not None else nullcontext():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             pickled = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
             pickled.unlink(missing_ok=True)
