@@ -1,0 +1,88 @@
+"""Tiny configurations of transformers' model families: 2 layers, 64 hidden units, the vocabulary of the byte tokenizer.
+
+`SMALL` says how large a field may be, whatever family has it; `OVERRIDES` has what one family needs beside that. Every
+dimension that a real model has in multiples of 32 is one of 32 here, so that the blocks of its formats divide it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .entries import model_type
+
+VOCABULARY = 260  # of helpers.make_tokenizer, and some that no token uses
+LENGTH = 256
+
+_VALUES: dict[Any, str] = {
+    VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
+    0: "bos_token_id",
+    1: "eos_token_id",
+    2: "pad_token_id n_layer n_layers num_layers num_hidden_layers encoder_layers decoder_layers num_encoder_layers "
+       "num_decoder_layers num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k "
+       "linear_num_key_heads swa_num_key_value_heads num_query_groups hc_count "
+       "hc_mult num_layers_per_stack max_window_layers no_rope_layer_interval sliding_window_pattern",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
+       "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
+       "num_experts n_routed_experts num_local_experts moe_num_experts "
+       "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads index_n_heads",
+    16: "head_dim v_head_dim qk_nope_head_dim swa_head_dim dim_head attention_head_size chunk_size mamba_chunk_size "
+        "mamba_d_state state_size ssm_state_size linear_key_head_dim linear_value_head_dim linear_head_dim d_head "
+        "query_pre_attn_scalar kv_channels",
+    8: "qk_rope_head_dim",
+    24: "qk_head_dim",
+    32: "kv_lora_rank q_lora_rank o_lora_rank laurel_rank adapter_rank mamba_d_head mamba_headdim mamba_head_dim "
+        "time_step_rank mamba_dt_rank hidden_size_per_layer_input d_rel hc_lowrank index_head_dim",
+    64: "hidden_size d_model n_embd embedding_size emb_dim embedding_dim word_embed_proj_dim lru_width "
+        "attention_hidden_size attention_chunk_size sliding_window sliding_window_size local_attention "
+        "attention_window_size window_size moe_intermediate_size shared_expert_intermediate_size "
+        "shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size index_topk "
+        "shared_intermediate_size dim_model_base router_hidden_size",
+    128: "intermediate_size intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size d_inner dff "
+         "dim_ff dense_intermediate_size feed_forward_size mamba_d_ssm n_inner",
+    LENGTH: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
+            "original_max_position_embeddings max_source_positions model_max_length",
+    1: "eos_token_id n_group n_groups topk_group mamba_n_groups n_shared_experts first_k_dense_replace "
+       "decoder_start_token_id sep_token_id num_expert_group o_groups",
+}  # fmt: skip
+SMALL = {field: value for value, fields in _VALUES.items() for field in fields.split()}
+
+VISION = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, depth=2, num_heads=4, num_attention_heads=4,
+    image_size=32, patch_size=16, out_hidden_size=64, projector_input_dim=64, projector_output_dim=64,
+    vision_output_dim=64, num_position_embeddings=16, deepstack_visual_indexes=[0], head_dim=16, num_key_value_heads=4,
+)  # fmt: skip
+TOKENS = dict.fromkeys(
+    "image_token_id video_token_id audio_token_id image_token_index boi_token_id eoi_token_id boa_token_id "
+    "eoa_token_id boi_token_index eoi_token_index eoa_token_index vision_start_token_id vision_end_token_id".split(), 259
+)  # fmt: skip
+
+# What a family needs beside SMALL. "text_config" and "vision_config" hold what those parts need.
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
+def small_config(entry: str) -> PretrainedConfig:
+    """The tiny configuration of an entry."""
+    return AutoConfig.for_model(model_type(entry), **_arguments(model_type(entry), OVERRIDES.get(entry, {})))
+
+
+def _arguments(model_type: str, own: dict[str, Any]) -> dict[str, Any]:
+    cls = CONFIG_MAPPING[model_type]
+    fields = _fields(cls)
+    found = {name: value for name, value in (SMALL | TOKENS).items() if name in fields}
+    for part, part_cls in (getattr(cls, "sub_configs", None) or {}).items():
+        if part.startswith("text"):
+            kind = part_cls.model_type if isinstance(part_cls, type) else "llama"
+            found[part] = _arguments(kind, {}) if kind in CONFIG_MAPPING else {}
+        elif part.startswith("vision"):
+            found[part] = dict(VISION)
+    for name, value in own.items():
+        found[name] = found[name] | value if isinstance(found.get(name), dict) and isinstance(value, dict) else value
+    return found
+
+
+def _fields(cls: type[PretrainedConfig]) -> set[str]:
+    names = set(getattr(cls, "__dataclass_fields__", ())) | set(getattr(cls, "attribute_map", ()))
+    return names
