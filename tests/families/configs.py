@@ -29,11 +29,11 @@ _VALUES: dict[Any, str] = {
        "num_experts n_routed_experts num_local_experts moe_num_experts "
        "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads index_n_heads",
     16: "head_dim v_head_dim qk_nope_head_dim swa_head_dim dim_head attention_head_size chunk_size mamba_chunk_size "
-        "mamba_d_state state_size ssm_state_size linear_key_head_dim linear_value_head_dim linear_head_dim d_head "
+        "mamba_d_state state_size ssm_state_size linear_key_head_dim linear_value_head_dim d_head "
         "query_pre_attn_scalar kv_channels",
     8: "qk_rope_head_dim",
     24: "qk_head_dim",
-    32: "kv_lora_rank q_lora_rank o_lora_rank laurel_rank adapter_rank mamba_d_head mamba_headdim mamba_head_dim "
+    32: "linear_head_dim kv_lora_rank q_lora_rank o_lora_rank laurel_rank adapter_rank mamba_d_head mamba_headdim mamba_head_dim "
         "time_step_rank mamba_dt_rank hidden_size_per_layer_input d_rel hc_lowrank index_head_dim",
     64: "hidden_size d_model n_embd embedding_size emb_dim embedding_dim word_embed_proj_dim lru_width "
         "attention_hidden_size attention_chunk_size sliding_window sliding_window_size local_attention "
@@ -60,7 +60,30 @@ TOKENS = dict.fromkeys(
 )  # fmt: skip
 
 # What a family needs beside SMALL. "text_config" and "vision_config" hold what those parts need.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
+_GEMMA3N = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
+_SHARED = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "gemma3n_text": _GEMMA3N,
+    "gemma3n": {"text_config": _GEMMA3N},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": _LINEAR_AND_FULL,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "phi4": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "zamba": _SHARED,
+    "zamba2": _SHARED,
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def small_config(entry: str) -> PretrainedConfig:
@@ -72,15 +95,37 @@ def _arguments(model_type: str, own: dict[str, Any]) -> dict[str, Any]:
     cls = CONFIG_MAPPING[model_type]
     fields = _fields(cls)
     found = {name: value for name, value in (SMALL | TOKENS).items() if name in fields}
-    for part, part_cls in (getattr(cls, "sub_configs", None) or {}).items():
+    if "qk_rope_head_dim" in fields:
+        found.pop("head_dim", None)  # where attention is latent, the size of the rotary part, or derived
+    for part in getattr(cls, "sub_configs", None) or {}:
         if part.startswith("text"):
-            kind = part_cls.model_type if isinstance(part_cls, type) else "llama"
-            found[part] = _arguments(kind, {}) if kind in CONFIG_MAPPING else {}
+            kind = getattr(cls(), part).model_type
+            found[part] = {"model_type": kind} | (_arguments(kind, {}) if kind in CONFIG_MAPPING else {})
         elif part.startswith("vision"):
             found[part] = dict(VISION)
+    found |= _layers(cls, fields)
     for name, value in own.items():
         found[name] = found[name] | value if isinstance(found.get(name), dict) and isinstance(value, dict) else value
     return found
+
+
+def _layers(cls: type[PretrainedConfig], fields: set[str]) -> dict[str, Any]:
+    """One layer of each kind that the family's default configuration has, in its order, and at least 2 layers."""
+    try:
+        default = cls()
+    except (ValueError, TypeError):
+        return {}
+    count = getattr(default, "num_hidden_layers", None)
+    lists = {name: value for name, value in vars(default).items() if _names_kinds(value, count) and name in fields}
+    kinds = list(dict.fromkeys(zip(*lists.values(), strict=True)))[:4]
+    kinds = kinds * 2 if len(kinds) == 1 else kinds
+    if not kinds:
+        return {}
+    return {"num_hidden_layers": len(kinds)} | {name: list(column) for name, column in zip(lists, zip(*kinds))}
+
+
+def _names_kinds(value: object, layers: int | None) -> bool:
+    return isinstance(value, list) and len(value) == layers and all(isinstance(kind, str) for kind in value)
 
 
 def _fields(cls: type[PretrainedConfig]) -> set[str]:

@@ -40,9 +40,15 @@ def save_tiny(entry: str, folder: Path) -> None:
 
 @torch.no_grad()
 def perturb(model: PreTrainedModel) -> None:
-    """Make every parameter and saved buffer one that a default value does not equal: ones and zeros, too."""
-    names = set(model.state_dict(keep_vars=True))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in names and tensor.is_floating_point():
-            noise = torch.randn(tensor.shape)
-            tensor.copy_(tensor.float() * (1 + 0.1 * noise) + 0.02 * torch.rand(tensor.shape))
+    """Make every parameter and saved buffer one that no default equals, with channels that differ in size.
+
+    Small models start with weights of 0.02 that leave the residual almost as it is; larger ones let each layer count.
+    """
+    saved = set(model.state_dict())
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape[:1] + (1,) * (parameter.dim() - 1))
+        scale = 4 if parameter.dim() > 1 and parameter.float().std() < 0.05 else 1
+        parameter.copy_(scale * parameter.float() * (0.4 * noise).exp() + 0.03 * torch.randn(parameter.shape))
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer.copy_(buffer.float() * (1 + 0.1 * torch.rand(buffer.shape)) + 0.02 * torch.rand(buffer.shape))
