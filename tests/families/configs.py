@@ -97,6 +97,7 @@ def _arguments(model_type: str, own: dict[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in (SMALL | TOKENS).items() if name in fields}
     if "qk_rope_head_dim" in fields:
         found.pop("head_dim", None)  # where attention is latent, the size of the rotary part, or derived
+        found |= {name: 4 for name in ("num_key_value_heads",) if name in found}  # every head has its own
     for part in getattr(cls, "sub_configs", None) or {}:
         if part.startswith("text"):
             kind = getattr(cls(), part).model_type
