@@ -24,8 +24,8 @@ from ..numerics.families import family_of
 from ..schemes.config import QATConfig
 from .kv_cache import CacheQuantizer, cache_quantizers
 from .names import original_name
+from .operands import Operands
 from .prepare import set_qat_config
-from .quant_linear import QuantLinear
 from .sites import quantized_sites, quantizers_off
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class _Scale(Protocol):
 
 @dataclass(frozen=True)
 class _InputDivisor:
-    reader: QuantLinear
+    reader: Operands
     name: str
 
     @property
@@ -88,9 +88,9 @@ class _CacheScale:
         return fp8.tensor_scale(largest[self.reader])
 
 
-def calibrated_layers(model: nn.Module) -> dict[str, QuantLinear]:
+def calibrated_layers(model: nn.Module) -> dict[str, Operands]:
     """The layers of a prepared model whose inputs need a divisor, by name."""
-    layers = {site.name: site.module for site in quantized_sites(model)}
+    layers = {site.label: site.module for site in quantized_sites(model)}
     return {name: layer for name, layer in layers.items() if layer.input_quantizer.needs_divisor}
 
 

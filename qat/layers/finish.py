@@ -22,9 +22,11 @@ from ..schemes.config import QATConfig
 from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
 from . import learned_exponents
+from .expert_function import stacked_values
+from .experts import ExpertProjection
 from .learned import SUFFIXES
 from .names import original_name
-from .quant_linear import QuantLinear
+from .operands import Operands
 from .sites import quantized_sites
 
 OWN_SUFFIXES = SUFFIXES  # of parameters that no plain checkpoint has
@@ -48,31 +50,31 @@ def finished_weights(
     offsets = {name: tensor for name, tensor in state_dict.items() if name.endswith(OWN_SUFFIXES)}
     if not offsets:
         return state_dict
-    layers = {original_name(site.name): site.module for site in quantized_sites(model)}
-    names = {layer: name for name, layer in layers.items()}
+    sites = {original_name(site.quantizer_name): site for site in quantized_sites(model)}
+    tensors = {site.module: original_name(site.tensor) for site in sites.values()}
     result = {name: tensor for name, tensor in state_dict.items() if name not in offsets}
 
-    def viewed(layer: str) -> torch.Tensor:
-        name = f"{layer}.weight"
+    def viewed(module: Operands) -> torch.Tensor:
+        name = tensors[module]
         return state_dict[name].to(dtypes.get(name, state_dict[name].dtype))
 
     for name, offset in offsets.items():
-        layer = next(name.removesuffix(suffix) for suffix in OWN_SUFFIXES if name.endswith(suffix))
-        divisor = _divisor(layers[layer], names, viewed)
-        rounding = layers[layer].weight_quantizer.rounding
-        values = rounding.values(viewed(layer), VIEW_DTYPE, offset, divisor=divisor)
-        result[f"{layer}.weight"] = values.to(state_dict[f"{layer}.weight"].dtype)
+        module = sites[next(name.removesuffix(suffix) for suffix in OWN_SUFFIXES if name.endswith(suffix))].module
+        values = _baked(module, offset, viewed).to(state_dict[tensors[module]].dtype)
+        result[tensors[module]] = module.from_rows(values).contiguous()
     return result
 
 
-def _divisor(
-    layer: QuantLinear, names: dict[QuantLinear, str], viewed: Callable[[str], torch.Tensor]
-) -> torch.Tensor | None:
-    """The divisor that the layer's weight had in the forward pass; None in formats without a tensor scale."""
-    fmt = layer.weight_quantizer.spec.format
-    if fmt.tensor_scale is None:
-        return None
-    return ops.tensor_divisor([viewed(names[other]) for other in layer.fused_with], fmt.name, VIEW_DTYPE)
+def _baked(module: Operands, offset: torch.Tensor, viewed: Callable[[Operands], torch.Tensor]) -> torch.Tensor:
+    """The quantized values of a weight as the forward pass computed with them, [..., N, K]."""
+    rounding, fmt = module.weight_quantizer.rounding, module.weight_quantizer.spec.format
+    rows = module.rows(viewed(module)).contiguous()
+    if isinstance(module, ExpertProjection):
+        return stacked_values(rounding, rows, VIEW_DTYPE, [offset], module.divisors(rows, VIEW_DTYPE))
+    divisor = None
+    if fmt.tensor_scale is not None:
+        divisor = ops.tensor_divisor([viewed(other) for other in module.fused_with], fmt.name, VIEW_DTYPE)
+    return rounding.values(rows, VIEW_DTYPE, offset, divisor=divisor)
 
 
 def finished_config(config: QATConfig) -> QATConfig:

@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import UserError
 from ..numerics import ops
 from ..schemes.spec import TensorSpec
-from .quant_linear import compute_dtype
+from .operands import compute_dtype
 
 _ARGUMENT = "past_key_values"  # of attention layers that engines know
 _CACHES = (_ARGUMENT, "past_key_value", "layer_past")

@@ -76,7 +76,7 @@ def prepare_qat(
 
     chosen, left_alone = _choose_sites(model, by_name, ignore)
     for site, scheme in chosen:
-        KINDS[site.kind].check(site.module, schemes[scheme], site.name)
+        KINDS[site.kind].check(site.owner, schemes[scheme], site.name)
     settings = [name for name, on in zip(SETTINGS, (learn_exponent, learn_scale), strict=True) if on]
     for scheme in dict.fromkeys(scheme for _, scheme in chosen):
         check_learnable(schemes[scheme].weight, settings)
@@ -86,7 +86,8 @@ def prepare_qat(
         kv_cache_scheme, kv_spec = get_kv_cache_scheme(kv_cache_scheme)
         quantize_cache(cache_layers(model), kv_spec)  # checks before it changes anything
     for site, scheme in chosen:
-        KINDS[site.kind].convert(site.module, schemes[scheme], site.name, bool(settings))
+        if not KINDS[site.kind].is_quantized(site.owner):  # with the other parameters of its module
+            KINDS[site.kind].convert(site.owner, schemes[scheme], site.name, bool(settings))
 
     config = QATConfig(
         mapping=by_name,

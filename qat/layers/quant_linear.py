@@ -14,33 +14,13 @@ from ..errors import UserError
 from ..numerics import ops
 from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
-from .tensor_quantizer import TensorQuantizer
+from .operands import Operands, compute_dtype, is_shard
 
 
-class QuantLinear(nn.Linear):
-    """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed.
+class QuantLinear(Operands, nn.Linear):
+    """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed."""
 
-    The specs of its quantizers define how it is quantized; `scheme` is made of them, and `set_scheme` changes them.
-    """
-
-    weight_quantizer: TensorQuantizer
-    input_quantizer: TensorQuantizer
-    output_quantizer: TensorQuantizer
-    scheme_name: str
-    fused_with: tuple[QuantLinear, ...]  # layers, itself among them, that engines fuse into one matrix
-
-    @property
-    def scheme(self) -> Scheme:
-        """What the layer is quantized to; whether its quantizers are enabled does not matter."""
-        inputs = self.input_quantizer
-        return Scheme(self.scheme_name, self.weight_quantizer.spec, inputs.spec if inputs.if_quant else None)
-
-    def set_scheme(self, scheme: Scheme) -> None:
-        """Quantize under `scheme` from now on."""
-        self.scheme_name = scheme.name
-        self.weight_quantizer.spec = scheme.weight
-        self.input_quantizer.spec = scheme.input or scheme.weight
-        self.input_quantizer.if_quant = scheme.input is not None
+    fused_with: tuple[QuantLinear, ...]
 
     def effective_weight(self) -> torch.Tensor:
         """What is rounded and multiplied by: [out_features, in_features]. An adapter adds its product here."""
@@ -76,7 +56,8 @@ class QuantLinear(nn.Linear):
         if fmt.tensor_scale is None:
             return None
         weights = [layer.effective_weight() for layer in self.fused_with]
-        if any(_is_shard(weight, layer) for weight, layer in zip(weights, self.fused_with, strict=True)):
+        shapes = [(layer.out_features, layer.in_features) for layer in self.fused_with]
+        if any(map(is_shard, weights, shapes)):
             raise UserError(
                 f"{self.scheme_name} needs the largest weight of layers that engines fuse (q_proj, k_proj, v_proj; "
                 "gate_proj, up_proj), and FSDP shards these one by one; let it wrap whole decoder layers "
@@ -85,40 +66,9 @@ class QuantLinear(nn.Linear):
         key = fmt.name, dtype, tuple((id(weight), weight._version) for weight in weights)
         return once_for(input, key, lambda: ops.tensor_divisor([w.detach() for w in weights], fmt.name, dtype))
 
-    def input_divisor(self, device: torch.device) -> torch.Tensor | None:
-        """The calibrated one of the input in formats with a tensor scale, FP32 [1] on `device`; else None.
-
-        Raises:
-            UserError: it has not been calibrated.
-        """
-        inputs = self.input_quantizer
-        if not (inputs.is_enabled and inputs.needs_divisor):
-            return None
-        if inputs.divisor is None:
-            raise UserError(
-                f"a layer in {self.scheme_name} has no calibrated scale for its input; run "
-                "qat.layers.calibration.calibrate_inputs on some samples first"
-            )
-        return inputs.divisor_on(device)
-
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"{super().extra_repr()}, scheme={self.scheme_name}"
-
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that a product of x is computed in: under autocast its, else that of x."""
-    device_type = x.device.type
-    if device_type == "meta":  # shapes only; autocast knows no meta device
-        return x.dtype
-    if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
-
-
-def _is_shard(weight: torch.Tensor, layer: nn.Linear) -> bool:
-    """Whether a weight of FSDP1 (of another shape) or of FSDP2 (a DTensor) is not gathered."""
-    return hasattr(weight, "placements") or weight.shape != (layer.out_features, layer.in_features)
 
 
 def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = False) -> QuantLinear:
@@ -133,11 +83,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = Fa
     check_convertible(module, scheme, name)
     module.__class__ = QuantLinear
     assert isinstance(module, QuantLinear)  # for type checkers, which do not follow __class__
-    module.weight_quantizer = TensorQuantizer.of(scheme.weight)
-    module.input_quantizer = TensorQuantizer.of(scheme.input or scheme.weight)
-    module.output_quantizer = TensorQuantizer.of(scheme.weight, if_quant=False)
-    module.__dict__["fused_with"] = (module,)  # past nn.Module, which would make it a submodule of itself
-    module.set_scheme(scheme)
+    module.add_quantizers(scheme)
     if learns:
         module.weight_quantizer.learn(module.weight.shape, module.weight.device)
     return module

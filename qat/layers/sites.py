@@ -1,16 +1,17 @@
-"""Sites: what can be quantized in a model. Today linear layers; a new kind is one more entry of KINDS."""
+"""Sites: what can be quantized in a model: linear layers and experts. A new kind is one more entry of KINDS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..schemes.spec import Scheme
+from .experts import QuantExperts, check_experts, convert_experts, is_quantexperts, layout_of
 from .kv_cache import cache_quantizers
 from .quant_linear import check_convertible, convert, is_quantlinear
 
@@ -20,16 +21,19 @@ class Site:
     """A parameter of a module that is quantized, or can be.
 
     Attributes:
-        name: of the module in its model; patterns of a mapping match it.
-        module: that has the parameter.
-        parameter: its name in the module.
+        name: of the module in its model that has the parameter; patterns of a mapping match it.
+        module: what quantizes the parameter, with its quantizers: a QuantLinear or an ExpertProjection. Before it is
+            quantized, the module that has it.
+        parameter: its name in the module that has it.
         kind: of `KINDS`, by name.
+        owner: the module that has the parameter.
     """
 
     name: str
     module: Any  # an nn.Module; nn.Module declares that each of its attributes is a tensor or a module
     parameter: str
     kind: str
+    owner: nn.Module
 
     @property
     def tensor(self) -> str:
@@ -37,9 +41,19 @@ class Site:
         return f"{self.name}.{self.parameter}"
 
     @property
+    def label(self) -> str:
+        """A name that no other site has: that of the layer, or of the parameter where a module has several."""
+        return self.name if self.kind == LINEAR.name else self.tensor
+
+    @property
+    def quantizer_name(self) -> str:
+        """The name of `module` in the model, once the site is quantized."""
+        return self.name if self.module is self.owner else f"{self.name}.projections.{self.parameter}"
+
+    @property
     def weight(self) -> torch.Tensor:
         """The parameter itself."""
-        return getattr(self.module, self.parameter)
+        return getattr(self.owner, self.parameter)
 
     @property
     def scheme(self) -> Scheme:
@@ -54,9 +68,10 @@ class Kind:
     Attributes:
         name: of the kind.
         key: what a mapping calls all sites of the kind.
-        parameter: that is quantized.
-        fits: whether a module is such a site, not yet quantized.
-        is_quantized: whether it is one that is quantized.
+        parameters: those of a module that are quantized.
+        quantizing: what quantizes a parameter of a module that is quantized; (module, parameter).
+        fits: whether a module has such sites, not yet quantized.
+        is_quantized: whether its sites are quantized.
         check: raises a ValueError where a module cannot be converted to a scheme; (module, scheme, name).
         convert: turns a module into its quantized form, in place; (module, scheme, name, learns), see
             `quant_linear.convert`.
@@ -64,34 +79,52 @@ class Kind:
 
     name: str
     key: str
-    parameter: str
+    parameters: Callable[[nn.Module], tuple[str, ...]]
+    quantizing: Callable[[nn.Module, str], nn.Module]
     fits: Callable[[nn.Module], bool]
     is_quantized: Callable[[nn.Module], bool]
     check: Callable[[nn.Module, Scheme, str], None]
     convert: Callable[[nn.Module, Scheme, str, bool], nn.Module]
 
 
+def _expert_parameters(module: nn.Module) -> tuple[str, ...]:
+    layout = layout_of(module)
+    return () if layout is None else layout.parameters
+
+
 LINEAR = Kind(
-    "linear", "torch.nn.Linear", "weight", lambda module: type(module) is nn.Linear, is_quantlinear, check_convertible,
-    convert,
+    "linear", "torch.nn.Linear", lambda module: ("weight",), lambda module, parameter: module,
+    lambda module: type(module) is nn.Linear, is_quantlinear, check_convertible, convert,
 )  # fmt: skip
-KINDS = {kind.name: kind for kind in (LINEAR,)}
+EXPERTS = Kind(
+    "experts", "torch.nn.Linear",  # stacks of linear layers
+    _expert_parameters, lambda module, parameter: cast(QuantExperts, module).projections[parameter],
+    lambda module: layout_of(module) is not None and not is_quantexperts(module), is_quantexperts, check_experts,
+    convert_experts,
+)  # fmt: skip
+KINDS = {kind.name: kind for kind in (LINEAR, EXPERTS)}
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """The sites of a model that are not quantized yet, in its order."""
-    return [site for name, module in model.named_modules() for site in _sites_of(name, module, "fits")]
+    """The sites of a model that are not quantized yet, in its order; those of one module follow each other."""
+    return [
+        Site(name, module, parameter, kind.name, module)
+        for name, module in model.named_modules()
+        for kind in KINDS.values()
+        if kind.fits(module)
+        for parameter in kind.parameters(module)
+    ]
 
 
 def quantized_sites(model: nn.Module) -> list[Site]:
-    """The sites of a prepared model that are quantized, in its order."""
-    return [site for name, module in model.named_modules() for site in _sites_of(name, module, "is_quantized")]
-
-
-def _sites_of(name: str, module: nn.Module, predicate: str) -> Iterator[Site]:
-    for kind in KINDS.values():
-        if getattr(kind, predicate)(module):
-            yield Site(name, module, kind.parameter, kind.name)
+    """The sites of a prepared model that are quantized, in its order; those of one module follow each other."""
+    return [
+        Site(name, kind.quantizing(module, parameter), parameter, kind.name, module)
+        for name, module in model.named_modules()
+        for kind in KINDS.values()
+        if kind.is_quantized(module)
+        for parameter in kind.parameters(module)
+    ]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from qat.checkpoints.unpack import load_packed
 from qat.errors import UserError
 from qat.files.model_folder import check_file_name, check_model_folder
 from qat.layers import learned_scales
+from qat.layers.experts import compute_in_autocast_dtype
 from qat.layers.learned import check_baked, learns
 from qat.layers.restore import prepare_as_saved
 from qat.schemes.config import QAT_CONFIG_NAME
@@ -157,6 +158,7 @@ class Start:
             self.fingerprint = fingerprint(model)
         if first_process_loads():
             self._share()
+        compute_in_autocast_dtype(model)
         model.config.use_cache = False  # a cache of keys and values is of no use in training
         _repair_generation_config(model)
         return model
