@@ -49,10 +49,13 @@ _VALUES: dict[Any, str] = {
 }  # fmt: skip
 SMALL = {field: value for value, fields in _VALUES.items() for field in fields.split()}
 
-VISION = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, depth=2, num_heads=4, num_attention_heads=4,
-    image_size=32, patch_size=16, out_hidden_size=64, projector_input_dim=64, projector_output_dim=64,
-    vision_output_dim=64, num_position_embeddings=16, deepstack_visual_indexes=[0], head_dim=16, num_key_value_heads=4,
+# Of vision and audio towers, beside SMALL.
+TOWER = dict(
+    depth=2, num_heads=4, num_key_value_heads=4, image_size=32, patch_size=16, out_hidden_size=64, mlp_dim=128,
+    projector_input_dim=64, projector_output_dim=64, vision_output_dim=64, num_position_embeddings=16,
+    deepstack_visual_indexes=[0], num_blocks=2, ext_pw_out_channel=64, depthwise_separable_out_channel=64,
+    nemo_conv_channels=64, output_channels=32, crop_size=32, adapter_in_dim=64, adapter_out_dim=64,
+    adapter_input_size=64, downsample_hidden_size=32, num_codebooks=2, global_attn_indexes=[1], feature_size=16,
 )  # fmt: skip
 TOKENS = dict.fromkeys(
     "image_token_id video_token_id audio_token_id image_token_index boi_token_id eoi_token_id boa_token_id "
@@ -63,9 +66,14 @@ TOKENS = dict.fromkeys(
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _GEMMA3N = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}
 _SHARED = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+_QWEN4 = {
+    "ple_embed_dim": 64, "heads_per_ngram": 2, "ngram_vocab_size_base": 300, "split_ngram_parts": 2,
+    "make_ngram_vocab_size_divisible_by": 4, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {}},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
@@ -76,9 +84,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _LINEAR_AND_FULL,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "longcat_flash": {"zero_expert_num": 2, "num_layers": 2},
     "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "phi4": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": {"text_config": _QWEN4},
+    "roc_bert": {"pronunciation_embed_dim": 32, "shape_embed_dim": 32, "shape_vocab_size": 300},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
     "zamba": _SHARED,
     "zamba2": _SHARED,
@@ -88,22 +100,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 def small_config(entry: str) -> PretrainedConfig:
     """The tiny configuration of an entry."""
-    return AutoConfig.for_model(model_type(entry), **_arguments(model_type(entry), OVERRIDES.get(entry, {})))
+    kind = model_type(entry)
+    return AutoConfig.for_model(kind, **_arguments(CONFIG_MAPPING[kind], OVERRIDES.get(entry, {})))
 
 
-def _arguments(model_type: str, own: dict[str, Any]) -> dict[str, Any]:
-    cls = CONFIG_MAPPING[model_type]
+def _arguments(cls: type[PretrainedConfig], own: dict[str, Any]) -> dict[str, Any]:
     fields = _fields(cls)
     found = {name: value for name, value in (SMALL | TOKENS).items() if name in fields}
     if "qk_rope_head_dim" in fields:
         found.pop("head_dim", None)  # where attention is latent, the size of the rotary part, or derived
         found |= {name: 4 for name in ("num_key_value_heads",) if name in found}  # every head has its own
     for part in getattr(cls, "sub_configs", None) or {}:
-        if part.startswith("text"):
-            kind = getattr(cls(), part).model_type
-            found[part] = {"model_type": kind} | (_arguments(kind, {}) if kind in CONFIG_MAPPING else {})
-        elif part.startswith("vision"):
-            found[part] = dict(VISION)
+        sub = getattr(cls(), part, None)
+        if sub is not None:
+            found[part] = {"model_type": sub.model_type} | _arguments(type(sub), {})
+            found[part] |= {} if part.startswith("text") else {n: v for n, v in TOWER.items() if n in _fields(type(sub))}
     found |= _layers(cls, fields)
     for name, value in own.items():
         found[name] = found[name] | value if isinstance(found.get(name), dict) and isinstance(value, dict) else value
