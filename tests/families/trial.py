@@ -113,14 +113,13 @@ def _attempt(result: Result, path: Path, flags: tuple[str, ...]) -> None:
     if not (verdict["logits"] or {}).get("bit_equal"):
         result.outcome, result.message = WEIGHTS_PROVEN, _line(_reason(verdict))
         return
-    _compare(result, path, packed, trained, verdict["logits"]["engine_activation_rules"])
+    _compare(result, path, packed, trained, verdict["logits"])
     result.outcome = PROVEN
 
 
-def _compare(result: Result, path: Path, packed: Path, trained: nn.Module, rules: dict) -> None:
+def _compare(result: Result, path: Path, packed: Path, trained: nn.Module, proof: dict) -> None:
     """Load the packed folder as a user does, compare its logits with the fake-quantized model's, generate."""
     from qat import QATConfig
-    from qat.checkpoints.verify_logits import compute_as_engine
     from qat.layers.restore import prepare_as_saved
 
     model, info = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16, output_loading_info=True)
@@ -129,7 +128,7 @@ def _compare(result: Result, path: Path, packed: Path, trained: nn.Module, rules
     text = "What is 3 plus 4? It is 7. What is the sum of 20 and 30? It is 50."
     ids = torch.tensor([AutoTokenizer.from_pretrained(packed)(text)["input_ids"][:_TOKENS]])
     prepare_as_saved(trained, QATConfig.load(packed))
-    compute_as_engine(trained, {name: rule or "" for name, rule in rules.items()})
+    _compute_as_engine(trained, proof)
     with torch.no_grad():
         found, expected = (m.eval()(ids, use_cache=False).logits for m in (model, trained))
     assert expected.isfinite().all() and expected.std() > 0, "logits are constant or not finite"
@@ -139,12 +138,26 @@ def _compare(result: Result, path: Path, packed: Path, trained: nn.Module, rules
     assert generated.shape[1] >= ids.shape[1] + 4 or generated.shape[1] == 4
 
 
+def _compute_as_engine(model: nn.Module, proof: dict) -> None:
+    """Quantize the inputs of each site by the rule that the verdict says transformers has for it, or not at all."""
+    from qat.layers.restore import set_scale_rules
+    from qat.layers.sites import quantized_sites
+
+    rules = proof["engine_activation_rules"]
+    of_experts = proof.get("engine_activation_rules_of_experts") or dict.fromkeys(rules)
+    set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in rules.items() if rule})
+    for site in quantized_sites(model):
+        if (of_experts if site.kind == "experts" else rules)[site.scheme.name] is None:
+            site.module.input_quantizer.disable()
+
+
 def _linear_elements(model: nn.Module) -> int:
-    """Elements of all weights with two or more dimensions, without embeddings and the output head."""
+    """Elements of all weights with two or more dimensions, without embeddings, the output head, and towers."""
     left = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = model.get_output_embeddings()
     left |= {id(head.weight)} if head is not None else set()
-    return sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in left)
+    text = model.get_decoder() if hasattr(model.config, "vision_config") else model
+    return sum(p.numel() for p in text.parameters() if p.dim() >= 2 and id(p) not in left)
 
 
 def _reason(verdict: dict) -> str:
