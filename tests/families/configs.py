@@ -115,7 +115,9 @@ def _arguments(cls: type[PretrainedConfig], own: dict[str, Any]) -> dict[str, An
         sub = getattr(cls(), part, None)
         if sub is not None:
             found[part] = {"model_type": sub.model_type} | _arguments(type(sub), {})
-            found[part] |= {} if part.startswith("text") else {n: v for n, v in TOWER.items() if n in _fields(type(sub))}
+            found[part] |= (
+                {} if part.startswith("text") else {n: v for n, v in TOWER.items() if n in _fields(type(sub))}
+            )
     found |= _layers(cls, fields)
     for name, value in own.items():
         found[name] = found[name] | value if isinstance(found.get(name), dict) and isinstance(value, dict) else value

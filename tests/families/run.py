@@ -1,14 +1,16 @@
 """Sweep over every causal family of transformers, one tiny model each:
 
-    python tests/families/run.py                          # all of them; --surveyed: the 79 of docs/architectures.md
-    python tests/families/run.py mixtral --keep DIR       # one, its model, log and output kept in DIR/mixtral
-    python tests/families/run.py mamba -- --smooth_alpha 0    # what follows -- goes to main.py
+python tests/families/run.py                          # all of them; --surveyed: the 79 of docs/architectures.md
+python tests/families/run.py mixtral --keep DIR       # one, its model, log and output kept in DIR/mixtral
+python tests/families/run.py mamba -- --smooth_alpha 0    # what follows -- goes to main.py
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -20,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from processes import fork  # noqa: E402
 
+from families import page  # noqa: E402
 from families.entries import SURVEYED, entries  # noqa: E402
 from families.expected import EXPECTED  # noqa: E402
 from families.trial import FAILED, PROVEN, Result, attempt  # noqa: E402
@@ -36,11 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--surveyed", action="store_true", help="the 79 that the goal counts")
     parser.add_argument("--keep", type=Path, help="keep the entries' folders here")
     parser.add_argument("--results", type=Path, help="a JSON file that keeps the results, added to if it is there")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/architectures.md from --results")
     parser.add_argument("--missing", action="store_true", help="only entries that --results has not yet")
     args = parser.parse_args(own)
     unknown = set(args.entries) - set(entries())
     if unknown:
         parser.error(f"no such entries: {', '.join(sorted(unknown))}; there are: {', '.join(entries())}")
+    if args.write:
+        page.write(_read(args.results))
+        return 0
     chosen = args.entries or (SURVEYED if args.surveyed else entries())
     results = _read(args.results)
     wrong = []
@@ -62,7 +69,7 @@ def run(entry: str, keep: Path | None = None, flags: tuple[str, ...] = (), secon
     with tempfile.TemporaryDirectory(prefix="families-") as temporary:
         folder = Path(keep or temporary).resolve() / entry
         if folder.exists():
-            _clear(folder)
+            shutil.rmtree(folder)
         folder.mkdir(parents=True)
         began = time.monotonic()
         process = fork(attempt, entry, str(folder), flags)
@@ -81,11 +88,11 @@ def run(entry: str, keep: Path | None = None, flags: tuple[str, ...] = (), secon
 
 def complaint_about(result: Result) -> str:
     """What is unexpected about a result; empty if nothing is."""
-    import re
-
     expected = EXPECTED.get(result.entry)
     if expected is None:
-        remedy = "mend it, or add it to EXPECTED of tests/families/expected.py, or its sizes to tests/families/configs.py"
+        remedy = (
+            "mend it, or add it to EXPECTED of tests/families/expected.py, or its sizes to tests/families/configs.py"
+        )
         return "" if result.outcome == PROVEN else f"expected to be proven: {remedy}"
     if result.outcome != expected.outcome or not re.search(expected.pattern, result.message):
         return f"expected: {expected.outcome}, {expected.pattern!r}; change tests/families/expected.py"
@@ -119,12 +126,6 @@ def _read(path: Path | None) -> dict[str, Result]:
 def _write(path: Path | None, results: dict[str, Result]) -> None:
     if path is not None:
         path.write_text(json.dumps({name: asdict(result) for name, result in results.items()}, indent=1))
-
-
-def _clear(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

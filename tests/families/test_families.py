@@ -59,9 +59,7 @@ def test_no_parameter_of_a_tiny_model_has_a_value_that_a_dropped_tensor_would_ha
         (PROVEN, "", Expected(REFUSED, "cannot be", "why"), True),
     ],
 )
-def test_an_outcome_other_than_the_expected_one_is_complained_about(
-    outcome, message, expected, complains, monkeypatch
-):
+def test_an_outcome_other_than_the_expected_one_is_complained_about(outcome, message, expected, complains, monkeypatch):
     monkeypatch.setattr("families.run.EXPECTED", {"new_family": expected} if expected else {})
     complaint = complaint_about(Result("new_family", outcome, message=message))
     assert ("tests/families/expected.py" in complaint) == complains == bool(complaint)

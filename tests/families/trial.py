@@ -24,7 +24,7 @@ from helpers import ROOT, write_conversations
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .entries import FAILED, NOT_BUILT, PROVEN, REFUSED, WEIGHTS_PROVEN
+from .entries import BESIDE, FAILED, NOT_BUILT, PROVEN, REFUSED, WEIGHTS_PROVEN
 
 RECIPE = (
     "--quant_scheme", "MXFP4", "--smooth_alpha", "0.7", "--weight_scale_rule", "search", "--input_scale_rule", "even",
@@ -95,6 +95,8 @@ def _attempt(result: Result, path: Path, flags: tuple[str, ...]) -> None:
 
     verify_logits.subprocess = SimpleNamespace(run=_run_in_fork)
     save_tiny(result.entry, path / "model")
+    if result.entry in BESIDE:
+        _extract_text_model(path / "model")
     _begin(result, path, "run")
     write_conversations(path / "data.jsonl", 72)
     main(
@@ -115,6 +117,14 @@ def _attempt(result: Result, path: Path, flags: tuple[str, ...]) -> None:
         return
     _compare(result, path, packed, trained, verdict["logits"])
     result.outcome = PROVEN
+
+
+def _extract_text_model(folder: Path) -> None:
+    """Follow the remedy that main.py names for a multimodal model: `python scripts/text_model.py SRC DST`."""
+    from qat.checkpoints.text_model import extract_text_model
+
+    whole = folder.rename(folder.with_name("multimodal"))
+    extract_text_model(whole, folder)
 
 
 def _compare(result: Result, path: Path, packed: Path, trained: nn.Module, proof: dict) -> None:
