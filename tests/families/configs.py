@@ -19,7 +19,6 @@ LENGTH = 256
 _VALUES: dict[Any, str] = {
     VOCABULARY: "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size",
     0: "bos_token_id",
-    1: "eos_token_id",
     2: "pad_token_id n_layer n_layers num_layers num_hidden_layers encoder_layers decoder_layers num_encoder_layers "
        "num_decoder_layers num_key_value_heads num_kv_heads num_experts_per_tok num_experts_per_token moe_topk moe_k "
        "linear_num_key_heads swa_num_key_value_heads num_query_groups hc_count "
@@ -33,8 +32,8 @@ _VALUES: dict[Any, str] = {
         "query_pre_attn_scalar kv_channels",
     8: "qk_rope_head_dim",
     24: "qk_head_dim",
-    32: "linear_head_dim kv_lora_rank q_lora_rank o_lora_rank laurel_rank adapter_rank mamba_d_head mamba_headdim mamba_head_dim "
-        "time_step_rank mamba_dt_rank hidden_size_per_layer_input d_rel hc_lowrank index_head_dim",
+    32: "linear_head_dim kv_lora_rank q_lora_rank o_lora_rank laurel_rank adapter_rank mamba_d_head mamba_headdim "
+        "mamba_head_dim time_step_rank mamba_dt_rank hidden_size_per_layer_input d_rel hc_lowrank index_head_dim",
     64: "hidden_size d_model n_embd embedding_size emb_dim embedding_dim word_embed_proj_dim lru_width "
         "attention_hidden_size attention_chunk_size sliding_window sliding_window_size local_attention "
         "attention_window_size window_size moe_intermediate_size shared_expert_intermediate_size "
@@ -50,17 +49,19 @@ _VALUES: dict[Any, str] = {
 SMALL = {field: value for value, fields in _VALUES.items() for field in fields.split()}
 
 # Of vision and audio towers, beside SMALL.
-TOWER = dict(
+TOWER = dict(  # noqa: C408
     depth=2, num_heads=4, num_key_value_heads=4, image_size=32, patch_size=16, out_hidden_size=64, mlp_dim=128,
     projector_input_dim=64, projector_output_dim=64, vision_output_dim=64, num_position_embeddings=16,
     deepstack_visual_indexes=[0], num_blocks=2, ext_pw_out_channel=64, depthwise_separable_out_channel=64,
     nemo_conv_channels=64, output_channels=32, crop_size=32, adapter_in_dim=64, adapter_out_dim=64,
     adapter_input_size=64, downsample_hidden_size=32, num_codebooks=2, global_attn_indexes=[1], feature_size=16,
 )  # fmt: skip
-TOKENS = dict.fromkeys(
-    "image_token_id video_token_id audio_token_id image_token_index boi_token_id eoi_token_id boa_token_id "
-    "eoa_token_id boi_token_index eoi_token_index eoa_token_index vision_start_token_id vision_end_token_id".split(), 259
-)  # fmt: skip
+_TOKEN = 259  # one that no text has
+TOKENS = {
+    f"{kind}_token_{what}": _TOKEN
+    for what in ("id", "index")
+    for kind in ("image", "video", "audio", "boi", "eoi", "boa", "eoa", "vision_start", "vision_end")
+}
 
 # What a family needs beside SMALL. "text_config" and "vision_config" hold what those parts need.
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
@@ -136,7 +137,8 @@ def _layers(cls: type[PretrainedConfig], fields: set[str]) -> dict[str, Any]:
     kinds = kinds * 2 if len(kinds) == 1 else kinds
     if not kinds:
         return {}
-    return {"num_hidden_layers": len(kinds)} | {name: list(column) for name, column in zip(lists, zip(*kinds))}
+    columns = zip(*kinds, strict=True)
+    return {"num_hidden_layers": len(kinds)} | {n: list(column) for n, column in zip(lists, columns, strict=True)}
 
 
 def _names_kinds(value: object, layers: int | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .entries import FAILED, NOT_BUILT, REFUSED, WEIGHTS_PROVEN, Expected
+from .entries import FAILED, NOT_BUILT, WEIGHTS_PROVEN, Expected
 
 _INIT = Expected(
     WEIGHTS_PROVEN, "_init_weights in modeling_.* reads the weight",
