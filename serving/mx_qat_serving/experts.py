@@ -37,7 +37,7 @@ _GROUP, _CHANNEL, _TENSOR = (
 )
 
 
-class ExactMoEMethod(FusedMoEMethodBase):
+class ExactExperts(FusedMoEMethodBase):
     """Experts in any of the library's formats, from compressed-tensors' files."""
 
     def __init__(self, moe: FusedMoEConfig, weights: str, inputs: str | None) -> None:
@@ -58,7 +58,7 @@ class ExactMoEMethod(FusedMoEMethodBase):
         if moe.moe_parallel_config.use_ep:
             raise ValueError("the plugin of mx-qat does not serve experts in parallel; leave --enable-expert-parallel")
         activations = f"{self.inputs} under {self.rule.upper()}" if self.rule else "not quantized"
-        logger.info_once("Using %s for experts", type(self).__name__)
+        logger.info_once("Using %s for %s MoE", type(self).__name__, weights.upper())
         logger.info_once("mx-qat: experts in %s, activations %s", weights, activations)
 
     def create_weights(
@@ -139,13 +139,13 @@ class ExactMoEMethod(FusedMoEMethodBase):
         return y if bias is None else y + bias[routing.experts].to(y.dtype)
 
 
-class ExactGptOssMoEMethod(ExactMoEMethod):
+class ExactGptOssExperts(ExactExperts):
     """gpt-oss as published: MXFP4 in its own format (`"quant_method": "mxfp4"`), which says nothing of inputs."""
 
     weight_dtype = "gpt_oss_mxfp4"  # by which vLLM's loader of gpt-oss knows the file's layout
 
     def stored_name(self, name: str) -> str:
-        """See `ExactMoEMethod.stored_name`."""
+        """See `ExactExperts.stored_name`."""
         return "weight" if name == "weight_packed" else name
 
 

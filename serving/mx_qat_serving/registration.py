@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors import compresse
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.platforms import PlatformEnum, current_platform
 
-from .experts import ExactGptOssMoEMethod, ExactMoEMethod
+from .experts import ExactGptOssExperts, ExactExperts
 from .formats import chosen_rules, format_of, known_format
 from .kernels import KERNELS, Nvfp4Scheme, activation_option
 
@@ -78,7 +78,7 @@ def _register_experts(platforms: tuple[PlatformEnum, ...]) -> None:
 
     def make_moe_method(self, moe: FusedMoEConfig) -> FusedMoEMethodBase:
         if is_served(moe, platforms):
-            return ExactGptOssMoEMethod(moe, "mxfp4", activation_option("moe"))
+            return ExactGptOssExperts(moe, "mxfp4", activation_option("moe"))
         return self.stock_moe_method(moe)
 
     reader.get_moe_method = staticmethod(get_moe_method)
@@ -90,13 +90,13 @@ def is_served(moe: FusedMoEConfig, platforms: tuple[PlatformEnum, ...]) -> bool:
     return current_platform._enum in platforms and moe.moe_backend == "auto"
 
 
-def exact_method(quant_config, layer, layer_name: str) -> ExactMoEMethod | None:
+def exact_method(quant_config, layer, layer_name: str) -> ExactExperts | None:
     """The method for the experts of a layer; None for those that vLLM must serve, or refuse.
 
     vLLM asks for the schemes of the first expert's matrices, under the names that the model's files have.
 
     Raises:
-        ValueError: see `ExactMoEMethod`; or inputs are in a format that the library does not have.
+        ValueError: see `ExactExperts`; or inputs are in a format that the library does not have.
     """
     quant_config._add_fused_moe_to_target_scheme_map()
     names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
@@ -106,4 +106,4 @@ def exact_method(quant_config, layer, layer_name: str) -> ExactMoEMethod | None:
     weights, inputs = known_format(scheme["weights"]), scheme["input_activations"]
     if weights is None:
         return None
-    return ExactMoEMethod(layer.moe_config, weights, activation_option("moe") or (inputs and format_of(inputs)))
+    return ExactExperts(layer.moe_config, weights, activation_option("moe") or (inputs and format_of(inputs)))

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-KERNEL = re.compile(r"\b(?:Using|Selected) (\w+Kernel) for ")
+KERNEL = re.compile(r"\b(?:Using|Selected) (\w+(?:Kernel|Experts)) for ")
 REFUSALS = ("Failed to find a kernel", "Forced NVFP4 kernel")  # what vLLM 0.32 says where it has no kernel
 STOCK = {"VLLM_PLUGINS": ""}  # no plugin is loaded, though it is installed
 
