@@ -35,9 +35,12 @@ from .dialects import Dialect, check_schemes, get_dialect
 from .dialects.compressed_tensors import packed_tensors
 from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
+from .matrices import Matrix, columns_of, matrices_of
 from .model_card import CardFacts, write_card
-from .skeleton import UNTIED, describe_sites, prepared_skeleton, unquantized_layers
-from .tensor_scales import calibrated_tensors, check_calibrated, weight_divisors
+from .skeleton import UNTIED, describe_sites, prepared_skeleton
+from .stored_names import StoredNames
+from .targets import left_alone, target_schemes
+from .tensor_scales import calibrated_tensors, check_calibrated, stored_scales, weight_divisors
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ _COMPANIONS = (
     "*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "LICENSE*",
 )  # fmt: skip
 _CODE = ("*.py",)
+_WEIGHT = ".weight"
 
 
 def export_checkpoint(
@@ -93,21 +97,25 @@ def export_checkpoint(
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
-    model, qat_config = prepared_skeleton(
+    model, qat_config, names = prepared_skeleton(
         checkpoint, scheme, ignore, trust_remote_code=trust_remote_code, calibrated_scales=calibrated_scales,
         kv_cache_scheme=kv_cache_scheme,
     )  # fmt: skip
-    _log_surplus(model, checkpoint)
+    _log_surplus(model, names, checkpoint)
     sites = quantized_sites(model)
-    schemes = {site.name: site.scheme for site in sites}
-    check_schemes(dialect, schemes)
+    matrices = matrices_of(names, sites, checkpoint.path)
+    schemes = {site.label: site.scheme for site in sites}
+    check_schemes(dialect, sites)
     check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
-    quantization_config = dialect.config(schemes, unquantized_layers(model, checkpoint), kv_cache_spec(model))
+    quantization_config = dialect.config(
+        target_schemes(sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
+    )
     check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
-        packed_bytes = _write_shards(checkpoint, sites, dialect, qat_config.calibrated_scales, folder)
+        scales = stored_scales(qat_config.calibrated_scales, matrices, names)
+        packed_bytes = _write_shards(checkpoint, matrices, dialect, scales, folder)
         _write_config(checkpoint, model, quantization_config, folder)
         _copy_companions(checkpoint, folder, trust_remote_code)
         qat_config.save(folder)
@@ -147,11 +155,14 @@ def exported_dtype(tensor: torch.Tensor, config: dict) -> torch.dtype:
 
 
 def _write_shards(
-    checkpoint: CheckpointFolder, sites: list[Site], dialect: Dialect, scales: Mapping[str, float], folder: Path
+    checkpoint: CheckpointFolder,
+    matrices: Mapping[str, list[Matrix]],
+    dialect: Dialect,
+    scales: Mapping[str, float],
+    folder: Path,
 ) -> int:
     """Write one packed file for each file of the source, and their index; returns the bytes of all tensors."""
-    by_tensor = {site.tensor: site for site in sites}
-    divisors = weight_divisors(checkpoint, sites)
+    divisors = weight_divisors(checkpoint, matrices)
     calibrated = calibrated_tensors(checkpoint, scales)
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -159,9 +170,9 @@ def _write_shards(
         for file in checkpoint.shards:
             packed: dict[str, torch.Tensor] = calibrated[file]
             for name, tensor in checkpoint.tensors(file):
-                if name in by_tensor:
-                    packed |= _pack_site(by_tensor[name], tensor, dialect, divisors.get(name))
-                else:
+                for matrix in matrices.get(name, ()):
+                    packed |= _pack_matrix(matrix, matrix.values(tensor), dialect, divisors.get(matrix.name))
+                if name not in matrices:
                     check_finite([(name, tensor)], checkpoint.path)
                     packed[name] = tensor.to(exported_dtype(tensor, checkpoint.config))
                 progress.update(tensor.nbytes)
@@ -174,21 +185,22 @@ def _write_shards(
     return total_bytes
 
 
-def _pack_site(
-    site: Site, weight: torch.Tensor, dialect: Dialect, divisor: torch.Tensor | None
+def _pack_matrix(
+    matrix: Matrix, weight: torch.Tensor, dialect: Dialect, divisor: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a site by their names in the file."""
-    spec = site.scheme.weight
-    quantized = pack_weight(weight, spec, divisor, site.module.weight_quantizer.rounding)
+    """The tensors of a matrix by their names in the file."""
+    spec = matrix.spec
+    quantized = pack_weight(weight.contiguous(), spec, divisor, matrix.site.module.weight_quantizer.rounding)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
-        raise UserError(f"{site.tensor} holds NaN or infinity in {broken} blocks; did the training diverge?")
-    return dict(zip(dialect.tensor_names(site.name, spec), packed_tensors(quantized, spec), strict=True))
+        raise UserError(
+            f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?"
+        )
+    return dict(zip(dialect.tensor_names(matrix.name, spec), packed_tensors(quantized, spec), strict=True))
 
 
-def _log_surplus(model: PreTrainedModel, checkpoint: CheckpointFolder) -> None:
+def _log_surplus(model: PreTrainedModel, names: StoredNames, checkpoint: CheckpointFolder) -> None:
     """Log what is copied without being a part of the model, such as layers that predict several tokens ahead."""
-    own, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
-    if surplus := sorted(n for n in checkpoint.names if not {n, prefix + n, n.removeprefix(prefix)} & own):
+    if surplus := names.surplus:
         logger.warning(
             "%s: %d tensors are no part of %s and are copied as they are, e.g. %s",
             checkpoint.path,
@@ -232,9 +244,8 @@ def _copy_companions(checkpoint: CheckpointFolder, folder: Path, with_code: bool
 
 
 def _check_space(folder: Path, checkpoint: CheckpointFolder, sites: list[Site]) -> None:
-    saved_bits = sum(
-        site.weight.numel() * (16 - site.scheme.weight.format.bits_per_value(site.weight.shape[-1])) for site in sites
-    )
+    weights = {id(site.weight): site for site in sites}.values()  # layers may share one
+    saved_bits = sum(s.weight.numel() * (16 - s.scheme.weight.format.bits_per_value(columns_of(s))) for s in weights)
     needed, free = int(checkpoint.size_bytes - saved_bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"the packed checkpoint needs {needed:,} bytes and {free:,} are free")

@@ -22,13 +22,14 @@ from ..layers.calibration import set_calibrated_scales
 from ..layers.fused import FUSED
 from ..layers.learned import check_baked
 from ..layers.prepare import prepare_qat
-from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved
-from ..layers.sites import LINEAR, Site, quantized_sites
+from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
 from .fit import check_dtypes, load_checked
 from .folder import CheckpointFolder
+from .matrices import matrices_of
 from .model_config import read_config
+from .stored_names import StoredNames
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ def prepared_skeleton(
     trust_remote_code: bool = False,
     calibrated_scales: Mapping[str, float] | None = None,
     kv_cache_scheme: str | None = None,
-) -> tuple[PreTrainedModel, QATConfig]:
-    """The model of `checkpoint` on the meta device, prepared for `scheme`, and its configuration.
+) -> tuple[PreTrainedModel, QATConfig, StoredNames]:
+    """The model of `checkpoint` on the meta device, prepared for `scheme`, its configuration, and its stored names.
 
     Args:
         scheme: a name or a mapping as in `prepare_qat`; None for what the checkpoint was trained with, whose own
@@ -82,16 +83,9 @@ def prepared_skeleton(
         config = cast(QATConfig, model.qat_config)
     if saved is not None and not is_as_saved:
         logger.warning("%s was trained with %s and is exported with %s", checkpoint.path, saved.summary, scheme)
-    _check_layers(model, checkpoint)
-    return model, config
-
-
-def unquantized_layers(model: nn.Module, checkpoint: CheckpointFolder) -> list[str]:
-    """Linear layers that stay unquantized: the model's own, and matrices (such as experts') under other names."""
-    modules = dict(model.named_modules())
-    own = [n for n, module in modules.items() if isinstance(module, nn.Linear) and not is_quantlinear(module)]
-    stored = {name.removesuffix(".weight") for name in checkpoint.names if name.endswith(".weight")}
-    return own + sorted(stored - set(modules))
+    names = StoredNames(model, checkpoint.names)
+    _check_layers(model, names, checkpoint)
+    return model, config, names
 
 
 def load_skeleton(
@@ -151,20 +145,24 @@ def untie_if_different(model: PreTrainedModel) -> bool:
     return True
 
 
-def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
-    sites, names = quantized_sites(model), checkpoint.names
+def check_untied(model: nn.Module) -> None:
+    """Refuse a quantized layer that shares its weight with the embedding.
+
+    Raises:
+        UserError: there is one; the message names it.
+    """
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    for site in sites:
+    for site in quantized_sites(model):
         if any(site.weight is weight for weight in embeddings):
             raise UserError(
                 f"{site.name} shares its weight with the embedding, which stays BF16; add {site.name!r} to `ignore`"
             )
-        if site.tensor not in names:
-            raise UserError(
-                f"{checkpoint.path} has no tensor {site.tensor}, the weight of a quantized layer; load and save it "
-                "with transformers, so that its tensors have the model's names"
-            )
-    layers = {site.name: site.scheme for site in sites}
+
+
+def _check_layers(model: nn.Module, names: StoredNames, checkpoint: CheckpointFolder) -> None:
+    check_untied(model)
+    matrices_of(names, quantized_sites(model), checkpoint.path)
+    layers = {site.name: site.scheme for site in quantized_sites(model)}
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         for group in FUSED:
             fused = [layers.get(f"{parent}.{own}") for own in group if hasattr(model.get_submodule(parent), own)]
@@ -174,6 +172,9 @@ def _check_layers(model: nn.Module, checkpoint: CheckpointFolder) -> None:
 
 
 def describe_sites(sites: Iterable[Site]) -> str:
-    """For example "30 linear layers in MXFP4, 6 linear layers in MXFP8"."""
-    counts = Counter(site.scheme.name for site in sites)
-    return ", ".join(f"{count} linear layers in {name}" for name, count in counts.items())
+    """For example "30 linear layers in MXFP4, the experts of 6 layers in MXFP8"."""
+    modules = {site.name: (site.kind, site.scheme.name) for site in sites}
+    return ", ".join(
+        f"the experts of {count} layers in {scheme}" if kind == EXPERTS.name else f"{count} linear layers in {scheme}"
+        for (kind, scheme), count in Counter(modules.values()).items()
+    )

@@ -12,22 +12,27 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import UserError
+from ..layers.calibration import DIVISOR
 from ..layers.sites import Site
 from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .folder import CheckpointFolder
+from .matrices import Matrix, by_divisor
+from .stored_names import StoredNames
 
 
-def weight_divisors(checkpoint: CheckpointFolder, sites: list[Site]) -> dict[str, torch.Tensor]:
-    """The divisors of weights in formats with a tensor scale, FP32 [1], by the names of the weights."""
-    tensors = {id(site.module): site.tensor for site in sites}
+def weight_divisors(checkpoint: CheckpointFolder, matrices: Mapping[str, list[Matrix]]) -> dict[str, torch.Tensor]:
+    """The divisors of weights in formats with a tensor scale, FP32 [1], by the names of the matrices.
+
+    Layers that engines fuse share one, and gate and up of one expert; each expert has its own.
+    """
     divisors: dict[str, torch.Tensor] = {}
-    for site in sites:
-        fmt = site.scheme.weight.format
-        if fmt.tensor_scale is not None and site.tensor not in divisors:
-            together = [tensors[id(layer)] for layer in site.module.fused_with]
-            divisor = ops.tensor_divisor(checkpoint.read(*together), fmt.name, VIEW_DTYPE)
-            divisors |= {name: divisor.clone() for name in together}  # safetensors refuses shared memory
+    for together in by_divisor(matrices):
+        fmt = together[0].spec.format
+        if fmt.tensor_scale is not None:
+            values = [matrix.values(checkpoint.read(matrix.stored)[0]) for matrix in together]
+            divisor = ops.tensor_divisor(values, fmt.name, VIEW_DTYPE)
+            divisors |= {matrix.name: divisor.clone() for matrix in together}  # safetensors refuses shared memory
     return divisors
 
 
@@ -44,20 +49,39 @@ def check_calibrated(sites: list[Site]) -> None:
         quantizers = [quantizer for quantizer in fused if quantizer.needs_divisor]
         if any(quantizer.divisor is None for quantizer in quantizers):
             raise UserError(
-                f"{site.name} is in {site.scheme.name}, whose inputs need a calibrated scale, and has none; give "
+                f"{site.label} is in {site.scheme.name}, whose inputs need a calibrated scale, and has none; give "
                 "--dataset to scripts/export.py (calibrated_scales to export_checkpoint), or choose a weight-only "
                 "scheme such as NVFP4A16"
             )
         divisors = {float(quantizer.divisor) for quantizer in quantizers}
         if len(divisors) > 1:
             raise UserError(
-                f"{site.name} and the layers that engines fuse with it have different scales for the same input "
+                f"{site.label} and the layers that engines fuse with it have different scales for the same input "
                 f"({', '.join(map(str, sorted(divisors)))}); calibrate again"
             )
 
 
+def stored_scales(
+    scales: Mapping[str, float], matrices: Mapping[str, list[Matrix]], names: StoredNames
+) -> dict[str, float]:
+    """Calibrated scales by their names in the packed folder: that of an input once for each matrix that reads it."""
+    by_site: dict[str, list[str]] = {}
+    for matrix in (matrix for held in matrices.values() for matrix in held):
+        by_site.setdefault(matrix.site.label, []).append(matrix.name)
+    stored: dict[str, float] = {}
+    for name, value in scales.items():
+        module, _, scale = name.rpartition(".")
+        layers = by_site.get(module) if scale == DIVISOR else None
+        stored |= dict.fromkeys([f"{layer}.{scale}" for layer in layers or [names.published(module)]], value)
+    return stored
+
+
 def calibrated_tensors(checkpoint: CheckpointFolder, scales: Mapping[str, float]) -> dict[str, dict[str, torch.Tensor]]:
-    """Calibrated scales as tensors, FP32 [1], by file and name: each beside the first tensor of its module."""
+    """Calibrated scales as tensors, FP32 [1], by file and name: each beside the first tensor of its module.
+
+    Args:
+        scales: by their names in the packed folder, see `stored_scales`.
+    """
     files: dict[str, str] = {}
     for file, names in checkpoint.shards.items():
         for name in names:
@@ -66,5 +90,8 @@ def calibrated_tensors(checkpoint: CheckpointFolder, scales: Mapping[str, float]
     placed: dict[str, dict[str, torch.Tensor]] = {file: {} for file in checkpoint.shards}
     first = next(iter(checkpoint.shards))
     for name, value in scales.items():
-        placed[files.get(name.rpartition(".")[0], first)][name] = torch.tensor([value], dtype=torch.float32)
+        module = name.rpartition(".")[0]
+        while module and module not in files:
+            module = module.rpartition(".")[0]
+        placed[files.get(module, first)][name] = torch.tensor([value], dtype=torch.float32)
     return placed

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from ..errors import UserError
 from ..files.json_file import read_object
-from ..layers.sites import Site, quantized_sites
+from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_kv_cache_scheme
 from ..version import VERSION
@@ -31,8 +31,11 @@ from .dialects import Dialect, dialect_of
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
+from .loadable import runs_as_linear, why_not_loadable
+from .matrices import columns_of, matrices_of
 from .skeleton import prepared_skeleton
-from .verify_logits import VerificationError, fake_quantized_logits, packed_logits
+from .tensor_scales import stored_scales
+from .verify_logits import NotLoadableError, VerificationError, fake_quantized_logits, packed_logits
 from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
@@ -57,12 +60,13 @@ def verify(
         trust_remote_code: run Python code that comes with the two folders.
 
     Returns:
-        The verdict, as in `verification.json`.
+        The verdict, as in `verification.json`. Where transformers cannot load a folder for a cause in its loader (see
+        loadable.py), "verified" is about the weights, "logits" is None, and "why_no_logits" is the cause.
 
     Raises:
         UserError: one of the folders is not a checkpoint, or no source is known.
         VerificationError: something differs, and the message names the first tensor; or transformers cannot load the
-            folder, which then has no verdict.
+            folder for no known cause, and it has no verdict.
     """
     packed = CheckpointFolder.open(folder, "the packed folder")
     dialect = dialect_of(packed.quantization_config, packed.path)
@@ -71,20 +75,33 @@ def verify(
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
-    model, config = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
+    model, config, names = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
     sites = quantized_sites(model)
-    count = compare_weights(packed, checkpoint, sites, dialect, config.calibrated_scales)
+    matrices = matrices_of(names, sites, checkpoint.path)
+    scales = stored_scales(config.calibrated_scales, matrices, names)
+    count = compare_weights(packed, checkpoint, matrices, dialect, scales)
     verdict: dict[str, Any] = {
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
         "export_format": dialect.name,
         "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
         "logits": None,
+        "why_no_logits": None,
         "versions": _versions(),
     }
     if with_logits and verdict["verified"]:
-        verdict["logits"] = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
-        verdict["verified"] = verdict["logits"]["bit_equal"] or verdict["logits"]["why_not_bit_equal"] is not None
+        why = why_not_loadable(model, names, packed.quantization_config or {})
+        try:
+            logits = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
+            agrees = logits["bit_equal"] or logits["why_not_bit_equal"] is not None
+        except NotLoadableError:
+            if why is None:
+                raise
+            logits, agrees = None, False
+        if why is None or agrees:
+            verdict |= {"logits": logits, "verified": agrees}
+        else:  # a cause in transformers' loader
+            verdict["why_no_logits"] = f"transformers cannot load the folder: {why}"
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict
@@ -101,17 +118,22 @@ def compare_logits(
     """The logits part of the verdict: transformers on the packed folder against the fake-quantized model.
 
     Where the file cannot hold the format of the activations, transformers leaves them as they are, and so does the
-    model that it is compared with; `activations_not_quantized_by_engine` names such schemes. `why_not_bit_equal` is the
+    model that it is compared with; `activations_not_quantized_by_engine` names such schemes. So it is with all experts
+    that transformers keeps in fused parameters. `why_not_bit_equal` is the
     reason where a library computes a scheme in another way; the logits are then reported and prove nothing.
     """
     text_name, input_ids = _real_text(packed, tokens, trust_remote_code)
     schemes = {site.scheme.name: site.scheme for site in sites}
     engine_rules = {name: dialect.input_rule(scheme) for name, scheme in schemes.items()}
+    experts = {s.scheme.name: engine_rules[s.scheme.name] if runs_as_linear(s.owner, dialect.quant_method) else None
+               for s in sites if s.kind == EXPERTS.name}  # fmt: skip
     served = packed_logits(packed.path, input_ids, trust_remote_code)
     expected, as_trained = fake_quantized_logits(
-        checkpoint.path, packed.path, input_ids, engine_rules, trust_remote_code
+        checkpoint.path, packed.path, input_ids, engine_rules, trust_remote_code, any(experts.values())
     )
-    plain = [n for n, scheme in schemes.items() if engine_rules[n] is None and scheme.input is not None]
+    linear = {site.scheme.name for site in sites if site.kind == LINEAR.name}
+    plain = [n for n in schemes if n in linear and engine_rules[n] is None and schemes[n].input is not None]
+    plain += [f"experts in {n}" for n, rule in experts.items() if rule is None and schemes[n].input is not None]
     differ = [f"{n}: {reason}" for n, scheme in schemes.items() if (reason := dialect.logits_differ(scheme))]
     finite = bool(served.isfinite().all() and expected.isfinite().all())
     bit_equal = finite and torch.equal(served, expected)
@@ -121,6 +143,7 @@ def compare_logits(
         "engine": f"transformers, {dialect.name}",
         "key_value_cache": _about_cache(packed),
         "engine_activation_rules": engine_rules,
+        "engine_activation_rules_of_experts": experts,
         "trained_activation_rules": {name: scheme.rules["input"] for name, scheme in schemes.items()},
         "activations_not_quantized_by_engine": plain,
         "bit_equal": bit_equal,
@@ -144,7 +167,8 @@ def _about_cache(packed: CheckpointFolder) -> dict[str, str] | None:
 
 def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:
     """Packed bytes over the bits that the formats need (4.25 a value in MXFP4): 1.0 when nothing is stored twice."""
-    bits = sum(s.weight.numel() * s.scheme.weight.format.bits_per_value(s.weight.shape[-1]) for s in sites)
+    weights = {id(site.weight): site for site in sites}.values()  # layers may share one
+    bits = sum(s.weight.numel() * s.scheme.weight.format.bits_per_value(columns_of(s)) for s in weights)
     return count.packed_bytes * 8 / bits
 
 
@@ -212,11 +236,14 @@ def _raise_unless_verified(verdict: dict, folder: Path, source: Path) -> None:
         "Verified %s: %d weights, %d elements, none differs%s", folder, weights["packed_weights"],
         weights["elements_compared"], "" if logits is None else f"; {_about_logits(logits)}",
     )  # fmt: skip
+    if reason := verdict["why_no_logits"]:
+        logger.warning("%s: the weights are proven, the logits are not: %s", folder, reason)
     for scheme in logits["activations_not_quantized_by_engine"] if logits else ():
+        why = "it computes experts with" if scheme.startswith("experts") else "the file cannot hold their format; those are"
         logger.warning(
-            "%s: %s leaves the activations of %s unquantized, since the file cannot hold their format; the logits are "
-            "those of its weights alone, %.4f nats a token from those of the training",
-            folder, logits["engine"], scheme, logits["mean_log_probability_difference_to_trained_rule"],
+            "%s: %s leaves the activations of %s unquantized: %s rounded weights alone; the logits are %.4f nats a token "
+            "from those of the training",
+            folder, logits["engine"], scheme, why, logits["mean_log_probability_difference_to_trained_rule"],
         )  # fmt: skip
 
 

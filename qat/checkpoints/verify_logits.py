@@ -22,9 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..layers.kv_cache import set_cache_rule
-from ..layers.quant_linear import is_quantlinear
 from ..layers.restore import prepare_as_saved, set_scale_rules
-from ..layers.sites import quantized_sites
+from ..layers.sites import EXPERTS, quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
@@ -39,6 +38,10 @@ class VerificationError(UserError):
     """A packed checkpoint is not the model it was made of, or its engine cannot load it."""
 
 
+class NotLoadableError(VerificationError):
+    """transformers cannot load a packed checkpoint."""
+
+
 def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
     """What transformers computes with a packed checkpoint, on the CPU, in a fresh process.
 
@@ -51,7 +54,7 @@ def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool
         BF16 [batch, time, vocabulary].
 
     Raises:
-        VerificationError: transformers cannot load it.
+        NotLoadableError: transformers cannot load it.
     """
     return _in_fresh_process(["packed", "--folder", str(folder), *_trusted(trust_remote_code)], input_ids)["logits"]
 
@@ -62,6 +65,7 @@ def fake_quantized_logits(
     input_ids: torch.Tensor,
     engine_rules: dict[str, str | None],
     trust_remote_code: bool = False,
+    experts_as_linear: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the fake-quantized model computes, on the CPU, in a fresh process.
 
@@ -71,12 +75,14 @@ def fake_quantized_logits(
         input_ids: int64 [batch, time].
         engine_rules: by scheme, the rule under which the engine quantizes activations; None: it does not.
         trust_remote_code: run Python code that comes with the checkpoint.
+        experts_as_linear: whether these rules hold for experts as well; else the engine leaves their inputs alone.
 
     Returns:
         BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
     """
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
+    command += ["--experts_as_linear"] if experts_as_linear else []
     result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
     return result["logits"], result["logits_as_trained"]
 
@@ -103,7 +109,8 @@ def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             logger.debug("%s failed:\n%s", " ".join(command), done.stderr)
-            raise VerificationError(_failure(arguments, done.returncode, done.stderr))
+            kind = NotLoadableError if arguments[0] == "packed" else VerificationError
+            raise kind(_failure(arguments, done.returncode, done.stderr))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
 
 
@@ -128,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--qat_config")
     parser.add_argument("--rules", nargs="*", default=())
+    parser.add_argument("--experts_as_linear", action="store_true")
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
@@ -142,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
         assert config is not None, args.qat_config
         prepare_as_saved(model, config)
         result = {"logits_as_trained": _logits(model, input_ids)}
-        compute_as_engine(model, dict(rule.split("=") for rule in args.rules))
+        compute_as_engine(model, dict(rule.split("=") for rule in args.rules), args.experts_as_linear)
     else:
-        assert not any(is_quantlinear(module) for module in model.modules())
+        assert not quantized_sites(model)
         result = {}
     set_cache_rule(model, CACHE_RULE)
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
@@ -161,11 +169,15 @@ def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
     )  # fmt: skip
 
 
-def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str]) -> None:
-    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all."""
+def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str], experts_as_linear: bool = False) -> None:
+    """Let layers of each scheme quantize their inputs under the rule of that scheme; "" for not at all.
+
+    Args:
+        experts_as_linear: the same for experts; else their inputs are not quantized.
+    """
     set_scale_rules(model, {scheme: {"input": rule} for scheme, rule in rules.items() if rule})
     for site in quantized_sites(model):
-        if not rules[site.scheme.name]:
+        if not rules[site.scheme.name] or (site.kind == EXPERTS.name and not experts_as_linear):
             site.module.input_quantizer.disable()
 
 

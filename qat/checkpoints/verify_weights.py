@@ -12,11 +12,11 @@ from typing import cast
 import torch
 from tqdm import tqdm
 
-from ..layers.sites import Site
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import Dialect
 from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
 from .folder import CheckpointFolder
+from .matrices import Matrix
 from .pack import exported_dtype
 from .tensor_scales import calibrated_tensors, weight_divisors
 
@@ -42,24 +42,27 @@ class WeightCount:
 def compare_weights(
     packed: CheckpointFolder,
     checkpoint: CheckpointFolder,
-    sites: list[Site],
+    matrices: Mapping[str, list[Matrix]],
     dialect: Dialect,
-    calibrated_scales: Mapping[str, float],
+    scales: Mapping[str, float],
 ) -> WeightCount:
-    """Compare all tensors of `packed` with those expected from `checkpoint` and the calibrated scales."""
-    count, held, by_tensor = WeightCount(), packed.names, {site.tensor: site for site in sites}
-    divisors = weight_divisors(checkpoint, sites)
+    """Compare all tensors of `packed` with those expected from `checkpoint` and the calibrated scales.
+
+    Args:
+        matrices: by stored tensor, see `matrices_of`.
+        scales: by their names in the packed folder, see `stored_scales`.
+    """
+    count, held = WeightCount(), packed.names
+    divisors = weight_divisors(checkpoint, matrices)
     calibrated = {
-        name: scale
-        for scales in calibrated_tensors(checkpoint, calibrated_scales).values()
-        for name, scale in scales.items()
+        name: scale for scales in calibrated_tensors(checkpoint, scales).values() for name, scale in scales.items()
     }
 
-    def names_of(tensor: str) -> tuple[str, ...]:
-        site = by_tensor.get(tensor)
-        return (tensor,) if site is None else dialect.tensor_names(site.name, site.scheme.weight)
+    def names_of(matrix: Matrix) -> tuple[str, ...]:
+        return dialect.tensor_names(matrix.name, matrix.spec)
 
-    wanted = {name for tensor in checkpoint.names for name in names_of(tensor)} | set(calibrated)
+    wanted = (checkpoint.names - set(matrices)) | set(calibrated)
+    wanted |= {name for together in matrices.values() for matrix in together for name in names_of(matrix)}
     for name in sorted(wanted ^ held):
         count.note(f"{name} ({'missing' if name in wanted else 'not expected'})", 1)
     for name in sorted(held & set(calibrated)):
@@ -68,36 +71,37 @@ def compare_weights(
     with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as progress:
         for file in checkpoint.shards:
             for name, source in checkpoint.tensors(file):
-                if held.issuperset(names_of(name)) and name not in calibrated:
-                    tensors = packed.read(*names_of(name))
-                    if name in by_tensor:
-                        _compare_site(count, by_tensor[name], source, tensors, dialect, divisors.get(name))
-                    else:
-                        count.other_tensors += 1
-                        _compare(count, name, tensors[0], source.to(exported_dtype(source, checkpoint.config)))
+                for matrix in matrices.get(name, ()):
+                    if held.issuperset(names_of(matrix)):
+                        tensors = packed.read(*names_of(matrix))
+                        _compare_matrix(count, matrix, matrix.values(source), tensors, dialect, divisors)
+                if name in held and name not in matrices and name not in calibrated:
+                    count.other_tensors += 1
+                    _compare(count, name, packed.read(name)[0], source.to(exported_dtype(source, checkpoint.config)))
                 progress.update(source.nbytes)
     return count
 
 
-def _compare_site(
+def _compare_matrix(
     count: WeightCount,
-    site: Site,
+    matrix: Matrix,
     source: torch.Tensor,
     tensors: list[torch.Tensor],
     dialect: Dialect,
-    divisor: torch.Tensor | None,
+    divisors: Mapping[str, torch.Tensor],
 ) -> None:
-    spec = site.scheme.weight
-    expected = site.module.weight_quantizer.rounding.values(source, VIEW_DTYPE, divisor=divisor)
+    spec, divisor = matrix.spec, divisors.get(matrix.name)
+    rounding = matrix.site.module.weight_quantizer.rounding
+    expected = rounding.values(source.contiguous(), VIEW_DTYPE, divisor=divisor)
     count.packed_weights += 1
     count.elements_compared += expected.numel()
     count.packed_bytes += sum(tensor.nbytes for tensor in tensors)
-    for name, tensor in zip(dialect.tensor_names(site.name, spec), tensors, strict=True):
+    for name, tensor in zip(dialect.tensor_names(matrix.name, spec), tensors, strict=True):
         if name.endswith(WEIGHT_DIVISOR):  # engines that fuse layers need the very same one
             _compare(count, name, tensor, cast(torch.Tensor, divisor))
         elif name.endswith(WEIGHT_SHAPE):
             _compare(count, name, tensor, torch.tensor(source.shape))
-    _compare(count, site.tensor, dialect.decompress(tensors, spec), expected)
+    _compare(count, f"{matrix.name}.weight", dialect.decompress(tensors, spec), expected)
 
 
 def _compare(count: WeightCount, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from ...errors import UserError
+from ...layers.sites import LINEAR, Site
 from ...schemes.spec import Scheme, TensorSpec
 from .auto_round import AutoRound
 from .compressed_tensors import CompressedTensors
@@ -29,13 +30,15 @@ class Dialect(Protocol):
     name: str
     quant_method: str
 
-    def can_hold(self, scheme: Scheme) -> str | None:
-        """Why the dialect cannot hold a scheme, and the remedy; None if it can."""
+    def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
+        """Why the dialect cannot hold a scheme of a kind of sites, and the remedy; None if it can."""
 
     def config(self, sites: Mapping[str, Scheme], rest: list[str], kv_cache: TensorSpec | None = None) -> dict:
-        """The `quantization_config` for packed sites (schemes by name) and linear layers that are left alone.
+        """The `quantization_config` for what is packed (schemes by target) and what is left alone.
 
         Args:
+            sites: see `targets.target_schemes`.
+            rest: see `targets.left_alone`.
             kv_cache: how keys and values are quantized; None: not at all.
 
         Raises:
@@ -87,8 +90,8 @@ def dialect_of(quantization_config: dict | None, where: object) -> Dialect:
     return found
 
 
-def check_schemes(dialect: Dialect, sites: Mapping[str, Scheme]) -> None:
-    """Raise a UserError that names the first site whose scheme the dialect cannot hold."""
-    for name, scheme in sites.items():
-        if reason := dialect.can_hold(scheme):
-            raise UserError(f"{name} {reason}")
+def check_schemes(dialect: Dialect, sites: Iterable[Site]) -> None:
+    """Raise a UserError that names the first site which the dialect cannot hold."""
+    for site in sites:
+        if reason := dialect.can_hold(site.scheme, site.kind):
+            raise UserError(f"{site.label} {reason}")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...errors import UserError
+from ...layers.sites import LINEAR
 from ...numerics import mx, nvfp4
 from ...schemes.spec import Scheme, TensorSpec
 from .compressed_tensors import CompressedTensors
@@ -26,8 +27,13 @@ class AutoRound(CompressedTensors):
 
     name, quant_method = "auto_round", "auto-round"
 
-    def can_hold(self, scheme: Scheme) -> str | None:
+    def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
+        if kind != LINEAR.name:
+            return (
+                "holds experts, for which AutoRound's format has no names that engines agree on; use the export format "
+                "compressed-tensors"
+            )
         weight, inputs = scheme.weight, scheme.input
         if inputs is None or (weight.format.name, inputs.format.name) not in _PAIRS:
             return (

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...errors import UserError
+from ...layers.sites import LINEAR
 from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
@@ -51,7 +52,7 @@ class CompressedTensors:
 
     name = quant_method = "compressed-tensors"
 
-    def can_hold(self, scheme: Scheme) -> str | None:
+    def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
         weight, inputs = _key(scheme)
         if inputs in _INPUTS.get(weight, ()):
