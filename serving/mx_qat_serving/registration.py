@@ -1,6 +1,6 @@
-"""What the plugin tells vLLM: its kernels, through vLLM's list; its experts and its reader of NVFP4, which have no list.
+"""Registration: kernels join vLLM's list; experts and the reader of NVFP4 have none in vLLM 0.32.
 
-vLLM 0.32 has no registry of methods for quantized experts, so vLLM's own choice of one is wrapped.
+So vLLM's choice of a method for quantized experts is wrapped, and its reader replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors import compresse
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.platforms import PlatformEnum, current_platform
 
-from .experts import ExactGptOssExperts, ExactExperts
+from .experts import ExactExperts, ExactGptOssExperts
 from .formats import chosen_rules, format_of, known_format
 from .kernels import KERNELS, Nvfp4Scheme, activation_option
 

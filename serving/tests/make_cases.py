@@ -1,8 +1,9 @@
 """Step 1 of scripts/test_serving.sh, in this project's environment: checkpoints and expected outputs.
 
-For each case a small Llama or mixture of experts is packed, and its fake-quantized twin computes in FP32 the log-probability of each token of
-the prompts, and the greedy continuation. In FP32, because BF16's noise flips FP4 decisions of two correct engines. vLLM
-refuses FP32 for AutoRound's dialect, so that one is compared with weights quantized only, where noise stays noise.
+For each case a small Llama or mixture of experts is packed, and its fake-quantized twin computes in FP32 the
+log-probability of each token of the prompts, and the greedy continuation. In FP32, because BF16's noise flips FP4
+decisions of two correct engines. vLLM refuses FP32 for AutoRound's dialect and for gpt-oss, so these are compared with
+weights quantized only, where noise stays noise.
 
 Each case has a control: the same twin with one property changed. The engine must be far from it, or the comparison
 would notice nothing.
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 from models import MODELS
-from pack_experts import pack
 from transformers import AutoModelForCausalLM
 
 from qat import prepare_qat
@@ -80,10 +80,13 @@ CASES = {
     "qwen3-moe-mxfp4": Case("MXFP4", "even", "rceil", model="qwen3_moe"),
     "qwen3-moe-mxfp8-floor": Case("MXFP8", "floor", "rceil", model="qwen3_moe"),
     "qwen3-moe-mxfp4fp8": Case("MXFP4FP8", "absmax", UNQUANTIZED_INPUTS, model="qwen3_moe"),
-    "qwen3-moe-mxfp4mxfp8": Case("MXFP4MXFP8", "even", "rceil", model="qwen3_moe",
-        options=("--quantization-config.moe.activation", "mxfp8")),
+    "qwen3-moe-mxfp4mxfp8": Case(
+        "MXFP4MXFP8", "even", "rceil", model="qwen3_moe", options=("--quantization-config.moe.activation", "mxfp8")
+    ),
     "qwen3-moe-nvfp4": Case("NVFP4", "absmax", UNQUANTIZED_INPUTS, model="qwen3_moe"),
-    "qwen3-moe-int4-g32": Case("INT4_G32", None, UNQUANTIZED_MODEL, model="qwen3_moe", ignore=("lm_head", "*.self_attn.*")),
+    "qwen3-moe-int4-g32": Case(
+        "INT4_G32", None, UNQUANTIZED_MODEL, model="qwen3_moe", ignore=("lm_head", "*.self_attn.*")
+    ),
     "qwen3-moe-fp8": Case("FP8", "absmax", UNQUANTIZED_INPUTS, model="qwen3_moe", ignore=("lm_head", "*.self_attn.*")),
     "qwen3-moe-experts-only": Case({"*.experts": "MXFP4A16"}, None, UNQUANTIZED_MODEL, model="qwen3_moe"),
     "qwen3-moe-mixed": Case({LINEAR: "MXFP8", "*.experts": "MXFP4A16"}, "even", UNQUANTIZED_INPUTS, model="qwen3_moe"),
@@ -110,17 +113,14 @@ def make_case(case: Case, folder: Path, prompts: torch.Tensor) -> dict:
     calibrate_inputs(prepared, [{"input_ids": prompts}])
     prepared.save_pretrained(source)
     prepared.qat_config.save(source)
-    if case.model == "llama":
-        export_checkpoint(source, packed, case.export_format)
-    else:
-        pack(source, packed, prepared)
+    export_checkpoint(source, packed, case.export_format)
     twin = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     prepare_as_saved(twin, prepared.qat_config)
     set_engine_rule(twin.eval(), case.rule)
     options = get_dialect(case.export_format).serve_options(site.scheme for site in quantized_sites(prepared))
     expected = {
-        "options": [*options, *case.options], "packed": str(packed), "rule": case.rule or "", "stock": case.stock, "dtype": case.dtype,
-        "tolerance": case.tolerance, "control": case.control, **expect(twin, prompts),
+        "options": [*options, *case.options], "packed": str(packed), "rule": case.rule or "", "stock": case.stock,
+        "dtype": case.dtype, "tolerance": case.tolerance, "control": case.control, **expect(twin, prompts),
     }  # fmt: skip
     return expected | {"control_log_probabilities": under_control(twin, case.control, prompts).tolist()}
 
