@@ -60,10 +60,12 @@ def format_of(args) -> str:
 def known_format(args) -> str | None:
     """The format that a `QuantizationArgs` of compressed-tensors describes; None: none of the library's.
 
-    Neither are weights with zero points, nor those whose groups are in the order of activations.
+    Weights with zero points, and those whose columns were reordered by their activations, have none.
     """
-    kind, strategy = (getattr(value, "value", value) for value in (args.type, args.strategy))
-    if not args.symmetric or getattr(args, "actorder", None) is not None:
+    kind, strategy, order = (
+        getattr(value, "value", value) for value in (args.type, args.strategy, getattr(args, "actorder", None))
+    )
+    if not args.symmetric or order == "group":
         return None
     is_e8m0 = args.scale_dtype == torch.uint8
     return _FORMATS.get((kind, args.num_bits, strategy, args.group_size, is_e8m0))
