@@ -108,8 +108,8 @@ def saved_bytes_of_a_block(model: LlamaForCausalLM, tokens: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
+            kept.append(tensor.detach())
+        return tensor.detach()  # with its graph, a tensor that its own node saves would never be freed
 
     with torch.autocast(device.type, torch.bfloat16):
         embeddings = model.model.rotary_emb(hidden, positions)

@@ -67,6 +67,8 @@ SOURCES = {
     "source-33": "read in the source of vLLM 0.33, not run",
     "docs-32": "documentation of vLLM 0.32, not run",
 }
+# Of gpt-oss's native format, which has no column in the table of schemes: it holds experts in MXFP4 alone.
+NATIVE_SOURCES = {"run-native": "run: transformers 5.23, which dequantizes it on CPUs"}
 
 MXFP4, MXFP8, NVFP4 = ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("nvfp4", "nvfp4")
 MXFP4A16, MXFP8A16, NVFP4A16 = ("mxfp4", None), ("mxfp8", None), ("nvfp4", None)
@@ -158,3 +160,12 @@ ENGINES = (
         NVFP4: Fact("W4A4, with rounded reciprocals", "run-ar", "nvfp4", "absmax"),
     }),
 )  # fmt: skip
+
+_NATIVE = {
+    "vLLM": Fact("experts W4A16; W4A8 in MXFP8 if --moe-backend names such a kernel", "source-32", OPEN),
+    "transformers, mxfp4": Fact("experts W4A16", "run-native"),
+}
+NATIVE_ENGINES = tuple(
+    Engine(name, "mxfp4", dict.fromkeys((MXFP4, MXFP4A16, MXFP4FP8, MXFP4FP8_G128, MXFP4MXFP8), fact))
+    for name, fact in _NATIVE.items()
+)

@@ -15,7 +15,20 @@ from ..schemes.config import QATConfig
 from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import Scheme
 from .dialects import dialect_of, get_dialect
-from .engine_facts import AS_TRAINED, CHOSEN, ENGINES, MXFP4, MXFP8, OPEN, SOURCES, Engine, Fact, Kind
+from .engine_facts import (
+    AS_TRAINED,
+    CHOSEN,
+    ENGINES,
+    MXFP4,
+    MXFP8,
+    NATIVE_ENGINES,
+    NATIVE_SOURCES,
+    OPEN,
+    SOURCES,
+    Engine,
+    Fact,
+    Kind,
+)  # fmt: skip
 from .folder import CheckpointFolder
 
 NOT_KNOWN = Fact("not known", "")
@@ -51,7 +64,8 @@ def engine_table(
         if kv_cache:
             cells.append(("key/value cache", engine.kv_cache or NOT_KNOWN))
         text = "; ".join(f"{of}: {fact.text}" if len(cells) > 1 else fact.text for of, fact in cells).replace("`", "")
-        sources = "; ".join(dict.fromkeys(SOURCES[fact.source] for _, fact in cells if fact.source))
+        known = SOURCES | NATIVE_SOURCES
+        sources = "; ".join(dict.fromkeys(known[fact.source] for _, fact in cells if fact.source))
         rows.append((name, text, f"({sources})" if sources else ""))
     lines = [f"What engines compute for {' and '.join(scheme.name for scheme in found)} in this folder:"]
     width = max(len(name) for name, *_ in rows)
@@ -108,6 +122,8 @@ def markdown() -> str:
 
 
 def _readers(export_format: str) -> Iterable[Engine]:
+    if get_dialect(export_format).packs_fused:
+        return NATIVE_ENGINES
     return (engine for engine in ENGINES if engine.dialect in (None, export_format))
 
 

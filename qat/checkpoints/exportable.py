@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..layers.kv_cache import kv_cache_spec
-from ..layers.quant_linear import is_quantlinear
 from ..layers.sites import quantized_sites
-from .dialects import check_schemes, get_dialect
+from .dialects import check_schemes, get_dialect, resolved_format
+from .stored_names import StoredNames
+from .targets import left_alone, target_schemes
 
 
-def check_exportable(model: nn.Module, export_format: str) -> None:
+def check_exportable(model: PreTrainedModel, export_format: str) -> None:
     """Refuse what `export_checkpoint` would refuse of this model in the end.
 
     Args:
@@ -22,13 +24,13 @@ def check_exportable(model: nn.Module, export_format: str) -> None:
         UserError: the format cannot hold a scheme, or the model's layers; or a quantized layer shares its weight with
             the embedding.
     """
-    dialect, sites = get_dialect(export_format), quantized_sites(model)
+    sites = quantized_sites(model)
     check_untied(model)
-    schemes = {site.name: site.scheme for site in sites}
-    rest = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantlinear(m)]
+    names = StoredNames(model, model.state_dict())
     try:
-        check_schemes(dialect, schemes)
-        dialect.config(schemes, rest, kv_cache_spec(model))
+        dialect = get_dialect(resolved_format(export_format, model.config.model_type))
+        check_schemes(dialect, sites)
+        dialect.config(target_schemes(sites, names), left_alone(model, sites, names), kv_cache_spec(model))
     except UserError as error:
         raise UserError(f"--export_format {export_format}: {error}") from error
 

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _PACKED_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_scale_inv", ".qweight", ".weight_global_scale")
 _REMEDY = "copy or save the checkpoint again"
+_LOGGERS = ("modeling_utils", "quantizers.quantizer_mxfp4")
+# What transformers logs of a model that is in order: ties, and gpt-oss dequantized, as it was asked to be.
+_NOISE = ("tied weights mapping", "We will dequantize the model to bf16")
 
 
 @dataclass
@@ -58,9 +61,18 @@ def load_checked(load: Callable[[], Any], where: object, strict: bool = False) -
     Raises:
         UserError: the weights do not fit the model, or the files cannot be read.
     """
+    with fitting(where):
+        model, report = load()
+    check_report(report, model, where, strict)
+    return model
+
+
+@contextmanager
+def fitting(where: object) -> Iterator[None]:
+    """Turn what transformers raises while it builds or loads a model into UserErrors; keep its progress and tables."""
     with _quiet_transformers() as loading:
         try:
-            model, report = load()
+            yield
         except MemoryError:
             raise
         except Exception as error:  # whatever transformers and a config.json's values end in
@@ -70,8 +82,6 @@ def load_checked(load: Callable[[], Any], where: object, strict: bool = False) -
                 raise code_error(where) from error
             reason = loading.conversion_error() or f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{where} does not fit the model of its {CONFIG_NAME}: {reason}; {_REMEDY}") from error
-    check_report(report, model, where, strict)
-    return model
 
 
 def check_report(report: Mapping[str, Iterable], model: PreTrainedModel, where: object, strict: bool = False) -> None:
@@ -175,20 +185,23 @@ def _is_inside(key: str, model: PreTrainedModel) -> bool:
 @contextmanager
 def _quiet_transformers() -> Iterator[Loading]:
     """Keep transformers from showing progress, and its tables, which become our errors."""
-    loading, source = Loading(), logging.getLogger("transformers.modeling_utils")
+    loading = Loading()
+    sources = [logging.getLogger(f"transformers.{name}") for name in _LOGGERS]
 
     def keep(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         if is_table := "LOAD REPORT" in text:
             loading.tables.append(text)
-        return not (is_table or "tied weights mapping" in text)
+        return not (is_table or any(words in text for words in _NOISE))
 
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    source.addFilter(keep)
+    for source in sources:
+        source.addFilter(keep)
     try:
         yield loading
     finally:
-        source.removeFilter(keep)
+        for source in sources:
+            source.removeFilter(keep)
         if bars:
             transformers_logging.enable_progress_bar()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from ..files.model_folder import (
     weight_files,
 )
 from .dialects import DIALECTS
+from .dialects.mxfp4 import FORMAT as NATIVE
+from .dialects.mxfp4 import MODEL_TYPE
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stored"]
 
 # Programs whose packed folders are read: those whose formats are written, and Model-Optimizer.
 MODEL_OPTIMIZER = "modelopt"
+Reader = Callable[..., list[torch.Tensor]]  # tensors by their names
 READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), MODEL_OPTIMIZER)
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _SIZES = ("_dim", "_size")
@@ -123,7 +127,7 @@ class CheckpointFolder:
         Raises:
             UserError: it is quantized by another method.
         """
-        return is_packed_by(self.quantizer, self.path)
+        return is_packed_by(self.quantizer, self.config, self.path)
 
     def tensors(self, file: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors of one shard, memory-mapped: what is not kept costs no memory."""
@@ -133,12 +137,22 @@ class CheckpointFolder:
 
     def read(self, *names: str) -> list[torch.Tensor]:
         """Single tensors by name."""
-        result = []
-        for name in names:
-            file = next(file for file, held in self.shards.items() if name in held)
-            with safe_open(self.path / file, framework="pt") as shard:
-                result.append(shard.get_tensor(name))
-        return result
+        with self.opened() as read:
+            return read(*names)
+
+    @contextmanager
+    def opened(self) -> Iterator[Reader]:
+        """What reads tensors by name, for many of them: files are opened once, and closed in the end."""
+        files = {name: file for file, held in self.shards.items() for name in held}
+        shards: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def read(*names: str) -> list[torch.Tensor]:
+                for file in {files[name] for name in names} - set(shards):
+                    shards[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
+                return [shards[files[name]].get_tensor(name) for name in names]
+
+            yield read
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -156,13 +170,17 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     return config
 
 
-def is_packed_by(method: str | None, where: object) -> bool:
+def is_packed_by(method: str | None, config: Mapping[str, Any], where: object) -> bool:
     """Whether weights quantized by `method` are read by this program; False for a plain model.
+
+    Args:
+        config: the content of the model's config.json.
 
     Raises:
         UserError: the method is another one.
     """
-    if method is not None and method not in READ_METHODS:
+    is_foreign = method == NATIVE and config.get("model_type") != MODEL_TYPE  # the tensors are those of gpt-oss
+    if method is not None and (method not in READ_METHODS or is_foreign):
         raise UserError(
             f"{where} is quantized by {method}, which is not read; give the BF16 checkpoint that it was made of, or a "
             "local folder packed in MXFP4, MXFP8, NVFP4, INT4 or FP8 by llm-compressor, AutoRound or Model-Optimizer"

@@ -13,11 +13,11 @@ block it is 7 or 8 of them. Some other rule often takes the scale of the file:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from ..layers.fused import fused_groups
 from ..layers.learned_scales import SETTING
@@ -26,6 +26,7 @@ from ..numerics.formats import Format
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
+from .layouts import PackedLayer, dequantized_rows
 
 logger = logging.getLogger(__name__)
 _FIRST_TRIED = ("rceil", "search")
@@ -51,28 +52,44 @@ class Moved:
         return (self.change / self.norm) ** 0.5 if self.norm else 0.0
 
 
-def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig, is_ours: bool) -> QATConfig:
+@dataclass(frozen=True)
+class PackedRows:
+    """The weights of packed layers, dequantized one by one: all of a model at once may not fit beside the model.
+
+    Attributes:
+        layers: by name.
+        tensors_of: reads the tensors of a layer.
+    """
+
+    layers: Mapping[str, PackedLayer]
+    tensors_of: Callable[[str], Mapping[str, torch.Tensor]]
+
+    def of(self, name: str) -> torch.Tensor:
+        """BF16 [N, K]."""
+        return dequantized_rows(self.layers[name], self.tensors_of(name))
+
+
+def keep_values(packed: PackedRows, config: QATConfig, is_ours: bool) -> QATConfig:
     """`config`, its weight rules changed where they would change the packed values and others do so far less.
 
     What moves in spite of that is logged.
 
     Args:
-        model: with the packed values as weights.
-        found: formats by layer.
+        packed: the weights.
         is_ours: whether this program trained it; a run must resume under the rule it was trained with.
     """
     if config.training.get(SETTING):  # layers compute with the values as they are
         return config
     chosen: dict[str, str] = {}
     rules = {get_scheme(name).weight.format.name: rule["weight"] for name, rule in config.scale_rules.items()}
-    for fmt in dict.fromkeys(found.values()):
-        layers = [name for name, other in found.items() if other == fmt]
-        elements = sum(model.get_parameter(f"{name}.weight").numel() for name in layers)
+    for fmt in dict.fromkeys(layer.format for layer in packed.layers.values()):
+        layers = [name for name, layer in packed.layers.items() if layer.format == fmt]
+        elements = sum(math.prod(packed.layers[name].shape) for name in layers)
         rule = rules.get(fmt.name) or fmt.rules[0]
-        moved = move(model, layers, fmt, rule)
+        moved = move(packed, layers, fmt, rule)
         if not moved.elements:
             continue
-        best, least = _best(model, layers, fmt, rule, moved)
+        best, least = _best(packed, layers, fmt, rule, moved)
         text = (
             f"{moved.elements} of {elements} packed elements in {moved.layers} of {len(layers)} layers "
             f"({100 * moved.elements / elements:.3f} %) change when rounded again in {fmt.name} under {rule}, the rule "
@@ -93,11 +110,11 @@ def keep_values(model: nn.Module, found: Mapping[str, Format], config: QATConfig
     return replace(config, scale_rules=scale_rules)
 
 
-def _best(model: nn.Module, layers: list[str], fmt: Format, rule: str, moved: Moved) -> tuple[str, Moved]:
+def _best(packed: PackedRows, layers: list[str], fmt: Format, rule: str, moved: Moved) -> tuple[str, Moved]:
     """The rule under which the weights move least, and how far; `rule` itself unless another halves the distance."""
     best, least = rule, moved
     for other in sorted(set(fmt.rules) - {rule}, key=lambda name: (name not in _FIRST_TRIED, fmt.rules.index(name))):
-        tried = move(model, layers, fmt, other)
+        tried = move(packed, layers, fmt, other)
         if tried.relative <= moved.relative / 2 and tried.change < least.change:
             best, least = other, tried
         if not least.elements:
@@ -106,10 +123,10 @@ def _best(model: nn.Module, layers: list[str], fmt: Format, rule: str, moved: Mo
 
 
 @torch.no_grad()
-def move(model: nn.Module, layers: list[str], fmt: Format, rule: str) -> Moved:
+def move(packed: PackedRows, layers: list[str], fmt: Format, rule: str) -> Moved:
     """How far the weights of `layers`, which have the format, move when they are rounded under `rule`."""
     moved = Moved()
-    for weight, divisor in _weights(model, layers, fmt):
+    for weight, divisor in _weights(packed, layers, fmt):
         rounded = ops.fake_quantize(weight, fmt.name, rule, VIEW_DTYPE, *divisor)
         count = int((rounded != weight).sum())
         moved.layers += count > 0
@@ -120,14 +137,23 @@ def move(model: nn.Module, layers: list[str], fmt: Format, rule: str) -> Moved:
     return moved
 
 
-def _weights(model: nn.Module, layers: list[str], fmt: Format) -> Iterator[tuple[torch.Tensor, tuple]]:
+def _weights(packed: PackedRows, layers: list[str], fmt: Format) -> Iterator[tuple[torch.Tensor, tuple]]:
     """Weights, each with its divisor in formats that have one: that of all layers which engines fuse."""
-    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in layers}
     if fmt.tensor_scale is None:
-        yield from ((weight, ()) for weight in weights.values())
+        yield from ((packed.of(name), ()) for name in layers)
         return
-    groups = list(fused_groups(layers))
-    groups += [[name] for name in layers if not any(name in group for group in groups)]
-    for group in groups:
-        divisor = ops.tensor_divisor([weights[name] for name in group], fmt.name, VIEW_DTYPE)
-        yield from ((weights[name], (divisor,)) for name in group)
+    groups = [*fused_groups(layers), *_halves_of_experts(layers)]
+    fused = {name for group in groups for name in group}
+    for group in (*groups, *([name] for name in layers if name not in fused)):
+        weights = [packed.of(name) for name in group]
+        divisor = ops.tensor_divisor(weights, fmt.name, VIEW_DTYPE)
+        yield from ((weight, (divisor,)) for weight in weights)
+
+
+def _halves_of_experts(layers: Iterable[str]) -> Iterator[list[str]]:
+    """Gate and up of an expert where they are called w1 and w3."""
+    known = set(layers)
+    for name in layers:
+        parent, _, own = name.rpartition(".")
+        if own == "w1" and parent.rpartition(".")[2].isdigit() and f"{parent}.w3" in known:
+            yield [name, f"{parent}.w3"]

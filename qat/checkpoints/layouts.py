@@ -11,6 +11,7 @@ A layout is told by the names and dtypes of a layer's tensors, so folders of all
     INT4        weight_packed I32        weight_scale [N, K/g]       weight_shape
                 qweight I32 [K/8, N]     scales [K/g, N]             qzeros, which must be 8 (GPTQ, AutoRound)
     FP8         weight E4M3              weight_scale [N, 1], [N] or of the whole tensor, [1] or []
+    MXFP4       X_blocks U8              X_scales U8 [E, N, K/32]    gpt-oss's native format, X all experts' weight
 
 A value is its element times its scale, in the dtype of the scale, rounded to BF16: what the program's own library
 computes. A multiplier is never turned into a divisor, whose reciprocal would round.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
@@ -32,6 +34,8 @@ from ..numerics.families import get_format
 from ..numerics.formats import E8M0, Format, Quantized
 from ..schemes.spec import VIEW_DTYPE
 from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
+from .dialects.mxfp4 import BLOCKS, SCALES
+from .dialects.mxfp4 import FORMAT as NATIVE
 from .fit import check_finite, is_finite
 from .folder import Stored
 
@@ -86,15 +90,17 @@ class PackedLayer:
 
     Attributes:
         layout: in which.
+        weight: the name of its weight in a plain checkpoint.
         tensors: full names by their last parts, the scale of its inputs among them.
         format: of the weight.
-        shape: of the weight, (N, K).
+        shape: of the weight, (N, K); of gpt-oss's experts as their parameters are, (E, K, N).
     """
 
     layout: Layout
+    weight: str
     tensors: dict[str, str]
     format: Format
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     @property
     def input_scale(self) -> str | None:
@@ -105,8 +111,14 @@ class PackedLayer:
 # ---- Which layout a layer has ----
 
 
-def packed_layers(stored: Mapping[str, Stored], where: object) -> dict[str, PackedLayer]:
+def packed_layers(stored: Mapping[str, Stored], where: object, method: str) -> dict[str, PackedLayer]:
     """The packed layers of a folder by name, from the headers of its files.
+
+    Args:
+        method: that packed it, as config.json has it.
+
+    Returns:
+        By the names of modules; in gpt-oss's native format by those of parameters.
 
     Raises:
         UserError: there is none, or one is incomplete, in no layout of the table, or has tensors whose meaning is not
@@ -115,6 +127,8 @@ def packed_layers(stored: Mapping[str, Stored], where: object) -> dict[str, Pack
     for name in sorted(stored):
         if reason := _REFUSED.get(name.rpartition(".")[2]):
             raise UserError(f"{where} has {name}: {reason}, which this program does not read; {REMEDY}")
+    if method == NATIVE:
+        return _native_layers(stored, where)
     scales = {layout.scale for layout in LAYOUTS}
     marks = scales | {layout.codes for layout in LAYOUTS if layout.codes != "weight"}
     names = sorted({layer for name in stored for layer, _, last in [name.rpartition(".")] if last in marks})
@@ -132,7 +146,29 @@ def _layer(name: str, stored: Mapping[str, Stored], where: object) -> PackedLaye
     for part, dtypes in {**layout.others, **layout.optional}.items():
         _check_other(f"{where}: {name}.{part}", own.get(part), dtypes, part in layout.others)
     own = {part: found for part, found in own.items() if part in _parts(layout)}
-    return PackedLayer(layout, {part: f"{name}.{part}" for part in own}, fmt, (rows, columns))
+    return PackedLayer(layout, f"{name}.weight", {part: f"{name}.{part}" for part in own}, fmt, (rows, columns))
+
+
+def _native_layers(stored: Mapping[str, Stored], where: object) -> dict[str, PackedLayer]:
+    """The packed parameters of a folder in gpt-oss's native format."""
+    names = {name.removesuffix(end) for name in stored for end in (BLOCKS, SCALES) if name.endswith(end)}
+    if not names:
+        raise UserError(f"{where} has the quant_method {NATIVE}, but no packed tensor (experts.down_proj{BLOCKS})")
+    fmt, layers = get_format(_NATIVE.formats[0]), {}
+    for name in sorted(names):
+        tensors = {part: f"{name}{part}" for part in (BLOCKS, SCALES)}
+        if lacking := [tensor for tensor in tensors.values() if tensor not in stored]:
+            raise UserError(f"{where} is incomplete: {lacking[0]} is missing; copy or pack it again")
+        blocks, scales = (stored[tensor] for tensor in tensors.values())
+        is_u8, is_3d = (blocks.dtype, scales.dtype) == ("U8", "U8"), len(scales.shape) == 3
+        if not (is_u8 and is_3d and blocks.shape == (*scales.shape, 16)):
+            raise UserError(
+                f"{where}: {name} has blocks in {blocks.dtype} {blocks.shape} and scales in {scales.dtype} "
+                f"{scales.shape}; they must be U8 (E, N, K / 32, 16) and U8 (E, N, K / 32); copy or pack it again"
+            )
+        experts, rows, count = scales.shape
+        layers[name] = PackedLayer(_NATIVE, name, tensors, fmt, (experts, count * cast(int, fmt.block), rows))
+    return layers
 
 
 def _parts(layout: Layout) -> set[str]:
@@ -226,8 +262,18 @@ def check_tensor(part: str, tensor: torch.Tensor, layer: PackedLayer, where: obj
 
 
 def dequantize(layer: PackedLayer, tensors: Tensors) -> torch.Tensor:
-    """The weight of a layer, BF16 [N, K], from its tensors by the last parts of their names."""
-    return layer.layout.values(tensors, layer.format)
+    """The weight of a layer as a plain checkpoint has it, from its tensors by the last parts of their names.
+
+    Returns:
+        BF16 [N, K]; of gpt-oss's experts [E, K, N].
+    """
+    values = layer.layout.values(tensors, layer.format)
+    return values.transpose(1, 2).contiguous() if layer.layout is _NATIVE else values
+
+
+def dequantized_rows(layer: PackedLayer, tensors: Tensors) -> torch.Tensor:
+    """The same as rows whose blocks share scales, BF16 [N, K]; of gpt-oss's experts [E * N, K]."""
+    return layer.layout.values(tensors, layer.format).flatten(0, -2)
 
 
 def input_divisor(layer: PackedLayer, tensor: torch.Tensor) -> float:
@@ -291,6 +337,10 @@ def _fp8(tensors: Tensors, fmt: Format) -> torch.Tensor:
     return _in_dtype_of(scale.reshape(-1, 1).expand(codes.shape[0], 1), codes, fmt)
 
 
+def _native(tensors: Tensors, fmt: Format) -> torch.Tensor:
+    return _of_operators(tensors[BLOCKS].flatten(-2), fmt, tensors[SCALES])
+
+
 _OF_INPUTS = {DIVISOR: ("F32",)}
 _MULTIPLIER = {_INPUT_MULTIPLIER: _FLOATS}
 LAYOUTS = (
@@ -310,3 +360,4 @@ LAYOUTS = (
         "qweight", "I32", "scales", _FLOATS, _INT4, _int4_of_gptq, {"qzeros": ("I32",)}, {"g_idx": ("I32",)}, True,
     ),
 )  # fmt: skip
+_NATIVE = Layout(BLOCKS, "U8", SCALES, ("U8",), ("mxfp4",), _native)

@@ -12,6 +12,7 @@ from ..errors import UserError
 from .fit import check_finite, load_checked
 from .folder import CheckpointFolder
 from .model_config import check_readable, find_folder, read_config
+from .native_mxfp4 import forget_format, is_native, loading_options
 from .skeleton import UNTIED, load_skeleton, untie_if_different
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def check_loadable(
     Nothing is allocated before all names and shapes of a local folder are known to fit.
     """
     where = f"{argument} {str(name)!r}"
-    if check_readable(find_folder(name, argument, cache_dir), where):
+    folder = find_folder(name, argument, cache_dir)
+    if check_readable(folder, where) and not is_native(folder):
         raise UserError(
             f"{where} is packed; give the unquantized model that it was made of, or a local folder as "
             "--model_name_or_path (download a hub model first)"
@@ -46,7 +48,7 @@ def load_plain(
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
 ) -> PreTrainedModel:
-    """The unquantized model in a local folder or of a hub id, on the CPU.
+    """The unquantized model in a local folder or of a hub id, on the CPU; one in gpt-oss's native format dequantized.
 
     Args:
         argument: by which argument the user named it, for messages.
@@ -62,11 +64,12 @@ def load_plain(
     model = load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, cache_dir=cache_dir, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code, **loading_options(config),
         ),
         where,
     )  # fmt: skip
     check_finite(model.named_parameters(), where)
+    forget_format(model)
     if untie_if_different(model):
         logger.warning("%s: %s", where, UNTIED)
     return model

@@ -30,6 +30,7 @@ class Matrix:
         expert: None for a linear layer.
         part, parts: as in `Place`: gate is 0 of 2, up 1 of 2.
         is_alone: whether the stored tensor holds nothing else.
+        is_fused: whether it is the matrices of all experts, one below the other: [E * N, K].
     """
 
     name: str
@@ -39,6 +40,7 @@ class Matrix:
     part: int = 0
     parts: int = 1
     is_alone: bool = True
+    is_fused: bool = False
 
     @property
     def spec(self) -> TensorSpec:
@@ -46,7 +48,9 @@ class Matrix:
         return self.site.scheme.weight
 
     def values(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The values [N, K] of this matrix in its stored tensor; a view."""
+        """The values [N, K] of this matrix in its stored tensor; a view, where the tensor has its rows."""
+        if self.is_fused:
+            return self.site.module.rows(tensor).flatten(0, 1)
         if self.is_alone:
             return tensor
         rows, layout = self.site.module.rows(tensor)[self.expert], layout_of(self.site.owner)
@@ -55,11 +59,14 @@ class Matrix:
         return rows.chunk(self.parts)[self.part]
 
 
-def matrices_of(names: StoredNames, sites: list[Site], where: object) -> dict[str, list[Matrix]]:
+def matrices_of(
+    names: StoredNames, sites: list[Site], where: object, packs_fused: bool = False
+) -> dict[str, list[Matrix]]:
     """All matrices that are packed, by the stored tensors that hold them.
 
     Args:
         where: the folder, for messages.
+        packs_fused: whether a tensor that holds all experts is packed as a whole.
 
     Raises:
         UserError: a weight is not in the files, or not as it is in the model; or layers that share one weight differ in
@@ -76,7 +83,10 @@ def matrices_of(names: StoredNames, sites: list[Site], where: object) -> dict[st
                         f"({site.scheme.name}, {other.scheme.name}); give them one"
                     )
                 continue
-            found[place.stored] = list(_matrices(names, site, place))
+            if packs_fused and site.kind == EXPERTS.name and place.expert is None:
+                found[place.stored] = [Matrix(place.stored, place.stored, site, is_fused=True)]
+            else:
+                found[place.stored] = list(_matrices(names, site, place))
     return found
 
 

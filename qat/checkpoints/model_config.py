@@ -52,7 +52,8 @@ def check_readable(folder: Path, where: object) -> bool:
     Raises:
         UserError: it is quantized by a method that is not read, or has no config.json.
     """
-    return is_packed_by(quantizer_of(folder, read_config_file(folder)), where)
+    config = read_config_file(folder)
+    return is_packed_by(quantizer_of(folder, config), config, where)
 
 
 def read_config(

@@ -26,13 +26,13 @@ from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
 from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.rounding import Rounding
-from ..layers.sites import Site, quantized_sites
+from ..layers.sites import LINEAR, Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
 from ..numerics.formats import Quantized
 from ..schemes.spec import VIEW_DTYPE, TensorSpec
-from .dialects import Dialect, check_schemes, get_dialect
-from .dialects.compressed_tensors import packed_tensors
+from .dialects import AUTO, Dialect, check_schemes, get_dialect, resolved_format
+from .dialects.mxfp4 import experts_only
 from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .matrices import Matrix, columns_of, matrices_of
@@ -56,7 +56,7 @@ _WEIGHT = ".weight"
 def export_checkpoint(
     source: str | Path,
     target: str | Path,
-    export_format: str = "compressed-tensors",
+    export_format: str = AUTO,
     scheme: str | Mapping[str, str] | None = None,
     ignore: Iterable[str] = ("lm_head",),
     overwrite: bool = False,
@@ -70,7 +70,7 @@ def export_checkpoint(
     Args:
         source: a Hugging Face checkpoint in safetensors files, from QAT or plain.
         target: where the packed checkpoint goes.
-        export_format: one of `dialects.EXPORT_FORMATS`.
+        export_format: one of `dialects.EXPORT_FORMATS`; in gpt-oss's native one a `scheme` is of its experts.
         scheme: a scheme name or a mapping as in `prepare_qat`. Default: what the source was trained with.
         ignore: layers to leave alone, as in `prepare_qat`; with the default scheme, those of the training.
         overwrite: replace a packed checkpoint that is already there.
@@ -89,25 +89,27 @@ def export_checkpoint(
             that was not calibrated; or the target must not be overwritten.
         OSError: the disk is full. After any error nothing is left at `target`.
     """
-    dialect = get_dialect(export_format)
     checkpoint, target = CheckpointFolder.open(source, "the source"), Path(target)
+    dialect = get_dialect(resolved_format(export_format, checkpoint.config.get("model_type")))
     if checkpoint.is_packed:
         method = checkpoint.quantizer
         raise UserError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
+    if dialect.packs_fused and scheme is not None:
+        scheme = experts_only({LINEAR.key: scheme} if isinstance(scheme, str) else scheme)
     model, qat_config, names = prepared_skeleton(
         checkpoint, scheme, ignore, trust_remote_code=trust_remote_code, calibrated_scales=calibrated_scales,
         kv_cache_scheme=kv_cache_scheme,
     )  # fmt: skip
     _log_surplus(model, names, checkpoint)
     sites = quantized_sites(model)
-    matrices = matrices_of(names, sites, checkpoint.path)
+    matrices = matrices_of(names, sites, checkpoint.path, dialect.packs_fused)
     schemes = {site.label: site.scheme for site in sites}
     check_schemes(dialect, sites)
     check_calibrated(sites)
-    logger.info("Packing %s as %s", describe_sites(sites), export_format)
+    logger.info("Packing %s as %s", describe_sites(sites), dialect.name)
     quantization_config = dialect.config(
         target_schemes(sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
     )
@@ -195,7 +197,11 @@ def _pack_matrix(
         raise UserError(
             f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?"
         )
-    return dict(zip(dialect.tensor_names(matrix.name, spec), packed_tensors(quantized, spec), strict=True))
+    if matrix.is_fused:
+        experts = (matrix.site.weight.shape[0], -1)
+        scales = tuple(scale.unflatten(0, experts) for scale in quantized.scales)
+        quantized = Quantized(quantized.codes.unflatten(0, experts), scales)
+    return dict(zip(dialect.tensor_names(matrix.name, spec), dialect.tensors(quantized, spec), strict=True))
 
 
 def _log_surplus(model: PreTrainedModel, names: StoredNames, checkpoint: CheckpointFolder) -> None:

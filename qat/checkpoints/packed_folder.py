@@ -20,15 +20,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..layers.restore import prepare_as_saved
-from ..layers.sites import LINEAR, find_sites, quantized_sites
+from ..layers.sites import quantized_sites
 from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
-from .fit import check_dtypes, check_finite, load_checked
-from .folder import CheckpointFolder
+from .fit import check_dtypes, check_finite, fitting, load_checked
+from .folder import CheckpointFolder, Reader
 from .layouts import PackedLayer, check_tensor, packed_layers
 from .model_config import read_config
+from .packed_sites import SitePart, by_modules, check_formats, parts_of_layers, schemes_of_modules, weights_of
 from .settings import Declared, check_settings, declared, has_key_value_scheme, read_settings
+from .stored_names import StoredNames
 
 # Scales of a key/value cache: compressed-tensors' names, and Model-Optimizer's below the projections.
 _KEY_VALUE_SCALE = re.compile(r"(.+?)(?:\.([kv])_proj)?\.([kv])_scale")
@@ -40,15 +42,18 @@ class PackedFolder:
 
     Attributes:
         checkpoint: the folder.
-        layers: its packed layers by name.
+        layers: its packed layers by name, as the files have it.
+        parts: of which site of the model each of them is the weight, or a part of it; by the same names.
         own: its own qat_config.json; None where it has none, since another program packed it.
         declared: what the settings of such a folder say of each layer; empty where `own` says it.
-        key_value_scales: names of the tensors that hold scales of the key/value cache, by compressed-tensors' names.
+        key_value_scales: names of the tensors that hold scales of the key/value cache, by compressed-tensors' names
+            below the model's modules.
         caches_fp8: whether the settings say that engines cache keys and values in FP8.
     """
 
     checkpoint: CheckpointFolder
     layers: dict[str, PackedLayer]
+    parts: dict[str, SitePart]
     own: QATConfig | None
     declared: dict[str, Declared]
     key_value_scales: dict[str, str]
@@ -60,10 +65,15 @@ class PackedFolder:
         of_layers = {name for layer in self.layers.values() for name in layer.tensors.values()}
         return of_layers | set(self.key_value_scales.values())
 
-    def tensors_of(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a layer by the last parts of their names, their values checked."""
+    def tensors_of(self, name: str, read: Reader | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of a layer by the last parts of their names, their values checked.
+
+        Args:
+            read: of `CheckpointFolder.opened`, for many layers.
+        """
         layer = self.layers[name]
-        tensors = dict(zip(layer.tensors, self.checkpoint.read(*layer.tensors.values()), strict=True))
+        read = read or self.checkpoint.read
+        tensors = dict(zip(layer.tensors, read(*layer.tensors.values()), strict=True))
         for part, tensor in tensors.items():
             check_tensor(part, tensor, layer, self.checkpoint.path)
         return tensors
@@ -90,21 +100,26 @@ def check_packed(
         raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
     if own is None:
         check_settings(settings, checkpoint.path)
-    layers = packed_layers(checkpoint.stored, checkpoint.path)
+    layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])
     said = {} if own else {n: declared(settings, n, layer.format, checkpoint.path) for n, layer in layers.items()}
     caches_fp8 = has_key_value_scheme(settings, checkpoint.path)
-    packed = PackedFolder(checkpoint, layers, own, said, _key_value_scales(checkpoint), caches_fp8)
-    for name in layers:
-        _check_input_scale(packed, name)
-    stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed.packed_names}
+    key_value_scales = _key_value_scales(checkpoint)
+    packed_names = {*key_value_scales.values(), *(name for layer in layers.values() for name in layer.tensors.values())}
+    stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed_names}
+    names = StoredNames(skeleton := skeleton_of(checkpoint, trust_remote_code), {*stored, *weights_of(layers)})
+    parts = parts_of_layers(skeleton, names, layers, checkpoint.path)
+    schemes_of_modules(parts, said, checkpoint.path)  # checks that they agree
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    shapes |= {f"{name}.weight": layer.shape for name, layer in layers.items()}
+    shapes |= {parts[name].tensor: parts[name].shape_of(layer) for name, layer in layers.items()}
     empty = {name: torch.empty(shape, dtype=VIEW_DTYPE, device="meta") for name, shape in shapes.items()}
     model = model_of(checkpoint, empty, trust_remote_code, device_map="meta")
     check_dtypes(stored, model, checkpoint.path)
-    _check_linear(model, packed)
+    key_value_scales = by_modules(model, names, key_value_scales)
+    packed = PackedFolder(checkpoint, layers, parts, own, said, key_value_scales, caches_fp8)
+    for name in layers:
+        _check_input_scale(packed, name)
     if own is not None:
-        _check_own_config(own, model, layers, checkpoint.path)
+        _check_own_config(packed, own, model)
     return packed
 
 
@@ -113,8 +128,9 @@ def check_packed_values(
 ) -> None:
     """`check_packed`, and a UserError for scales, codes or other tensors that are NaN or infinite."""
     packed = check_packed(folder, argument, trust_remote_code)
-    for name in packed.layers:
-        packed.tensors_of(name)
+    with packed.checkpoint.opened() as read:
+        for name in packed.layers:
+            packed.tensors_of(name, read)
     check_finite(packed.plain_tensors(), packed.checkpoint.path)
 
 
@@ -145,48 +161,38 @@ def _check_input_scale(packed: PackedFolder, name: str) -> None:
         )
 
 
-def _check_linear(model: nn.Module, packed: PackedFolder) -> None:
-    known = {site.name for site in find_sites(model) if site.kind == LINEAR.name}
-    if other := sorted(set(packed.layers) - known):
-        raise UserError(
-            f"{packed.checkpoint.path} packs {other[0]}, which is no linear layer of {type(model).__name__}; start "
-            "from the BF16 checkpoint that it was made of"
-        )
-
-
 def model_of(
     checkpoint: CheckpointFolder, tensors: dict[str, torch.Tensor], trust_remote_code: bool, **kwargs: Any
 ) -> PreTrainedModel:
     """The model of a packed checkpoint with plain `tensors`, all of which it must have."""
-    config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
-    for key in ("quantization_config", "compression_config"):
-        if hasattr(config, key):
-            delattr(config, key)
+    skeleton = skeleton_of(checkpoint, trust_remote_code)
 
     def load() -> Any:
-        with torch.device("meta"):
-            model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-        return model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
+        return type(skeleton).from_pretrained(
+            None, config=skeleton.config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
             ignore_mismatched_sizes=True, **kwargs,
         )  # fmt: skip
 
     return load_checked(load, checkpoint.path, strict=True)
 
 
-def _check_own_config(own: QATConfig, model: nn.Module, layers: dict[str, PackedLayer], folder: Path) -> None:
+def skeleton_of(checkpoint: CheckpointFolder, trust_remote_code: bool) -> PreTrainedModel:
+    """The model that a packed checkpoint's config.json describes, unquantized, on the meta device."""
+    config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):
+            delattr(config, key)
+    with torch.device("meta"), fitting(checkpoint.path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _check_own_config(packed: PackedFolder, own: QATConfig, model: nn.Module) -> None:
     """Raise a UserError where qat_config.json and the packed tensors disagree; `model` is changed."""
+    folder = packed.checkpoint.path
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # messages about training
             sites = quantized_sites(prepare_as_saved(model, own))
     except UserError as error:
         raise UserError(f"{folder / QAT_CONFIG_NAME} does not fit the model in {folder}: {error}") from error
-    said = {site.name: site.scheme.weight.format.name for site in sites}
-    for name in sorted({*said, *layers}):
-        found = layers[name].format.name if name in layers else "no packed format"
-        if found != said.get(name, "no packed format"):
-            raise UserError(
-                f"{folder / QAT_CONFIG_NAME} contradicts the weights in {folder}: {name} is packed in {found}, and it "
-                f"says {said.get(name, 'that the layer is not quantized')}; restore the file that was exported, or "
-                "remove it to take the formats of the weights"
-            )
+    found = {packed.parts[name].site.name: layer.format.name for name, layer in packed.layers.items()}
+    check_formats(sites, found, folder)

@@ -20,6 +20,7 @@ from ..numerics.formats import Format
 from ..schemes.patterns import EXPRESSION, matches
 from ..schemes.presets import PRESETS
 from .dialects.compressed_tensors import LAYOUT_NAMES, quantization_args
+from .dialects.mxfp4 import FORMAT as NATIVE
 from .layouts import REMEDY
 
 _PER_TENSOR = "fp8_tensor"  # inputs in FP8 with one scale, which no scheme has
@@ -65,6 +66,8 @@ def check_settings(settings: Mapping[str, Any], where: object) -> None:
         algorithm = settings.get("quant_algo")
         if str(algorithm) not in (*_ALGORITHMS, _MIXED):
             raise _refusal(where, method, f"as quant_algo {shown(algorithm)} (read are {', '.join(_ALGORITHMS)}),")
+    elif method == NATIVE:
+        return  # its settings name modules that it does not hold anyway
     elif method == "auto-round":
         if (arrangement := settings.get("packing_format")) not in _ARRANGEMENTS:
             raise _refusal(where, method, f"in the packing_format {shown(arrangement)},")
@@ -104,7 +107,7 @@ def declared(settings: Mapping[str, Any], layer: str, fmt: Format, where: object
     Raises:
         UserError: the settings contradict the tensors, name inputs that no scheme has, or say nothing of the layer.
     """
-    read = {"modelopt": _of_model_optimizer, "auto-round": _of_auto_round}
+    read = {"modelopt": _of_model_optimizer, "auto-round": _of_auto_round, NATIVE: _of_native}
     inputs, suffix = read.get(settings["quant_method"], _of_compressed_tensors)(settings, layer, fmt, where)
     is_replaced = inputs == _PER_TENSOR and fmt.name == "fp8_channel"
     wanted = "fp8_token" if is_replaced else inputs
@@ -261,6 +264,13 @@ def _exception(exceptions: Mapping[str, Any], layer: str) -> dict[str, Any]:
         except re.error:  # the name of another layer
             continue
     return {}
+
+
+# ---- gpt-oss's native format ----
+
+
+def _of_native(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
+    return None, ""  # activations are the engine's to choose
 
 
 # ---- Model-Optimizer ----

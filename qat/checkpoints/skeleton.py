@@ -29,6 +29,7 @@ from .fit import check_dtypes, load_checked
 from .folder import CheckpointFolder
 from .matrices import matrices_of
 from .model_config import read_config
+from .native_mxfp4 import loading_options
 from .stored_names import StoredNames
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def load_skeleton(
         lambda: AutoModelForCausalLM.from_pretrained(
             checkpoint.path, config=config, device_map="meta", output_loading_info=True, local_files_only=True,
             use_safetensors=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            **loading_options(config),
         ),
         where,
     )  # fmt: skip

@@ -21,14 +21,15 @@ from ..files.model_folder import CONFIG_NAME, quantizer_of
 from ..layers.calibration import DIVISOR
 from ..layers.fused import fused_groups
 from ..layers.kv_cache import cache_layers
-from ..layers.sites import LINEAR, find_sites
+from ..layers.sites import EXPERTS, LINEAR, find_sites
 from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import get_scheme
 from .fit import check_finite
 from .folder import READ_METHODS
-from .kept_values import keep_values
+from .kept_values import PackedRows, keep_values
 from .layouts import dequantize, engines_divisor, input_divisor
 from .packed_folder import PackedFolder, check_packed, model_of
+from .packed_sites import schemes_of_modules
 from .skeleton import untie_if_different
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,12 @@ def load_packed(
     packed = check_packed(folder, argument, trust_remote_code)
     checkpoint, divisors = packed.checkpoint, {}
     plain = dict(packed.plain_tensors())
-    for name, layer in tqdm(packed.layers.items(), desc="Dequantizing", unit="layer"):
-        tensors = packed.tensors_of(name)
-        plain[f"{name}.weight"] = dequantize(layer, tensors)
-        if layer.input_scale is not None:
-            divisors[name] = input_divisor(layer, tensors[layer.input_scale.rpartition(".")[2]])
+    with checkpoint.opened() as read:
+        for name, layer in tqdm(packed.layers.items(), desc="Dequantizing", unit="layer"):
+            tensors = packed.tensors_of(name, read)
+            packed.parts[name].put(dequantize(layer, tensors), plain)
+            if layer.input_scale is not None:
+                divisors[name] = input_divisor(layer, tensors[layer.input_scale.rpartition(".")[2]])
     model = model_of(checkpoint, plain, trust_remote_code)
     check_finite(model.named_parameters(), checkpoint.path)
     untie_if_different(model)
@@ -86,56 +88,74 @@ def load_packed(
         config = _derive_config(model, packed, divisors)
     else:
         config = packed.own
-        stored = {f"{name}.{DIVISOR}": divisor for name, divisor in divisors.items()}
-        _check_scales(config, stored | _stored_key_value_scales(packed), checkpoint.path)
+        for name, divisor in divisors.items():
+            _check_scale(config, f"{packed.parts[name].site.label}.{DIVISOR}", divisor, checkpoint.path)
+        for name, scale in _stored_key_value_scales(packed).items():
+            _check_scale(config, name, scale, checkpoint.path)
     if not rounds_again:
         return model, config
-    found = {name: layer.format for name, layer in packed.layers.items()}
-    return model, keep_values(model, found, config, is_ours=packed.own is not None)
+    with checkpoint.opened() as read:
+        rows = PackedRows(packed.layers, lambda name: packed.tensors_of(name, read))
+        return model, keep_values(rows, config, is_ours=packed.own is not None)
 
 
-def _check_scales(own: QATConfig, stored: Mapping[str, float], folder: Path) -> None:
-    """Raise a UserError where qat_config.json has other calibrated scales than the tensors of the folder."""
-    for name, found in stored.items():
-        said = own.calibrated_scales.get(name)
-        if said != found:
-            raise UserError(
-                f"{folder / QAT_CONFIG_NAME} contradicts the scales in {folder}: {name} is {found}, and it "
-                f"says {said}; export or copy the checkpoint again"
-            )
+def _check_scale(own: QATConfig, name: str, found: float, folder: Path) -> None:
+    """Raise a UserError where qat_config.json has another calibrated scale than a tensor of the folder."""
+    if (said := own.calibrated_scales.get(name)) != found:
+        raise UserError(
+            f"{folder / QAT_CONFIG_NAME} contradicts the scales in {folder}: {name} is {found}, and it "
+            f"says {said}; export or copy the checkpoint again"
+        )
 
 
 def _derive_config(model: nn.Module, packed: PackedFolder, divisors: Mapping[str, float]) -> QATConfig:
     """What `prepare_qat` must be told to quantize the same layers in the same formats."""
-    schemes = {name: said.scheme for name, said in packed.declared.items()}
+    schemes = schemes_of_modules(packed.parts, packed.declared, packed.checkpoint.path)
     common = Counter(schemes.values()).most_common(1)[0][0]
     mapping = {LINEAR.key: common} | {layer: scheme for layer, scheme in schemes.items() if scheme != common}
-    ignore = tuple(site.name for site in find_sites(model) if site.name not in packed.layers)
+    ignore = tuple(dict.fromkeys(site.name for site in find_sites(model) if site.name not in schemes))
     rules = {name: get_scheme(name).rules for name in mapping.values()}
     if replaced := sum(said.per_tensor_inputs for said in packed.declared.values()):
         logger.warning(
             "%s: the inputs of %d layers have one FP8 scale for the whole tensor; here they are quantized under one "
             "scale for each token (FP8)", packed.checkpoint.path, replaced,
         )  # fmt: skip
-    calibrated = _input_scales(packed, schemes, divisors) | _key_value_scales(model, packed)
+    calibrated = _input_scales(packed, divisors) | _key_value_scales(model, packed)
     cache = "FP8" if packed.caches_fp8 else None
     return QATConfig(mapping, ignore, rules, calibrated_scales=calibrated, kv_cache_scheme=cache)
 
 
-def _input_scales(packed: PackedFolder, schemes: Mapping[str, str], divisors: Mapping[str, float]) -> dict[str, float]:
+def _input_scales(packed: PackedFolder, divisors: Mapping[str, float]) -> dict[str, float]:
     """The calibrated divisors of inputs that have one, as engines take them: one for layers that they fuse."""
-    inputs = {name: get_scheme(scheme).input for name, scheme in schemes.items()}
+    inputs = {name: get_scheme(said.scheme).input for name, said in packed.declared.items()}
     needed = [name for name, spec in inputs.items() if spec is not None and spec.format.tensor_scale is not None]
     taken = {name: divisors[name] for name in needed}
-    for group in fused_groups(needed):
-        together = engines_divisor(packed.layers[group[0]], [divisors[name] for name in group])
+    for group in _of_one_input(packed, needed):
+        together = _together(packed, group, [divisors[name] for name in group])
         if moved := [name for name in group if divisors[name] != together]:
             logger.warning(
                 "%s: layers that engines fuse have several scales for one input; all of them take %s, not %s as %s",
                 packed.checkpoint.path, together, divisors[moved[0]], moved[0],
             )  # fmt: skip
         taken |= dict.fromkeys(group, together)
-    return {f"{name}.{DIVISOR}": value for name, value in taken.items()}
+    return {f"{packed.parts[name].site.label}.{DIVISOR}": value for name, value in taken.items()}
+
+
+def _of_one_input(packed: PackedFolder, names: list[str]) -> list[list[str]]:
+    """Those of some layers that engines quantize one input for: layers that they fuse, and the experts of a module."""
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        if packed.parts[name].site.kind == EXPERTS.name:
+            experts.setdefault(packed.parts[name].site.label, []).append(name)
+    linear = [name for name in names if packed.parts[name].site.kind != EXPERTS.name]
+    return [*fused_groups(linear), *experts.values()]
+
+
+def _together(packed: PackedFolder, group: list[str], divisors: list[float]) -> float:
+    """The divisor of layers with one input; of experts vLLM takes the one with which none of them saturates."""
+    if packed.parts[group[0]].site.kind == EXPERTS.name:
+        return min(divisors)
+    return engines_divisor(packed.layers[group[0]], divisors)
 
 
 def _key_value_scales(model: nn.Module, packed: PackedFolder) -> dict[str, float]:

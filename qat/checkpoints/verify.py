@@ -77,7 +77,7 @@ def verify(
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
     model, config, names = prepared_skeleton(checkpoint, saved=qat_config, trust_remote_code=trust_remote_code)
     sites = quantized_sites(model)
-    matrices = matrices_of(names, sites, checkpoint.path)
+    matrices = matrices_of(names, sites, checkpoint.path, dialect.packs_fused)
     scales = stored_scales(config.calibrated_scales, matrices, names)
     count = compare_weights(packed, checkpoint, matrices, dialect, scales)
     verdict: dict[str, Any] = {

@@ -28,6 +28,8 @@ from ..processes import start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
+from .model_config import read_config
+from .native_mxfp4 import loading_options
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +162,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model in `folder`, plain or packed, as transformers loads it in BF16; an error where weights do not fit."""
+    config = read_config(folder, folder, trust_remote_code, local_files_only=True)
     return load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            folder, config=config, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            **loading_options(config),
         ),
         folder,
     )  # fmt: skip

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass, field
 
 from qat import SCHEMES, get_scheme
-from qat.checkpoints.dialects import EXPORT_FORMATS
+from qat.checkpoints.dialects import AUTO, EXPORT_FORMATS, get_dialect, resolved_format
+from qat.checkpoints.dialects.mxfp4 import experts_only
 from qat.errors import UserError
 from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
@@ -110,10 +111,11 @@ class QuantizationArguments:
         metadata={"help": "Log how many codes flip and oscillate and how many values saturate, by group of layers."},
     )
     export_format: str = field(
-        default="compressed-tensors",
+        default=AUTO,
         metadata={
             "help": "After quantization-aware training, pack the model into output_dir/SCHEME: "
-            f"{', '.join(EXPORT_FORMATS)}, or none."
+            f"{', '.join(EXPORT_FORMATS)}, or none. auto is mxfp4, its native format, for gpt-oss, and "
+            "compressed-tensors for all other models; mxfp4 holds quantized experts only."
         },
     )
 
@@ -185,6 +187,23 @@ class QuantizationArguments:
             except UserError as error:
                 message = re.sub(r"(learn_\w+)=(\w+)", r"--\1 \2", str(error))
                 raise UserError(f"the scheme {scheme}: {message}") from error
+
+    def layers_of(self, model_type: str) -> tuple[dict[str, str], tuple[str, ...]] | None:
+        """`layers` for a kind of model: in an export format that holds experts only, what is meant for all layers is
+        for experts, which is logged."""
+        if (layers := self.layers()) is None or self.export_format == "none":
+            return layers
+        try:
+            dialect = get_dialect(resolved_format(self.export_format, model_type))
+        except UserError as error:
+            raise UserError(f"--export_format {self.export_format}: {error}") from error
+        if not dialect.packs_fused or (mapping := experts_only(layers[0])) == layers[0]:
+            return layers
+        logger.info(
+            "--export_format %s: gpt-oss's native format holds experts only, so its attention stays in BF16; "
+            "--export_format compressed-tensors quantizes both", self.export_format,
+        )  # fmt: skip
+        return mapping, layers[1]
 
     def layers(self) -> tuple[dict[str, str], tuple[str, ...]] | None:
         """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""

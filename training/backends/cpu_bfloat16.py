@@ -24,7 +24,7 @@ def is_needed() -> bool:
 
 
 def use_fast_bfloat16() -> None:
-    """Replace BF16 mm, addmm, bmm, baddbmm and the backward of scaled-dot-product attention on the CPU, once."""
+    """Replace BF16 mm, addmm, bmm, baddbmm, grouped_mm and the backward of scaled-dot-product attention on the CPU, once."""
     global _library
     if _library is not None:
         return
@@ -35,6 +35,7 @@ def use_fast_bfloat16() -> None:
         _library.impl("addmm", _addmm, "CPU")
         _library.impl("bmm", _bmm, "CPU")
         _library.impl("baddbmm", _baddbmm, "CPU")
+        _library.impl("_grouped_mm", _grouped_mm, "CPU")
         _library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _attention_backward, "CPU")
 
 
@@ -59,6 +60,23 @@ def _bmm(a, b):
 def _baddbmm(bias, a, b, *, beta=1, alpha=1):
     out = _fp32_or_same(a, (a.shape[0], a.shape[1], b.shape[2]))
     return torch.baddbmm(_up(bias), _up(a), _up(b), beta=beta, alpha=alpha, out=out).to(a.dtype)
+
+
+def _grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
+    """[S, K] x [E, K, N] -> [S, N], rows in groups; [M, S] x [S, N] -> [E, M, N], columns in groups: as experts need."""
+    assert offs is not None and bias is None and a.dim() == 2, "experts have 2-D inputs"
+    ends, start = offs.tolist(), 0
+    if b.dim() == 3:
+        out = a.new_zeros((a.shape[0], b.shape[2]), dtype=out_dtype)
+    else:
+        out = a.new_zeros((len(ends), a.shape[0], b.shape[1]), dtype=out_dtype)
+    for i, end in enumerate(ends):
+        if b.dim() == 3:
+            out[start:end] = _mm(a[start:end], b[i])
+        else:
+            out[i] = _mm(a[:, start:end], b[start:end])
+        start = end
+    return out
 
 
 def _attention_backward(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -20,11 +19,13 @@ from qat import QATConfig, prepare_qat
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT, check_loadable
 from qat.checkpoints.model_config import check_readable, find_folder
+from qat.checkpoints.native_mxfp4 import is_native
 from qat.checkpoints.packed_folder import check_packed
 from qat.checkpoints.unpack import load_packed
 from qat.errors import UserError
 from qat.files.model_folder import check_file_name, check_model_folder
 from qat.layers import learned_scales
+from qat.layers.experts import compute_in_autocast_dtype
 from qat.layers.learned import check_baked, learns
 from qat.layers.restore import prepare_as_saved
 from qat.schemes.config import QAT_CONFIG_NAME
@@ -55,6 +56,8 @@ class Start:
         fingerprint: of its weights, once it is loaded; None in a process that has none.
         keeps_values: whether the stage computes with the values of a packed model as they are, as engines do: it
             evaluates them, and names no scheme to round them in.
+        is_native: whether its experts are stored in MXFP4, gpt-oss's native format. Published so, without
+            qat_config.json, it is an unquantized model all the same: there is no other one to start from.
     """
 
     model_args: ModelArguments
@@ -64,6 +67,7 @@ class Start:
     dtypes: SavedDtypes = field(default_factory=SavedDtypes)
     fingerprint: str | None = None
     keeps_values: bool = False
+    is_native: bool = False
 
     @classmethod
     def read(cls, model_args: ModelArguments, cache_dir: str | None = None) -> Start:
@@ -82,14 +86,16 @@ class Start:
         folder = find_folder(name, _ARGUMENT, cache_dir)
         is_packed = check_readable(folder, f"{_ARGUMENT} {name!r}")
         if not Path(name).is_dir():
-            return cls(model_args, cache_dir, False, saved_config(name, cache_dir))
+            return cls(model_args, cache_dir, False, saved_config(name, cache_dir), is_native=is_native(folder))
         qat_config = QATConfig.load(folder)
         names = CheckpointFolder.open(name, _ARGUMENT).names
         if is_packed:
             check_packed(name, _ARGUMENT, model_args.trust_remote_code)
         elif learns(qat_config):
             check_baked(names, name)
-        return cls(model_args, cache_dir, is_packed, qat_config)
+        native = is_native(folder)
+        is_packed = is_packed and not (native and qat_config is None)
+        return cls(model_args, cache_dir, is_packed, qat_config, is_native=native)
 
     # ---- May this stage start here? ----
 
@@ -107,8 +113,9 @@ class Start:
             self._check_teacher(distill_args)
         elif not quant_args.names_schemes:
             quant_args.check_unused()
-        if (self.is_packed or self._has_learned_scales) and quant_args.smooth_alpha:
-            how = "packed" if self.is_packed else "saved"
+        is_packed = self.is_packed or self.is_native
+        if (is_packed or self._has_learned_scales) and quant_args.smooth_alpha:
+            how = "packed" if is_packed else "saved"
             raise UserError(
                 f"--smooth_alpha {quant_args.smooth_alpha} would undo the rounding that --model_name_or_path "
                 f"{folder!r} was {how} with; give --smooth_alpha 0, or start from the unquantized model"
@@ -157,6 +164,7 @@ class Start:
             self.fingerprint = fingerprint(model)
         if first_process_loads():
             self._share()
+        compute_in_autocast_dtype(model)
         model.config.use_cache = False  # a cache of keys and values is of no use in training
         _repair_generation_config(model)
         return model
@@ -179,9 +187,9 @@ class Start:
         """The model's tokenizer, cutting at `model_max_length`, with a padding token."""
         return load_tokenizer(self.model_args, model_max_length, self.cache_dir)
 
-    def quantize(self, model: nn.Module, quant_args: QuantizationArguments) -> None:
+    def quantize(self, model: PreTrainedModel, quant_args: QuantizationArguments) -> None:
         """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
-        if (layers := quant_args.layers()) is not None:
+        if (layers := quant_args.layers_of(model.config.model_type)) is not None:
             rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
             prepare_qat(model, *layers, *rules, **quant_args.learned, kv_cache_scheme=quant_args.kv_cache_scheme)
         elif self.qat_config is not None:

@@ -14,9 +14,12 @@ import torch
 
 from ...errors import UserError
 from ...layers.sites import LINEAR, Site
+from ...numerics.formats import Quantized
 from ...schemes.spec import Scheme, TensorSpec
 from .auto_round import AutoRound
 from .compressed_tensors import CompressedTensors
+from .mxfp4 import FORMAT as NATIVE
+from .mxfp4 import MODEL_TYPE, NativeMXFP4
 
 
 class Dialect(Protocol):
@@ -25,10 +28,12 @@ class Dialect(Protocol):
     Attributes:
         name: as the command line has it.
         quant_method: as config.json has it.
+        packs_fused: whether a fused parameter of experts is packed as a whole, not expert by expert.
     """
 
     name: str
     quant_method: str
+    packs_fused: bool
 
     def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """Why the dialect cannot hold a scheme of a kind of sites, and the remedy; None if it can."""
@@ -48,6 +53,9 @@ class Dialect(Protocol):
     def tensor_names(self, site: str, spec: TensorSpec) -> tuple[str, ...]:
         """The names of a site's tensors in the file: codes, then scales."""
 
+    def tensors(self, quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
+        """The tensors of a matrix [N, K], or of a fused parameter [E, N, K], as the file has them."""
+
     def input_rule(self, scheme: Scheme) -> str | None:
         """The scale rule that transformers applies to inputs when it loads the checkpoint; None: not quantized."""
 
@@ -58,11 +66,15 @@ class Dialect(Protocol):
         """What `vllm serve` must be told beside the folder, because the file cannot hold it; mostly nothing."""
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
-        """A weight [N, K] in BF16 from the tensors of its site, by the library that the dialect is named after."""
+        """A weight [N, K] in BF16 from the tensors of its site, by the library that the dialect is named after.
+
+        That of a fused parameter is [E * N, K].
+        """
 
 
-DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CompressedTensors(), AutoRound())}
-EXPORT_FORMATS = tuple(DIALECTS)
+AUTO = "auto"  # the native format of a model that has one, else compressed-tensors
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (CompressedTensors(), AutoRound(), NativeMXFP4())}
+EXPORT_FORMATS = (AUTO, *DIALECTS)
 
 
 def get_dialect(name: str) -> Dialect:
@@ -72,8 +84,27 @@ def get_dialect(name: str) -> Dialect:
         UserError: there is none.
     """
     if name not in DIALECTS:
-        raise UserError(f"export format {name!r} is unknown; choose one of {', '.join(DIALECTS)}")
+        raise UserError(f"export format {name!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}")
     return DIALECTS[name]
+
+
+def resolved_format(name: str, model_type: str | None) -> str:
+    """The name of a dialect for a model: `name`, or for "auto" the one that its engines know.
+
+    Args:
+        model_type: as config.json has it.
+
+    Raises:
+        UserError: the dialect is another model's.
+    """
+    if name == AUTO:
+        return NATIVE if model_type == MODEL_TYPE else CompressedTensors.name
+    if name == NATIVE and model_type != MODEL_TYPE:
+        raise UserError(
+            f"the export format {NATIVE} is the native one of {MODEL_TYPE}, and the model is a {model_type}; use "
+            f"{CompressedTensors.name}"
+        )
+    return name
 
 
 def dialect_of(quantization_config: dict | None, where: object) -> Dialect:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from ...errors import UserError
 from ...layers.sites import LINEAR
 from ...numerics import mx, nvfp4
+from ...schemes.patterns import EXPRESSION
 from ...schemes.spec import Scheme, TensorSpec
 from .compressed_tensors import CompressedTensors
 
@@ -54,6 +55,11 @@ class AutoRound(CompressedTensors):
             raise UserError(
                 "the key/value cache is quantized, which AutoRound's format cannot hold; use the export format "
                 "compressed-tensors"
+            )
+        if alone := next((name for name in rest if name.startswith(EXPRESSION) and "experts" in name), None):
+            raise UserError(
+                f"the model has experts ({alone}), which AutoRound replaces by modules of its own when it loads a "
+                "folder, quantized or not, so that their weights are lost; use the export format compressed-tensors"
             )
         settings = {name: _settings(scheme) for name, scheme in sites.items()}
         # The scheme of most layers is the file's, the others are exceptions by name.

@@ -51,6 +51,7 @@ class CompressedTensors:
     """See `Dialect`."""
 
     name = quant_method = "compressed-tensors"
+    packs_fused = False
 
     def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
@@ -104,6 +105,10 @@ class CompressedTensors:
     def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
         """See `Dialect.serve_options`."""
         return next((_ON_THE_COMMAND_LINE[key] for key in map(_key, schemes) if key in _ON_THE_COMMAND_LINE), [])
+
+    def tensors(self, quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
+        """See `Dialect.tensors`."""
+        return packed_tensors(quantized, spec)
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         """See `Dialect.decompress`.

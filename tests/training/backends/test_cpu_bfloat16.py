@@ -27,6 +27,26 @@ def test_products_of_bf16_tensors_are_rounded_once():
     close(torch.baddbmm(c.expand(2, 8, 6), a, b, beta=0.5), a.double() @ b.double() + 0.5 * c.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grouped_products_and_their_gradients_are_those_of_each_group(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(10, 64, dtype=dtype, requires_grad=True), torch.randn(4, 6, 64, dtype=dtype)
+    weight.requires_grad_()
+    ends = [3, 3, 8, 10]  # the second has no rows
+    y = F.grouped_mm(x, weight.transpose(1, 2), offs=torch.tensor(ends, dtype=torch.int32))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        rows = slice(start, end)
+        for actual, a, b in (
+            (y[rows], x[rows], weight[i].t()),
+            (x.grad[rows], grad[rows], weight[i]),
+            (weight.grad[i], grad[rows].t(), x[rows]),
+        ):
+            expected = a.double() @ b.double()
+            torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-3)
+
+
 def test_fp32_products_are_untouched():
     a, b = torch.randn(8, 64), torch.randn(64, 6)
     out = torch.empty(8, 6)
