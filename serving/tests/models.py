@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -51,9 +53,22 @@ def mixtral() -> MixtralForCausalLM:
     return _made(MixtralForCausalLM, config)
 
 
+def gpt_oss() -> GptOssForCausalLM:
+    """Four experts with biases, two a token; attention has sinks, and every other layer a window shorter than prompts."""
+    config = GptOssConfig(
+        intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **_COMMON,
+    )  # fmt: skip
+    model = _made(GptOssForCausalLM, config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "sinks")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def _made(cls: type[PreTrainedModel], config) -> PreTrainedModel:
     torch.manual_seed(0)
     return cls(config).bfloat16()
 
 
-MODELS = {"llama": llama, "qwen3_moe": qwen3_moe, "qwen2_moe": qwen2_moe, "mixtral": mixtral}
+MODELS = {model.__name__: model for model in (llama, qwen3_moe, qwen2_moe, mixtral, gpt_oss)}
