@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
@@ -22,6 +23,7 @@ from .kernels import KERNELS, Nvfp4Scheme, activation_option
 logger = init_logger(f"vllm.{__name__}")
 
 PLATFORMS_VARIABLE = "MX_QAT_PLATFORMS"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PLATFORMS = {"cpu": PlatformEnum.CPU, "cuda": PlatformEnum.CUDA}
 
 
@@ -81,6 +83,8 @@ def _register_experts(platforms: tuple[PlatformEnum, ...]) -> None:
             return ExactGptOssExperts(moe, "mxfp4", activation_option("moe"))
         return self.stock_moe_method(moe)
 
+    if current_platform._enum in platforms:  # vLLM's own kernels for gpt-oss compute in BF16 only
+        GptOssMxfp4Config.get_supported_act_dtypes = classmethod(lambda cls: list(DTYPES))
     reader.get_moe_method = staticmethod(get_moe_method)
     GptOssMxfp4Config._make_moe_method = make_moe_method
 

@@ -54,10 +54,10 @@ def mixtral() -> MixtralForCausalLM:
 
 
 def gpt_oss() -> GptOssForCausalLM:
-    """Four experts with biases, two a token; attention has sinks, and every other layer a window shorter than prompts."""
+    """Four experts with biases, two a token; attention has sinks and, in every other layer, a window."""
     config = GptOssConfig(
         intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **_COMMON,
+        **_COMMON,
     )  # fmt: skip
     model = _made(GptOssForCausalLM, config)
     for name, parameter in model.named_parameters():
