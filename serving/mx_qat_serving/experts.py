@@ -1,20 +1,20 @@
 """Mixtures of experts: weights dequantized exactly when they are loaded, inputs quantized as the checkpoint says.
 
 vLLM's own methods for these experts need a GPU, or a CPU with AMX. These compute as the training does: each token's
-input is quantized once, what the gate puts out again before the second product, and products are those of
-`qat.layers.expert_function`. The router is vLLM's.
+input is quantized once, what the gate puts out again before the second product. The router is vLLM's.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.utils import set_weight_attrs
 
-from qat.layers.expert_function import Routing, grouped_product
+from qat.layers.expert_function import Routing
 from qat.numerics import ops
 from qat.numerics.families import get_format
 
@@ -121,8 +121,8 @@ class ExactExperts(FusedMoEMethodBase):
         if self.inputs is not None:
             divisor = getattr(layer, f"{product}_divisor", None)
             x = ops.fake_quantize(x.contiguous(), self.inputs, self.rule, x.dtype, divisor)
-        weight = getattr(layer, f"{product}_weight")
-        y = grouped_product(x, weight, routing, x.dtype, gather=product == "w13")
+        rows = x[routing.tokens] if product == "w13" else x
+        y = multiply_by_expert(rows, getattr(layer, f"{product}_weight"), routing.offsets)
         bias = getattr(layer, f"{product}_bias", None)
         return y if bias is None else y + bias[routing.experts].to(y.dtype)
 
@@ -135,3 +135,22 @@ class ExactGptOssExperts(ExactExperts):
     def stored_name(self, name: str) -> str:
         """See `ExactExperts.stored_name`."""
         return "weight" if name == "weight_packed" else name
+
+
+@torch.library.custom_op("mx_qat::multiply_by_expert", mutates_args=())
+def multiply_by_expert(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Each row times the weight of its expert, as in the training: [S, N].
+
+    An operator, because torch 2.13 computes grouped products in FP32 on CPUs and refuses to trace them.
+
+    Args:
+        rows: [S, K], sorted by expert.
+        weight: [E, N, K].
+        offsets: the end of each expert's rows, int32 [E].
+    """
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+
+
+@multiply_by_expert.register_fake
+def _(rows, weight, offsets):
+    return rows.new_empty((rows.shape[0], weight.shape[1]))
