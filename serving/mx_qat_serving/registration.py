@@ -110,4 +110,10 @@ def exact_method(quant_config, layer, layer_name: str) -> ExactExperts | None:
     weights, inputs = known_format(scheme["weights"]), scheme["input_activations"]
     if weights is None:
         return None
-    return ExactExperts(layer.moe_config, weights, activation_option("moe") or (inputs and format_of(inputs)))
+    option = activation_option("moe")
+    if inputs is None and option is None and activation_option("linear") is not None:
+        logger.warning_once(
+            "mx-qat: activations of linear layers are quantized by an option, those of experts are not; add "
+            "--quantization-config.moe.activation mxfp8 where they were trained so"
+        )
+    return ExactExperts(layer.moe_config, weights, option or (inputs and format_of(inputs)))
