@@ -107,7 +107,7 @@ def exact_method(quant_config, layer, layer_name: str) -> ExactExperts | None:
     scheme, *others = [quant_config.get_scheme_dict(layer, f"{layer_name}.0.{name}") for name in names]
     if scheme is None or any(other != scheme for other in others):
         return None
-    weights, inputs = known_format(scheme["weights"]), scheme["input_activations"]
+    weights, inputs = scheme["weights"] and known_format(scheme["weights"]), scheme["input_activations"]
     if weights is None:
         return None
     option = activation_option("moe")
