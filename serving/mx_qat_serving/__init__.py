@@ -1,8 +1,9 @@
-"""A vLLM general plugin: linear kernels for MXFP4, MXFP8 and NVFP4 weights with the numerics of the training.
+"""A vLLM general plugin: linear kernels and experts with the numerics of the training.
 
-vLLM calls `register` in each of its processes. The kernels join its list through `register_linear_kernel`, so vLLM's
-own readers of compressed-tensors, AutoRound and Quark checkpoints use them. Inputs are quantized as the checkpoint
-says: in MXFP4, MXFP8, FP8 (a scale a token or 128 values), NVFP4, or not at all.
+vLLM calls `register` in each of its processes. Kernels for MXFP4, MXFP8 and NVFP4 weights join its list through
+`register_linear_kernel`, so vLLM's own readers of compressed-tensors, AutoRound and Quark checkpoints use them. Experts
+in all formats are served from compressed-tensors' checkpoints, and gpt-oss from its own. Inputs are quantized as the
+checkpoint says: in MXFP4, MXFP8, FP8 (a scale a token or 128 values), NVFP4, or not at all.
 
     MX_QAT_ACTIVATION_RULE   rules separated by commas: floor, even or rceil for MX activations, absmax or absmax_native
                              for FP8 and NVFP4; or none for weights only. Default: even, absmax
@@ -19,9 +20,9 @@ def register() -> None:
     Raises:
         ValueError: a variable of the environment has no meaning.
     """
-    from .kernels import register_kernels
+    from .registration import register_all
 
-    register_kernels()
+    register_all()
 
 
 __all__ = ["register"]

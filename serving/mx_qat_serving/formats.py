@@ -14,6 +14,17 @@ from qat.numerics.families import get_format
 
 RULE_VARIABLE = "MX_QAT_ACTIVATION_RULE"
 NONE = "none"
+# By type, bits, strategy, group size and whether scales are powers of two.
+_FORMATS = {
+    ("float", 4, "group", 32, True): "mxfp4",
+    ("float", 8, "group", 32, True): "mxfp8",
+    ("float", 4, "tensor_group", 16, False): "nvfp4",
+    ("float", 8, "token", None, False): "fp8_token",
+    ("float", 8, "group", 128, False): "fp8_g128",
+    ("float", 8, "channel", None, False): "fp8_channel",
+    ("int", 4, "group", 32, False): "int4_g32",
+    ("int", 4, "group", 128, False): "int4_g128",
+}
 DEFAULT_RULES = {"mxfp4": "even", "mxfp8": "even", "fp8_token": "absmax", "fp8_g128": "absmax", "nvfp4": "absmax"}
 
 
@@ -40,15 +51,24 @@ def format_of(args) -> str:
     Raises:
         ValueError: none of the library's.
     """
-    strategy = getattr(args.strategy, "value", args.strategy)
-    described = args.num_bits, strategy, args.group_size, args.scale_dtype == torch.uint8
-    formats = {
-        (4, "group", 32, True): "mxfp4", (8, "group", 32, True): "mxfp8", (4, "tensor_group", 16, False): "nvfp4",
-        (8, "token", None, False): "fp8_token", (8, "group", 128, False): "fp8_g128",
-    }  # fmt: skip
-    if described not in formats:
+    fmt = known_format(args)
+    if fmt is None:
         raise ValueError(f"the plugin of mx-qat has no kernel for inputs of {args}")
-    return formats[described]
+    return fmt
+
+
+def known_format(args) -> str | None:
+    """The format that a `QuantizationArgs` of compressed-tensors describes; None: none of the library's.
+
+    Weights with zero points, and those whose columns were reordered by their activations, have none.
+    """
+    kind, strategy, order = (
+        getattr(value, "value", value) for value in (args.type, args.strategy, getattr(args, "actorder", None))
+    )
+    if not args.symmetric or order == "group":
+        return None
+    is_e8m0 = args.scale_dtype == torch.uint8
+    return _FORMATS.get((kind, args.num_bits, strategy, args.group_size, is_e8m0))
 
 
 def chosen_rules() -> list[str]:

@@ -6,18 +6,14 @@ model from then on, at the memory of one. The input is fake-quantized with the o
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
-from vllm.model_executor.kernels import linear as vllm_linear
 from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
 from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
-from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllm_reader
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW4A4Fp4
 from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp8Dynamic
 from vllm.platforms import PlatformEnum, current_platform
@@ -25,12 +21,9 @@ from vllm.platforms import PlatformEnum, current_platform
 from qat.numerics import ops
 from qat.numerics.formats import Quantized
 
-from .formats import chosen_rules, input_format, rule_for
+from .formats import input_format, rule_for
 
 logger = init_logger(f"vllm.{__name__}")
-
-PLATFORMS_VARIABLE = "MX_QAT_PLATFORMS"
-PLATFORMS = {"cpu": PlatformEnum.CPU, "cuda": PlatformEnum.CUDA}
 
 
 class _ExactKernel:
@@ -42,7 +35,7 @@ class _ExactKernel:
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.option = activation_option()
+        self.option = activation_option("linear")
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -127,46 +120,22 @@ class Nvfp4Scheme(CompressedTensorsW4A4Fp4):
         super().process_weights_after_loading(layer)
 
 
-def activation_option() -> str | None:
-    """The format of vLLM's option --quantization-config.linear.activation; None where it is not given.
+def activation_option(kind: str) -> str | None:
+    """The format of vLLM's option --quantization-config.KIND.activation; None where it is not given.
+
+    Args:
+        kind: "linear" or "moe".
 
     Raises:
         ValueError: a format other than MXFP8.
     """
     config = get_current_vllm_config_or_none()
     args = None if config is None else config.model_config.quantization_config
-    key = None if args is None or args.linear is None else args.linear.activation
+    spec = None if args is None else getattr(args, kind)
+    key = None if spec is None else spec.activation
     if key not in (None, kMxfp8Dynamic):
-        raise ValueError(f"--quantization-config.linear.activation: the plugin of mx-qat knows mxfp8, not {key}")
+        raise ValueError(f"--quantization-config.{kind}.activation: the plugin of mx-qat knows mxfp8, not {key}")
     return None if key is None else "mxfp8"
 
 
 KERNELS = ((ExactMxfp4LinearKernel, "mxfp4"), (ExactMxfp8LinearKernel, "mxfp8"), (ExactNvfp4LinearKernel, "nvfp4"))
-
-
-def register_kernels() -> None:
-    """Add the kernels to vLLM's list, on GPUs at its head; doing it twice changes nothing.
-
-    Raises:
-        ValueError: a variable of the environment has no meaning.
-    """
-    rules = chosen_rules()
-    names = os.environ.get(PLATFORMS_VARIABLE, "cpu").lower().split(",")
-    for name in names:
-        if name not in PLATFORMS:
-            raise ValueError(f"{PLATFORMS_VARIABLE} names {name!r}; choose among {', '.join(PLATFORMS)}")
-        for kernel, kind in KERNELS:
-            _register_first(kernel, PLATFORMS[name], kind)
-    Nvfp4Scheme.platforms = tuple(PLATFORMS[name] for name in names)
-    vllm_reader.CompressedTensorsW4A4Fp4 = Nvfp4Scheme  # has no registry in vLLM 0.32
-    logger.info("mx-qat kernels registered: activations under %s", ", ".join(rules).upper() or "their default rules")
-
-
-def _register_first(kernel: type, platform: PlatformEnum, kind: str) -> None:
-    # vLLM tries kernels in order and appends new ones, so to come first a kernel must be moved. vLLM 0.32 has no public
-    # way to do that; this goes when `register_linear_kernel` takes a priority.
-    kernels = getattr(vllm_linear, f"_POSSIBLE_{kind.upper()}_KERNELS")
-    if kernel in kernels.get(platform, ()):
-        return
-    vllm_linear.register_linear_kernel(kernel, platform, kind)
-    kernels[platform].insert(0, kernels[platform].pop())

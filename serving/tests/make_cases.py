@@ -1,8 +1,9 @@
 """Step 1 of scripts/test_serving.sh, in this project's environment: checkpoints and expected outputs.
 
-For each case a small Llama is packed, and its fake-quantized twin computes in FP32 the log-probability of each token of
-the prompts, and the greedy continuation. In FP32, because BF16's noise flips FP4 decisions of two correct engines. vLLM
-refuses FP32 for AutoRound's dialect, so that one is compared with weights quantized only, where noise stays noise.
+For each case a small Llama or mixture of experts is packed, and its fake-quantized twin computes in FP32 the
+log-probability of each token of the prompts, and the greedy continuation. In FP32, because BF16's noise flips FP4
+decisions of two correct engines. vLLM refuses FP32 for AutoRound's dialect, so that one is compared with weights
+quantized only, where noise stays noise.
 
 Each case has a control: the same twin with one property changed. The engine must be far from it, or the comparison
 would notice nothing.
@@ -16,15 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from models import MODELS
+from transformers import AutoModelForCausalLM
 
-from qat import is_quantlinear, prepare_qat
+from qat import prepare_qat
 from qat.checkpoints.dialects import get_dialect
 from qat.checkpoints.pack import export_checkpoint
 from qat.layers.calibration import calibrate_inputs
 from qat.layers.restore import prepare_as_saved, set_input_rule
 from qat.layers.sites import quantized_sites, quantizers_off
 
+MIXED_EXPERTS = {"torch.nn.Linear": "MXFP8", "*.experts": "MXFP4A16"}
+MXFP8_EXPERTS = ("--quantization-config.moe.activation", "mxfp8")
 MIXED = {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}
 UNQUANTIZED_INPUTS, UNQUANTIZED_MODEL = "unquantized inputs", "the unquantized model"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 16
@@ -40,6 +44,9 @@ class Case:
             the checkpoint does not quantize them.
         control: a rule, UNQUANTIZED_INPUTS or UNQUANTIZED_MODEL.
         stock: served without the plugin, by a kernel of vLLM.
+        model: a key of models.MODELS.
+        ignore: what stays unquantized, as in `prepare_qat`.
+        options: of `vllm serve`, beside those that the dialect names.
         dtype, tolerance: in which vLLM computes, and how far log-probabilities may be off, in nats.
     """
 
@@ -48,6 +55,9 @@ class Case:
     control: str
     export_format: str = "compressed-tensors"
     stock: bool = False
+    model: str = "llama"
+    ignore: tuple[str, ...] = ("lm_head",)
+    options: tuple[str, ...] = ()
     dtype: str = "float32"
     tolerance: float = 1e-4
 
@@ -68,6 +78,22 @@ CASES = {
     # vLLM's kernel of INT4 for CPUs does not compute in FP32.
     "int4-g32": Case("INT4_G32", None, UNQUANTIZED_MODEL, stock=True, dtype="bfloat16", tolerance=0.1),
     "int4-g128": Case("INT4_G128", None, UNQUANTIZED_MODEL, stock=True, dtype="bfloat16", tolerance=0.1),
+    # Mixtures of experts
+    "qwen3-moe-mxfp4": Case("MXFP4", "even", "rceil", model="qwen3_moe"),
+    "qwen3-moe-mxfp8-floor": Case("MXFP8", "floor", "rceil", model="qwen3_moe"),
+    # A sum that differs by 1e-6 can round an activation to the next E4M3 value, which the tokens after it see.
+    "qwen3-moe-mxfp4fp8": Case("MXFP4FP8", "absmax", UNQUANTIZED_INPUTS, model="qwen3_moe", tolerance=2e-3),
+    "qwen3-moe-mxfp4mxfp8-floor": Case("MXFP4MXFP8", "floor", "rceil", model="qwen3_moe", options=MXFP8_EXPERTS),
+    "qwen3-moe-nvfp4": Case("NVFP4", "absmax", UNQUANTIZED_INPUTS, model="qwen3_moe"),
+    "qwen3-moe-int4-g32": Case({"*.experts": "INT4_G32"}, None, UNQUANTIZED_MODEL, model="qwen3_moe"),
+    "qwen3-moe-fp8": Case({"*.experts": "FP8"}, "absmax", UNQUANTIZED_INPUTS, model="qwen3_moe"),
+    "qwen3-moe-experts-only": Case({"*.experts": "MXFP4A16"}, None, UNQUANTIZED_MODEL, model="qwen3_moe"),
+    "qwen3-moe-attention-only": Case("MXFP4", "even", "rceil", model="qwen3_moe", ignore=("lm_head", "*.experts")),
+    "qwen3-moe-mixed": Case(MIXED_EXPERTS, "even", UNQUANTIZED_INPUTS, model="qwen3_moe"),
+    "qwen2-moe-mxfp4": Case("MXFP4", "even", "rceil", model="qwen2_moe", ignore=("lm_head", "*.shared_expert_gate")),
+    "mixtral-mxfp4": Case("MXFP4", "even", "rceil", model="mixtral"),
+    "mixtral-nvfp4a16": Case("NVFP4A16", None, UNQUANTIZED_MODEL, model="mixtral"),
+    "gpt-oss-native": Case({"*.experts": "MXFP4A16"}, None, UNQUANTIZED_MODEL, "mxfp4", model="gpt_oss"),
 }
 
 
@@ -83,7 +109,7 @@ def make_case(case: Case, folder: Path, prompts: torch.Tensor) -> dict:
     """Pack a model into `folder`, and what vLLM is to give for the prompts."""
     source, packed = folder / "source", folder / "packed"
     mapping = {"torch.nn.Linear": case.mapping} if isinstance(case.mapping, str) else case.mapping
-    prepared = prepare_qat(make_model(), mapping)
+    prepared = prepare_qat(MODELS[case.model](), mapping, ignore=case.ignore)
     calibrate_inputs(prepared, [{"input_ids": prompts}])
     prepared.save_pretrained(source)
     prepared.qat_config.save(source)
@@ -93,8 +119,8 @@ def make_case(case: Case, folder: Path, prompts: torch.Tensor) -> dict:
     set_engine_rule(twin.eval(), case.rule)
     options = get_dialect(case.export_format).serve_options(site.scheme for site in quantized_sites(prepared))
     expected = {
-        "options": options, "packed": str(packed), "rule": case.rule or "", "stock": case.stock, "dtype": case.dtype,
-        "tolerance": case.tolerance, "control": case.control, **expect(twin, prompts),
+        "options": [*options, *case.options], "packed": str(packed), "rule": case.rule or "", "stock": case.stock,
+        "dtype": case.dtype, "tolerance": case.tolerance, "control": case.control, **expect(twin, prompts),
     }  # fmt: skip
     return expected | {"control_log_probabilities": under_control(twin, case.control, prompts).tolist()}
 
@@ -112,24 +138,13 @@ def set_engine_rule(model, rule: str | None) -> None:
     """Quantize inputs under `rule`, or not at all ("none"); None: as they are."""
     if rule is None:
         return
-    for layer in filter(is_quantlinear, model.modules()):
+    for site in quantized_sites(model):
         if rule == "none":
-            layer.input_quantizer.disable()
+            site.module.input_quantizer.disable()
         else:
-            layer.input_quantizer.enable()
+            site.module.input_quantizer.enable()
     if rule != "none":
         set_input_rule(model, rule)
-
-
-def make_model() -> LlamaForCausalLM:
-    """Two layers with weights large enough for distinct answers, all shapes that vLLM's CPU kernels accept."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, max_position_embeddings=256, initializer_range=0.1,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).bfloat16()
 
 
 def expect(model, prompts: torch.Tensor) -> dict:

@@ -136,6 +136,7 @@ def test_what_vllm_would_load_is_checked_before(tmp_path, monkeypatch):
         (LINES["INT4_G32"] + LINES["MXFP4"], "CPUWNA16LinearKernel, ExactMxfp4LinearKernel"),
         (LINES["FP8"], "ChannelWiseTorchFP8ScaledMMLinearKernel"),
         (["Using MarlinExperts for MXFP4 MoE"], "MarlinExperts"),
+        (["Using ExactExperts for MXFP4 MoE"], "ExactExperts"),
         (LINES["none"], "not found in vLLM's log"),
     ],
 )

@@ -14,7 +14,7 @@ from qat.schemes.presets import PRESETS
 
 sys.path.insert(0, str(ROOT / "serving"))
 
-from mx_qat_serving.formats import RULE_VARIABLE, chosen_rules, format_of, input_format, rule_for  # noqa: E402
+from mx_qat_serving.formats import RULE_VARIABLE, chosen_rules, format_of, input_format, known_format, rule_for  # noqa: E402
 
 
 def layer_of(inputs: QuantizationArgs | None):
@@ -28,6 +28,31 @@ def test_the_inputs_of_every_scheme_are_found_in_what_the_dialect_writes(scheme)
     fmt = scheme.input and scheme.input.format
     args = None if fmt is None else QuantizationArgs(**quantization_args(fmt, dynamic=True))
     assert input_format(layer_of(args), "the weight's") == (None if fmt is None else fmt.name)
+
+
+@pytest.mark.parametrize("scheme", PRESETS.values(), ids=PRESETS)
+def test_the_weights_of_every_scheme_are_found_in_what_the_dialect_writes(scheme):
+    fmt = scheme.weight.format
+    assert known_format(QuantizationArgs(**quantization_args(fmt, dynamic=False))) == fmt.name
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64},
+        {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True},
+    ],
+    ids=["zero points", "group size", "INT8"],
+)
+def test_what_looks_like_a_format_and_is_none_is_not_taken_for_it(other):
+    assert known_format(QuantizationArgs(**other)) is None
+
+
+def test_columns_in_the_order_of_their_activations_are_no_format_of_the_library():
+    plain = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=32)
+    assert known_format(plain) == "int4_g32"
+    assert known_format(plain.model_copy(update={"actorder": "group"})) is None  # as older versions read it
 
 
 def test_other_checkpoints_quantize_inputs_as_weights_and_unknown_inputs_are_refused():
