@@ -42,7 +42,7 @@ def check_exportable(model: PreTrainedModel, export_format: str, source: Checkpo
     try:
         check_schemes(dialect, sites)
         rest = left_alone(model, sites, names, None if source is None else source.stored)
-        config = dialect.config(target_schemes(sites, names), rest, kv_cache_spec(model))
+        config = dialect.config(target_schemes(model, sites, names), rest, kv_cache_spec(model))
     except UserError as error:
         raise UserError(f"--export_format {export_format}: {error}") from error
     if (reason := why_not_loadable(model, names, config)) is not None:

@@ -46,8 +46,8 @@ def why_not_loadable(model: PreTrainedModel, names: StoredNames, config: Mapping
 def runs_as_linear(module: nn.Module, quant_method: str) -> bool:
     """Whether transformers replaces an experts module by linear layers of each expert when the folder is packed."""
     classes = [base.__name__ for base in type(module).__mro__]
-    patched = [MODULES_TO_PATCH_FOR_QUANTIZATION[name] for name in classes if name in MODULES_TO_PATCH_FOR_QUANTIZATION]
-    return any(quant_method in entry["quantization_methods"] for entry in patched)
+    patched: Mapping[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+    return any(quant_method in patched[name]["quantization_methods"] for name in classes if name in patched)
 
 
 def _reasons(model: PreTrainedModel, names: StoredNames, config: Mapping[str, Any]) -> Iterator[str]:

@@ -109,7 +109,7 @@ def export_checkpoint(
     check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), export_format)
     quantization_config = dialect.config(
-        target_schemes(sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
+        target_schemes(model, sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
     )
     check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
