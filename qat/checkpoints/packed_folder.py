@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
+from ..layers.conv1d import is_conv1d
 from ..layers.restore import prepare_as_saved
 from ..layers.sites import LINEAR, find_sites, quantized_sites
 from ..schemes.config import QAT_CONFIG_NAME, QATConfig
@@ -165,13 +166,26 @@ def model_of(
 
     def load() -> Any:
         with torch.device("meta"):
-            model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        _check_not_transposed(empty, tensors, checkpoint.path)
+        model_class = type(empty)
         return model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
             ignore_mismatched_sizes=True, **kwargs,
         )  # fmt: skip
 
     return load_checked(load, checkpoint.path, strict=True)
+
+
+def _check_not_transposed(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raise a UserError for packed layers that are a Conv1D in the model: packed, they are the nn.Linear of engines."""
+    for name, module in model.named_modules():
+        stored = tensors.get(f"{name}.weight")
+        if stored is not None and is_conv1d(module) and stored.shape != module.get_parameter("weight").shape:
+            raise UserError(
+                f"{folder} packs {name}, a Conv1D of {type(model).__name__}, for engines, and is not read back; start "
+                "from the BF16 checkpoint that it was made of"
+            )
 
 
 def _check_own_config(own: QATConfig, model: nn.Module, layers: dict[str, PackedLayer], folder: Path) -> None:
