@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,23 @@ class CheckpointFolder:
 
     def read(self, *names: str) -> list[torch.Tensor]:
         """Single tensors by name."""
-        result = []
-        for name in names:
-            file = next(file for file, held in self.shards.items() if name in held)
-            with safe_open(self.path / file, framework="pt") as shard:
-                result.append(shard.get_tensor(name))
-        return result
+        with self.reading() as read:
+            return [read(name) for name in names]
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """What reads single tensors by name; each file is opened once, which counts where there are thousands."""
+        files = {name: file for file, names in self.shards.items() for name in names}
+        shards: dict[str, Any] = {}
+        with ExitStack() as stack:
+
+            def read(name: str) -> torch.Tensor:
+                file = files[name]
+                if file not in shards:
+                    shards[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
+                return shards[file].get_tensor(name)
+
+            yield read
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
