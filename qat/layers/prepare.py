@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,18 @@ from .fused import tie_fused
 from .kv_cache import cache_layers, cache_quantizers, quantize_cache
 from .learned import SETTINGS, check_learnable
 from .left_alone import GENERAL_KEYS, NO_KEY, UNFIT, Defaults, check_named_sites_fit, is_named
-from .share import ENOUGH, describe_left, describe_sites, has_matrix, not_a_site, percent, quantized_share
+from .share import (
+    ENOUGH,
+    describe_left,
+    describe_sites,
+    has_matrix,
+    linear_weights,
+    not_a_site,
+    percent,
+    quantized_share,
+)
 from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
 
-logger = logging.getLogger(__name__)
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
 _HEADS = {*DEFAULT_IGNORE, "embed_out"}
 DEFAULT_MAPPING: Mapping[type, str] = {nn.Linear: "MXFP8"}
@@ -265,16 +272,18 @@ def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str])
     """Print what was done, the share first; warn of a small one. In the first process of several only."""
     if os.environ.get("RANK", "0") != "0":
         return
-    share, reasons = quantized_share(model), describe_left(model, left)
+    share = quantized_share(model)
     lines = [f"{percent(share)} of the linear weights are quantized: {describe_sites(quantized_sites(model))}"]
+    if share < ENOUGH:
+        counted = {name.rpartition(".")[0] for name in linear_weights(model)}
+        reasons = describe_left(model, {name: reason for name, reason in left.items() if name in counted})
+        most = f"; most of the rest: {reasons[0]}" if reasons else ""
+        lines.append(f"  WARNING: that is less than {100 * ENOUGH:.0f} %{most}")
     for name, rules in config.scale_rules.items():
         lines.append(f"  scale rules of {name}: weights {rules['weight']}, inputs {rules['input'] or 'not quantized'}")
     if config.kv_cache_scheme is not None:
         cached_layers = len(cache_quantizers(model)) // 2
         lines.append(f"  key/value cache of {cached_layers} attention layers in {config.kv_cache_scheme}")
-    lines += [f"  left unquantized: {line}" for line in reasons]
+    lines += [f"  left unquantized: {line}" for line in describe_left(model, left)]
     lines += [f"  {name}: {value}" for name, value in config.training.items()]
     print("\n".join(lines), flush=True)
-    if share < ENOUGH:
-        most = f"; the largest part left: {reasons[0]}" if reasons else ""
-        logger.warning("only %s of the linear weights are quantized%s", percent(share), most)
