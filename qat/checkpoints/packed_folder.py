@@ -168,24 +168,14 @@ def model_of(
     skeleton = skeleton_of(checkpoint, trust_remote_code)
 
     def load() -> Any:
-<<<<<<< HEAD
         return type(skeleton).from_pretrained(
             None, config=skeleton.config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
-=======
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        _check_not_transposed(empty, tensors, checkpoint.path)
-        model_class = type(empty)
-        return model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=VIEW_DTYPE, output_loading_info=True,
->>>>>>> p-defaults
             ignore_mismatched_sizes=True, **kwargs,
         )  # fmt: skip
 
     return load_checked(load, checkpoint.path, strict=True)
 
 
-<<<<<<< HEAD
 def skeleton_of(checkpoint: CheckpointFolder, trust_remote_code: bool) -> PreTrainedModel:
     """The model that a packed checkpoint's config.json describes, unquantized, on the meta device."""
     config = read_config(checkpoint.path, checkpoint.path, trust_remote_code, local_files_only=True)
@@ -197,20 +187,6 @@ def skeleton_of(checkpoint: CheckpointFolder, trust_remote_code: bool) -> PreTra
 
 
 def _check_own_config(packed: PackedFolder, own: QATConfig, model: nn.Module) -> None:
-=======
-def _check_not_transposed(model: nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raise a UserError for packed layers that are a Conv1D in the model: packed, they are the nn.Linear of engines."""
-    for name, module in model.named_modules():
-        stored = tensors.get(f"{name}.weight")
-        if stored is not None and is_conv1d(module) and stored.shape != module.get_parameter("weight").shape:
-            raise UserError(
-                f"{folder} packs {name}, a Conv1D of {type(model).__name__}, for engines, and is not read back; start "
-                "from the BF16 checkpoint that it was made of"
-            )
-
-
-def _check_own_config(own: QATConfig, model: nn.Module, layers: dict[str, PackedLayer], folder: Path) -> None:
->>>>>>> p-defaults
     """Raise a UserError where qat_config.json and the packed tensors disagree; `model` is changed."""
     folder = packed.checkpoint.path
     try:
