@@ -25,7 +25,7 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from ..layers.sites import CONV1D, EXPERTS, LINEAR, Site, quantized_sites
 from ..numerics.formats import E8M0
-from .stored_names import StoredNames
+from .stored_names import StoredNames, expert_layers
 
 _LOADER = "transformers' CompressedTensorsDequantize"
 _INIT = "_init_weights"
@@ -59,7 +59,7 @@ def _reasons(model: PreTrainedModel, names: StoredNames, config: Mapping[str, An
     if "config_groups" not in config:  # another program's
         return
     experts = [s for s in sites if s.kind == EXPERTS.name and not runs_as_linear(s.owner, method)]
-    yield from _places(experts, names)
+    yield from _places(model, experts, names)
     yield from _formats(experts)
     yield from _drops(sites, names, config)
     for name, module in model.named_modules():
@@ -104,10 +104,14 @@ def _ties(sites: list[Site]) -> Iterator[str]:
             yield f"{site.label} shares its weight with {other}, and transformers does not tie packed weights"
 
 
-def _places(experts: list[Site], names: StoredNames) -> Iterator[str]:
+def _places(model: PreTrainedModel, experts: list[Site], names: StoredNames) -> Iterator[str]:
     """Experts are packed one by one; the model must have a converter that merges them again."""
     for site in experts:
-        if not all(place.is_converted for place in names.of(site.tensor)):
+        places = names.of(site.tensor)
+        if any(place.is_whole for place in places):  # they are split, and come back under the names of one expert each
+            single = expert_layers(names.published(site.name), site.parameter, 1)
+            places = list(StoredNames(model, [f"{name}{_WEIGHT}" for name, *_ in single]).places.values())
+        if not all(place.is_converted for place in places):
             yield f"it reads the experts in {site.name} from fused tensors only, and they are packed one by one"
             return
 

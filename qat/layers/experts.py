@@ -47,6 +47,8 @@ class ExpertsLayout:
 
 def layout_of(module: nn.Module) -> ExpertsLayout | None:
     """The layout of an experts module; None for every other module."""
+    if isinstance(module, Experts):
+        return module.layout  # under FSDP1 its parameters are flat
     if any(base.__name__ == _UNROUTED for base in type(module).__mro__):
         layout = ExpertsLayout(("gate_up_proj", "down_proj"), True, False, True, False, False)
     elif all(hasattr(module, name) for name in _INTERFACE):

@@ -133,6 +133,11 @@ class CompressedTensors:
         return compressor.decompress(named, scheme)["weight"].to(VIEW_DTYPE)
 
 
+def layout_name(fmt: Format) -> str:
+    """What the library calls the layout of weights in a format."""
+    return _LAYOUTS[fmt.name]
+
+
 def quantization_args(fmt: Format, dynamic: bool) -> dict:
     """The fields of compressed-tensors' `QuantizationArgs` for a format."""
     args: dict = {"num_bits": fmt.element.bits, "type": "int" if fmt.element == INT4 else "float"}

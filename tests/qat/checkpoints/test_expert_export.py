@@ -111,6 +111,17 @@ def test_a_fused_tensor_is_split_into_gate_and_up_of_each_expert(tmp_path):
         assert torch.equal(found, ops.fake_quantize(rows, "mxfp4", spec.rule, torch.bfloat16))
 
 
+def test_fused_files_of_a_family_that_has_single_ones_as_well_are_loaded_again(tmp_path):
+    source = save_family("qwen3_moe", tmp_path / "source")
+    tensors, model = load_file(source / "model.safetensors"), make_family("qwen3_moe")
+    plain = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    fused = {name: tensor for name, tensor in model.state_dict().items() if ".experts." in name}
+    save_file(plain | fused, source / "model.safetensors", metadata={"format": "pt"})
+    packed = export_checkpoint(source, tmp_path / "packed", scheme="MXFP4")
+    assert "model.layers.0.mlp.experts.2.up_proj.weight_packed" in load_file(packed / "model.safetensors")
+    assert verify(packed, source, tokens=24)["logits"]["bit_equal"]
+
+
 def test_interleaved_transposed_experts_are_taken_apart(tmp_path):
     source, packed, _ = export(tmp_path, "gpt_oss", "MXFP4A16")
     fused = load_file(source / "model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]
