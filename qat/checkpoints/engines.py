@@ -31,7 +31,7 @@ from .engine_facts import (
     Engine,
     Fact,
     Kind,
-)  # fmt: skip
+)
 from .folder import CheckpointFolder
 
 NOT_KNOWN = Fact("not known", "")

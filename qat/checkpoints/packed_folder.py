@@ -72,8 +72,10 @@ class PackedFolder:
             read: of `CheckpointFolder.reading`, for many layers.
         """
         layer = self.layers[name]
-        read = read or self.checkpoint.read
-        tensors = dict(zip(layer.tensors, read(*layer.tensors.values()), strict=True))
+        if read is None:
+            with self.checkpoint.reading() as read:
+                return self.tensors_of(name, read)
+        tensors = {part: read(stored) for part, stored in layer.tensors.items()}
         for part, tensor in tensors.items():
             check_tensor(part, tensor, layer, self.checkpoint.path)
         return tensors

@@ -31,7 +31,7 @@ def weight_divisors(checkpoint: CheckpointFolder, matrices: Mapping[str, list[Ma
         for together in by_divisor(matrices):
             fmt = together[0].spec.format
             if fmt.tensor_scale is not None:
-                values = [matrix.values(read(matrix.stored)[0]) for matrix in together]
+                values = [matrix.values(read(matrix.stored)) for matrix in together]
                 divisor = ops.tensor_divisor(values, fmt.name, VIEW_DTYPE)
                 divisors |= {matrix.name: divisor.clone() for matrix in together}  # safetensors refuses shared memory
     return divisors

@@ -77,11 +77,11 @@ def compare_weights(
             for name, source in checkpoint.tensors(file):
                 for matrix in matrices.get(name, ()):
                     if held.issuperset(names_of(matrix)):
-                        tensors = read(*names_of(matrix))
+                        tensors = [read(own) for own in names_of(matrix)]
                         _compare_matrix(count, matrix, matrix.values(source), tensors, dialect, divisors)
                 if name in held and name not in matrices and name not in calibrated:
                     count.other_tensors += 1
-                    _compare(count, name, read(name)[0], source.to(exported_dtype(source, checkpoint.config)))
+                    _compare(count, name, read(name), source.to(exported_dtype(source, checkpoint.config)))
                 progress.update(source.nbytes)
     return count
 
