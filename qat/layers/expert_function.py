@@ -10,6 +10,7 @@ Rounded weights exist for one product at a time, and for as many experts at a ti
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from ..schemes.spec import TensorSpec
 from .rounding import Rounding
 
 CHUNK_BYTES = 4 << 30  # of rounded weights: more experts than these hold are computed one part after the other
+_ALIGNED_BYTES = 16  # which the rows of operands of torch.nn.functional.grouped_mm must start at
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class _GroupedProduct(torch.autograd.Function):
         needs_weight = ctx.needs_input_grad[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
         plain = values if needs_values and settings.input_spec is None else None
-        ctx.shape = weight.shape
+        ctx.shape, ctx.tokens = weight.shape, x.shape[0]
         ctx.save_for_backward(
             weight if needs_weight else None, plain, tokens, inverse, offsets, *kept_for_backward, *learned
         )
@@ -150,8 +152,8 @@ class _GroupedProduct(torch.autograd.Function):
             each = [_grouped_mm(grad[p.rows], _rounded(weight, learned, settings, p), p.offsets) for p in parts]
             grad_x = each[0] if len(each) == 1 else torch.cat(each)
             if inverse is not None:  # the sum over a token's experts, in an order that does not change
-                grad_x = grad_x[inverse].view(-1, inverse.numel() // _tokens_of(kept, plain), grad_x.shape[-1])
-                grad_x = grad_x.sum(1, dtype=torch.float32)
+                each_token = ctx.tokens, inverse.numel() // max(ctx.tokens, 1), grad_x.shape[-1]
+                grad_x = grad_x[inverse].view(each_token).sum(1, dtype=torch.float32)
             grad_x = grad_x.to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
@@ -219,11 +221,18 @@ def _learned_gradients(
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[S, K] times [E, K, N] -> [S, N], rows by expert; or [M, S] times [S, N] -> [E, M, N], columns by expert."""
+    strides = [stride * a.itemsize for operand in (a, b) for stride in operand.stride() if stride != 1]
+    if any(stride % _ALIGNED_BYTES for stride in strides):
+        return _one_by_one(a, b, offsets)
     return F.grouped_mm(a, b, offs=offsets)
 
 
-def _tokens_of(kept: list[torch.Tensor], plain: torch.Tensor | None) -> int:
-    return (kept[0] if plain is None else plain).shape[0]
+def _one_by_one(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The same, a product for each expert."""
+    own = [slice(first, last) for first, last in itertools.pairwise([0, *offsets.tolist()])]
+    if b.ndim == 3:
+        return torch.cat([a[rows] @ matrix for rows, matrix in zip(own, b, strict=True)])
+    return torch.stack([a[:, columns] @ b[columns] for columns in own])
 
 
 def _kept_values(kept: list[torch.Tensor], settings: _Settings) -> torch.Tensor:

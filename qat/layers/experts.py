@@ -106,7 +106,7 @@ class Experts(nn.Module):
         if getattr(own, "has_post_expert_norm", False):
             y = own.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        y = y[routing.inverse].view(*top_k_index.shape, -1).sum(1)  # an order of sums that does not change
+        y = y[routing.inverse].view(*top_k_index.shape, y.shape[-1]).sum(1)  # an order of sums that does not change
         return y.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _product(self, parameter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:

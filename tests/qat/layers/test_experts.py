@@ -1,6 +1,7 @@
 """Experts in fused parameters against a loop over linear layers, one for each expert and matrix."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -212,6 +213,52 @@ def test_an_expert_that_no_token_reaches_gets_a_zero_gradient():
     for parameter in model.experts.parameters():
         assert torch.equal(parameter.grad[3], torch.zeros_like(parameter[3]))
         assert parameter.grad[:3].abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16", None])
+def test_frozen_experts_pass_the_same_gradient_to_their_inputs(scheme):
+    trained, frozen = (compute_in_autocast_dtype(Model(Plain)) for _ in range(2))
+    if scheme is not None:
+        trained, frozen = (prepare_qat(model, {nn.Linear: scheme}, ()) for model in (trained, frozen))
+    frozen.requires_grad_(False)
+    grads = []
+    for model in (trained, frozen):
+        x, index, weights = inputs()
+        backward(model, x, index, weights)
+        grads.append((x.grad, weights.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+
+
+def test_a_batch_without_tokens_gives_no_rows_and_zero_gradients():
+    model = prepare_qat(Model(Plain), {nn.Linear: "MXFP4"}, ())
+    x, index, weights = inputs(tokens=1)
+    x, weights = x.detach()[:0].requires_grad_(), weights.detach()[:0].requires_grad_()
+    assert backward(model, x, index[:0], weights).shape == x.grad.shape == (0, HIDDEN)
+    assert all(not parameter.grad.any() for parameter in model.experts.parameters())
+
+
+def test_sizes_that_grouped_products_do_not_take_are_computed_expert_by_expert(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "INNER", 36)  # 72 bytes in BF16
+    model = Model(Plain)
+    loop = Loop(model.experts)
+    compute_in_autocast_dtype(model)
+    fused, apart = inputs(), inputs()
+    y, expected = (backward(m, *given, autocast=True) for m, given in ((model, fused), (loop, apart)))
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(fused[0].grad, apart[0].grad, rtol=0.05, atol=0.05 * float(apart[0].grad.abs().max()))
+    for name, parameter in model.experts.named_parameters():
+        expected = gradients_of(loop, name)
+        torch.testing.assert_close(parameter.grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model = prepare_qat(Model(Plain), {nn.Linear: "MXFP4"}, ())
+    twin = copy.deepcopy(model)
+    expected = model(*inputs())
+    twin.experts.down_proj.data.zero_()
+    assert torch.equal(model(*inputs()), expected) and expected.any()
+    assert not twin(*inputs()).any()
 
 
 def test_rounding_a_few_experts_at_a_time_changes_nothing(monkeypatch):
