@@ -103,7 +103,12 @@ def check_report(report: Mapping[str, Iterable], model: PreTrainedModel, where: 
             f"{where} does not fit the model of its {CONFIG_NAME}: {key} has the shape {tuple(found)} and not "
             f"{tuple(expected)}; {_REMEDY}"
         )
-    if foreign := [key for key in unexpected if strict or any(_is_inside(k, model) for k in _spellings(key, model))]:
+    modules = dict(model.named_modules())
+
+    def is_foreign(key: str) -> bool:
+        return strict or any(_is_inside(spelling, model, modules) for spelling in _spellings(key, model))
+
+    if foreign := [key for key in unexpected if is_foreign(key)]:
         raise UserError(
             f"{where} has {len(foreign)} tensors that {name} has no place for, e.g. {foreign[0]}: its {CONFIG_NAME} "
             f"describes another model, or another program left them; {_REMEDY}"
@@ -167,13 +172,12 @@ def _spellings(name: str, model: PreTrainedModel) -> set[str]:
     return {name, prefix + name, name.removeprefix(prefix)}
 
 
-def _is_inside(key: str, model: PreTrainedModel) -> bool:
+def _is_inside(key: str, model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a tensor that `model` lacks would lie in one of its layers: then another model was stored.
 
     Not so for other towers and heads, and for the layers that predict several tokens ahead, which follow the last one.
     """
     parts = key.split(".")
-    modules = dict(model.named_modules())
     end = next(i for i in range(len(parts), -1, -1) if ".".join(parts[:i]) in modules)
     parent = modules[".".join(parts[:end])]
     if isinstance(parent, nn.ModuleList) and end < len(parts) and parts[end].isdigit():

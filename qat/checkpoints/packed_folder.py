@@ -103,7 +103,9 @@ def check_packed(
     if own is None:
         check_settings(settings, checkpoint.path)
     layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])
-    said = {} if own else {n: declared(settings, n, layer.format, checkpoint.path) for n, layer in layers.items()}
+    said = {}
+    if own is None:
+        said = declared(settings, {name: layer.format for name, layer in layers.items()}, checkpoint.path)
     caches_fp8 = has_key_value_scheme(settings, checkpoint.path)
     key_value_scales = _key_value_scales(checkpoint)
     packed_names = {*key_value_scales.values(), *(name for layer in layers.values() for name in layer.tensors.values())}

@@ -6,8 +6,9 @@ alone: MXFP4's tensors are the same with inputs in MXFP4, in FP8, or in none. Ea
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ _MIXED = "MIXED_PRECISION"
 # AutoRound's arrangements of tensors; a folder without a name for it has compressed-tensors' FP8.
 _ARRANGEMENTS = (None, "auto_round:llm_compressor", "auto_round:auto_gptq", "auto_gptq", "auto_round:fp8_static",
                  "auto_round:fp8")  # fmt: skip
+# What the settings say of a layer with a weight in a format: the format of its inputs, and how its preset's name ends.
+_Read = Callable[[str, Format], tuple[str | None, str]]
 
 
 def read_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,18 +100,21 @@ class Declared:
     per_tensor_inputs: bool
 
 
-def declared(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> Declared:
-    """The scheme of a layer: the preset that has its weight's format and the inputs that the settings name.
+def declared(settings: Mapping[str, Any], layers: Mapping[str, Format], where: object) -> dict[str, Declared]:
+    """The schemes of layers: the preset that has the format of a layer's weight and the inputs that the settings name.
 
     Args:
-        layer: its name.
-        fmt: of its weight, as its tensors tell.
+        layers: the formats of their weights, as their tensors tell, by name.
 
     Raises:
-        UserError: the settings contradict the tensors, name inputs that no scheme has, or say nothing of the layer.
+        UserError: the settings contradict the tensors, name inputs that no scheme has, or say nothing of a layer.
     """
-    read = {"modelopt": _of_model_optimizer, "auto-round": _of_auto_round, NATIVE: _of_native}
-    inputs, suffix = read.get(settings["quant_method"], _of_compressed_tensors)(settings, layer, fmt, where)
+    readers = {"modelopt": _of_model_optimizer, "auto-round": _of_auto_round, NATIVE: _of_native}
+    read = readers.get(settings["quant_method"], _of_compressed_tensors)(settings, where)
+    return {layer: _scheme(layer, fmt, *read(layer, fmt), where) for layer, fmt in layers.items()}
+
+
+def _scheme(layer: str, fmt: Format, inputs: str | None, suffix: str, where: object) -> Declared:
     is_replaced = inputs == _PER_TENSOR and fmt.name == "fp8_channel"
     wanted = "fp8_token" if is_replaced else inputs
     for name, scheme in PRESETS.items():
@@ -159,33 +165,44 @@ def _groups(settings: Mapping[str, Any], where: object) -> list[dict[str, Any]]:
     return [_object(groups, name, where) for name in groups]
 
 
-def _of_compressed_tensors(
-    settings: Mapping[str, Any], layer: str, fmt: Format, where: object
-) -> tuple[str | None, str]:
-    group = _group_of(layer, _groups(settings, where))
-    if group is None:
-        raise UserError(f"{where}: {layer} is packed, and no target of its config_groups matches it; pack it again")
-    weights, inputs = (_object(group, key, where) for key in ("weights", "input_activations"))
-    _check_weights(weights, fmt, f"{where}: {layer}")
-    if group.get("input_activations") is None:
-        return None, ""
+def _of_compressed_tensors(settings: Mapping[str, Any], where: object) -> _Read:
+    group_of = _by_target(_groups(settings, where))
     known = {_kind(quantization_args(f, dynamic=True)): f.name for f in formats().values() if f.input_rules}
     known[8, "float", "tensor", None] = _PER_TENSOR
-    kind = _kind(inputs)
-    found = next((name for other, name in known.items() if other == kind), None)  # JSON may not be hashable
-    if found is None or not inputs.get("symmetric", True):
-        raise UserError(f"{where}: {layer} has inputs in {shown(inputs)}, which no scheme has; {REMEDY}")
-    return found, ""
+
+    def read(layer: str, fmt: Format) -> tuple[str | None, str]:
+        group = group_of(layer)
+        if group is None:
+            raise UserError(f"{where}: {layer} is packed, and no target of its config_groups matches it; pack it again")
+        weights, inputs = (_object(group, key, where) for key in ("weights", "input_activations"))
+        _check_weights(weights, fmt, f"{where}: {layer}")
+        if group.get("input_activations") is None:
+            return None, ""
+        kind = _kind(inputs)
+        found = next((name for other, name in known.items() if other == kind), None)  # JSON may not be hashable
+        if found is None or not inputs.get("symmetric", True):
+            raise UserError(f"{where}: {layer} has inputs in {shown(inputs)}, which no scheme has; {REMEDY}")
+        return found, ""
+
+    return read
 
 
-def _group_of(layer: str, groups: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The group that names a layer, else the one that names its class."""
-    targets = [[str(target) for target in found] if isinstance(found := group.get("targets"), list) else []
-               for group in groups]  # fmt: skip
-    for group, names in zip(groups, targets, strict=True):
-        if any(name == layer or (name.startswith(EXPRESSION) and matches(layer, name)) for name in names):
-            return group
-    return next((group for group, names in zip(groups, targets, strict=True) if _LINEAR in names), None)
+def _by_target(groups: list[dict[str, Any]]) -> Callable[[str], dict[str, Any] | None]:
+    """What finds the group that names a layer, else the one that names its class. Targets may be tens of thousands."""
+    named: dict[str, int] = {}  # the first group with a target
+    for number, group in enumerate(groups):
+        for target in found if isinstance(found := group.get("targets"), list) else ():
+            named.setdefault(str(target), number)
+    expressions = [(number, target) for target, number in named.items() if target.startswith(EXPRESSION)]
+
+    def find(layer: str) -> dict[str, Any] | None:
+        numbers = [number for number, target in expressions if matches(layer, target)]
+        if layer in named:
+            numbers.append(named[layer])
+        number = min(numbers, default=named.get(_LINEAR))
+        return None if number is None else groups[number]
+
+    return find
 
 
 def _kind(arguments: Mapping[str, Any]) -> tuple:
@@ -221,8 +238,12 @@ def _check_weights(weights: Mapping[str, Any], fmt: Format, where: str) -> None:
 # ---- AutoRound ----
 
 
-def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
-    own = {**settings, **_exception(_object(settings, "extra_config", where), layer)}
+def _of_auto_round(settings: Mapping[str, Any], where: object) -> _Read:
+    exception_of = _exceptions(_object(settings, "extra_config", where))
+    return lambda layer, fmt: _read_auto_round({**settings, **exception_of(layer)}, layer, fmt, where)
+
+
+def _read_auto_round(own: dict[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
     for key, expected in (("sym", True), ("bits", fmt.element.bits)):
         if own.get(key, expected) != expected:
             raise UserError(
@@ -253,30 +274,39 @@ def _of_auto_round(settings: Mapping[str, Any], layer: str, fmt: Format, where: 
     return found, suffix
 
 
-def _exception(exceptions: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    """What AutoRound's extra_config says of a layer, by its name or by an expression that is found in it."""
-    if isinstance(exceptions.get(layer), dict):
-        return exceptions[layer]
-    for pattern, found in exceptions.items():
-        try:
-            if isinstance(found, dict) and re.search(pattern, layer):
-                return found
-        except re.error:  # the name of another layer
-            continue
-    return {}
+def _exceptions(found: Mapping[str, Any]) -> Callable[[str], dict[str, Any]]:
+    """What finds a layer in AutoRound's extra_config: by its name, or by an expression that is found in it."""
+    exceptions = {name: own for name, own in found.items() if isinstance(own, dict)}
+    expressions = []
+    for pattern, own in exceptions.items():
+        with contextlib.suppress(re.error):  # the name of another layer
+            expressions.append((re.compile(pattern), own))
+
+    def find(layer: str) -> dict[str, Any]:
+        if layer in exceptions:
+            return exceptions[layer]
+        return next((own for expression, own in expressions if expression.search(layer)), {})
+
+    return find
 
 
 # ---- gpt-oss's native format ----
 
 
-def _of_native(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
-    return None, ""  # activations are the engine's to choose
+def _of_native(settings: Mapping[str, Any], where: object) -> _Read:
+    return lambda layer, fmt: (None, "")  # activations are the engine's to choose
 
 
 # ---- Model-Optimizer ----
 
 
-def _of_model_optimizer(settings: Mapping[str, Any], layer: str, fmt: Format, where: object) -> tuple[str | None, str]:
+def _of_model_optimizer(settings: Mapping[str, Any], where: object) -> _Read:
+    return lambda layer, fmt: _read_model_optimizer(settings, layer, fmt, where)
+
+
+def _read_model_optimizer(
+    settings: Mapping[str, Any], layer: str, fmt: Format, where: object
+) -> tuple[str | None, str]:
     algorithm = str(settings.get("quant_algo"))
     if algorithm == _MIXED:
         algorithm = str(_object(_object(settings, "quantized_layers", where), layer, where).get("quant_algo"))

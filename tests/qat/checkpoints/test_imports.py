@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -525,8 +526,22 @@ def test_settings_of_wrong_types_end_in_one_line_or_in_a_scheme(tmp_path, method
         try:
             check_settings(settings, tmp_path)
             has_key_value_scheme(settings, tmp_path)
-            declared(settings, UP, fmt, tmp_path)
+            declared(settings, {UP: fmt}, tmp_path)
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
     assert refused > 30
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "auto-round"])
+def test_settings_that_name_each_of_many_layers_are_read_in_seconds(tmp_path, method):
+    """A mixture of experts has 45,000 matrices; what compares each with each takes minutes."""
+    fmt = get_format("mxfp4")
+    layers = {f"model.layers.{i}.mlp.experts.{j}.up_proj": fmt for i in range(60) for j in range(200)}
+    names = [*layers, *(f"model.layers.{i}.mlp.gate" for i in range(600))]
+    exceptions = {name: {"bits": 16} for name in names[-600:]}
+    started = time.perf_counter()
+    settings = {**group(targets=names), "quant_method": method, "extra_config": exceptions}
+    found = declared(settings, layers, tmp_path)
+    assert time.perf_counter() - started < 8
+    assert found.keys() == layers.keys()
