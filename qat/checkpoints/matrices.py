@@ -50,15 +50,10 @@ class Matrix:
     def values(self, tensor: torch.Tensor) -> torch.Tensor:
         """The values [N, K] of this matrix in its stored tensor; a view, where the tensor has its rows."""
         if self.is_fused:
-            return self.site.module.rows(tensor).flatten(0, 1)
+            return self.site.rows(tensor).flatten(0, 1)
         if self.expert is None:
-            return self.site.module.rows(tensor)
-        if self.is_alone:
-            return tensor
-        rows, layout = self.site.module.rows(tensor)[self.expert], layout_of(self.site.owner)
-        if self.parts > 1 and layout is not None and layout.is_interleaved:
-            return rows[self.part :: self.parts]
-        return rows.chunk(self.parts)[self.part]
+            return self.site.rows(tensor)
+        return tensor if self.is_alone else rows_of_expert(self.site, tensor, self.expert, self.part, self.parts)
 
 
 def matrices_of(
@@ -92,9 +87,16 @@ def matrices_of(
     return found
 
 
-def columns_of(site: Site) -> int:
-    """The values in a row of a site's weight: what its products sum over."""
-    return site.module.rows(site.weight).shape[-1]
+def rows_of_expert(site: Site, weight: torch.Tensor, expert: int, part: int, parts: int) -> torch.Tensor:
+    """The matrix [N, K] of an expert, or its gate or up, in a tensor that holds all experts of `site`; a view.
+
+    Args:
+        part, parts: as in `Place`.
+    """
+    layout = layout_of(site.owner)
+    assert layout is not None and parts in (1, 2)
+    rows = site.rows(weight)[expert]
+    return rows if parts == 1 else layout.half(rows, part)
 
 
 def by_divisor(matrices: Mapping[str, list[Matrix]]) -> Iterator[list[Matrix]]:

@@ -36,7 +36,7 @@ from .dialects import AUTO, Dialect, check_schemes, get_dialect, resolved_format
 from .dialects.mxfp4 import experts_only
 from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
-from .matrices import Matrix, columns_of, matrices_of
+from .matrices import Matrix, matrices_of
 from .model_card import CardFacts, write_card
 from .skeleton import UNTIED, prepared_skeleton
 from .stored_names import StoredNames
@@ -249,7 +249,7 @@ def _copy_companions(checkpoint: CheckpointFolder, folder: Path, with_code: bool
 
 def _check_space(folder: Path, checkpoint: CheckpointFolder, sites: list[Site]) -> None:
     weights = {id(site.weight): site for site in sites}.values()  # layers may share one
-    saved_bits = sum(s.weight.numel() * (16 - s.scheme.weight.format.bits_per_value(columns_of(s))) for s in weights)
+    saved_bits = sum(s.weight.numel() * (16 - s.scheme.weight.format.bits_per_value(s.shape[1])) for s in weights)
     needed, free = int(checkpoint.size_bytes - saved_bits / 8), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"the packed checkpoint needs {needed:,} bytes and {free:,} are free")

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..layers.experts import layout_of
-from ..layers.sites import CONV1D, EXPERTS, KINDS, Site, find_sites
+from ..layers.sites import EXPERTS, Site, find_sites
 from ..schemes.config import QAT_CONFIG_NAME
 from ..schemes.spec import VIEW_DTYPE
 from .layouts import REMEDY, PackedLayer
+from .matrices import rows_of_expert
 from .settings import Declared
 from .stored_names import Place, StoredNames
 
@@ -47,12 +47,12 @@ class SitePart:
         """The shape of `tensor`."""
         if self.place.expert is not None:
             return tuple(self.site.weight.shape)
-        return layer.shape[::-1] if self.site.kind == CONV1D.name else layer.shape
+        return tuple(self.site.rows(torch.empty(layer.shape, device="meta")).shape)
 
     def put(self, values: torch.Tensor, plain: dict[str, torch.Tensor]) -> None:
         """Put the values of the layer, BF16, into `tensor` of a plain checkpoint."""
         if self.place.expert is None:
-            plain[self.tensor] = values.t().contiguous() if self.site.kind == CONV1D.name else values
+            plain[self.tensor] = self.site.rows(values).contiguous()
             return
         if self.tensor not in plain:
             plain[self.tensor] = torch.empty(self.site.weight.shape, dtype=VIEW_DTYPE)
@@ -60,10 +60,8 @@ class SitePart:
 
     def own_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """The rows [N, K] of an expert's matrix in the weight of its site; a view."""
-        rows, layout, parts = _rows(self.site, weight), layout_of(self.site.owner), self.place.parts
-        if parts > 1 and layout is not None and layout.is_interleaved:
-            return rows[self.place.expert][self.place.part :: parts]
-        return self.place.of(rows)
+        assert self.place.expert is not None
+        return rows_of_expert(self.site, weight, self.place.expert, self.place.part, self.place.parts)
 
 
 def weights_of(layers: Mapping[str, PackedLayer]) -> set[str]:
@@ -104,7 +102,7 @@ def parts_of_layers(
 
 def _check_shape(part: SitePart, layer: PackedLayer, where: object) -> None:
     """Refuse a matrix that is not one of the experts of its parameter."""
-    rows = _rows(part.site, part.site.weight)
+    rows = part.site.rows(part.site.weight)
     expected = tuple(part.own_rows(part.site.weight).shape) if (part.place.expert or 0) < len(rows) else None
     if layer.shape != expected:
         raise UserError(
@@ -134,11 +132,6 @@ def _check_experts(sites: Iterable[Site], names: StoredNames, layers: Mapping[st
                     f"{where}: experts of {site.name} differ: {name} is in {expected}, {place.layer} in {own}; all "
                     f"experts of a layer must be in one format; {REMEDY}"
                 )
-
-
-def _rows(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    """The weight of experts as [E, N, K]."""
-    return weight.transpose(1, 2) if KINDS[site.kind].is_transposed(site.owner) else weight
 
 
 def schemes_of_modules(parts: Mapping[str, SitePart], said: Mapping[str, Declared], where: object) -> dict[str, str]:

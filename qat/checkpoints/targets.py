@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from ..layers.experts import layout_of
-from ..layers.quant_linear import is_quantlinear
 from ..layers.sites import EXPERTS, Site
 from ..schemes.patterns import EXPRESSION
 from ..schemes.spec import Scheme
@@ -45,7 +44,7 @@ def left_alone(
     quantized = {site.name for site in sites}
     modules = dict(model.named_modules())
     experts = {name: found for name, found in _patterns(model, names).items() if name not in quantized}
-    linear = [n for n, module in modules.items() if isinstance(module, nn.Linear) and not is_quantlinear(module)]
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in quantized]
     linear = [name for name in linear if not any(name.startswith(f"{parent}.") for parent in experts)]
     found = [spelling for name in linear for spelling in names.spellings(name)]
     found += [pattern for patterns in experts.values() for pattern in patterns]

@@ -33,7 +33,7 @@ from .dialects.compressed_tensors import CACHE_RULE, CompressedTensors
 from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
 from .loadable import runs_as_linear, why_not_loadable
-from .matrices import columns_of, matrices_of
+from .matrices import matrices_of
 from .skeleton import prepared_skeleton
 from .tensor_scales import stored_scales
 from .verify_logits import NotLoadableError, VerificationError, fake_quantized_logits, packed_logits
@@ -174,7 +174,7 @@ def _about_cache(packed: CheckpointFolder) -> dict[str, str] | None:
 def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:
     """Packed bytes over the bits that the formats need (4.25 a value in MXFP4): 1.0 when nothing is stored twice."""
     weights = {id(site.weight): site for site in sites}.values()  # layers may share one
-    bits = sum(s.weight.numel() * s.scheme.weight.format.bits_per_value(columns_of(s)) for s in weights)
+    bits = sum(s.weight.numel() * s.scheme.weight.format.bits_per_value(s.shape[1]) for s in weights)
     return count.packed_bytes * 8 / bits
 
 

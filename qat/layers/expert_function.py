@@ -55,6 +55,7 @@ class Routing:
     @classmethod
     def even(cls, rows: int, experts: int, device: torch.device) -> Routing:
         """The routing of rows that are sorted by expert already, as many for each."""
+        assert rows % experts == 0, f"{rows} rows are not as many for each of {experts} experts"
         ends = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * (rows // experts)
         ids = torch.arange(experts, device=device).repeat_interleave(rows // experts)
         return cls(ids, None, None, ends)

@@ -44,6 +44,14 @@ class ExpertsLayout:
     has_bias: bool
     is_routed: bool
 
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """A parameter as [E, N, K], the dimension that is summed over last; a view, and its own inverse."""
+        return weight.transpose(-2, -1) if self.is_transposed else weight
+
+    def half(self, rows: torch.Tensor, part: int) -> torch.Tensor:
+        """The rows of gate (part 0) or up (part 1) in those of both: [..., 2 * I, K] -> [..., I, K]; a view."""
+        return rows[..., part::2, :] if self.is_interleaved else rows.chunk(2, dim=-2)[part]
+
 
 def layout_of(module: nn.Module) -> ExpertsLayout | None:
     """The layout of an experts module; None for every other module."""
@@ -168,11 +176,11 @@ class ExpertProjection(Operands):
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """See `Operands.rows`: [E, N, K]."""
-        return weight.transpose(-2, -1) if self.owner.layout.is_transposed else weight
+        return self.owner.layout.rows(weight)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """See `Operands.from_rows`."""
-        return self.rows(rows)
+        return self.owner.layout.rows(rows)
 
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The product of each row with the weight of its expert, both rounded: [S, N].

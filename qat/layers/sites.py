@@ -52,8 +52,12 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows N and columns K, which are summed over, of the weight; of each expert's."""
-        *_, n, k = self.weight.shape
-        return (k, n) if KINDS[self.kind].is_transposed(self.owner) else (n, k)
+        n, k = self.rows(self.weight).shape[-2:]
+        return n, k
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """A tensor in the layout of `weight` as [..., N, K]; a view, and its own inverse."""
+        return weight.transpose(-2, -1) if KINDS[self.kind].is_transposed(self.owner) else weight
 
     @property
     def quantizer_name(self) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..layers.experts import is_quantexperts, layout_of
 from ..layers.sites import Site, quantized_sites
-from .activations import Activation, Reader, as_it_is, largest_of
+from .activations import Activation, Reader, largest_of
 from .pairs import Pair, find_pairs
 from .producers import is_norm, norm_producer
 
@@ -92,8 +92,7 @@ class _Observer(TorchFunctionMode):
             if is_norm(module):
                 yield module.register_forward_hook(self._after_norm(name))
             if (layout := layout_of(module)) is not None and not (layout.is_routed and is_quantexperts(module)):
-                swap = layout.is_transposed
-                first = Reader(module.get_parameter(layout.parameters[0]), _transposed if swap else as_it_is)
+                first = Reader(module.get_parameter(layout.parameters[0]), layout.rows)
                 # Rows that are not routed come with the router's scores already: their source is what the parent gets.
                 called = module if layout.is_routed else self.model.get_submodule(name.rpartition(".")[0])
                 yield called.register_forward_pre_hook(self._before(first))
@@ -158,10 +157,6 @@ class _Observer(TorchFunctionMode):
                 self.largest[pair] = torch.maximum(self.largest[pair], largest) if pair in self.largest else largest
 
         return hook
-
-
-def _transposed(weight: torch.Tensor) -> torch.Tensor:
-    return weight.transpose(-2, -1)
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -50,8 +50,7 @@ def up_producer(name: str, experts: nn.Module, layout: ExpertsLayout) -> Produce
     bias = experts.get_parameter(f"{first}_bias") if layout.has_bias else None
 
     def divide(factors: torch.Tensor) -> None:
-        rows = weight.transpose(-2, -1) if layout.is_transposed else weight
-        rows[:, factors.shape[-1] :].div_(factors.unsqueeze(-1).to(weight.dtype))
+        layout.rows(weight)[:, factors.shape[-1] :].div_(factors.unsqueeze(-1).to(weight.dtype))
         if bias is not None:
             bias[:, factors.shape[-1] :].div_(factors.to(bias.dtype))
 
