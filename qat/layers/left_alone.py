@@ -32,8 +32,7 @@ ANOTHER_KIND = "a kind of layer that the training did not quantize"
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # parts of names; a router may have layers of its own
 _DECAY = re.compile(r"(?:.*\.)?linear_attn\.in_proj_(?:a|b|ba)")
-
-_UNCALLED = re.compile(r"(?:.*\.)?(?:mixer|mamba)\.dt_proj")  # of Mamba, Falcon-Mamba and Jamba: no forward, no rounding
+_UNCALLED = re.compile(r"(?:.*\.)?(?:mixer|mamba)\.dt_proj")  # of Mamba, Falcon-Mamba and Jamba
 
 
 class Defaults:
