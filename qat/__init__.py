@@ -2,6 +2,7 @@
 
 from .layers.prepare import get_quantization_format, prepare_qat, replace_with_quant_linear
 from .layers.quant_linear import QuantLinear, convert, is_quantlinear
+from .layers.share import quantized_share
 from .layers.tensor_quantizer import TensorQuantizer
 from .schemes.config import QATConfig
 from .schemes.presets import SCHEMES, get_scheme
@@ -18,5 +19,6 @@ __all__ = [
     "get_scheme",
     "is_quantlinear",
     "prepare_qat",
+    "quantized_share",
     "replace_with_quant_linear",
 ]

@@ -26,7 +26,7 @@ from qat.command_line import OneLineParser  # noqa: E402
 from qat.errors import RunFault, UserError, report, reported_in_one_line  # noqa: E402
 from qat.files.atomic import check_target  # noqa: E402
 from qat.files.model_folder import check_model_folder  # noqa: E402
-from qat.schemes.mapping_file import DEFAULT_IGNORE  # noqa: E402
+from qat.schemes.mapping_file import DEFAULT_IGNORE, with_patterns  # noqa: E402
 from qat.schemes.patterns import HELP as PATTERNS  # noqa: E402
 from qat.schemes.presets import KV_CACHE_SCHEMES, get_kv_cache_scheme, scheme_name  # noqa: E402
 
@@ -79,7 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ignore", nargs="*", metavar="PATTERN",
-        help=f"layers to leave in BF16, with --quant_scheme: {PATTERNS}; default {', '.join(DEFAULT_IGNORE)}",
+        help=f"layers to leave in BF16 beside {', '.join(DEFAULT_IGNORE)}, with --quant_scheme: {PATTERNS}",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a packed checkpoint in DST")
     parser.add_argument("--base_model", help="for the model card: the model that training began from")
@@ -105,7 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         _check_together(args)
     except UserError as error:
         parser.error(str(error))
-    args.ignore = list(DEFAULT_IGNORE) if args.ignore is None else args.ignore
+    args.ignore = list(with_patterns(DEFAULT_IGNORE, args.ignore))
     return args
 
 

@@ -18,7 +18,8 @@ def make_data(folder: Path, count: int = 12) -> dict:
 
 
 def make_trainer(folder: Path, model, data, teacher, **kwargs) -> QATTrainer:
-    options = {name: kwargs.pop(name) for name in ("distill_ce_weight", "distill_temperature") if name in kwargs}
+    own = ("distill_ce_weight", "distill_temperature", "log_quantization")
+    options = {name: kwargs.pop(name) for name in own if name in kwargs}
     args = TrainingArguments(
         str(folder / "out"), report_to="none", use_cpu=True, disable_tqdm=True,
         **{"max_steps": 2, "per_device_train_batch_size": 3, "save_strategy": "no", "logging_steps": 1, **kwargs},

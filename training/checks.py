@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.tokenizer import load_tokenizer
 from qat import QATConfig
 from qat.checkpoints.exportable import check_exportable
+from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
@@ -98,12 +99,21 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             check_calibration(skeleton, quant_args)
         exports = args.do_train and config is not None and quant_args.export_format != "none"
         if exports:
-            check_exportable(skeleton, quant_args.export_format)
+            check_exportable(skeleton, quant_args.export_format, _plain_folder(start))
     if exports:
         output.check_packable(config)
     if args.do_train and not (start.is_packed and config is None):  # which is known once it is unpacked
         output.check_resumable(args, config)
     return skeleton
+
+
+def _plain_folder(start: Start) -> CheckpointFolder | None:
+    """The folder of the model, where it is one of unquantized safetensors files; what is saved has its names."""
+    path = Path(start.model_args.model_name_or_path)
+    if not path.is_dir() or start.model_args.gguf_file is not None:
+        return None
+    folder = CheckpointFolder.open(path, "--model_name_or_path")
+    return folder if folder.quantizer is None else None
 
 
 def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:

@@ -6,7 +6,7 @@ nor read is not known. A kind of folder is the format of its weights and that of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Kind = tuple[str, str | None]  # formats of weights and inputs: ("mxfp4", None) for weight-only
 
@@ -50,12 +50,14 @@ class Engine:
         dialect: the export format that the facts are about; None for both.
         facts: by kind of folder.
         kv_cache: what it does with the scales of an FP8 key/value cache.
+        experts: of mixtures of experts, by kind of folder.
     """
 
     name: str
     dialect: str | None
     facts: dict[Kind, Fact]
     kv_cache: Fact | None = None
+    experts: dict[Kind, Fact] = field(default_factory=dict)
 
 
 SOURCES = {
@@ -99,6 +101,9 @@ def _older_gpu(fp8: Fact, fp4: str, humming_source: str) -> dict[Kind, Fact]:
 _BY_HUMMING_OR_W4A4 = Fact("W4A8 with the package humming, else W4A4", "source-32", OPEN)
 _TORCH_FP8 = Fact("W8A8", "run-cpu", "fp8_token", "absmax")
 _CPU_INT4 = Fact("W4A16; W4A8 in INT8 on CPUs with AMX unless VLLM_CPU_INT4_W4A8=0", "run-cpu-no-amx")
+_INT4_EXPERTS: dict[Kind, Fact] = {INT4_G32: Fact(_W4A16, "source-32"), INT4_G128: Fact(_W4A16, "source-32")}
+# Experts that transformers has as linear layers (Llama 4's) are computed as such.
+_NOT_LOADED = Fact("cannot load them", "run-ct", serves=False)
 
 ENGINES = (
     Engine("vLLM on Blackwell", None, {
@@ -111,11 +116,17 @@ ENGINES = (
         NVFP4: Fact("W4A4", "source-33", "nvfp4", "absmax"), NVFP4A16: Fact(_W4A16, "source-32"),
         INT4_G32: Fact(_W4A16, "source-32"), INT4_G128: Fact(_W4A16, "source-32"),
         FP8: Fact("W8A8", "source-33", "fp8_token", "absmax"),
-    }, _FP8_CACHE),
+    }, _FP8_CACHE, {
+        MXFP4: Fact("W4A4 (CUTLASS)", "source-32", "mxfp4"), MXFP4A16: Fact("W4A4 (CUTLASS)", "source-32", "mxfp4"),
+        **_INT4_EXPERTS,
+    }),
     Engine("vLLM on Hopper", None, _older_gpu(
         # Where the package humming is installed, vLLM prefers it to Marlin on Hopper; it was not examined.
         Fact("W8A8", "source-33", "fp8_token", "absmax"), f"{_W4A16} (Marlin)", "source-32",
-    ), _FP8_CACHE),
+    ), _FP8_CACHE, {
+        MXFP4: Fact(f"{_W4A16} (Marlin)", "source-32"), MXFP4A16: Fact(f"{_W4A16} (Marlin)", "source-32"),
+        **_INT4_EXPERTS,
+    }),
     Engine("vLLM on Ampere", None, _older_gpu(Fact(_W8A16, "docs-32"), _W4A16, "source-33")),
     Engine("vLLM, `--linear-backend emulation`", None, {  # MXFP4 needs the package amd-quark
         MXFP4: Fact("W4A4", "source-32", "mxfp4", "even"),
@@ -153,7 +164,10 @@ ENGINES = (
         NVFP4: Fact("W4A4", "run-ct", "nvfp4", "absmax_native"), NVFP4A16: Fact("W4A16", "run-ct"),
         INT4_G32: Fact("W4A16", "run-ct"), INT4_G128: Fact("W4A16", "run-ct"),
         FP8: Fact("W8A8", "run-ct", "fp8_token", "absmax_native"),
-    }, Fact("FP8, scales of the file in BF16", "run-ct")),
+    }, Fact("FP8, scales of the file in BF16", "run-ct"), {
+        MXFP4: Fact(_W4A16, "run-ct"), MXFP4A16: Fact(_W4A16, "run-ct"), INT4_G32: Fact(_W4A16, "run-ct"),
+        FP8: Fact(_W8A16, "run-ct"), MXFP8: _NOT_LOADED, NVFP4: _NOT_LOADED, NVFP4A16: _NOT_LOADED,
+    }),
     Engine("transformers, auto_round", "auto_round", {
         MXFP4: Fact("W4A4", "run-ar", "mxfp4", AS_TRAINED),
         MXFP8: Fact("W8A8", "run-ar", "mxfp8", AS_TRAINED),
@@ -162,7 +176,8 @@ ENGINES = (
 )  # fmt: skip
 
 _NATIVE = {
-    "vLLM": Fact("experts W4A16; W4A8 in MXFP8 if --moe-backend names such a kernel", "source-32", OPEN),
+    "vLLM on GPUs": Fact("experts W4A16; W4A8 in MXFP8 if --moe-backend names such a kernel", "source-32", OPEN),
+    "vLLM on CPUs": Fact("refused without AMX; with it experts W4A16", "run-cpu-no-amx", OPEN),
     "transformers, mxfp4": Fact("experts W4A16", "run-native"),
 }
 NATIVE_ENGINES = tuple(

@@ -7,14 +7,17 @@ Engines quantize activations themselves, under a rule of their own or not at all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..layers.fused import fused_groups
 from ..schemes.config import QATConfig
+from ..schemes.patterns import EXPRESSION
 from ..schemes.presets import PRESETS, get_scheme
 from ..schemes.spec import Scheme
 from .dialects import dialect_of, get_dialect
+from .dialects.compressed_tensors import layout_name
 from .engine_facts import (
     AS_TRAINED,
     CHOSEN,
@@ -28,10 +31,11 @@ from .engine_facts import (
     Engine,
     Fact,
     Kind,
-)  # fmt: skip
+)
 from .folder import CheckpointFolder
 
 NOT_KNOWN = Fact("not known", "")
+_EXPERT = re.compile(r"\bexperts\.\d+\.\w+\.weight_scale$")
 
 
 def kind_of(scheme: Scheme) -> Kind:
@@ -40,7 +44,11 @@ def kind_of(scheme: Scheme) -> Kind:
 
 
 def engine_table(
-    schemes: Iterable[Scheme], export_format: str, kv_cache: bool = False, split: Sequence[str] = ()
+    schemes: Iterable[Scheme],
+    export_format: str,
+    kv_cache: bool = False,
+    split: Sequence[str] = (),
+    experts: Iterable[Scheme] = (),
 ) -> str:
     """A table for a packed folder, one row for each engine, and how each differs from the training.
 
@@ -49,9 +57,10 @@ def engine_table(
         export_format: a name of `dialects.DIALECTS`.
         kv_cache: whether the folder holds scales of a key/value cache in FP8.
         split: layers that vLLM fuses into one matrix and that differ in scheme, for which it refuses the folder.
+        experts: schemes of packed experts.
     """
-    found = list({(scheme.name, scheme.input and scheme.input.rule): scheme for scheme in schemes}.values())
-    rows, different = [], {scheme.name: list[str]() for scheme in found}
+    found, of_experts = _distinct(schemes), _distinct(experts)
+    rows, different = [], {scheme.name: list[str]() for scheme in (*found, *of_experts)}
     for engine in _readers(export_format):
         name = engine.name.replace("`", "")
         if split and name.startswith("vLLM"):
@@ -61,16 +70,22 @@ def engine_table(
         for scheme, (_, fact) in zip(found, cells, strict=True):
             if difference := _difference(scheme, fact):
                 different[scheme.name].append(f"{name} ({difference})")
+        for scheme in of_experts:
+            fact = engine.experts.get(kind_of(scheme), NOT_KNOWN)
+            cells.append((f"experts in {scheme.name}", fact))
+            if difference := _difference(scheme, fact):
+                different[scheme.name].append(f"experts in {name} ({difference})")
         if kv_cache:
             cells.append(("key/value cache", engine.kv_cache or NOT_KNOWN))
         text = "; ".join(f"{of}: {fact.text}" if len(cells) > 1 else fact.text for of, fact in cells).replace("`", "")
         known = SOURCES | NATIVE_SOURCES
         sources = "; ".join(dict.fromkeys(known[fact.source] for _, fact in cells if fact.source))
         rows.append((name, text, f"({sources})" if sources else ""))
-    lines = [f"What engines compute for {' and '.join(scheme.name for scheme in found)} in this folder:"]
+    named = list(dict.fromkeys(scheme.name for scheme in (*found, *of_experts)))
+    lines = [f"What engines compute for {' and '.join(named)} in this folder:"]
     width = max(len(name) for name, *_ in rows)
     lines += [f"  {name.ljust(width)}  {text}  {source}".rstrip() for name, text, source in rows]
-    for scheme in found:
+    for scheme in _distinct((*found, *of_experts)):
         if engines := different[scheme.name]:
             lines.append(f"{scheme.name} stands for {_trained(scheme)}. Different: {'; '.join(engines)}")
     if split:
@@ -92,7 +107,27 @@ def table_of_folder(folder: str | Path) -> str:
     rules = {} if saved is None else saved.scale_rules
     schemes = [get_scheme(name).with_rules(**rule) for name, rule in rules.items()]
     split = next(_split_groups(checkpoint.names, config), ())
-    return engine_table(schemes, dialect.name, config.get("kv_cache_scheme") is not None, split)
+    linear, experts = _schemes_by_kind(schemes, checkpoint.names, config)
+    return engine_table(linear, dialect.name, config.get("kv_cache_scheme") is not None, split, experts)
+
+
+def _distinct(schemes: Iterable[Scheme]) -> list[Scheme]:
+    return list({(scheme.name, scheme.input and scheme.input.rule): scheme for scheme in schemes}.values())
+
+
+def _schemes_by_kind(
+    schemes: list[Scheme], tensors: Iterable[str], config: Mapping
+) -> tuple[list[Scheme], list[Scheme]]:
+    """Those of the schemes that linear layers are packed in, and those of experts, which expressions name."""
+    if not any(_EXPERT.search(name) for name in tensors):
+        return schemes, []
+    named: dict[bool, set[str]] = {True: set(), False: set()}  # formats, by whether an expression names the layers
+    for group in config.get("config_groups", {}).values():
+        for target in group["targets"]:
+            named[target.startswith(EXPRESSION)].add(group["format"])
+    experts = named[True] or named[False]
+    layouts = [(scheme, layout_name(scheme.weight.format)) for scheme in schemes]
+    return [s for s, layout in layouts if layout in named[False]], [s for s, layout in layouts if layout in experts]
 
 
 def _split_groups(tensors: Iterable[str], config: Mapping) -> Iterator[list[str]]:
@@ -115,6 +150,9 @@ def markdown() -> str:
     for kind, names in kinds.items():
         facts = (engine.facts.get(kind, NOT_KNOWN) for engine in ENGINES)
         rows.append([", ".join(names), *(_cell(fact, marks) for fact in facts)])
+    for kind in dict.fromkeys(kind for engine in ENGINES for kind in engine.experts):
+        facts = (engine.experts.get(kind, NOT_KNOWN) for engine in ENGINES)
+        rows.append([f"experts in {', '.join(kinds[kind])}", *(_cell(fact, marks) for fact in facts)])
     caches = (engine.kv_cache or NOT_KNOWN for engine in ENGINES)
     rows.append(["key/value cache in FP8", *(_cell(fact, marks) for fact in caches)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -36,7 +36,7 @@ __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "CheckpointFolder", "Stor
 
 # Programs whose packed folders are read: those whose formats are written, and Model-Optimizer.
 MODEL_OPTIMIZER = "modelopt"
-Reader = Callable[..., list[torch.Tensor]]  # tensors by their names
+Reader = Callable[[str], torch.Tensor]  # tensors by their names
 READ_METHODS = (*(dialect.quant_method for dialect in DIALECTS.values()), MODEL_OPTIMIZER)
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 _SIZES = ("_dim", "_size")
@@ -137,20 +137,21 @@ class CheckpointFolder:
 
     def read(self, *names: str) -> list[torch.Tensor]:
         """Single tensors by name."""
-        with self.opened() as read:
-            return read(*names)
+        with self.reading() as read:
+            return [read(name) for name in names]
 
     @contextmanager
-    def opened(self) -> Iterator[Reader]:
-        """What reads tensors by name, for many of them: files are opened once, and closed in the end."""
-        files = {name: file for file, held in self.shards.items() for name in held}
+    def reading(self) -> Iterator[Reader]:
+        """What reads single tensors by name; each file is opened once, which counts where there are thousands."""
+        files = {name: file for file, names in self.shards.items() for name in names}
         shards: dict[str, Any] = {}
         with ExitStack() as stack:
 
-            def read(*names: str) -> list[torch.Tensor]:
-                for file in {files[name] for name in names} - set(shards):
+            def read(name: str) -> torch.Tensor:
+                file = files[name]
+                if file not in shards:
                     shards[file] = stack.enter_context(safe_open(self.path / file, framework="pt"))
-                return [shards[files[name]].get_tensor(name) for name in names]
+                return shards[file].get_tensor(name)
 
             yield read
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import UserError
 from .fit import check_finite, load_checked
 from .folder import CheckpointFolder
-from .model_config import check_readable, find_folder, read_config
+from .model_config import check_readable, find_folder, log_left_out, read_config
 from .native_mxfp4 import forget_format, is_native, loading_options
 from .skeleton import UNTIED, load_skeleton, untie_if_different
 
@@ -70,6 +70,7 @@ def load_plain(
     )  # fmt: skip
     check_finite(model.named_parameters(), where)
     forget_format(model)
+    log_left_out(config, model, where)
     if untie_if_different(model):
         logger.warning("%s: %s", where, UNTIED)
     return model

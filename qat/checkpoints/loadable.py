@@ -3,6 +3,7 @@
 vLLM reads some folders at which transformers' own loader stops. Each cause is looked for where it lies:
 
 * `_init_weights` of some models reads the weights of linear layers, and packed layers have none.
+* GPT-2's Conv1D keeps its weight transposed, and what is packed is the weight of the torch.nn.Linear that engines use.
 * Tied weights are looked up by their names, and packed layers have others.
 * What a converter of the model merges, such as experts, passes through `CompressedTensorsDequantize`. It knows one
   scheme for all of it, and of that not all formats; under a scheme of 4 bits it drops what is not packed.
@@ -22,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.integrations.compressed_tensors import get_experts_scheme
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
+from ..layers.sites import CONV1D, EXPERTS, LINEAR, Site, quantized_sites
 from ..numerics.formats import E8M0
-from .stored_names import StoredNames
+from .stored_names import StoredNames, expert_layers
 
 _LOADER = "transformers' CompressedTensorsDequantize"
 _INIT = "_init_weights"
@@ -45,18 +46,20 @@ def why_not_loadable(model: PreTrainedModel, names: StoredNames, config: Mapping
 def runs_as_linear(module: nn.Module, quant_method: str) -> bool:
     """Whether transformers replaces an experts module by linear layers of each expert when the folder is packed."""
     classes = [base.__name__ for base in type(module).__mro__]
-    patched = [MODULES_TO_PATCH_FOR_QUANTIZATION[name] for name in classes if name in MODULES_TO_PATCH_FOR_QUANTIZATION]
-    return any(quant_method in entry["quantization_methods"] for entry in patched)
+    patched: Mapping[str, Any] = MODULES_TO_PATCH_FOR_QUANTIZATION
+    return any(quant_method in patched[name]["quantization_methods"] for name in classes if name in patched)
 
 
 def _reasons(model: PreTrainedModel, names: StoredNames, config: Mapping[str, Any]) -> Iterator[str]:
     sites, method = quantized_sites(model), str(config.get("quant_method"))
     yield from _initializes_weights(model, [site for site in sites if site.kind == LINEAR.name])
     yield from _ties(sites)
+    yield from (f"{site.name} is a Conv1D there, and it reads packed weights of torch.nn.Linear only"
+                for site in sites if site.kind == CONV1D.name)  # fmt: skip
     if "config_groups" not in config:  # another program's
         return
     experts = [s for s in sites if s.kind == EXPERTS.name and not runs_as_linear(s.owner, method)]
-    yield from _places(experts, names)
+    yield from _places(model, experts, names)
     yield from _formats(experts)
     yield from _drops(sites, names, config)
     for name, module in model.named_modules():
@@ -101,10 +104,14 @@ def _ties(sites: list[Site]) -> Iterator[str]:
             yield f"{site.label} shares its weight with {other}, and transformers does not tie packed weights"
 
 
-def _places(experts: list[Site], names: StoredNames) -> Iterator[str]:
+def _places(model: PreTrainedModel, experts: list[Site], names: StoredNames) -> Iterator[str]:
     """Experts are packed one by one; the model must have a converter that merges them again."""
     for site in experts:
-        if not all(place.is_converted for place in names.of(site.tensor)):
+        places = names.of(site.tensor)
+        if any(place.is_whole for place in places):  # they are split, and come back under the names of one expert each
+            single = expert_layers(names.published(site.name), site.parameter, 1)
+            places = list(StoredNames(model, [f"{name}{_WEIGHT}" for name, *_ in single]).places.values())
+        if not all(place.is_converted for place in places):
             yield f"it reads the experts in {site.name} from fused tensors only, and they are packed one by one"
             return
 

@@ -51,6 +51,8 @@ class Matrix:
         """The values [N, K] of this matrix in its stored tensor; a view, where the tensor has its rows."""
         if self.is_fused:
             return self.site.module.rows(tensor).flatten(0, 1)
+        if self.expert is None:
+            return self.site.module.rows(tensor)
         if self.is_alone:
             return tensor
         rows, layout = self.site.module.rows(tensor)[self.expert], layout_of(self.site.owner)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 
+from ..layers.share import describe_left, describe_sites, layers_by_scheme, left_unquantized, percent, quantized_share
+from ..layers.sites import quantized_sites
 from ..numerics import mx
 from ..numerics.formats import Format
 from ..schemes.config import QATConfig
@@ -37,14 +39,14 @@ _TEMPLATE = """---
 
 # {title}
 
-Linear layers in {schemes}, packed as {export_format}: {packed_mib:.1f} MiB, {ratio:.2f} of the {source_mib:.1f} MiB
-that they were exported from.
+{share} of the linear weights are quantized: {layers}.
+Packed as {export_format}: {packed_mib:.1f} MiB, {ratio:.2f} of the {source_mib:.1f} MiB that they were exported from.
 
 | | |
 |---|---|
 | base model | {base_model} |
 | schemes | {mapping} |
-| left unquantized | {ignored} |
+| left unquantized | {left} |
 | scale rule of the weights | {weight_rules} (the scales are in the file) |
 | scale rule of the activations in training | {input_rules} |
 | scale rule of the activations in transformers | {engine_rules} |
@@ -100,15 +102,17 @@ def write_card(
     source: Path,
     facts: CardFacts,
     qat_config: QATConfig,
-    layers: dict[str, Scheme],
+    model: nn.Module,
     dialect: Dialect,
     source_bytes: int,
     packed_bytes: int,
 ) -> None:
-    """Write `README.md` into `folder`; `path` is where the folder will be served from."""
+    """Write `README.md` into `folder`; `path` is where the folder will be served from, `model` is prepared."""
+    sites = quantized_sites(model)
+    layers = {site.label: site.scheme for site in sites}
     base_model = facts.base_model or str(source)
     schemes = {scheme.name: scheme for scheme in sorted(layers.values(), key=lambda scheme: scheme.name)}
-    counts = Counter(scheme.name for scheme in layers.values())
+    counts = layers_by_scheme(sites)
     title = f"{Path(base_model).name} {' + '.join(schemes)}"
     tags = [dialect.name.replace("_", "-"), *schemes]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
@@ -122,20 +126,21 @@ def write_card(
     text = _TEMPLATE.format(
         front_matter=data.to_yaml().strip(),
         title=title,
-        schemes=" and ".join(schemes),
+        share=percent(quantized_share(model)),
+        layers=describe_sites(sites),
         export_format=dialect.name,
         packed_mib=packed_bytes / 2**20,
         source_mib=source_bytes / 2**20,
         ratio=packed_bytes / source_bytes,
         base_model=base_model,
         mapping=", ".join(f"{key}: {scheme}" for key, scheme in qat_config.mapping.items()),
-        ignored=", ".join(qat_config.ignore) or "nothing",
+        left="; ".join(describe_left(model, left_unquantized(model, qat_config))) or "nothing",
         weight_rules=_rules(scheme.rules["weight"] for scheme in layers.values()),
         input_rules=_rules(scheme.rules["input"] for scheme in layers.values()),
         engine_rules=_rules(dialect.input_rule(scheme) for scheme in layers.values()),
         cache=_describe_cache(qat_config.kv_cache_scheme),
         dataset=facts.dataset or "not recorded",
-        formats="".join(f"* {describe_scheme(s)}, in {counts[name]} layers.\n" for name, s in schemes.items()),
+        formats="".join(f"* {describe_scheme(s)}, in {counts[name]}.\n" for name, s in schemes.items()),
         results=_results_section(measured, facts, is_of_this_model),
         serve=serve_command(path, dialect, layers.values()),
         path=path,

@@ -26,6 +26,7 @@ from ..files.atomic import check_target, disk_full_reported, written_atomically
 from ..files.model_folder import is_own_file
 from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.rounding import Rounding
+from ..layers.share import describe_sites
 from ..layers.sites import LINEAR, Site, quantized_sites
 from ..numerics import ops
 from ..numerics.families import family_of
@@ -37,7 +38,7 @@ from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .matrices import Matrix, columns_of, matrices_of
 from .model_card import CardFacts, write_card
-from .skeleton import UNTIED, describe_sites, prepared_skeleton
+from .skeleton import UNTIED, prepared_skeleton
 from .stored_names import StoredNames
 from .targets import left_alone, target_schemes
 from .tensor_scales import calibrated_tensors, check_calibrated, stored_scales, weight_divisors
@@ -106,12 +107,11 @@ def export_checkpoint(
     _log_surplus(model, names, checkpoint)
     sites = quantized_sites(model)
     matrices = matrices_of(names, sites, checkpoint.path, dialect.packs_fused)
-    schemes = {site.label: site.scheme for site in sites}
     check_schemes(dialect, sites)
     check_calibrated(sites)
     logger.info("Packing %s as %s", describe_sites(sites), dialect.name)
     quantization_config = dialect.config(
-        target_schemes(sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
+        target_schemes(model, sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
     )
     check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
@@ -122,7 +122,7 @@ def export_checkpoint(
         _copy_companions(checkpoint, folder, trust_remote_code)
         qat_config.save(folder)
         write_card(
-            folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, schemes, dialect,
+            folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, model, dialect,
             checkpoint.size_bytes, packed_bytes,
         )  # fmt: skip
     logger.info("Packed %s into %s: %.1f MiB", source, target, packed_bytes / 2**20)
@@ -194,9 +194,7 @@ def _pack_matrix(
     spec = matrix.spec
     quantized = pack_weight(weight.contiguous(), spec, divisor, matrix.site.module.weight_quantizer.rounding)
     if broken := int(family_of(spec.format).broken_blocks(quantized, spec.format)):
-        raise UserError(
-            f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?"
-        )
+        raise UserError(f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?")
     if matrix.is_fused:
         experts = (matrix.site.weight.shape[0], -1)
         scales = tuple(scale.unflatten(0, experts) for scale in quantized.scales)

@@ -69,11 +69,13 @@ class PackedFolder:
         """The tensors of a layer by the last parts of their names, their values checked.
 
         Args:
-            read: of `CheckpointFolder.opened`, for many layers.
+            read: of `CheckpointFolder.reading`, for many layers.
         """
         layer = self.layers[name]
-        read = read or self.checkpoint.read
-        tensors = dict(zip(layer.tensors, read(*layer.tensors.values()), strict=True))
+        if read is None:
+            with self.checkpoint.reading() as read:
+                return self.tensors_of(name, read)
+        tensors = {part: read(stored) for part, stored in layer.tensors.items()}
         for part, tensor in tensors.items():
             check_tensor(part, tensor, layer, self.checkpoint.path)
         return tensors
@@ -128,7 +130,7 @@ def check_packed_values(
 ) -> None:
     """`check_packed`, and a UserError for scales, codes or other tensors that are NaN or infinite."""
     packed = check_packed(folder, argument, trust_remote_code)
-    with packed.checkpoint.opened() as read:
+    with packed.checkpoint.reading() as read:
         for name in packed.layers:
             packed.tensors_of(name, read)
     check_finite(packed.plain_tensors(), packed.checkpoint.path)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..layers.experts import layout_of
-from ..layers.sites import EXPERTS, Site, find_sites
+from ..layers.sites import CONV1D, EXPERTS, KINDS, Site, find_sites
 from ..schemes.config import QAT_CONFIG_NAME
 from ..schemes.spec import VIEW_DTYPE
 from .layouts import REMEDY, PackedLayer
@@ -45,12 +45,14 @@ class SitePart:
 
     def shape_of(self, layer: PackedLayer) -> tuple[int, ...]:
         """The shape of `tensor`."""
-        return layer.shape if self.place.expert is None else tuple(self.site.weight.shape)
+        if self.place.expert is not None:
+            return tuple(self.site.weight.shape)
+        return layer.shape[::-1] if self.site.kind == CONV1D.name else layer.shape
 
     def put(self, values: torch.Tensor, plain: dict[str, torch.Tensor]) -> None:
         """Put the values of the layer, BF16, into `tensor` of a plain checkpoint."""
         if self.place.expert is None:
-            plain[self.tensor] = values
+            plain[self.tensor] = values.t().contiguous() if self.site.kind == CONV1D.name else values
             return
         if self.tensor not in plain:
             plain[self.tensor] = torch.empty(self.site.weight.shape, dtype=VIEW_DTYPE)
@@ -136,8 +138,7 @@ def _check_experts(sites: Iterable[Site], names: StoredNames, layers: Mapping[st
 
 def _rows(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """The weight of experts as [E, N, K]."""
-    layout = layout_of(site.owner)
-    return weight.transpose(1, 2) if layout is not None and layout.is_transposed else weight
+    return weight.transpose(1, 2) if KINDS[site.kind].is_transposed(site.owner) else weight
 
 
 def schemes_of_modules(parts: Mapping[str, SitePart], said: Mapping[str, Declared], where: object) -> dict[str, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -23,7 +22,7 @@ from ..layers.fused import FUSED
 from ..layers.learned import check_baked
 from ..layers.prepare import prepare_qat
 from ..layers.restore import prepare_as_saved
-from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
+from ..layers.sites import LINEAR, quantized_sites
 from ..schemes.config import QATConfig
 from .fit import check_dtypes, load_checked
 from .folder import CheckpointFolder
@@ -171,12 +170,3 @@ def _check_layers(model: nn.Module, names: StoredNames, checkpoint: CheckpointFo
             formats = {scheme and (scheme.weight.format, scheme.input and scheme.input.format) for scheme in fused}
             if len(formats) > 1:
                 logger.warning("%s: %s differ in scheme; vLLM fuses them and will refuse", parent, ", ".join(group))
-
-
-def describe_sites(sites: Iterable[Site]) -> str:
-    """For example "30 linear layers in MXFP4, the experts of 6 layers in MXFP8"."""
-    modules = {site.name: (site.kind, site.scheme.name) for site in sites}
-    return ", ".join(
-        f"the experts of {count} layers in {scheme}" if kind == EXPERTS.name else f"{count} linear layers in {scheme}"
-        for (kind, scheme), count in Counter(modules.values()).items()
-    )

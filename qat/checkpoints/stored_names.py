@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 _WEIGHT = ".weight"
@@ -139,6 +139,15 @@ class StoredNames:
         return found
 
 
+def saved_names(model: PreTrainedModel) -> StoredNames:
+    """The names that transformers would save a model under, where there is no file: those of its published files.
+
+    Args:
+        model: on the meta device; nothing is computed.
+    """
+    return StoredNames(model, revert_weight_conversion(model, model.state_dict()))
+
+
 def expert_layers(prefix: str, parameter: str, experts: int) -> list[tuple[str, int, int, int]]:
     """The names under which the matrices of a fused tensor are packed one by one, as engines ask for them.
 
@@ -185,12 +194,10 @@ def _converted(name: str, parameter: str, converter: WeightConverter, pattern: s
     """The place of a tensor that transformers merges with others."""
     operations = [type(operation) for operation in converter.operations]
     part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
-    # Rows are the second dimension of experts [E, N, K], the first of linear layers [N, K].
-    joins_rows = parts == 1 or getattr(converter.operations[-1], "dim", None) == len(operations) - 1
+    joins_rows = parts == 1 or getattr(converter.operations[-1], "dim", None) == 1  # of [E, N, K]
     if operations[:1] == [MergeModulelist] and len(operations) <= 2 and joins_rows:
         return Place(name, parameter, index, part, parts, is_converted=True)
-    is_plain = operations == [Concatenate] and joins_rows and index == 0
-    return Place(name, parameter, None, part, parts, is_plain, is_converted=True)
+    return Place(name, parameter, None, part, parts, is_plain=False, is_converted=True)
 
 
 def _one_expert(name: str, renamed: str, own: Mapping[str, torch.Tensor]) -> Place | None:

@@ -27,12 +27,13 @@ def weight_divisors(checkpoint: CheckpointFolder, matrices: Mapping[str, list[Ma
     Layers that engines fuse share one, and gate and up of one expert; each expert has its own.
     """
     divisors: dict[str, torch.Tensor] = {}
-    for together in by_divisor(matrices):
-        fmt = together[0].spec.format
-        if fmt.tensor_scale is not None:
-            values = [matrix.values(checkpoint.read(matrix.stored)[0]) for matrix in together]
-            divisor = ops.tensor_divisor(values, fmt.name, VIEW_DTYPE)
-            divisors |= {matrix.name: divisor.clone() for matrix in together}  # safetensors refuses shared memory
+    with checkpoint.reading() as read:
+        for together in by_divisor(matrices):
+            fmt = together[0].spec.format
+            if fmt.tensor_scale is not None:
+                values = [matrix.values(read(matrix.stored)) for matrix in together]
+                divisor = ops.tensor_divisor(values, fmt.name, VIEW_DTYPE)
+                divisors |= {matrix.name: divisor.clone() for matrix in together}  # safetensors refuses shared memory
     return divisors
 
 

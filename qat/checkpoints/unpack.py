@@ -71,7 +71,7 @@ def load_packed(
     packed = check_packed(folder, argument, trust_remote_code)
     checkpoint, divisors = packed.checkpoint, {}
     plain = dict(packed.plain_tensors())
-    with checkpoint.opened() as read:
+    with checkpoint.reading() as read:
         for name, layer in tqdm(packed.layers.items(), desc="Dequantizing", unit="layer"):
             tensors = packed.tensors_of(name, read)
             packed.parts[name].put(dequantize(layer, tensors), plain)
@@ -94,7 +94,7 @@ def load_packed(
             _check_scale(config, name, scale, checkpoint.path)
     if not rounds_again:
         return model, config
-    with checkpoint.opened() as read:
+    with checkpoint.reading() as read:
         rows = PackedRows(packed.layers, lambda name: packed.tensors_of(name, read))
         return model, keep_values(rows, config, is_ours=packed.own is not None)
 

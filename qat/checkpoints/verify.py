@@ -23,12 +23,13 @@ from transformers import AutoTokenizer
 
 from ..errors import UserError
 from ..files.json_file import read_object
+from ..layers.share import describe_left, left_unquantized, quantized_share
 from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_kv_cache_scheme
 from ..version import VERSION
 from .dialects import Dialect, dialect_of
-from .dialects.compressed_tensors import CACHE_RULE
+from .dialects.compressed_tensors import CACHE_RULE, CompressedTensors
 from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
 from .loadable import runs_as_linear, why_not_loadable
@@ -41,6 +42,7 @@ from .verify_weights import WeightCount, compare_weights
 logger = logging.getLogger(__name__)
 
 VERDICT_NAME = "verification.json"
+_EXPERTS_IN = "experts in "
 
 
 def verify(
@@ -84,6 +86,8 @@ def verify(
         "verified": count.elements_that_differ == 0,
         "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
         "export_format": dialect.name,
+        "quantized_share": quantized_share(model),
+        "left_unquantized": describe_left(model, left_unquantized(model, config)),
         "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
         "logits": None,
         "why_no_logits": None,
@@ -128,13 +132,15 @@ def compare_logits(
     experts = {s.scheme.name: engine_rules[s.scheme.name] if runs_as_linear(s.owner, dialect.quant_method) else None
                for s in sites if s.kind == EXPERTS.name}  # fmt: skip
     served = packed_logits(packed.path, input_ids, trust_remote_code)
-    expected, as_trained = fake_quantized_logits(
+    expected, as_trained, reads_matrices = fake_quantized_logits(
         checkpoint.path, packed.path, input_ids, engine_rules, trust_remote_code, any(experts.values())
     )
     linear = {site.scheme.name for site in sites if site.kind == LINEAR.name}
     plain = [n for n in schemes if n in linear and engine_rules[n] is None and schemes[n].input is not None]
-    plain += [f"experts in {n}" for n, rule in experts.items() if rule is None and schemes[n].input is not None]
+    plain += [f"{_EXPERTS_IN}{n}" for n, rule in experts.items() if rule is None and schemes[n].input is not None]
     differ = [f"{n}: {reason}" for n, scheme in schemes.items() if (reason := dialect.logits_differ(scheme))]
+    if reads_matrices and dialect.quant_method == CompressedTensors.quant_method:
+        differ.append("compressed-tensors takes one scale for all tokens where an input has no batch dimension")
     finite = bool(served.isfinite().all() and expected.isfinite().all())
     bit_equal = finite and torch.equal(served, expected)
     return {
@@ -239,10 +245,11 @@ def _raise_unless_verified(verdict: dict, folder: Path, source: Path) -> None:
     if reason := verdict["why_no_logits"]:
         logger.warning("%s: the weights are proven, the logits are not: %s", folder, reason)
     for scheme in logits["activations_not_quantized_by_engine"] if logits else ():
-        why = "it computes experts with" if scheme.startswith("experts") else "the file cannot hold their format; those are"
+        of_experts = scheme.startswith(_EXPERTS_IN)
+        why = "" if of_experts else ", since the file cannot hold their format"
         logger.warning(
-            "%s: %s leaves the activations of %s unquantized: %s rounded weights alone; the logits are %.4f nats a token "
-            "from those of the training",
+            "%s: %s leaves the activations of %s unquantized%s; the logits are those of its weights alone, %.4f nats a "
+            "token from those of the training",
             folder, logits["engine"], scheme, why, logits["mean_log_probability_difference_to_trained_rule"],
         )  # fmt: skip
 

@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def fake_quantized_logits(
     engine_rules: dict[str, str | None],
     trust_remote_code: bool = False,
     experts_as_linear: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """What the fake-quantized model computes, on the CPU, in a fresh process.
 
     Args:
@@ -80,13 +81,15 @@ def fake_quantized_logits(
         experts_as_linear: whether these rules hold for experts as well; else the engine leaves their inputs alone.
 
     Returns:
-        BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training.
+        BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training; and
+        whether a layer with one scale for each token read a matrix without a batch: compressed-tensors takes one scale
+        for the whole of it.
     """
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
     command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
     command += ["--experts_as_linear"] if experts_as_linear else []
     result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
-    return result["logits"], result["logits_as_trained"]
+    return result["logits"], result["logits_as_trained"], bool(result["reads_matrices"])
 
 
 def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -151,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
         config = QATConfig.load(args.qat_config)
         assert config is not None, args.qat_config
         prepare_as_saved(model, config)
-        result = {"logits_as_trained": _logits(model, input_ids)}
+        with _matrices_noticed(model, args.experts_as_linear) as noticed:
+            result = {"logits_as_trained": _logits(model, input_ids)}
+        result["reads_matrices"] = torch.tensor(bool(noticed))
         compute_as_engine(model, dict(rule.split("=") for rule in args.rules), args.experts_as_linear)
     else:
         assert not quantized_sites(model)
@@ -183,6 +188,24 @@ def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str], experts_
     for site in quantized_sites(model):
         if not rules[site.scheme.name] or (site.kind == EXPERTS.name and not experts_as_linear):
             site.module.input_quantizer.disable()
+
+
+@contextmanager
+def _matrices_noticed(model: PreTrainedModel, experts_as_linear: bool) -> Iterator[list[str]]:
+    """The labels of sites inside that quantize inputs of two dimensions under one scale for each row."""
+    noticed: list[str] = []
+
+    def hook(label: str) -> Callable:
+        return lambda module, inputs: noticed.append(label) if inputs[0].ndim == 2 else None
+
+    sites = [site for site in quantized_sites(model) if experts_as_linear or site.kind != EXPERTS.name]
+    by_row = [s for s in sites if s.scheme.input is not None and s.scheme.input.format.block is None]
+    handles = [site.module.register_forward_pre_hook(hook(site.label)) for site in by_row]
+    try:
+        yield noticed
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

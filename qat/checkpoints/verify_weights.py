@@ -68,16 +68,20 @@ def compare_weights(
     for name in sorted(held & set(calibrated)):
         count.other_tensors += 1
         _compare(count, name, packed.read(name)[0], calibrated[name])
-    with tqdm(total=checkpoint.size_bytes, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as progress:
+    size = checkpoint.size_bytes
+    with (
+        packed.reading() as read,
+        tqdm(total=size, unit="B", unit_scale=True, unit_divisor=1024, desc="Verifying") as progress,
+    ):
         for file in checkpoint.shards:
             for name, source in checkpoint.tensors(file):
                 for matrix in matrices.get(name, ()):
                     if held.issuperset(names_of(matrix)):
-                        tensors = packed.read(*names_of(matrix))
+                        tensors = [read(own) for own in names_of(matrix)]
                         _compare_matrix(count, matrix, matrix.values(source), tensors, dialect, divisors)
                 if name in held and name not in matrices and name not in calibrated:
                     count.other_tensors += 1
-                    _compare(count, name, packed.read(name)[0], source.to(exported_dtype(source, checkpoint.config)))
+                    _compare(count, name, read(name), source.to(exported_dtype(source, checkpoint.config)))
                 progress.update(source.nbytes)
     return count
 

@@ -10,7 +10,6 @@ Rounded weights exist for one product at a time, and for as many experts at a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -205,42 +204,17 @@ def _rounded(
         return own.transpose(1, 2) if settings.is_transposed else own
     rows = own.transpose(1, 2).contiguous() if settings.is_transposed else own
     divisors = None if settings.divisors is None else settings.divisors[part.experts]
-    values = stacked_values(settings.rounding, rows, settings.dtype, [p[part.experts] for p in learned], divisors)
+    values = settings.rounding.values(rows, settings.dtype, *(p[part.experts] for p in learned), divisor=divisors)
     return values.transpose(1, 2).contiguous().transpose(1, 2) if settings.is_transposed else values
-
-
-def stacked_values(
-    rounding: Rounding,
-    rows: torch.Tensor,
-    dtype: torch.dtype,
-    learned: list[torch.Tensor],
-    divisors: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The quantized values of weights [E, N, K]; `divisors` FP32 [E], in formats with a tensor scale."""
-    if divisors is None:
-        return rounding.values(rows, dtype, *learned)
-    each = (
-        rounding.values(own, dtype, *(p[i] for p in learned), divisor=divisors[i : i + 1]) for i, own in enumerate(rows)
-    )
-    return torch.stack(list(each))
 
 
 def _learned_gradients(
     grad: torch.Tensor, weight: torch.Tensor, learned: list[torch.Tensor], settings: _Settings
 ) -> tuple[torch.Tensor, ...]:
-    rounding, dtype = settings.rounding, settings.dtype
-    assert rounding is not None
+    assert settings.rounding is not None
     if settings.is_transposed:
         grad, weight = grad.transpose(1, 2).contiguous(), weight.transpose(1, 2).contiguous()
-    if settings.divisors is None:
-        return rounding.learned_gradients(grad, weight, dtype, *learned)
-    each: Iterator[tuple[torch.Tensor, ...]] = (
-        rounding.learned_gradients(
-            grad[i], weight[i], dtype, *(p[i] for p in learned), divisor=settings.divisors[i : i + 1]
-        )
-        for i in range(len(grad))
-    )
-    return tuple(torch.stack(gradients) for gradients in zip(*each, strict=True))
+    return settings.rounding.learned_gradients(grad, weight, settings.dtype, *learned, divisor=settings.divisors)
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

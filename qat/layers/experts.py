@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..numerics import ops
+from ..numerics import nvfp4
 from ..schemes.spec import Scheme
 from .expert_function import Routing, grouped_product
 from .operands import Operands, compute_dtype
@@ -47,6 +47,8 @@ class ExpertsLayout:
 
 def layout_of(module: nn.Module) -> ExpertsLayout | None:
     """The layout of an experts module; None for every other module."""
+    if isinstance(module, Experts):
+        return module.layout  # under FSDP1 its parameters are flat
     if any(base.__name__ == _UNROUTED for base in type(module).__mro__):
         layout = ExpertsLayout(("gate_up_proj", "down_proj"), True, False, True, False, False)
     elif all(hasattr(module, name) for name in _INTERFACE):
@@ -195,7 +197,8 @@ class ExpertProjection(Operands):
         if fmt.tensor_scale is None:
             return None
         with torch.no_grad():
-            return torch.cat([ops.tensor_divisor([own], fmt.name, dtype) for own in weight.detach()])
+            smallest, largest = torch.aminmax(weight.detach().flatten(1), dim=1)
+            return nvfp4.tensor_divisor(torch.maximum(-smallest, largest).to(dtype))
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

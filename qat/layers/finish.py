@@ -22,7 +22,6 @@ from ..schemes.config import QATConfig
 from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
 from . import learned_exponents
-from .expert_function import stacked_values
 from .experts import ExpertProjection
 from .learned import SUFFIXES
 from .names import original_name
@@ -69,10 +68,10 @@ def _baked(module: Operands, offset: torch.Tensor, viewed: Callable[[Operands], 
     """The quantized values of a weight as the forward pass computed with them, [..., N, K]."""
     rounding, fmt = module.weight_quantizer.rounding, module.weight_quantizer.spec.format
     rows = module.rows(viewed(module)).contiguous()
-    if isinstance(module, ExpertProjection):
-        return stacked_values(rounding, rows, VIEW_DTYPE, [offset], module.divisors(rows, VIEW_DTYPE))
     divisor = None
-    if fmt.tensor_scale is not None:
+    if isinstance(module, ExpertProjection):
+        divisor = module.divisors(rows, VIEW_DTYPE)
+    elif fmt.tensor_scale is not None:
         divisor = ops.tensor_divisor([viewed(other) for other in module.fused_with], fmt.name, VIEW_DTYPE)
     return rounding.values(rows, VIEW_DTYPE, offset, divisor=divisor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,8 +19,11 @@ from ..schemes.spec import Scheme
 from .fused import tie_fused
 from .kv_cache import cache_layers, cache_quantizers, quantize_cache
 from .learned import SETTINGS, check_learnable
-from .sites import KINDS, LINEAR, Site, find_sites, quantized_sites
+from .left_alone import GENERAL_KEYS, NO_KEY, UNFIT, Defaults, check_named_sites_fit, is_named
+from .share import ENOUGH, describe_left, describe_sites, has_matrix, not_a_site, percent, quantized_share
+from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
 
+logger = logging.getLogger(__name__)
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
 _HEADS = {*DEFAULT_IGNORE, "embed_out"}
 DEFAULT_MAPPING: Mapping[type, str] = {nn.Linear: "MXFP8"}
@@ -37,8 +41,11 @@ def prepare_qat(
     scale_rules: Mapping[str, Mapping[str, str | None]] | None = None,
     learn_scale: bool = False,
     kv_cache_scheme: str | None = None,
+    left_alone: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place; quantize the key/value cache, if asked for.
+
+    Layers that the rules of left_alone.py cover stay as they are, unless a pattern of `mapping` names them.
 
     Args:
         model: any module; layers may live on the meta device.
@@ -55,15 +62,16 @@ def prepare_qat(
             mapping with both kinds of formats takes both settings.
         kv_cache_scheme: one of `presets.KV_CACHE_SCHEMES`, for keys and values of all attention layers; see
             kv_cache.py. Their scales need calibration.
+        left_alone: layers to leave alone, {name: reason}, in place of those that the rules cover; {} for none.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
 
     Raises:
         UserError: an unknown scheme, rule or key, a key that matches no linear layer or ignored ones only, a pattern of
-            `ignore` that matches nothing (names of heads may), a layer that the blocks of its scheme do not
-            divide, scales that cannot be learned, an attention layer that does not expose its keys and values, or
-            nothing left to quantize. The model is unchanged then.
+            `ignore` that matches nothing (names of heads may), layers that a pattern names and that the blocks of
+            their scheme do not divide, scales that cannot be learned, an attention layer that does not expose its keys
+            and values, or nothing left to quantize. The model is unchanged then.
     """
     if mapping is not None and not isinstance(mapping, Mapping):
         raise UserError(f"mapping={mapping!r} does not map layers to schemes, as {{torch.nn.Linear: 'MXFP4'}} does")
@@ -74,9 +82,8 @@ def prepare_qat(
         if name in schemes:
             schemes[name] = schemes[name].with_rules(**rules)
 
-    chosen, left_alone = _choose_sites(model, by_name, ignore)
-    for site, scheme in chosen:
-        KINDS[site.kind].check(site.owner, schemes[scheme], site.name)
+    chosen, left, by_rule = _choose_sites(model, by_name, ignore, schemes, left_alone)
+    check_named_sites_fit(chosen, schemes)
     settings = [name for name, on in zip(SETTINGS, (learn_exponent, learn_scale), strict=True) if on]
     for scheme in dict.fromkeys(scheme for _, scheme in chosen):
         check_learnable(schemes[scheme].weight, settings)
@@ -95,10 +102,12 @@ def prepare_qat(
         scale_rules={name: scheme.rules for name, scheme in schemes.items()},
         training=dict.fromkeys(settings, True),
         kv_cache_scheme=kv_cache_scheme,
+        left_alone=by_rule,
+        kinds=tuple(sorted({site.kind for site, _ in chosen})),
     )
     tie_fused(model)
     set_qat_config(model, config)
-    _print_summary(config, chosen, left_alone, len(cache_quantizers(model)) // 2)
+    _print_summary(model, config, left)
     return model
 
 
@@ -119,14 +128,18 @@ def replace_with_quant_linear(model: nn.Module, schemes: Mapping[str, Scheme] | 
 def get_quantization_format(module: nn.Module) -> str | None:
     """The scheme that `module` computes in, and of everything inside it.
 
-    A name such as "MXFP4" when all quantized layers agree, "mixed: MXFP4 x 12, MXFP8 x 4" when they do not, and None
-    when nothing is quantized. Layers whose quantizers are both disabled count as unquantized; a layer with one of them
-    disabled is named by the half that works ("MXFP4 weight only", "MXFP4 input only"). A quantized key/value cache is
-    named last ("MXFP4, key/value cache fp8_tensor").
+    A name such as "MXFP4" when all quantized layers agree, "mixed: MXFP4 x 12, MXFP8 x 4" when they do not (the experts
+    of a layer count once: "MXFP4A16 x 2 experts"), and None when nothing is quantized. Layers whose quantizers are both
+    disabled count as unquantized; a layer with one of them disabled is named by the half that works ("MXFP4 weight
+    only", "MXFP4 input only"). A quantized key/value cache is named last ("MXFP4, key/value cache fp8_tensor").
     """
-    counts = Counter(filter(None, map(_site_format, quantized_sites(module))))
-    mixed = "mixed: " + ", ".join(f"{name} x {count}" for name, count in sorted(counts.items()))
-    layers = mixed if len(counts) > 1 else next(iter(counts), None)
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, kind, _ in dict.fromkeys((_site_format(s), s.kind, s.name) for s in quantized_sites(module)):
+        if name is not None:
+            counts[name, " experts" if kind == EXPERTS.name else ""] += 1
+    mixed = "mixed: " + ", ".join(f"{name} x {count}{kind}" for (name, kind), count in sorted(counts.items()))
+    names = {name for name, _ in counts}
+    layers = mixed if len(names) > 1 else next(iter(names), None)
     caches = {quantizer.spec.format.name for quantizer in cache_quantizers(module) if quantizer.is_enabled}
     return ", ".join(filter(None, (layers, *(f"key/value cache {name}" for name in sorted(caches))))) or None
 
@@ -159,84 +172,109 @@ def _normalize_key(key: type | str) -> str:
 
 
 def _choose_sites(
-    model: nn.Module, mapping: Mapping[str, str], ignore: tuple[str, ...]
-) -> tuple[list[tuple[Site, str]], dict[str, str]]:
-    """[(site, scheme name)] of what is to be quantized, {name: reason} of weight-bearing modules left alone."""
+    model: nn.Module,
+    mapping: Mapping[str, str],
+    ignore: tuple[str, ...],
+    schemes: Mapping[str, Scheme],
+    saved: Mapping[str, str] | None,
+) -> tuple[list[tuple[Site, str]], dict[str, str], dict[str, str]]:
+    """[(site, scheme name)] of what is to be quantized, {name: reason} of weight-bearing modules left alone, and those
+    of them that a rule covers, or `saved`."""
     if prepared := quantized_sites(model):
         raise UserError(f"{prepared[0].name} is already a QuantLinear; prepare_qat takes an unprepared model")
     sites = find_sites(model)
-    left_alone = _unknown_modules(model, {site.name for site in sites})
+    defaults = Defaults(model, ignore)
+    left = _unknown_modules(model, {site.name for site in sites}, defaults)
     chosen: list[tuple[Site, str]] = []
+    by_rule: dict[str, str] = {}
     used_keys: set[str] = set()
     for site in sites:
         keys = [key for key in mapping if key == KINDS[site.kind].key or matches(site.name, key)]
         used_keys.update(keys)
         pattern = next((p for p in ignore if matches(site.name, p)), None)
         if pattern is not None:
-            left_alone[site.name] = f"ignored by {pattern!r}"
-        elif keys:
-            chosen.append((site, mapping[keys[-1]]))
+            left[site.name] = f"ignored by {pattern!r}"
+        elif not keys:
+            left[site.name] = NO_KEY
+        elif saved is not None and site.name in saved:
+            by_rule[site.name] = saved[site.name]
+        elif (
+            saved is None
+            and not is_named(site.name, mapping)
+            and (reason := defaults.reason_of_site(site, schemes[mapping[keys[-1]]]))
+        ):
+            by_rule[site.name] = reason
         else:
-            left_alone[site.name] = "no mapping key matches"
+            chosen.append((site, mapping[keys[-1]]))
+    chosen = [(site, scheme) for site, scheme in chosen if site.name not in by_rule]  # all of a module, or nothing
+    left |= by_rule
     for key in mapping:
         if key not in used_keys:
-            found = _examples(chosen, left_alone)
+            found = _examples(chosen, left)
             raise UserError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {found}")
     if not chosen:
-        raise UserError(
-            f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}; "
-            f"it has {_examples(chosen, left_alone)}"
-        )
-    _check_effects(mapping, ignore, chosen, left_alone)
-    return chosen, left_alone
+        raise UserError(_nothing(model, ignore, by_rule, _examples(chosen, left)))
+    _check_effects(mapping, ignore, chosen, left)
+    return chosen, left, by_rule
+
+
+def _nothing(model: nn.Module, ignore: tuple[str, ...], by_rule: Mapping[str, str], found: str) -> str:
+    """What to say of a model of which nothing is quantized."""
+    default = ""
+    if by_rule:
+        name, reason = next(iter(by_rule.items()))
+        remedy = "" if reason.startswith(UNFIT) else "; name it in a mapping"
+        default = f", and {len(by_rule)} are left alone by default (e.g. {name}: {reason}{remedy})"
+    return (
+        f"nothing to quantize: no torch.nn.Linear is left in {type(model).__name__} after ignore={list(ignore)}"
+        f"{default}; it has {found}"
+    )
 
 
 def _check_effects(
-    mapping: Mapping[str, str], ignore: tuple[str, ...], chosen: list[tuple[Site, str]], left_alone: dict[str, str]
+    mapping: Mapping[str, str], ignore: tuple[str, ...], chosen: list[tuple[Site, str]], left: dict[str, str]
 ) -> None:
     """Raise a UserError for a pattern of `ignore` that matches nothing, and a key that matches ignored layers only."""
-    names = [*(site.name for site, _ in chosen), *left_alone]
+    names = [*(site.name for site, _ in chosen), *left]
     for pattern in ignore:
         if pattern not in _HEADS and not any(matches(name, pattern) for name in names):
             raise UserError(
                 f'the ignore pattern {pattern!r} (--ignore, or "ignore" in a mapping file) matches no layer; give '
-                f"{PATTERN_HELP}; the model has {_examples(chosen, left_alone)}"
+                f"{PATTERN_HELP}; the model has {_examples(chosen, left)}"
             )
     for key in mapping:
-        if key not in {kind.key for kind in KINDS.values()} and not any(matches(s.name, key) for s, _ in chosen):
+        if key not in GENERAL_KEYS and not any(matches(s.name, key) for s, _ in chosen):
             raise UserError(f"mapping key {key!r} matches only layers that ignore={list(ignore)} leaves alone")
 
 
-def _unknown_modules(model: nn.Module, sites: set[str]) -> dict[str, str]:
+def _unknown_modules(model: nn.Module, sites: set[str], defaults: Defaults) -> dict[str, str]:
     """{name: reason} of modules with weight matrices that are not sites; not of containers, norms and embeddings."""
-    found = {}
-    for name, module in model.named_modules():
-        has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
-        if name not in sites and has_matrix and not isinstance(module, nn.Embedding):
-            kind = "a subclass of torch.nn.Linear" if isinstance(module, nn.Linear) else "not a torch.nn.Linear"
-            found[name] = f"{type(module).__name__} is {kind}"
-    return found
+    return {
+        name: defaults.reason(name, module) or not_a_site(module)
+        for name, module in model.named_modules()
+        if name not in sites and has_matrix(module)
+    }
 
 
-def _examples(chosen: list[tuple[Site, str]], left_alone: dict[str, str]) -> str:
-    names = [*(site.name for site, _ in chosen), *left_alone]
+def _examples(chosen: list[tuple[Site, str]], left: dict[str, str]) -> str:
+    names = [*(site.name for site, _ in chosen), *left]
     return f"{len(names)} weight modules, e.g. {', '.join(names[:4])}" if names else "no weight modules"
 
 
-def _print_summary(
-    config: QATConfig, chosen: list[tuple[Site, str]], left_alone: dict[str, str], cached_layers: int
-) -> None:
-    replaced = Counter(scheme for _, scheme in chosen)
-    lines = ["Quantization-aware training of " + ", ".join(f"{n} linear layers in {s}" for s, n in replaced.items())]
+def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str]) -> None:
+    """Print what was done, the share first; warn of a small one. In the first process of several only."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    share, reasons = quantized_share(model), describe_left(model, left)
+    lines = [f"{percent(share)} of the linear weights are quantized: {describe_sites(quantized_sites(model))}"]
     for name, rules in config.scale_rules.items():
         lines.append(f"  scale rules of {name}: weights {rules['weight']}, inputs {rules['input'] or 'not quantized'}")
     if config.kv_cache_scheme is not None:
+        cached_layers = len(cache_quantizers(model)) // 2
         lines.append(f"  key/value cache of {cached_layers} attention layers in {config.kv_cache_scheme}")
-    reasons = Counter(left_alone.values())
-    for reason, count in reasons.items():
-        example = next(name for name, why in left_alone.items() if why == reason)
-        lines.append(f"  left unquantized: {count} ({reason}), e.g. {example}")
-    for name, value in config.training.items():
-        lines.append(f"  {name}: {value}")
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(lines), flush=True)
+    lines += [f"  left unquantized: {line}" for line in reasons]
+    lines += [f"  {name}: {value}" for name, value in config.training.items()]
+    print("\n".join(lines), flush=True)
+    if share < ENOUGH:
+        most = f"; the largest part left: {reasons[0]}" if reasons else ""
+        logger.warning("only %s of the linear weights are quantized%s", percent(share), most)

@@ -16,15 +16,30 @@ from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
 from .operands import Operands, compute_dtype, is_shard
 
+# By name, since qat/layers imports no transformers.
+_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
-class QuantLinear(Operands, nn.Linear):
-    """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed."""
 
-    fused_with: tuple[QuantLinear, ...]
+class LinearProduct(Operands):
+    """The product of a linear layer, both operands rounded; the parameters are `weight` and `bias`, which may be None.
+
+    Attributes:
+        adds_bias_apart: the product is rounded to the dtype of the matmul before the bias is added, too.
+    """
+
+    weight: torch.Tensor
+    bias: nn.Parameter  # or None
+    fused_with: tuple[LinearProduct, ...]
+    adds_bias_apart = False
 
     def effective_weight(self) -> torch.Tensor:
-        """What is rounded and multiplied by: [out_features, in_features]. An adapter adds its product here."""
+        """What is rounded and multiplied by, in the layout of the weight. An adapter adds its product here."""
         return self.weight
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of a weight that is not sharded."""
+        raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], both operands fake-quantized in the dtype of the matmul.
@@ -34,16 +49,19 @@ class QuantLinear(Operands, nn.Linear):
         """
         dtype = compute_dtype(input)
         weight, inputs = self.weight_quantizer, self.input_quantizer
+        rows, bias = self.rows(self.effective_weight()), None if self.adds_bias_apart else self.bias
         if weight.is_enabled and weight.scale is None and inputs.scale is None:
             spec = inputs.spec if inputs.is_enabled else None
             output = quantized_linear(
-                input, self.effective_weight(), self.bias, spec, weight.rounding, dtype, weight.learned,
+                input, rows, bias, spec, weight.rounding, dtype, weight.learned,
                 self._divisor(input, dtype), self.input_divisor(input.device), id(self.fused_with),
             )  # fmt: skip
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
             x = inputs(input.to(dtype), self.input_divisor(input.device))
-            output = F.linear(x, weight(self.effective_weight().to(dtype), divisor), self.bias)
+            output = F.linear(x, weight(rows.to(dtype), divisor), bias)
+        if self.adds_bias_apart and self.bias is not None:
+            output = output + self.bias.to(output.dtype)
         return self.output_quantizer(output)
 
     def _divisor(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
@@ -56,7 +74,7 @@ class QuantLinear(Operands, nn.Linear):
         if fmt.tensor_scale is None:
             return None
         weights = [layer.effective_weight() for layer in self.fused_with]
-        shapes = [(layer.out_features, layer.in_features) for layer in self.fused_with]
+        shapes = [layer.weight_shape for layer in self.fused_with]
         if any(map(is_shard, weights, shapes)):
             raise UserError(
                 f"{self.scheme_name} needs the largest weight of layers that engines fuse (q_proj, k_proj, v_proj; "
@@ -71,6 +89,44 @@ class QuantLinear(Operands, nn.Linear):
         return f"{super().extra_repr()}, scheme={self.scheme_name}"
 
 
+class QuantLinear(LinearProduct, nn.Linear):
+    """A linear layer under QAT; made from an nn.Linear by `convert`, not constructed."""
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """[out_features, in_features]."""
+        return self.out_features, self.in_features
+
+
+class QuantFalconLinear(QuantLinear):
+    """The same of a FalconLinear: it adds its bias to the rounded product, as Falcon was trained."""
+
+    adds_bias_apart = True
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that `convert` takes: an nn.Linear itself, or Falcon's."""
+    return type(module) is nn.Linear or _is_falcon(module)
+
+
+def _is_falcon(module: nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" == _FALCON_LINEAR
+
+
+_FALCON_CLASSES: dict[type, type[QuantLinear]] = {}
+
+
+def _quantized_class(module: nn.Module) -> type[QuantLinear]:
+    """The class that a linear layer gets; transformers recognizes that of a FalconLinear as one."""
+    original = type(module)
+    if not _is_falcon(module):
+        return QuantLinear
+    if original not in _FALCON_CLASSES:
+        bases = (QuantFalconLinear, original)
+        _FALCON_CLASSES[original] = type("QuantFalconLinear", bases, {"__module__": __name__})
+    return _FALCON_CLASSES[original]
+
+
 def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = False) -> QuantLinear:
     """Turn `module` into a QuantLinear in place: same object, same Parameters.
 
@@ -81,7 +137,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = Fa
         UserError: the blocks of the scheme's formats do not divide its in_features.
     """
     check_convertible(module, scheme, name)
-    module.__class__ = QuantLinear
+    module.__class__ = _quantized_class(module)
     assert isinstance(module, QuantLinear)  # for type checkers, which do not follow __class__
     module.add_quantizers(scheme)
     if learns:
@@ -92,7 +148,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = Fa
 def check_convertible(module: nn.Module, scheme: Scheme, name: str = "") -> None:
     """Raise what `convert(module, scheme, name)` would raise, changing nothing."""
     label = name or "the layer"
-    if type(module) is not nn.Linear:
+    if not (isinstance(module, nn.Linear) and is_linear(module)):
         raise TypeError(f"{label} is a {type(module).__name__}; only a plain torch.nn.Linear can be converted")
     for spec in filter(None, (scheme.weight, scheme.input)):
         if not spec.format.fits(module.in_features):

@@ -13,6 +13,7 @@ from ..schemes.patterns import matches
 from . import learned_scales
 from .baked_values import NOT_TRAINABLE
 from .calibration import set_calibrated_scales
+from .left_alone import ANOTHER_KIND
 from .prepare import prepare_qat, set_qat_config
 from .sites import find_sites, quantized_sites
 
@@ -45,12 +46,16 @@ def prepare_as_saved(
     if is_baked and learn_scale:
         raise UserError(f"{learned_scales.SETTING}=True: {NOT_TRAINABLE}")
     # A pattern that matches nothing is a mistake in a request; in what was saved it is a fact without effect.
-    names = [site.name for site in find_sites(model)]
+    sites = find_sites(model)
+    names = [site.name for site in sites]
+    left_alone = dict(config.left_alone)
+    if config.kinds is not None:
+        left_alone |= {site.name: ANOTHER_KIND for site in sites if site.kind not in config.kinds}
     ignore = tuple(pattern for pattern in config.ignore if any(matches(name, pattern) for name in names))
     wanted = {"learn_exponent": bool(learn_exponent), "learn_scale": learn_scale}
     prepare_qat(
         model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules,
-        learn_scale=learn_scale, kv_cache_scheme=config.kv_cache_scheme,
+        learn_scale=learn_scale, kv_cache_scheme=config.kv_cache_scheme, left_alone=left_alone,
     )  # fmt: skip
     if is_baked or keeps_values:
         _keep_values(model, None if keeps_values else learned_scales.FORMATS)
@@ -58,7 +63,8 @@ def prepare_as_saved(
         set_qat_config(model, config)
     else:
         wanted[learned_scales.SETTING] |= is_baked
-        set_qat_config(model, replace(config, training={name: True for name, on in wanted.items() if on}))
+        training: dict[str, str | bool | float] = {name: True for name, on in wanted.items() if on}
+        set_qat_config(model, replace(config, training=training))
     if config.calibrated_scales:
         set_calibrated_scales(model, config.calibrated_scales)
     return model

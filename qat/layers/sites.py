@@ -1,4 +1,7 @@
-"""Sites: what can be quantized in a model: linear layers and experts. A new kind is one more entry of KINDS."""
+"""Sites: what can be quantized in a model: linear layers, experts, GPT-2's Conv1D.
+
+A new kind is one more entry of KINDS.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import torch
 from torch import nn
 
 from ..schemes.spec import Scheme
+from .conv1d import check_conv1d, convert_conv1d, is_conv1d, is_quantconv1d
 from .experts import QuantExperts, check_experts, convert_experts, is_quantexperts, layout_of
 from .kv_cache import cache_quantizers
-from .quant_linear import check_convertible, convert, is_quantlinear
+from .quant_linear import check_convertible, convert, is_linear, is_quantlinear
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,13 @@ class Site:
     @property
     def label(self) -> str:
         """A name that no other site has: that of the layer, or of the parameter where a module has several."""
-        return self.name if self.kind == LINEAR.name else self.tensor
+        return self.tensor if self.kind == EXPERTS.name else self.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows N and columns K, which are summed over, of the weight; of each expert's."""
+        *_, n, k = self.weight.shape
+        return (k, n) if KINDS[self.kind].is_transposed(self.owner) else (n, k)
 
     @property
     def quantizer_name(self) -> str:
@@ -72,6 +82,7 @@ class Kind:
         quantizing: what quantizes a parameter of a module that is quantized; (module, parameter).
         fits: whether a module has such sites, not yet quantized.
         is_quantized: whether its sites are quantized.
+        is_transposed: whether a module keeps its weights as [K, N] in place of [N, K].
         check: raises a ValueError where a module cannot be converted to a scheme; (module, scheme, name).
         convert: turns a module into its quantized form, in place; (module, scheme, name, learns), see
             `quant_linear.convert`.
@@ -83,8 +94,14 @@ class Kind:
     quantizing: Callable[[nn.Module, str], nn.Module]
     fits: Callable[[nn.Module], bool]
     is_quantized: Callable[[nn.Module], bool]
+    is_transposed: Callable[[nn.Module], bool]
     check: Callable[[nn.Module, Scheme, str], None]
     convert: Callable[[nn.Module, Scheme, str, bool], nn.Module]
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    layout = layout_of(module)
+    return layout is not None and layout.is_transposed
 
 
 def _expert_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -94,15 +111,20 @@ def _expert_parameters(module: nn.Module) -> tuple[str, ...]:
 
 LINEAR = Kind(
     "linear", "torch.nn.Linear", lambda module: ("weight",), lambda module, parameter: module,
-    lambda module: type(module) is nn.Linear, is_quantlinear, check_convertible, convert,
+    is_linear, is_quantlinear, lambda module: False, check_convertible, convert,
 )  # fmt: skip
 EXPERTS = Kind(
     "experts", "torch.nn.Linear",  # stacks of linear layers
     _expert_parameters, lambda module, parameter: cast(QuantExperts, module).projections[parameter],
-    lambda module: layout_of(module) is not None and not is_quantexperts(module), is_quantexperts, check_experts,
-    convert_experts,
+    lambda module: layout_of(module) is not None and not is_quantexperts(module), is_quantexperts,
+    _is_transposed, check_experts, convert_experts,
 )  # fmt: skip
-KINDS = {kind.name: kind for kind in (LINEAR, EXPERTS)}
+CONV1D = Kind(
+    "conv1d", "torch.nn.Linear",  # what it is in engines
+    lambda module: ("weight",), lambda module, parameter: module, is_conv1d, is_quantconv1d, lambda module: True,
+    check_conv1d, convert_conv1d,
+)  # fmt: skip
+KINDS = {kind.name: kind for kind in (LINEAR, EXPERTS, CONV1D)}
 
 
 def find_sites(model: nn.Module) -> list[Site]:

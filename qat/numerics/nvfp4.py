@@ -8,7 +8,7 @@ range (NVIDIA: g = 448 * 6 / amax of the tensor).
 
 All of it is computed in FP32, and the value is rounded to the dtype of the result: compressed-tensors' arithmetic. The
 divisor is given, not computed: engines fuse layers and take one divisor for all of them, and that of inputs is
-calibrated.
+calibrated. Stacked weights [E, N, K], of experts, have one each: a divisor [E].
 
 A block that holds a NaN or an infinity becomes NaN as a whole (its scale is NaN).
 """
@@ -28,8 +28,8 @@ ZERO_SCALE = 0.125  # compressed-tensors' eps of E4M3, for blocks whose own scal
 
 
 def tensor_divisor(amax: torch.Tensor) -> torch.Tensor:
-    """The divisor g, FP32 [1], of a tensor with this largest magnitude; 1 for a tensor of zeros."""
-    largest = amax.float().reshape(1)
+    """The divisor g, FP32 [1], of a tensor with this largest magnitude; 1 for a tensor of zeros. Of [E], [E]."""
+    largest = amax.float().reshape(-1)
     return torch.where(largest > 0, E4M3.largest * E2M1.largest / largest, 1.0)
 
 
@@ -43,10 +43,10 @@ def quantize(
         fmt: that of FORMATS.
         rule: one of `fmt.rules`.
         dtype: the view of `x` that is quantized (default: its own dtype).
-        divisor: g, FP32 [1]; default: that of x.
+        divisor: g, FP32 [1], or [E] for x [E, N, K]; default: that of x.
 
     Returns:
-        codes, uint8 [..., K / 2]; the scales, E4M3 [..., K / 16], and the divisor, FP32 [1].
+        codes, uint8 [..., K / 2]; the scales, E4M3 [..., K / 16], and the divisor.
     """
     elements, scale, divisor = _quantize_elements(x, fmt, rule, dtype, divisor)
     codes = encode(elements.nan_to_num(0.0), E2M1).flatten(-2)
@@ -85,7 +85,7 @@ def quantize_to_scale(
 def saturates(x: torch.Tensor, quantized: Quantized, fmt: Format) -> torch.Tensor:
     """Which values of x [..., K] exceed the largest element of their block: bool [..., K]."""
     scale, divisor = quantized.scales
-    return (_in_blocks(x.float()).abs() > E2M1.largest * (scale.float() / divisor)[..., None]).flatten(-2)
+    return (_in_blocks(x.float()).abs() > E2M1.largest * _effective(scale.float(), divisor)).flatten(-2)
 
 
 def broken_blocks(quantized: Quantized, fmt: Format) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _quantize_elements(x, fmt, rule, dtype, divisor):
     amax = blocks.abs().amax(-1) if blocks.numel() else blocks.new_zeros(blocks.shape[:-1])
     divisor = tensor_divisor(amax.max() if amax.numel() else amax.new_zeros(())) if divisor is None else divisor
     per_element = amax / 6.0 if rule == "absmax_native" else amax.float() / 6.0
-    scale = _as_scale(divisor * per_element.float())
+    scale = _as_scale(_along(divisor, per_element) * per_element.float())
     scale = torch.where(amax.isfinite(), scale, torch.nan)
     elements = _round_elements(blocks.float(), scale, divisor)
     if rule == "search":
@@ -119,22 +119,32 @@ def _as_scale(value: torch.Tensor) -> torch.Tensor:
 
 def _search(blocks, elements, scale, divisor):
     """The better of the scale and its neighbours in E4M3, the next larger one first."""
-    error = squared_error(blocks - elements * (scale / divisor)[..., None])
+    error = squared_error(blocks - elements * _effective(scale, divisor))
     code = scale.to(torch.float8_e4m3fn).view(torch.uint8).int()
     for step in (1, -1):
         neighbour = (code + step).clamp(1, E4M3.largest_code).to(torch.uint8).view(torch.float8_e4m3fn).float()
         neighbour = torch.where(scale.isnan(), scale, neighbour)
         other = _round_elements(blocks, neighbour, divisor)
-        other_error = squared_error(blocks - other * (neighbour / divisor)[..., None])
+        other_error = squared_error(blocks - other * _effective(neighbour, divisor))
         better = other_error < error
         elements = torch.where(better[..., None], other, elements)
         scale, error = torch.where(better, neighbour, scale), torch.where(better, other_error, error)
     return elements, scale
 
 
+def _along(divisor: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The divisor in a shape that goes with `scales` [..., K / 16]."""
+    return divisor if divisor.numel() == 1 else divisor.view(-1, *[1] * (scales.dim() - 1))
+
+
+def _effective(scale: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+    """What elements are multiplied by, [..., K / 16, 1]."""
+    return (scale / _along(divisor, scale))[..., None]
+
+
 def _round_elements(blocks: torch.Tensor, scale: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-    return round_to_element(blocks / (scale / divisor)[..., None], E2M1)
+    return round_to_element(blocks / _effective(scale, divisor), E2M1)
 
 
 def _scale_back(elements: torch.Tensor, scale: torch.Tensor, divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (elements * (scale / divisor)[..., None]).to(dtype).flatten(-2)
+    return (elements * _effective(scale, divisor)).to(dtype).flatten(-2)

@@ -42,7 +42,8 @@ def fake_quantize(
     The gradient passes straight through (Bengio et al., arXiv:1308.3432), in x's dtype.
 
     Args:
-        divisor: of the whole tensor, FP32 [1], in formats with a tensor scale; default: that of x.
+        divisor: of the whole tensor, FP32 [1], in formats with a tensor scale; [E] for x [E, N, K], stacked weights;
+            default: that of x.
     """
     format_ = get_format(fmt)
     return _function("fake_quantize", x, format_)(x, format_, rule, dtype, *_given(divisor))

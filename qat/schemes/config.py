@@ -23,6 +23,7 @@ from .presets import get_kv_cache_scheme, get_scheme
 QAT_CONFIG_NAME = "qat_config.json"
 TRAINING = {"learn_exponent": bool, "learn_scale": bool}  # what `QATConfig.training` may hold, and the types
 _FORMAT_VERSION = 1
+_OLD_KINDS = ("linear",)  # all that there was when files did not name the kinds of sites
 _VERSIONS = {"torch": torch.__version__.split("+")[0], "mx-qat": VERSION}
 
 
@@ -35,7 +36,8 @@ class QATConfig:
     defaults; with `learn_scale` the weights of a finished model are quantized values already. `calibrated_scales` holds
     the scales that do not follow from weights, by the names of their tensors in a packed checkpoint
     ("model.layers.0.mlp.down_proj.input_global_scale"): FP32 values, exactly. `kv_cache_scheme` is that of keys and
-    values in the cache; None: they are not quantized.
+    values in the cache; None: they are not quantized. `left_alone` holds the layers that a default rule left alone,
+    with its reason; `kinds` the kinds of sites that the training quantized (None: all that the mapping covers).
     """
 
     mapping: dict[str, str]
@@ -44,6 +46,8 @@ class QATConfig:
     training: dict[str, str | bool | float] = field(default_factory=dict)
     calibrated_scales: dict[str, float] = field(default_factory=dict)
     kv_cache_scheme: str | None = None
+    left_alone: dict[str, str] = field(default_factory=dict)
+    kinds: tuple[str, ...] | None = None
     versions: dict[str, str] = field(default_factory=lambda: dict(_VERSIONS))
 
     @property
@@ -61,8 +65,11 @@ class QATConfig:
     def same_training(self, other: QATConfig) -> bool:
         """Whether a run under `other` may resume a run under this one: versions and calibrated scales may differ."""
         mine, theirs = asdict(self), asdict(other)
-        compared = ("mapping", "ignore", "scale_rules", "training", "kv_cache_scheme")
-        return all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)
+        compared = ["mapping", "ignore", "scale_rules", "training", "kv_cache_scheme"]
+        if self.kinds is not None and other.kinds is not None:
+            compared.append("kinds")
+        same = all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)
+        return same and set(self.left_alone) == set(other.left_alone)
 
     def save(self, folder: str | Path) -> None:
         """Write `qat_config.json` into `folder`."""
@@ -85,7 +92,8 @@ class QATConfig:
         except UserError as error:
             raise UserError(f"{path} is not a QAT configuration that this program can read: {error}") from error
         del content["format_version"]
-        return cls(**{**content, "ignore": tuple(content["ignore"])})
+        kinds = content.get("kinds", _OLD_KINDS)
+        return cls(**{**content, "ignore": tuple(content["ignore"]), "kinds": None if kinds is None else tuple(kinds)})
 
 
 def _check(content: dict[str, Any]) -> None:
@@ -108,6 +116,10 @@ def _check(content: dict[str, Any]) -> None:
     _check_rules(content.get("scale_rules", {}))
     _check_entries("training", content.get("training", {}), TRAINING)
     _check_scales(content.get("calibrated_scales", {}))
+    left_alone, kinds = content.get("left_alone", {}), content.get("kinds")
+    _check_entries("left_alone", left_alone, dict.fromkeys(left_alone, str) if isinstance(left_alone, dict) else {})
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UserError(f"kinds is {shown(kinds)}, not a list of kinds of layers")
     if content.get("kv_cache_scheme") is not None:
         get_kv_cache_scheme(content["kv_cache_scheme"])
     versions = content.get("versions", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from .patterns import check_patterns
 from .presets import scheme_name
 
 DEFAULT_IGNORE = ("lm_head",)
+
+
+def with_patterns(ignore: Iterable[str], more: Iterable[str] | None) -> tuple[str, ...]:
+    """Layers to ignore and those that --ignore adds, each pattern once."""
+    return tuple(dict.fromkeys((*ignore, *(more or ()))))
 
 
 def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:

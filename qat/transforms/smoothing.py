@@ -7,200 +7,224 @@ multiplies the weights that read it by the same factor:
     s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)          alpha 0: no smoothing of X; alpha 1: all channels of X alike
 
 The division costs nothing, since whatever produces the activation absorbs it: the norm before q/k/v or gate/up, v_proj
-before o_proj, up_proj before down_proj. Which linear layers read a norm is seen while the model runs, not guessed from
-names. The factors of a group have a geometric mean of 1.
+before o_proj, up_proj before down_proj (observation.py finds them). The factors of an activation have a geometric mean
+of 1.
+
+Some models use an activation in a way that is not seen, as a residual or through a function that is not linear. Their
+logits move; the activation is undone, and the others stay smoothed.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..errors import UserError
-from ..layers.quant_linear import is_quantlinear
 from ..layers.sites import quantizers_off
+from .activations import Activation
+from .equality import Equality
+from .observation import Observation, observe
 
 logger = logging.getLogger(__name__)
 
 _SMALLEST = 1e-5  # maxima are taken to be at least this: a dead channel needs no factor
-_TOLERANCE = 1e-3  # of the largest logit: rounding of FP32 is far below, a broken model far above
-_PAIRS = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
+_TOLERANCE = 1e-4  # of the largest logit: rounding of FP32 moves logits by 1e-6 to 1e-5, a wrong activation by 5e-4 up
+_LOTS = 4  # in which activations are smoothed; the tensors of one lot are kept, so that they can be undone
+_CHECKED_TOKENS = 128  # an activation that is used in another way moves the logits of nearly all tokens
 
 
-@dataclass
-class _Group:
-    """An activation: what produces it, the linear layers that read it, and its largest magnitudes, FP32 [channels].
+@dataclass(frozen=True)
+class Smoothed:
+    """What `smooth` did.
 
-    Grouped-query attention reads each head of v_proj several times, one copy after the other: then there are `copies`
-    times as many channels as v_proj puts out, in runs of `head`.
+    Attributes:
+        inputs: how many distinct inputs the quantized layers have.
+        smoothed: how many of these are smoothed.
+        left: what produces each activation that is not, since smoothing it moves the logits; how far, as a fraction of
+            the largest logit.
+        uncovered: the other inputs, each by one weight that reads it: nothing before them can absorb the factors.
+        moved: how far the logits of the smoothed model have moved.
     """
 
-    producer: nn.Module
-    readers: list[nn.Linear]
-    largest: torch.Tensor
-    copies: int = 1
-    head: int | None = None
+    inputs: int
+    smoothed: int
+    left: dict[str, float]
+    uncovered: tuple[str, ...]
+    moved: float
 
-    def by_output(self, channels: torch.Tensor) -> torch.Tensor:
-        """The largest value over all copies of each of the producer's outputs."""
-        if self.copies == 1:
-            return channels
-        assert self.head is not None
-        return channels.view(-1, self.copies, self.head).amax(1).flatten()
-
-    def by_channel(self, outputs: torch.Tensor) -> torch.Tensor:
-        """A value for each of the producer's outputs, copied as the outputs are."""
-        if self.copies == 1:
-            return outputs
-        assert self.head is not None
-        return outputs.view(-1, 1, self.head).expand(-1, self.copies, -1).flatten()
+    def __str__(self) -> str:
+        text = f"smoothed {self.smoothed} of {self.inputs} activations"
+        parts = list(_by_kind(self.left))
+        if self.uncovered:
+            parts.append(
+                f"{len(self.uncovered)} with no norm, v_proj or gated up_proj directly before, e.g. the input of "
+                f"{self.uncovered[0]}"
+            )
+        return f"{text}; left: {', '.join(parts)}" if parts else text
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: float) -> int:
-    """Smooth the inputs of the QuantLinear layers of `model` in place; returns the number of smoothed activations.
+def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: float) -> Smoothed:
+    """Smooth the inputs of the quantized layers of `model` in place, except those that would move its logits.
 
     Args:
         model: prepared by `prepare_qat`, its weights FP32 for exactness.
-        batches: what the model is called with, on its device and without padding; the first one also serves to check
-            that the model still computes the same.
+        batches: what the model is called with, on its device and without padding; the beginning of the longest one also
+            serves to check that the model still computes the same.
         alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
             above 0 and at most 1.
 
+    Returns:
+        What was smoothed and what was not, which is also logged: as a warning where the logits would have moved, or
+        where nothing is smoothed.
+
     Raises:
-        UserError: alpha out of range, nothing to smooth, or a model that does not compute the same afterwards.
+        UserError: alpha is out of range, or there is no batch.
     """
     if not 0 < alpha <= 1:
         raise UserError(f"smoothing alpha {alpha} is out of range; choose a number above 0 and at most 1, such as 0.7")
     batches = list(batches)
+    if not batches:
+        raise UserError("smoothing needs at least one sample; give more data, or leave smoothing off (alpha 0)")
     was_training = model.training
     model.eval()
     try:
-        with quantizers_off(model):
-            before = model(**batches[0]).logits
-            groups = _observe(model, batches)
-            if not groups:
-                raise UserError(
-                    f"{type(model).__name__} has no activation that could be smoothed: no norm, v_proj or up_proj "
-                    "whose output is read by quantized linear layers; leave smoothing off (alpha 0)"
-                )
-            for group in groups:
-                _apply(group, alpha)
-            after = model(**batches[0]).logits
+        with quantizers_off(model), _without_cache(model):
+            check = Equality(model, _beginning(max(batches, key=_tokens)))
+            seen = observe(model, batches)
+            left: dict[str, float] = {}
+            kept = [a for lot in _lots(seen.activations) for a in _smooth_exactly(lot, alpha, check, left)]
+            result = _summarize(seen, kept, left, check.moved() if kept else 0.0)
     finally:
         model.train(was_training)
-    moved = float((after - before).abs().max() / before.abs().max())
-    if not moved < _TOLERANCE:
-        raise UserError(
-            f"smoothing changes what {type(model).__name__} computes (logits move by {moved:.2g} of the largest), so "
-            "one of its activations is used in a way that is not known here; leave smoothing off (alpha 0)"
-        )
-    logger.info("Smoothed %d activations, alpha %g; logits move by %.1e of the largest", len(groups), alpha, moved)
-    return len(groups)
+    _log(model, result, alpha)
+    return result
 
 
-def _observe(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> list[_Group]:
-    """Run the model and see which linear layers read which norm, and how large the channels of their inputs get."""
-    readers: dict[nn.Module, list[nn.Linear]] = {}
-    largest: dict[nn.Module, torch.Tensor] = {}
-    producers: dict[int, tuple] = {}  # id of an output -> its norm, and a weak reference that tells ids used again
+def _by_kind(left: dict[str, float]) -> Iterator[str]:
+    """The activations that are left, those together whose names differ in numbers only."""
+    kinds: dict[str, list[str]] = {}
+    for name in left:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), []).append(name)
+    for kind, names in kinds.items():
+        moved = max(left[name] for name in names)
+        alone = f"{names[0]} (logits move by {moved:.2g})"
+        yield alone if len(names) == 1 else f"{len(names)} of {kind} (logits move by up to {moved:.2g})"
 
-    def after_norm(norm, _args, output):
-        producers[id(output)] = norm, weakref.ref(output)
 
-    def before_linear(linear, args):
-        x = args[0]
-        channels = x.detach().abs().flatten(0, -2).amax(0).float()
-        largest[linear] = torch.maximum(largest[linear], channels) if linear in largest else channels
-        norm, output = producers.get(id(x), (None, None))
-        if norm is not None and output() is x and linear not in readers.setdefault(norm, []):
-            readers[norm].append(linear)
-
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(before_linear))
-        elif _is_norm(module):
-            handles.append(module.register_forward_hook(after_norm))
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No keys and values are kept inside: latent ones are copied into a cache, so their reader would not be seen."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
     try:
-        for batch in tqdm(batches, desc="Smoothing", unit="sample"):
-            model(**batch)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    groups = [_Group(norm, linear, largest[linear[0]]) for norm, linear in readers.items()]
-    groups += _pairs(model, largest)
-    shared = _shared_parameters(model)
-    return [g for g in groups if any(map(is_quantlinear, g.readers)) and not any(r.weight in shared for r in g.readers)]
+        for config in caching:
+            config.use_cache = True
 
 
-def _pairs(model: nn.Module, largest: dict[nn.Module, torch.Tensor]) -> Iterator[_Group]:
-    """v_proj and up_proj, whose outputs reach the next linear layer through operations that are linear in them."""
-    for module in model.modules():
-        for first, second in _PAIRS:
-            producer, reader = getattr(module, first, None), getattr(module, second, None)
-            if not (isinstance(producer, nn.Linear) and isinstance(reader, nn.Linear) and reader in largest):
-                continue
-            copies, rest = divmod(reader.in_features, producer.out_features)
-            head = getattr(module, "head_dim", None)
-            if rest == 0 and (copies == 1 or head is not None):
-                yield _Group(producer, [reader], largest[reader], copies, head)
+def _smooth_exactly(
+    lot: Sequence[Activation], alpha: float, check: Equality, left: dict[str, float]
+) -> list[Activation]:
+    """Smooth those of a lot that do not move the logits, which are returned; the others go into `left`.
+
+    All are smoothed, and the logits are compared once; where they moved, all are undone, and each half is tried alone.
+    """
+    kept = {parameter: parameter.to("cpu", copy=True) for a in lot for parameter in a.parameters}
+    for activation in lot:
+        _apply(activation, alpha)
+    moved = check.moved()
+    if moved < _TOLERANCE:
+        return list(lot)
+    for parameter, value in kept.items():
+        parameter.copy_(value)
+    if len(lot) == 1:
+        left[lot[0].producer.name] = moved
+        return []
+    del kept
+    middle = len(lot) // 2
+    return [a for half in (lot[:middle], lot[middle:]) for a in _smooth_exactly(half, alpha, check, left)]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """A module of its own with one scale per channel and perhaps one offset: LayerNorm, RMSNorm and their kin."""
-    parameters = dict(module.named_parameters())
-    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(p.ndim == 1 for p in parameters.values())
+def _lots(activations: Sequence[Activation]) -> Iterator[list[Activation]]:
+    """Runs of activations whose tensors have about 1 / _LOTS of all bytes."""
+    sizes = [sum(parameter.nbytes for parameter in activation.parameters) for activation in activations]
+    lot: list[Activation] = []
+    filled, total = 0, sum(sizes)
+    for activation, size in zip(activations, sizes, strict=True):
+        lot.append(activation)
+        filled += size
+        if filled * _LOTS >= total:
+            yield lot
+            lot, filled = [], 0
+    if lot:
+        yield lot
 
 
-def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    seen: set[nn.Parameter] = set()
-    shared: set[nn.Parameter] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            (shared if parameter in seen else seen).add(parameter)
-    return shared
+def _summarize(seen: Observation, kept: list[Activation], left: dict[str, float], moved: float) -> Smoothed:
+    def read_by(activations: Iterable[Activation]) -> set[int]:
+        return {id(reader.parameter) for activation in activations for reader in activation.readers}
+
+    smoothed, tried = read_by(kept), read_by(seen.activations)
+    count = sum(any(id(weight) in smoothed for weight in readers.values()) for readers in seen.inputs)
+    uncovered = [next(iter(r)) for r in seen.inputs if not any(id(weight) in tried for weight in r.values())]
+    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved)
 
 
-def _apply(group: _Group, alpha: float) -> None:
-    weight = torch.stack([reader.weight.abs().amax(0).float() for reader in group.readers]).amax(0)
-    factors = smoothing_factors(group.by_output(group.largest), group.by_output(weight), alpha)
-    _divide_output(group.producer, factors)
-    for reader in group.readers:
-        reader.weight.mul_(group.by_channel(factors).to(reader.weight.dtype))
+def _log(model: nn.Module, result: Smoothed, alpha: float) -> None:
+    text = str(result)
+    if not result.smoothed:
+        logger.warning(
+            "%s continues without smoothing, which --smooth_alpha %g asks for: %s",
+            type(model).__name__,
+            alpha,
+            text,
+        )
+        return
+    log = logger.warning if result.left else logger.info
+    log("%s; alpha %g; logits move by %.1e of the largest", text[0].upper() + text[1:], alpha, result.moved)
+
+
+def _tokens(batch: dict[str, torch.Tensor]) -> int:
+    return batch["input_ids"].numel()
+
+
+def _beginning(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first tokens of a batch of rows; whole where it has other tensors."""
+    if any(value.ndim != 2 or value.shape != batch["input_ids"].shape for value in batch.values()):
+        return batch
+    return {key: value[:, :_CHECKED_TOKENS] for key, value in batch.items()}
+
+
+def _apply(activation: Activation, alpha: float) -> None:
+    ndim = activation.largest.ndim
+    weight = torch.stack([_reduced(reader.largest(), ndim) for reader in activation.readers]).amax(0)
+    factors = smoothing_factors(activation.by_output(activation.largest), activation.by_output(weight), alpha)
+    activation.producer.divide(factors)
+    for reader in activation.readers:
+        reader.multiply(activation.by_channel(factors))
+
+
+def _reduced(largest: torch.Tensor, ndim: int) -> torch.Tensor:
+    """[..., K] -> [K] if `ndim` is 1: the largest of all experts, where one activation reaches all of them."""
+    return largest.flatten(0, -2).amax(0) if largest.ndim > ndim else largest
 
 
 def smoothing_factors(largest_input: torch.Tensor, largest_weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over their geometric mean, FP32 [channels]; see the top."""
+    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over their geometric mean, FP32 [..., channels]; see the top.
+
+    1 where no channel was seen: of an expert that no token reached.
+    """
     factors = largest_input.clamp(min=_SMALLEST) ** alpha / largest_weight.clamp(min=_SMALLEST) ** (1 - alpha)
-    return factors / factors.log().mean().exp()
-
-
-def _divide_output(producer: nn.Module, factors: torch.Tensor) -> None:
-    """Let what `producer` puts out be divided by `factors` [channels]."""
-    if isinstance(producer, nn.Linear):
-        producer.weight.div_(factors[:, None].to(producer.weight.dtype))
-    else:
-        weight, offset = producer.get_parameter("weight"), _weight_offset(producer)
-        weight.copy_((weight + offset) / factors - offset)
-    bias: torch.Tensor | None = getattr(producer, "bias", None)
-    if bias is not None:
-        bias.div_(factors.to(bias.dtype))
-
-
-def _weight_offset(norm: nn.Module) -> float:
-    """0 where a norm multiplies by its weight, 1 where it multiplies by 1 + weight, as Gemma's do."""
-    weight = norm.get_parameter("weight")
-    kept = weight.clone()
-    x = torch.randn(1, 1, kept.numel(), device=kept.device, dtype=kept.dtype)
-    weight.zero_()
-    bias: torch.Tensor | None = getattr(norm, "bias", None)
-    offset = float((norm(x) - (0 if bias is None else bias)).abs().max() > 0)
-    weight.copy_(kept)
-    return offset
+    factors = factors / factors.log().mean(-1, keepdim=True).exp()
+    return torch.where(largest_input.amax(-1, keepdim=True) > 0, factors, 1)

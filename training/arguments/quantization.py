@@ -13,7 +13,9 @@ from qat.checkpoints.dialects.mxfp4 import experts_only
 from qat.errors import UserError
 from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
-from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement
+from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement, with_patterns
+from qat.schemes.patterns import HELP as PATTERNS
+from qat.schemes.patterns import check_patterns
 from qat.schemes.presets import KV_CACHE_SCHEMES, get_kv_cache_scheme, input_rules, scheme_name, weight_rules
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,13 @@ class QuantizationArguments:
             "python -m training.sensitivity proposes one."
         },
     )
+    ignore: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Layers to leave unquantized, beside those of --quant_mapping and {', '.join(DEFAULT_IGNORE)}: "
+            f"{PATTERNS}. One that matches nothing is an error."
+        },
+    )
     learn_exponent: bool = field(
         default=False,
         metadata={
@@ -126,6 +135,7 @@ class QuantizationArguments:
             )
         check_smooth_alpha(self.smooth_alpha)
         self._check_cache()
+        self._check_ignore()
         for name, choices in (("weight_scale_rule", weight_rules()), ("input_scale_rule", input_rules())):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
@@ -171,6 +181,15 @@ class QuantizationArguments:
                     "one of them, or omit it (a model that was trained with it keeps it)"
                 )
 
+    def _check_ignore(self) -> None:
+        """Raises UserError for patterns without effect: nothing is quantized, or a model keeps its own."""
+        if self.ignore and not self.names_schemes:
+            raise UserError(
+                f"--ignore {' '.join(self.ignore)} has no effect without --quant_scheme or --quant_mapping; give one "
+                "of them, or omit it (a model that was trained with it keeps it)"
+            )
+        check_patterns(self.ignore or ())
+
     def _check_rules(self, *schemes: str) -> None:
         """Raises UserError for a scale rule that the formats of a scheme do not have."""
         given = {"weight_scale_rule": (self.weight_scale_rule, None), "input_scale_rule": (None, self.input_scale_rule)}
@@ -209,8 +228,12 @@ class QuantizationArguments:
         """Mapping and ignored layers as `prepare_qat` takes them; None where neither scheme nor mapping is given."""
         if self.quant_mapping is not None:
             self._warn_if_measured_otherwise()
-            return load_mapping(self.quant_mapping)
-        return None if self.quant_scheme is None else ({LINEAR.key: self.quant_scheme}, DEFAULT_IGNORE)
+            mapping, ignore = load_mapping(self.quant_mapping)
+        elif self.quant_scheme is not None:
+            mapping, ignore = {LINEAR.key: self.quant_scheme}, DEFAULT_IGNORE
+        else:
+            return None
+        return mapping, with_patterns(ignore, self.ignore)
 
     def _warn_if_measured_otherwise(self) -> None:
         """Warn if the mapping was measured under other settings than this run's: they may rank layers differently."""

@@ -24,7 +24,7 @@ def is_needed() -> bool:
 
 
 def use_fast_bfloat16() -> None:
-    """Replace BF16 mm, addmm, bmm, baddbmm, grouped_mm and the backward of scaled-dot-product attention on the CPU, once."""
+    """Replace BF16 mm, addmm, bmm, baddbmm, grouped_mm and attention's backward on the CPU, once."""
     global _library
     if _library is not None:
         return
@@ -63,7 +63,7 @@ def _baddbmm(bias, a, b, *, beta=1, alpha=1):
 
 
 def _grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
-    """[S, K] x [E, K, N] -> [S, N], rows in groups; [M, S] x [S, N] -> [E, M, N], columns in groups: as experts need."""
+    """[S, K] x [E, K, N] -> [S, N], rows in groups; [M, S] x [S, N] -> [E, M, N], columns in groups."""
     assert offs is not None and bias is None and a.dim() == 2, "experts have 2-D inputs"
     ends, start = offs.tolist(), 0
     if b.dim() == 3:

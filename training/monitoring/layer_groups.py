@@ -1,4 +1,4 @@
-"""Quantized layers by what they do, and the parts of their weights that this process holds."""
+"""Quantized sites by what they do, and the parts of their weights that this process holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qat import QuantLinear, is_quantlinear
+from qat.layers.sites import LINEAR, Site, quantized_sites
 
 # The first that fits a layer's name; the names are those of the models in transformers.
 _GROUPS = (
@@ -23,12 +23,11 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in _GROUPS if pattern.search(name)), "other")
 
 
-def grouped_layers(model: nn.Module) -> dict[str, dict[str, QuantLinear]]:
-    """All QuantLinear layers of `model` by group and name."""
-    groups: dict[str, dict[str, QuantLinear]] = {}
-    for name, module in model.named_modules():
-        if is_quantlinear(module):
-            groups.setdefault(group_of(name), {})[name] = module
+def grouped_sites(model: nn.Module) -> dict[str, dict[str, Site]]:
+    """All quantized sites of `model` by group and label."""
+    groups: dict[str, dict[str, Site]] = {}
+    for site in quantized_sites(model):
+        groups.setdefault(group_of(site.name), {})[site.label] = site
     return groups
 
 
@@ -39,15 +38,31 @@ def evenly_spaced(items: list, count: int) -> list:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def local_rows(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """The rows [n, K] of a matrix that lie in this process: all of them, or FSDP2's shard; detached, sharing memory.
+def local_part(parameter: torch.Tensor | None, ndim: int) -> torch.Tensor | None:
+    """What lies in this process of a parameter of so many dimensions: all of it, or FSDP2's shard of the first one.
 
-    None where there are no whole rows: FSDP1 cuts its flat buffers anywhere.
+    Detached, sharing memory. None where no rows are whole: FSDP1 cuts its flat buffers anywhere.
     """
     if isinstance(parameter, DTensor):
         whole_rows = all(getattr(placement, "dim", 0) == 0 for placement in parameter.placements)
         parameter = parameter.to_local() if whole_rows else None
-    return None if parameter is None or parameter.ndim != 2 else parameter.detach()
+    return None if parameter is None or parameter.ndim != ndim else parameter.detach()
+
+
+def local_rows(site: Site) -> torch.Tensor | None:
+    """The rows of a site's weight that lie in this process, [N, K], of experts [E, N, K]; see `local_part`."""
+    part = local_part(site.weight, 2 if site.kind == LINEAR.name else 3)
+    return None if part is None else site.module.rows(part)
+
+
+def spread_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` rows [n, K] of [..., K], at even distances; no others are copied."""
+    if rows.ndim == 2:
+        return rows[:: max(1, len(rows) // count)][:count]
+    each = rows.shape[-2]
+    total = rows.shape[0] * each
+    picked = torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
+    return rows[picked // each, picked % each]
 
 
 def block_of(name: str) -> tuple[str | None, int | None]:

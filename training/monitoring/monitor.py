@@ -6,11 +6,12 @@ power of two) whose direction is opposite to that of the value's last change; it
 momentum 0.01, as in that paper, and a weight counts as oscillating while the frequency exceeds 0.005: for about 70
 steps after an oscillation.
 
-Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 layers, spread over
-the depth of the model, and 16 rows of each, joined into one matrix, so that a step costs a few dozen small operations
-whatever the model's size. Inputs are looked at in steps that are logged, in at most 4 layers of each group, 64 tokens
-of each. Under FSDP2 these are rows that the logging process holds. In formats with a tensor scale, the joined rows have
-one of their own, not that of their layers, which needs all rows. A resumed run starts its histories anew.
+Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 weights, spread over
+the depth of the model, and 16 rows of each (of fused experts, spread over all of them), joined into one matrix, so that
+a step costs a few dozen small operations whatever the model's size. Inputs are looked at in steps that are logged, in
+at most 4 layers of each group, 64 tokens of each. Under FSDP2 these are rows that the logging process holds. In formats
+with a tensor scale, the joined rows have one of their own, not that of their layers, which needs all rows. A resumed
+run starts its histories anew.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from qat import QuantLinear
+from qat.layers.operands import Operands
+from qat.layers.sites import LINEAR, Site
 from qat.numerics import ops
 from qat.numerics.codes import decode
 from qat.numerics.families import family_of
 from qat.numerics.formats import E8M0, Quantized
 from qat.schemes.spec import TensorSpec
 
-from .layer_groups import evenly_spaced, grouped_layers, local_rows
+from .layer_groups import evenly_spaced, grouped_sites, local_part, local_rows, spread_rows
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,9 @@ INPUTS_PER_GROUP, TOKENS_PER_INPUT = 4, 64
 
 @dataclass
 class WeightSample:
-    """Rows of layers that share scheme and width, and the history of their quantized values [n, K]."""
+    """Rows of weights that share scheme and width, and the history of their quantized values [n, K]."""
 
-    layers: list[QuantLinear]
+    sites: list[Site]
     spec: TensorSpec
     dtype: torch.dtype
     values: torch.Tensor | None = None
@@ -53,11 +55,13 @@ class WeightSample:
 
     def quantize(self) -> tuple[torch.Tensor, Quantized]:
         """The weights [n, K] as they are seen in `dtype`, and quantized."""
-        rounding = self.layers[0].weight_quantizer.rounding
-        weights = torch.cat([_some(local_rows(layer.weight)) for layer in self.layers])
-        learned = zip(*(map(local_rows, layer.weight_quantizer.learned) for layer in self.layers), strict=True)
-        quantized = rounding.quantize(weights, self.dtype, *(torch.cat(list(map(_some, parts))) for parts in learned))
-        return weights.to(self.dtype), quantized
+        rounding = self.sites[0].module.weight_quantizer.rounding
+        rows = [_present(local_rows(site)) for site in self.sites]
+        weights = torch.cat([_some(own) for own in rows])
+        each = [[_present(local_part(p, own.ndim)) for p in site.module.weight_quantizer.learned]
+                for site, own in zip(self.sites, rows, strict=True)]  # fmt: skip
+        learned = [torch.cat([_some(part) for part in parts]) for parts in zip(*each, strict=True)]
+        return weights.to(self.dtype), rounding.quantize(weights, self.dtype, *learned)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -92,15 +96,15 @@ class QuantizationMonitor(TrainerCallback):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, watch_inputs: bool = True) -> None:
         self.dtype = dtype
-        self.groups = grouped_layers(model)
+        self.groups = grouped_sites(model)
         self.samples: dict[str, list[WeightSample]] = {}
-        self.inputs = {group: _distinct_inputs(layers) if watch_inputs else [] for group, layers in self.groups.items()}
+        self.inputs = {group: _distinct_inputs(sites) if watch_inputs else [] for group, sites in self.groups.items()}
         self.input_fractions: dict[str, list[torch.Tensor]] = {}
         self.hooks: list = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Choose the weights; only now are they where they will be while training."""
-        self.samples = {group: _samples(list(layers.values()), self.dtype) for group, layers in self.groups.items()}
+        self.samples = {group: _samples(list(sites.values()), self.dtype) for group, sites in self.groups.items()}
         if not any(self.samples.values()):
             logger.warning("oscillation and saturation of weights are not logged: FSDP1 holds no whole rows of them")
         for sample in self._all_samples():
@@ -109,8 +113,8 @@ class QuantizationMonitor(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         """In a step that is going to be logged, look at the inputs of some layers."""
         if (state.global_step + 1) % max(1, int(state.logging_steps)) == 0:
-            for group, layers in self.inputs.items():
-                self.hooks += [layer.register_forward_pre_hook(self._watch(group)) for layer in layers]
+            for group, modules in self.inputs.items():
+                self.hooks += [module.register_forward_pre_hook(self._watch(group)) for module in modules]
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         """The weights have changed."""
@@ -148,12 +152,12 @@ class QuantizationMonitor(TrainerCallback):
         return [sample for samples in self.samples.values() for sample in samples]
 
     def _watch(self, group: str):
-        def look(layer: QuantLinear, args: tuple) -> None:
-            if not layer.input_quantizer.is_enabled:  # the student without quantizers is its own teacher
+        def look(module: Operands, args: tuple) -> None:
+            x = args[0].detach()
+            if not module.input_quantizer.is_enabled or not x.numel():  # off: the student is its own teacher
                 return
-            spec, x = layer.input_quantizer.spec, args[0].detach()
-            rows = _some(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
-            divisor = layer.input_divisor(x.device)  # before the first step it is on the CPU
+            spec, rows = module.input_quantizer.spec, spread_rows(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
+            divisor = module.input_divisor(x.device)  # before the first step it is on the CPU
             quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype, divisor)
             self.input_fractions.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
 
@@ -174,25 +178,34 @@ def _fraction_saturated(x: torch.Tensor, quantized: Quantized, spec: TensorSpec)
     return family_of(spec.format).saturates(x, quantized, spec.format).float().mean()
 
 
-def _samples(layers: list[QuantLinear], dtype: torch.dtype) -> list[WeightSample]:
-    """Some layers of a group, in lots that can be joined into a matrix."""
-    lots: dict[tuple, list[QuantLinear]] = {}
-    present = [layer for layer in layers if (rows := local_rows(layer.weight)) is not None and len(rows)]
-    for layer in evenly_spaced(present, LAYERS_PER_GROUP):
-        learned = bool(layer.weight_quantizer.learned)
-        lots.setdefault((layer.weight_quantizer.spec, layer.in_features, learned), []).append(layer)
+def _samples(sites: list[Site], dtype: torch.dtype) -> list[WeightSample]:
+    """Some weights of a group, in lots that can be joined into a matrix."""
+    lots: dict[tuple, list[Site]] = {}
+    present = {site.label: rows.shape[-1] for site in sites if (rows := local_rows(site)) is not None and rows.numel()}
+    for site in evenly_spaced([site for site in sites if site.label in present], LAYERS_PER_GROUP):
+        quantizer = site.module.weight_quantizer
+        lots.setdefault((quantizer.spec, present[site.label], bool(quantizer.learned)), []).append(site)
     return [WeightSample(lot, key[0], dtype) for key, lot in lots.items()]
 
 
-def _distinct_inputs(layers: dict[str, QuantLinear]) -> list[QuantLinear]:
-    """Some layers of a group, one of those that share a parent and a width, and so in most models their input."""
-    quantized = {name: layer for name, layer in layers.items() if layer.scheme.input is not None}
-    distinct = {(name.rpartition(".")[0], layer.in_features): layer for name, layer in quantized.items()}
+def _distinct_inputs(sites: dict[str, Site]) -> list[nn.Module]:
+    """What reads some inputs of a group, one of those that share a parent and a width, and so in most models their
+    input; each product of experts has its own."""
+    distinct: dict[tuple, nn.Module] = {}
+    for label, site in sites.items():
+        if site.scheme.input is not None:
+            alone = site.kind != LINEAR.name
+            distinct[label if alone else label.rpartition(".")[0], site.weight.shape[-1]] = site.module
     return evenly_spaced(list(distinct.values()), INPUTS_PER_GROUP)
 
 
-def _some(rows: torch.Tensor | None, count: int = ROWS_PER_LAYER) -> torch.Tensor | None:
-    return None if rows is None else rows[:: max(1, len(rows) // count)][:count]
+def _present(part: torch.Tensor | None) -> torch.Tensor:
+    assert part is not None  # `_samples` takes none of FSDP1's
+    return part
+
+
+def _some(rows: torch.Tensor) -> torch.Tensor:
+    return spread_rows(rows, ROWS_PER_LAYER)
 
 
 def _mean(fractions: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:

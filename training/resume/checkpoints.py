@@ -135,4 +135,8 @@ def _check_same_training(checkpoint: str, saved: QATConfig | None, current: QATC
 
 
 def _describe(config: QATConfig | None) -> str:
-    return f"a QAT run ({config.summary}, ignoring {list(config.ignore)})" if config else "a run without quantization"
+    if config is None:
+        return "a run without quantization"
+    kinds = "" if config.kinds is None else f" of {' and '.join(config.kinds)}"
+    left = f", {len(config.left_alone)} layers left alone by default" if config.left_alone else ""
+    return f"a QAT run{kinds} ({config.summary}, ignoring {list(config.ignore)}{left})"

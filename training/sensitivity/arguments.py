@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from qat import SCHEMES, get_scheme
 from qat.errors import UserError
+from qat.schemes.mapping_file import DEFAULT_IGNORE, with_patterns
 from qat.schemes.patterns import HELP as PATTERNS
 from qat.schemes.presets import input_rules, weight_rules
 from qat.schemes.spec import Scheme
@@ -42,7 +43,8 @@ class SensitivityArguments:
         },
     )
     ignore: list[str] = field(
-        default_factory=lambda: ["lm_head"], metadata={"help": f"Layers to leave unquantized: {PATTERNS}."}
+        default_factory=lambda: list(DEFAULT_IGNORE),
+        metadata={"help": f"Layers to leave unquantized, beside {', '.join(DEFAULT_IGNORE)}: {PATTERNS}."},
     )
     samples: int = field(
         default=64,
@@ -55,6 +57,7 @@ class SensitivityArguments:
 
     def __post_init__(self) -> None:
         check_smooth_alpha(self.smooth_alpha)
+        self.ignore = list(with_patterns(DEFAULT_IGNORE, self.ignore))
         if self.samples < 1:
             raise UserError(f"--samples {self.samples}: at least 1 training sample is needed to measure on")
         if self.per_device_eval_batch_size < 1:

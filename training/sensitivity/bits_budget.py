@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qat import is_quantlinear
 from qat.errors import UserError
 from qat.layers.fused import FUSED
+from qat.layers.sites import quantized_sites
 from qat.schemes.spec import Scheme
 
 from ..monitoring.layer_groups import block_of
@@ -21,7 +21,7 @@ class Unit:
 
     Attributes:
         name: of the unit, for people.
-        layers: full names.
+        layers: full names; all experts of a layer are one, "model.layers.3.mlp.experts".
         weights: how many values all their weights have.
         kl: by scheme, the divergence per token that quantizing this unit alone causes, in nats.
     """
@@ -34,14 +34,12 @@ class Unit:
 
 def find_units(model: nn.Module, by_block: bool = False) -> list[Unit]:
     """The units of a prepared model, in its order: projections, fused ones together, or whole numbered blocks."""
-    members: dict[str, list[str]] = {}
-    sizes: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if is_quantlinear(module):
-            key = (block_of(name)[0] or name) if by_block else _fused_name(model, name)
-            members.setdefault(key, []).append(name)
-            sizes[key] = sizes.get(key, 0) + module.weight.numel()
-    return [Unit(name, tuple(layers), sizes[name], {}) for name, layers in members.items()]
+    members: dict[str, dict[str, int]] = {}
+    for site in quantized_sites(model):
+        key = (block_of(site.name)[0] or site.name) if by_block else _fused_name(model, site.name)
+        sizes = members.setdefault(key, {})
+        sizes[site.name] = sizes.get(site.name, 0) + site.weight.numel()
+    return [Unit(name, tuple(sizes), sum(sizes.values()), {}) for name, sizes in members.items()]
 
 
 def nominal_bits(scheme: Scheme) -> float:

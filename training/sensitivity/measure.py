@@ -3,9 +3,10 @@
     python -m training.sensitivity --model_name_or_path M --dataset D --bits_budget 5.0 --output_dir sensitivity
     python main.py --model_name_or_path M --quant_mapping sensitivity/mapping.json --dataset D --do_train True ...
 
-Each unit (a layer, or layers that engines fuse into one matrix) is quantized alone, first in the narrow and then in the
-wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions is measured on `--samples`
-training samples (rows, when packed), evenly spread: the evaluation set, on which `main.py` reports, must not choose.
+Each unit (a layer, layers that engines fuse into one matrix, or all experts of a layer) is quantized alone, first in
+the narrow and then in the wide scheme, and the divergence KL(unquantized || quantized) of the next-token distributions
+is measured on `--samples` training samples (rows, when packed), evenly spread: the evaluation set, on which `main.py`
+reports, must not choose.
 The divergence that a unit saves by the wide scheme decides which get it (`bits_budget.py`). At the end the narrow,
 the proposed and the wide model are measured as wholes, since divergences of single layers only about add up.
 
@@ -33,10 +34,11 @@ from transformers import PreTrainedModel
 from data.command_line import DataclassParser
 from data.sets.packing import check_packing
 from data.supervised import make_supervised_data_module
-from qat import get_scheme, is_quantlinear, prepare_qat
+from qat import get_scheme, prepare_qat
 from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
 from qat.files.paths import check_apart, make_writable
+from qat.layers.operands import Operands
 from qat.layers.sites import quantized_sites
 from qat.schemes.spec import Scheme
 
@@ -67,7 +69,9 @@ class Sensitivity:
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         self.model, self.batches = model, list(batches)
-        self.layers = {name: module for name, module in model.named_modules() if is_quantlinear(module)}
+        self.layers: dict[str, list[Operands]] = {}  # experts have two products
+        for site in quantized_sites(model):
+            self.layers.setdefault(site.name, []).append(site.module)
 
     def measure_units(self, units: list[Unit], schemes: tuple[Scheme, ...]) -> None:
         """Fill in the divergence of each unit under each scheme."""
@@ -91,10 +95,10 @@ class Sensitivity:
         return (total / max(tokens, 1)).tolist()
 
     def _rows(self, batch: dict[str, torch.Tensor], case: dict[str, Scheme]) -> torch.Tensor:
-        for name, layer in self.layers.items():
+        for name, module in [(name, module) for name, modules in self.layers.items() for module in modules]:
             if name in case:
-                layer.set_scheme(case[name])
-            for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+                module.set_scheme(case[name])
+            for quantizer in (module.weight_quantizer, module.input_quantizer):
                 quantizer.enable() if name in case else quantizer.disable()
         batch = {key: value.to(self.model.device) for key, value in batch.items()}
         labels = batch.pop("labels")
@@ -221,9 +225,10 @@ def round_weights(model: PreTrainedModel) -> None:
     embedding, whose dtype is that of the residual stream.
     """
     embedding = model.get_input_embeddings().weight
-    for module in model.modules():
-        if is_quantlinear(module) and module.weight is not embedding:
-            module.to(torch.bfloat16)
+    for site in quantized_sites(model):
+        for parameter in site.owner.parameters(recurse=False):
+            if parameter is not embedding:
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def report(result: dict, args: SensitivityArguments, folder: Path) -> None:

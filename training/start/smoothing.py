@@ -13,6 +13,8 @@ from .samples import computing_in_fp32, first_samples
 def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: torch.device) -> None:
     """Run `qat.transforms.smoothing.smooth` on the beginnings of the first training samples, without padding.
 
+    What cannot be smoothed is logged, and no model ends the run.
+
     Every process does the same. Under FSDP with `cpu_ram_efficient_loading` only the first one has weights; the others
     are given its smoothed ones when the model is sharded.
 

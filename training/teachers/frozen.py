@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..losses.chunked import Head, UnknownHead, find_head, head_with
 from ..losses.distillation import HiddenRows, labelled_rows
+from .precision import needs_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,17 @@ class FrozenTeacher:
         model: the teacher, unwrapped; on FSDP's other processes its weights may be empty, they are sent from the first.
         device: where the run computes.
         accelerator: of the run; None keeps the teacher whole and this process by itself.
+
+    Raises:
+        UserError: it cannot compute in its dtype, see `needs_autocast`.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, accelerator: Accelerator | None = None) -> None:
         model.requires_grad_(False).eval()
         self.device = device
-        self.head = agreed_head(model, accelerator)
+        self.autocasts = needs_autocast(model, accelerator)
+        with self._precision():
+            self.head = agreed_head(model, accelerator)
         body = model if self.head is None else model.base_model
         if accelerator is None or accelerator.distributed_type != DistributedType.FSDP:
             model.to(device)
@@ -61,9 +68,14 @@ class FrozenTeacher:
         """Hidden states of the labelled tokens of a batch (with `labels`)."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        with self._precision():
+            output = self.body(**inputs)
         if self.head is None:
-            return HiddenRows(labelled_rows(self.body(**inputs).logits, labels))
-        return HiddenRows(labelled_rows(self.body(**inputs).last_hidden_state, labels), self.head.logits)
+            return HiddenRows(labelled_rows(output.logits, labels))
+        return HiddenRows(labelled_rows(output.last_hidden_state, labels), self.head.logits)
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.autocasts else nullcontext()
 
 
 def agreed_head(model: PreTrainedModel, accelerator: Accelerator | None) -> Head | None:

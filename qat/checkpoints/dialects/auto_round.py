@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ...errors import UserError
-from ...layers.sites import LINEAR
+from ...layers.sites import CONV1D, LINEAR
 from ...numerics import mx, nvfp4
 from ...schemes.patterns import EXPRESSION
 from ...schemes.spec import Scheme, TensorSpec
@@ -30,6 +30,8 @@ class AutoRound(CompressedTensors):
 
     def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
+        if kind == CONV1D.name:
+            return "is a Conv1D, whose weight AutoRound's format transposes; use the export format compressed-tensors"
         if kind != LINEAR.name:
             return (
                 "holds experts, for which AutoRound's format has no names that engines agree on; use the export format "
@@ -56,10 +58,10 @@ class AutoRound(CompressedTensors):
                 "the key/value cache is quantized, which AutoRound's format cannot hold; use the export format "
                 "compressed-tensors"
             )
-        if alone := next((name for name in rest if name.startswith(EXPRESSION) and "experts" in name), None):
+        if experts := next((name for name in rest if name.startswith(EXPRESSION)), None):
             raise UserError(
-                f"the model has experts ({alone}), which AutoRound replaces by modules of its own when it loads a "
-                "folder, quantized or not, so that their weights are lost; use the export format compressed-tensors"
+                f"AutoRound's format cannot leave experts alone ({experts}): its loader takes them apart and packs "
+                "their routers as well; use the export format compressed-tensors"
             )
         settings = {name: _settings(scheme) for name, scheme in sites.items()}
         # The scheme of most layers is the file's, the others are exceptions by name.

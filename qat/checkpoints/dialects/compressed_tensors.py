@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ...errors import UserError
-from ...layers.sites import LINEAR
+from ...layers.sites import CONV1D, LINEAR
 from ...numerics.codes import as_stored
 from ...numerics.formats import E2M1, E4M3, E8M0, INT4, Format, Quantized
 from ...schemes.spec import VIEW_DTYPE, Scheme, TensorSpec
@@ -56,6 +56,11 @@ class CompressedTensors:
     def can_hold(self, scheme: Scheme, kind: str = LINEAR.name) -> str | None:
         """See `Dialect.can_hold`."""
         weight, inputs = _key(scheme)
+        if kind == CONV1D.name and "weight" in _names(scheme.weight.format):
+            return (
+                f"is a Conv1D in {scheme.name}: its packed weight has the name of the transposed one, which engines "
+                "transpose when they load it; use a scheme of 4 bits, such as MXFP4, for such layers"
+            )
         if inputs in _INPUTS.get(weight, ()):
             return None
         return (
@@ -126,6 +131,11 @@ class CompressedTensors:
         named = dict(zip(_names(spec.format), tensors, strict=True))
         scheme = QuantizationScheme(targets=["Linear"], weights=weights)
         return compressor.decompress(named, scheme)["weight"].to(VIEW_DTYPE)
+
+
+def layout_name(fmt: Format) -> str:
+    """What the library calls the layout of weights in a format."""
+    return _LAYOUTS[fmt.name]
 
 
 def quantization_args(fmt: Format, dynamic: bool) -> dict:

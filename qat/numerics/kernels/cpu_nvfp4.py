@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 
 import torch
 
@@ -28,8 +29,8 @@ def fake_quantize(
     divisor = _of(x, dtype) if divisor is None else divisor
     out = empty(x.shape, dtype)
     run = function("nvfp4_fake_quantize", (x.dtype, dtype), 2, ctypes.c_int64, ctypes.c_float, *[ctypes.c_int] * 2)
-    if blocks := x.numel() // BLOCK:
-        run(x.data_ptr(), out.data_ptr(), blocks, float(divisor), _RULES[rule], torch.get_num_threads())
+    for pointers, blocks, own in _parts(x.numel() // BLOCK, divisor, x, out):
+        run(*pointers, blocks, own, _RULES[rule], torch.get_num_threads())
     return out
 
 
@@ -41,9 +42,8 @@ def quantize(
     divisor = _of(x, dtype) if divisor is None else divisor
     codes, scale = empty(fmt.code_shape(x.shape), torch.uint8), empty(fmt.scale_shape(x.shape), torch.float8_e4m3fn)
     run = function("nvfp4_quantize", (x.dtype, dtype), 3, ctypes.c_int64, ctypes.c_float, *[ctypes.c_int] * 2)
-    if blocks := x.numel() // BLOCK:
-        pointers = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
-        run(*pointers, blocks, float(divisor), _RULES[rule], torch.get_num_threads())
+    for pointers, blocks, own in _parts(x.numel() // BLOCK, divisor, x, codes, scale):
+        run(*pointers, blocks, own, _RULES[rule], torch.get_num_threads())
     return Quantized(codes, (scale, divisor))
 
 
@@ -60,9 +60,8 @@ def quantize_to_scale(
     scale, divisor = scale.contiguous(), _of(x, dtype) if divisor is None else divisor
     codes = empty(fmt.code_shape(x.shape), torch.uint8)
     run = function("nvfp4_quantize_to_scale", (x.dtype, dtype), 3, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
-    if blocks := x.numel() // BLOCK:
-        pointers = x.data_ptr(), scale.data_ptr(), codes.data_ptr()
-        run(*pointers, blocks, float(divisor), torch.get_num_threads())
+    for pointers, blocks, own in _parts(x.numel() // BLOCK, divisor, x, scale, codes):
+        run(*pointers, blocks, own, torch.get_num_threads())
     return codes
 
 
@@ -77,9 +76,16 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     codes, scale = codes.contiguous(), scale.contiguous()
     out = empty(shape, dtype)
     run = function("nvfp4_dequantize", (dtype,), 3, ctypes.c_int64, ctypes.c_float, ctypes.c_int)
-    if blocks := scale.numel():
-        run(codes.data_ptr(), scale.data_ptr(), out.data_ptr(), blocks, float(divisor), torch.get_num_threads())
+    for pointers, blocks, own in _parts(scale.numel(), divisor, codes, scale, out):
+        run(*pointers, blocks, own, torch.get_num_threads())
     return out
+
+
+def _parts(blocks: int, divisor: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[tuple[int, ...], int, float]]:
+    """Addresses, number of blocks and divisor of each run of blocks that has one divisor; none without blocks."""
+    own = blocks // divisor.numel()
+    for i, value in enumerate(divisor.tolist() if own else ()):
+        yield tuple(t.data_ptr() + i * (t.nbytes // divisor.numel()) for t in tensors), own, value
 
 
 def _of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

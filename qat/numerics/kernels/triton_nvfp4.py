@@ -90,6 +90,7 @@ def _options(rule: str, dtype: torch.dtype, to_codes: bool) -> dict:
 
 def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, options: dict) -> None:
     if blocks := values // BLOCK:
+        options["EACH"] = 0 if tensors[3].numel() == 1 else blocks // tensors[3].numel()
         launch(kernel, (triton.cdiv(blocks, _ROWS),), tensors, blocks, ROWS=_ROWS, num_warps=_WARPS, **options)
 
 
@@ -102,8 +103,16 @@ def _scaled(x, effective, ROWS: tl.constexpr):
 
 
 @_jit
-def _effective(scale, divisor, ROWS: tl.constexpr):
-    return tl.math.div_rn(scale, tl.zeros((ROWS,), tl.float32) + divisor)
+def _divisors(divisor_ptr, rows, exists, ROWS: tl.constexpr, EACH: tl.constexpr):
+    """Of each block: that of the tensor, or of the EACH blocks that it is one of."""
+    if EACH:
+        return tl.load(divisor_ptr + rows // EACH, mask=exists, other=1.0)
+    return tl.zeros((ROWS,), tl.float32) + tl.load(divisor_ptr)
+
+
+@_jit
+def _effective(scale, divisor):
+    return tl.math.div_rn(scale, divisor)
 
 
 @_jit
@@ -119,6 +128,7 @@ def quantize_kernel(
     divisor_ptr,
     blocks,
     ROWS: tl.constexpr,
+    EACH: tl.constexpr,
     NATIVE: tl.constexpr,
     SEARCH: tl.constexpr,
     TO_CODES: tl.constexpr,
@@ -127,25 +137,25 @@ def quantize_kernel(
     rows, exists = _tile(blocks, ROWS)
     offsets = _offsets(rows, 16)
     x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0)), VIEW))
-    divisor = tl.load(divisor_ptr)
+    divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
     amax = _largest_bits(x)
     sixth = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 6.0)
     if NATIVE:
         sixth = _to_fp32(_to_view(sixth, VIEW))
     code = _fp8_code(tl.minimum(_bits(sixth * divisor) & 0x7FFFFFFF, 0x43E00000))  # 448
     code = tl.where(code == 0, 0x20, code)  # 0.125
-    effective = _effective(_fp8_element(code), divisor, ROWS)
+    effective = _effective(_fp8_element(code), divisor)
     if SEARCH:
         least = _error(x, effective, ROWS)
         first = code
         for step in tl.static_range(1, -2, -2):
             other = tl.minimum(tl.maximum(first + step, 1), 0x7E)
-            other_effective = _effective(_fp8_element(other), divisor, ROWS)
+            other_effective = _effective(_fp8_element(other), divisor)
             error = _error(x, other_effective, ROWS)
             better = error < least
             least = tl.where(better, error, least)
             code = tl.where(better, other, code)
-        effective = _effective(_fp8_element(code), divisor, ROWS)
+        effective = _effective(_fp8_element(code), divisor)
     broken = amax >= 0x7F800000
     effective = tl.where(broken, float("nan"), effective)
     scaled = _scaled(x, effective, ROWS)
@@ -166,10 +176,13 @@ def _given_scale(scale_ptr, rows, exists):
 
 
 @_jit
-def to_scale_kernel(x_ptr, out_ptr, scale_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, VIEW: tl.constexpr):
+def to_scale_kernel(
+    x_ptr, out_ptr, scale_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, EACH: tl.constexpr, VIEW: tl.constexpr
+):
     rows, exists = _tile(blocks, ROWS)
     x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + _offsets(rows, 16), mask=exists[:, None], other=0)), VIEW))
-    effective = _effective(_given_scale(scale_ptr, rows, exists), tl.load(divisor_ptr), ROWS)
+    divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
+    effective = _effective(_given_scale(scale_ptr, rows, exists), divisor)
     codes = _round_to_code(_scaled(x, effective, ROWS), 0, 1, 4, 7)
     codes = tl.where((effective != effective)[:, None], 0, codes)  # of a block with the NaN scale
     words = tl.arange(0, 2)
@@ -177,11 +190,14 @@ def to_scale_kernel(x_ptr, out_ptr, scale_ptr, divisor_ptr, blocks, ROWS: tl.con
 
 
 @_jit
-def dequantize_kernel(packed_ptr, scale_ptr, out_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, VIEW: tl.constexpr):
+def dequantize_kernel(
+    packed_ptr, scale_ptr, out_ptr, divisor_ptr, blocks, ROWS: tl.constexpr, EACH: tl.constexpr, VIEW: tl.constexpr
+):
     rows, exists = _tile(blocks, ROWS)
     codes = _unpack(packed_ptr, rows, exists, ROWS, 16)
     # As in triton_device.py: exponent and mantissa where FP32 has them, then one exact product for the biases.
     element = _float((codes & 7) << 22) * 85070591730234615865843651857942052864.0  # 2^126
     value = _float(_bits(element) | (codes >> 3) << 31)
-    effective = _effective(_given_scale(scale_ptr, rows, exists), tl.load(divisor_ptr), ROWS)
+    divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
+    effective = _effective(_given_scale(scale_ptr, rows, exists), divisor)
     tl.store(out_ptr + _offsets(rows, 16), _to_view(value * effective[:, None], VIEW), mask=exists[:, None])

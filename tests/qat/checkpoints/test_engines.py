@@ -6,6 +6,7 @@ import re
 
 import pytest
 from helpers import ROOT, save_llama, save_qat
+from tiny_families import save_family
 
 from qat.checkpoints.dialects import DIALECTS
 from qat.checkpoints.engine_facts import AS_TRAINED, CHOSEN, ENGINES, OPEN, SOURCES
@@ -33,8 +34,8 @@ def test_the_docs_have_the_table_of_the_data_file():
 def test_every_fact_is_about_a_scheme_that_exists_and_has_a_source_and_a_rule_of_its_format():
     kinds = {kind_of(scheme) for scheme in PRESETS.values()}
     for engine in ENGINES:
-        assert engine.dialect in (None, *DIALECTS) and set(engine.facts) <= kinds
-        for fact in (*engine.facts.values(), *filter(None, [engine.kv_cache])):
+        assert engine.dialect in (None, *DIALECTS) and set(engine.facts) | set(engine.experts) <= kinds
+        for fact in (*engine.facts.values(), *engine.experts.values(), *filter(None, [engine.kv_cache])):
             assert fact.source in SOURCES
             if fact.rule not in (None, AS_TRAINED, CHOSEN):
                 assert fact.rule in formats()[fact.inputs].input_rules
@@ -74,6 +75,17 @@ def test_a_table_of_two_schemes_and_a_cache_names_each():
     row = row_of(table, "vLLM on Blackwell")
     assert "MXFP4: W4A4, RCEIL; MXFP8: W8A8, RCEIL; key/value cache: FP8, scales of the file" in row
     assert "key/value cache: not known" in row_of(table, "vLLM on Ampere")
+
+
+def test_experts_have_a_row_of_their_own_where_a_folder_has_packed_ones(tmp_path):
+    source = save_family("mixtral", tmp_path / "source")
+    mapping = {"torch.nn.Linear": "MXFP8", "*.experts": "MXFP4"}
+    table = table_of_folder(export_checkpoint(source, tmp_path / "packed", scheme=mapping))
+    row = row_of(table, "transformers, compressed-tensors")
+    assert "MXFP8: W8A8, EVEN; experts in MXFP4: W4A16, weights only" in row and "; MXFP4:" not in row
+    assert "experts in transformers, compressed-tensors (not quantized)" in table
+    plain = export_checkpoint(source, tmp_path / "plain", scheme="MXFP4", ignore=("*.experts", "lm_head"))
+    assert "experts" not in table_of_folder(plain)
 
 
 def test_the_table_of_a_folder_knows_its_schemes_rules_and_format(tmp_path):

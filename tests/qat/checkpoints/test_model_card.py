@@ -55,6 +55,16 @@ def test_a_card_says_how_keys_and_values_are_cached(tmp_path):
     assert "| key/value cache | not quantized |" in plain.text
 
 
+def test_a_card_says_the_share_and_what_was_left_and_why(tmp_path):
+    ignore = ("lm_head", "layers.0.mlp.up_proj")
+    card = card_of(save_llama(tmp_path / "source"), tmp_path / "packed", {}, scheme="MXFP4", ignore=ignore)
+    weights = 2 * (3 * 64 * 96 + 2 * 64 * 64 + 2 * 32 * 64)
+    assert f"\n{100 * (1 - 64 * 96 / weights):.1f} % of the linear weights are quantized: 13 linear layers" in card.text
+    left = [f"1 module with {count:,} weights (ignored by {name!r}), e.g. " for name, count in
+            (("lm_head", 260 * 64), ("layers.0.mlp.up_proj", 96 * 64))]  # fmt: skip
+    assert f"| left unquantized | {left[0]}lm_head; {left[1]}model.layers.0.mlp.up_proj |" in card.text
+
+
 def test_a_card_without_metrics_has_neither_an_index_nor_a_section_of_them(tmp_path):
     card = card_of(save_qat(tmp_path / "source", {"torch.nn.Linear": "MXFP8"}), tmp_path / "packed", {})
     assert card.data.eval_results is None and "## Results" not in card.text
@@ -93,6 +103,6 @@ def test_a_scheme_is_described_by_the_fields_of_its_formats(name):
 def test_the_card_of_weight_only_layers_says_that_activations_are_not_quantized(tmp_path):
     source = save_qat(tmp_path / "source", {"torch.nn.Linear": "INT4_G32", "*.down_proj": "MXFP8"})
     text = card_of(source, tmp_path / "packed", RESULTS).text
-    assert "* INT4_G32: weights in int4_g32 " in text and ", activations not quantized, in 12 layers." in text
+    assert "* INT4_G32: weights in int4_g32 " in text and ", activations not quantized, in 12 linear layers." in text
     assert "| scale rule of the activations in training | FLOOR, NOT QUANTIZED |" in text
     assert "| scale rule of the activations in transformers | EVEN, NOT QUANTIZED |" in text

@@ -15,6 +15,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qat import prepare_qat
 from qat.checkpoints.dialects import AUTO, DIALECTS, get_dialect, resolved_format
+from qat.checkpoints.engine_facts import NATIVE_ENGINES, NATIVE_SOURCES, SOURCES
+from qat.checkpoints.engines import engine_table
 from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.load import load_plain
 from qat.checkpoints.pack import export_checkpoint
@@ -45,7 +47,7 @@ def test_published_experts_are_read_exactly_as_transformers_lays_them_out(publis
     state, expected = read(published).state_dict(), values_of(published)
     assert set(state) == set(expected)
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    assert "dequantize the model" not in caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("transformers.quantizers")]
 
 
 def test_all_scales_and_codes_are_read_as_transformers_reads_them(published, tmp_path):
@@ -162,3 +164,12 @@ def test_what_the_native_format_cannot_hold_is_refused_with_the_remedy(mapping, 
 def test_the_native_format_is_refused_for_other_models():
     with pytest.raises(ValueError, match="--export_format mxfp4: .* the model is a llama"):
         check_exportable(prepare_qat(make_llama(), {"torch.nn.Linear": "MXFP4"}), "mxfp4")
+
+
+def test_the_table_of_engines_is_about_the_native_format():
+    table = engine_table([get_scheme("MXFP4")], "mxfp4")
+    rows = [line.strip() for line in table.splitlines() if line.startswith("  ")]
+    assert [row.split("  ")[0] for row in rows] == ["vLLM on GPUs", "vLLM on CPUs", "transformers, mxfp4"]
+    assert "Different: transformers, mxfp4 (not quantized)" in table
+    facts = [fact for engine in NATIVE_ENGINES for fact in engine.facts.values()]
+    assert {fact.source for fact in facts} <= {*SOURCES, *NATIVE_SOURCES}

@@ -174,3 +174,27 @@ def test_autorounds_format_of_a_mixture_is_refused_before_training(mapping):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES))
     with pytest.raises(ValueError, match="auto_round: .*experts.*; use the export format compressed-tensors"):
         check_exportable(prepare_qat(model, mapping), "auto_round")
+
+
+def test_a_folder_with_experts_and_linear_layers_in_two_schemes_is_told_apart_without_our_config(tmp_path):
+    source = save_plain(tmp_path / "source", "mixtral")
+    mapping = {"torch.nn.Linear": "MXFP8", "*.experts": "MXFP4A16"}
+    packed = export_checkpoint(source, tmp_path / "packed", scheme=mapping)
+    (packed / "qat_config.json").unlink()
+    found = load_packed(packed)[1].mapping
+    experts = {f"model.layers.{layer}.mlp.experts": "MXFP4A16" for layer in range(2)}
+    assert found == {"torch.nn.Linear": "MXFP8"} | experts
+
+
+def test_packed_layers_of_gpt2_are_put_into_its_transposed_weights(tmp_path):
+    sizes = {"vocab_size": 260, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_positions": 64, "n_inner": 96}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).bfloat16().save_pretrained(
+        tmp_path / "plain"
+    )
+    packed = export_checkpoint(tmp_path / "plain", tmp_path / "packed", scheme="MXFP4A16")
+    model, config = load_packed(packed)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").get_parameter("transformer.h.0.mlp.c_fc.weight")
+    rounded = ops.fake_quantize(before.detach().t().contiguous(), "mxfp4", "floor", torch.bfloat16).t()
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, rounded)
+    (packed / "qat_config.json").unlink()
+    assert load_packed(packed)[1].mapping == config.mapping

@@ -308,3 +308,12 @@ def test_models_of_transformers_compute_the_same_until_quantizers_are_on(kind):
     assert not torch.allclose(model(ids).logits, expected, atol=1e-3)
     with quantizers_off(model):
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_sites_stay_while_fsdp1_keeps_their_parameters_flat():
+    model = prepare_qat(Model(Plain), {nn.Linear: "MXFP4"})
+    expected = [site.label for site in quantized_sites(model)]
+    experts = next(site.owner for site in quantized_sites(model))
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(experts, name, nn.Parameter(getattr(experts, name).detach().flatten()))
+    assert [site.label for site in quantized_sites(model)] == expected != []

@@ -117,3 +117,24 @@ def test_a_block_with_nan_or_inf_becomes_nan_and_its_neighbour_does_not(rule, va
     result = nvfp4.fake_quantize(x, FMT, rule, None, divisor)
     assert result[0, :16].isnan().all() and result[0, 16:].isfinite().all() and result[1].isfinite().all()
     assert int(nvfp4.broken_blocks(nvfp4.quantize(x, FMT, rule, None, divisor), FMT)) == 1
+
+
+@pytest.mark.parametrize("rule", FMT.rules)
+@pytest.mark.parametrize("plain", [True, False])
+def test_stacked_weights_have_a_divisor_each(rule, plain):
+    x = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 30.0, 0.01]).view(
+        3, 1, 1
+    )
+    divisor = nvfp4.tensor_divisor(x.abs().amax((1, 2)))
+    assert divisor.shape == (3,)
+    module, fmt = (nvfp4, FMT) if plain else (ops, "nvfp4")
+    quantize, fake_quantize = module.quantize, module.fake_quantize
+    together = quantize(x, fmt, rule, torch.bfloat16, divisor)
+    values = fake_quantize(x, fmt, rule, torch.bfloat16, divisor)
+    for i in range(3):
+        own = quantize(x[i], fmt, rule, torch.bfloat16, divisor[i : i + 1])
+        assert torch.equal(together.codes[i], own.codes)
+        assert torch.equal(together.scales[0][i].float(), own.scales[0].float())
+        assert torch.equal(values[i], fake_quantize(x[i], fmt, rule, torch.bfloat16, divisor[i : i + 1]))
+    assert torch.equal(module.dequantize(together, fmt, torch.bfloat16), values)
+    assert torch.equal(module.quantize_to_scale(x, together.scales[0], fmt, torch.bfloat16, divisor), together.codes)

@@ -45,7 +45,7 @@ def input_maxima(model, name):
 
 
 @pytest.mark.parametrize(
-    ("config", "groups"),
+    ("config", "count"),
     [
         (Qwen2Config(**SIZES), 8),  # biases on q, k and v
         (Qwen3Config(**SIZES), 8),  # norms inside of attention
@@ -54,12 +54,14 @@ def input_maxima(model, name):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_a_smoothed_model_computes_what_it_computed(config, groups):
+def test_a_smoothed_model_computes_what_it_computed(config, count):
     torch.manual_seed(0)
     model = with_outlier_channels(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     expected = model(IDS).logits
     prepare_qat(model, {torch.nn.Linear: "MXFP4"}, ignore=("lm_head", "embed_out"))
-    assert smooth(model, BATCHES, 0.7) == groups
+    result = smooth(model, BATCHES, 0.7)
+    assert (result.smoothed, result.inputs, result.left) == (count, 8, {})
+    assert len(result.uncovered) == 8 - count
     for module in model.modules():
         if hasattr(module, "weight_quantizer"):
             module.weight_quantizer.disable(), module.input_quantizer.disable()
@@ -105,36 +107,49 @@ def test_a_model_with_outlier_channels_loses_less_to_quantization_when_smoothed(
 
 
 class WithUnknownReader(torch.nn.Module):
-    """Its norm is read by a linear layer, and by a product that no hook can see."""
+    """Its first norm is read by a linear layer, and by a product that no hook can see; its second one by a layer."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.norm, self.linear = (
-            torch.nn.Embedding(128, 64),
-            torch.nn.LayerNorm(64),
-            torch.nn.Linear(64, 64),
-        )
+        self.embed, self.first, self.second = torch.nn.Embedding(128, 64), *(torch.nn.LayerNorm(64) for _ in range(2))
+        self.one, self.two = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
 
     def forward(self, input_ids):
-        x = self.norm(self.embed(input_ids))
-        return SimpleNamespace(logits=self.linear(x) + x * torch.arange(64))
+        x = self.first(self.embed(input_ids))
+        return SimpleNamespace(logits=self.two(self.second(self.one(x) + x * torch.arange(64))))
 
 
-def test_every_reader_of_a_norm_is_scaled_or_the_model_is_refused():
+def test_an_activation_with_an_unknown_reader_is_undone_exactly_and_the_others_stay(caplog):
     torch.manual_seed(0)
-    model = prepare_qat(WithUnknownReader(), {torch.nn.Linear: "MXFP4"})
-    with pytest.raises(ValueError, match="smoothing changes what WithUnknownReader computes"):
-        smooth(model, BATCHES, 0.7)
+    model = prepare_qat(WithUnknownReader(), {torch.nn.Linear: "MXFP4"}, ignore=())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = smooth(model, BATCHES, 0.7)
+    assert (result.smoothed, result.inputs, list(result.left), result.uncovered) == (1, 2, ["first"], ())
+    assert result.left["first"] > 1e-3 > result.moved
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert set(before) - same == {"second.weight", "two.weight"}  # its bias is 0
+    (record,) = [record for record in caplog.records if record.name.startswith("qat")]
+    assert record.levelname == "WARNING"
+    assert record.message.startswith("Smoothed 1 of 2 activations; left: first (logits move by ")
 
 
-def test_a_model_without_anything_to_smooth_is_refused():
+def test_in_a_model_without_anything_to_smooth_a_warning_is_all_that_happens(caplog):
     config = OlmoConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"})  # its norms have no weights
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     prepare_qat(model, {"*.q_proj": "MXFP4"}, ignore=())
-    with pytest.raises(ValueError, match="no activation that could be smoothed"):
-        smooth(model, BATCHES, 0.7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = smooth(model, BATCHES, 0.7)
+    assert (result.smoothed, result.inputs, result.left) == (0, 2, {})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "OlmoForCausalLM continues without smoothing, which --smooth_alpha 0.7 asks for: smoothed 0" in caplog.text
+    assert "2 with no norm, v_proj or gated up_proj directly before, e.g. the input of model.layers.0" in caplog.text
 
 
 def test_an_alpha_out_of_range_is_refused():
     with pytest.raises(ValueError, match="alpha 1.5 is out of range"):
         smooth(make_llama(), BATCHES, 1.5)
+
+
+def test_no_sample_is_refused():
+    with pytest.raises(ValueError, match="smoothing needs at least one sample"):
+        smooth(make_llama(), [], 0.7)

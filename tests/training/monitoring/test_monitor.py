@@ -8,9 +8,14 @@ import pytest
 import torch
 from helpers import make_llama
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat import prepare_qat
-from training.monitoring.layer_groups import evenly_spaced, group_of
+from qat.layers.sites import quantized_sites
+from training.monitoring.layer_groups import evenly_spaced, group_of, local_rows, spread_rows
 from training.monitoring.monitor import MOMENTUM, QuantizationMonitor
 
 STATE = SimpleNamespace(global_step=0, max_steps=10, logging_steps=1)
@@ -21,6 +26,7 @@ STATE = SimpleNamespace(global_step=0, max_steps=10, logging_steps=1)
     [
         ("model.layers.0.self_attn.q_proj", "attention"),
         ("model.layers.3.mlp.down_proj", "mlp"),
+        ("model.layers.3.mlp.experts", "experts"),
         ("model.layers.3.mlp.experts.5.w1", "experts"),
         ("model.layers.3.mlp.shared_expert.up_proj", "experts"),
         ("transformer.h.0.attention.dense", "attention"),
@@ -38,7 +44,7 @@ def test_samples_reach_from_the_first_to_the_last():
 def make_monitor() -> tuple[nn.Module, QuantizationMonitor]:
     model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False)})
     nn.init.constant_(model["mlp"].weight, 4.0)  # FLOOR's scale is 1, so is the step below 2
-    prepare_qat(model, {nn.Linear: "MXFP4"})
+    prepare_qat(model, {"mlp": "MXFP4"})
     monitor = QuantizationMonitor(model, torch.float32)
     monitor.on_train_begin(None, STATE, None)
     return model, monitor
@@ -64,7 +70,7 @@ def test_only_changes_that_turn_back_are_oscillations():
 def test_a_scale_that_follows_its_block_is_no_flip():
     model = nn.ModuleDict({"mlp": nn.Linear(64, 16, bias=False)})
     nn.init.constant_(model["mlp"].weight, 1.0)
-    prepare_qat(model, {nn.Linear: "INT4_G32"})
+    prepare_qat(model, {"mlp": "INT4_G32"})
     monitor = QuantizationMonitor(model, torch.float32)
     monitor.on_train_begin(None, STATE, None)
     model["mlp"].weight.detach().mul_(1.1)
@@ -112,3 +118,54 @@ def test_a_model_is_sampled_in_every_group():
              for group in ("attention", "mlp")}  # fmt: skip
     assert set(figures) == names and figures["flips/mlp"] > 0 and figures["flips/attention"] == 0
     assert all(0 <= figure <= 1 for figure in figures.values())
+
+
+def make_mixture(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads)).float()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # [E, 2I, H]; [E, H, 2I]
+def test_experts_are_sampled_along_what_is_summed_over(kind):
+    model = prepare_qat(make_mixture(kind), {"*.experts": "MXFP4"}, learn_exponent=True)
+    monitor = QuantizationMonitor(model, torch.float32)
+    monitor.on_train_begin(None, STATE, None)
+    monitor.on_step_begin(None, STATE, None)
+    model(input_ids=torch.arange(40).reshape(2, 20))
+    monitor.on_step_end(None, STATE, None)
+    down = model.model.layers[0].mlp.experts.down_proj.detach()
+    rows = down if kind == "mixtral" else down.transpose(1, 2)  # [E, H, I], each with 4 * 64 rows, of which 16 are seen
+    for value in (1.0, 1.25, 0.99):
+        rows[2, 32, 7] = value  # the largest of its block, by far: MXFP4 has 1 and 1.5 times a power of two
+        monitor.on_optimizer_step(None, STATE, None)
+    figures = monitor.metrics()
+    assert set(figures) == {f"{name}/experts" for name in (
+        "flips", "oscillation", "saturation_weights", "saturation_inputs")}  # fmt: skip
+    samples = {sample.sites[0].parameter: sample for sample in monitor.samples["experts"]}
+    assert len(samples["down_proj"].values) == 2 * 16 and samples["down_proj"].values.shape[1] == 32
+    seen = samples["down_proj"].quantize()[0]
+    assert torch.equal(seen[8 + 2], rows[2, 32])  # of row 2 * 64 + 32, every 16th is taken
+
+
+def test_a_projections_rows_under_fsdp2_are_those_of_the_experts_of_this_process():
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        model = prepare_qat(make_mixture("gpt_oss"), {"*.experts": "MXFP4"})
+        site = next(site for site in quantized_sites(model) if site.parameter == "down_proj")
+        whole, mesh = site.weight.detach(), init_device_mesh("cpu", (2,))
+        for shards, expected in ((0, whole[2:].transpose(1, 2)), (2, None)):
+            local = whole.chunk(2, shards)[1].contiguous()
+            shard = DTensor.from_local(local, mesh, [Shard(shards)], run_check=False)
+            site.owner.down_proj = nn.Parameter(shard)
+            rows = local_rows(site)
+            assert (rows is None) if expected is None else torch.equal(rows, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_spread_rows_are_those_of_the_flat_matrix():
+    rows = torch.randn(3, 10, 4)
+    assert torch.equal(spread_rows(rows, 7), rows.reshape(30, 4)[::4][:7])
+    assert torch.equal(spread_rows(rows.transpose(0, 1), 100), rows.transpose(0, 1).reshape(30, 4))

@@ -17,6 +17,8 @@ from data.supervised import make_supervised_data_module
 from qat import QATConfig, get_scheme, is_quantlinear, prepare_qat
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
+from qat.layers.experts import compute_in_autocast_dtype
+from qat.layers.sites import quantized_sites
 from qat.schemes.mapping_file import load_mapping
 from training.arguments.quantization import QuantizationArguments
 from training.sensitivity import measure as sensitivity
@@ -183,15 +185,46 @@ def test_a_unit_too_large_for_the_budget_gives_way_to_smaller_ones():
     assert [unit.name for unit in propose(units, NARROW, WIDE, 5.0)] == ["small"]
 
 
-def test_a_mixture_of_experts_is_measured_like_any_model():
+def make_mixtral(mapping: dict) -> nn.Module:
+    """Its experts are large enough for their rounding to matter."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=260, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=2,
     )  # fmt: skip
-    model = prepare_qat(AutoModelForCausalLM.from_config(config), {nn.Linear: "MXFP4"}).eval()
+    model = compute_in_autocast_dtype(AutoModelForCausalLM.from_config(config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return prepare_qat(model, mapping)
+
+
+def test_the_experts_of_a_layer_are_one_unit_with_all_their_bits():
+    model = make_mixtral({nn.Linear: "MXFP4"})
     result = propose_mapping(Sensitivity(model, [batch()]), SensitivityArguments(bits_budget=6.0))
-    assert result["bits_per_weight"] <= 6.0 and result["kl"]["MXFP8"] < result["kl"]["MXFP4"]
+    sizes = {unit["name"]: unit["weights"] for unit in result["units"]}
+    experts = [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert {name: size for name, size in sizes.items() if "experts" in name} == dict.fromkeys(experts, 2 * 3 * 64 * 64)
+    assert all(unit["layers"] == [unit["name"]] for unit in result["units"] if "experts" in unit["name"])
+    attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
+    assert sum(sizes.values()) == attention + 2 * sizes[experts[0]]
+    wide = sum(unit["weights"] for unit in result["units"] if unit["wide"])
+    assert result["bits_per_weight"] == pytest.approx(4.25 + 4 * wide / sum(sizes.values())) and wide > 0
+    assert result["bits_per_weight"] <= 6.0 and result["kl"]["MXFP8"] < result["kl"]["mixed"] < result["kl"]["MXFP4"]
+    trained = make_mixtral(result["mapping"])  # what was proposed is accepted and is what was chosen
+    assert {site.name for site in quantized_sites(trained) if site.scheme.name == "MXFP8"} == {
+        layer for unit in result["units"] if unit["wide"] for layer in unit["layers"]
+    }
+
+
+def test_the_divergence_of_experts_is_that_of_a_model_with_only_these_experts_quantized():
+    name = "model.layers.1.mlp.experts"
+    rounded = make_mixtral({nn.Linear: "MXFP4"})
+    round_weights(rounded)
+    assert rounded.get_submodule(name).down_proj.dtype == torch.bfloat16
+    (kl,) = Sensitivity(rounded, [batch()]).measure([{name: WIDE}])
+    (expected,) = Sensitivity(make_mixtral({name: "MXFP8"}), [batch()]).measure([{name: WIDE}])
+    assert kl == expected > 0
 
 
 def test_layers_outside_of_numbered_blocks_are_measured_and_drawn(tmp_path):

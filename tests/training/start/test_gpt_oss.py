@@ -52,7 +52,7 @@ def test_the_bf16_stage_saves_a_plain_model_that_loads_again_with_the_experts_th
         if name.endswith("_proj") and "experts" in name:
             moved = (tensor.float() - before[name].float()).abs().max()
             assert 0 < moved < 0.1, name
-    assert "MXFP4" not in caplog.text  # of transformers, about kernels
+    assert not [record for record in caplog.records if record.name.startswith("transformers.quantizers")]
 
 
 def test_names_that_transformers_loses_are_refused_before_they_replace_a_model(workspace, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from datasets import Dataset
 from helpers import make_llama
 from torch import nn
 from trainers import make_data, make_trainer, other_llama
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from data.sets.packing import PackedDataset
 from qat import prepare_qat
@@ -43,6 +43,38 @@ def test_a_copy_has_bfloat16_weights_tied_as_before_and_exact_frequencies():
     with torch.no_grad():
         weight.add_(1)
     assert torch.equal(teacher.model.norm.weight, (weight - 1).bfloat16())
+
+
+def make_minimax() -> PreTrainedModel:
+    """Linear attention whose decays are FP32 buffers that BF16 values are multiplied by."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "max_position_embeddings": 64}
+    layers = {"layer_types": ["linear_attention", "full_attention"]}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("minimax", **sizes, **heads, **layers))
+
+
+def test_a_copy_with_buffers_in_fp32_computes_under_autocast_and_others_as_they_are():
+    model, ids = make_minimax(), torch.randint(2, 260, (2, 12))
+    teacher = FrozenTeacher(load_teacher(model, None), CPU.device)
+    assert (
+        teacher.autocasts
+        and teacher.head is not None
+        and not FrozenTeacher(load_teacher(make_llama(), None), CPU.device).autocasts
+    )
+    rows = teacher.rows({"input_ids": ids, "labels": ids})
+    logits, expected = rows.head(rows.hidden).float(), labelled_rows(model(ids).logits, ids)
+    assert (logits - expected).norm() < 0.02 * expected.norm()  # BF16
+
+
+def test_a_teacher_that_computes_in_no_way_is_refused_in_one_line(monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    teacher = load_teacher(make_minimax(), None)
+    monkeypatch.setattr(type(teacher), "forward", fail)
+    with pytest.raises(ValueError, match="the teacher, a MiniMaxForCausalLM in BF16, cannot compute: expected m1"):
+        FrozenTeacher(teacher, CPU.device)
 
 
 # ---- Caches ----
