@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         config = QATConfig.load(args.qat_config)
         assert config is not None, args.qat_config
         prepare_as_saved(model, config)
+        model.config._is_quantized = True  # Jamba and Falcon-Mamba compute dt_proj in another order then
         with _matrices_noticed(model, args.experts_as_linear) as noticed:
             result = {"logits_as_trained": _logits(model, input_ids)}
         result["reads_matrices"] = torch.tensor(bool(noticed))

@@ -23,6 +23,7 @@ FEWEST_OUTPUTS = 32  # of a layer worth quantizing: fewer are a few thousand wei
 HEAD = "the output head"
 ROUTER = "a router or a gate"
 DECAY = "decays and gates of linear attention"
+UNCALLED = "the model multiplies by its weight without calling it"
 NARROW = f"fewer than {FEWEST_OUTPUTS} outputs"
 TOWER = "outside of the language model"
 UNFIT = "in_features that the blocks of"  # and a scheme, do not divide
@@ -31,6 +32,7 @@ ANOTHER_KIND = "a kind of layer that the training did not quantize"
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}  # parts of names; a router may have layers of its own
 _DECAY = re.compile(r"(?:.*\.)?linear_attn\.in_proj_(?:a|b|ba)")
+_UNCALLED = re.compile(r"(?:.*\.)?(?:mixer|mamba)\.dt_proj")  # of Mamba, Falcon-Mamba and Jamba
 
 
 class Defaults:
@@ -53,7 +55,9 @@ class Defaults:
             return TOWER
         if _ROUTERS & set(name.split(".")):
             return ROUTER
-        return DECAY if _DECAY.fullmatch(name) else None
+        if _DECAY.fullmatch(name):
+            return DECAY
+        return UNCALLED if _UNCALLED.fullmatch(name) else None
 
     def reason_of_site(self, site: Site, scheme: Scheme) -> str | None:
         """The same for a site, which `scheme` may not fit."""

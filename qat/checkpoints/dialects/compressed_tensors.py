@@ -43,7 +43,12 @@ LAYOUT_NAMES = tuple(dict.fromkeys(_LAYOUTS.values()))
 WEIGHT_DIVISOR, WEIGHT_SHAPE = "weight_global_scale", "weight_shape"
 # Formats of weights and inputs that the file cannot hold together, and the options that tell vLLM the inputs' format.
 _ON_THE_COMMAND_LINE: dict[tuple[str, str | None], list[str]] = {
-    ("mxfp4", "mxfp8"): ["--quantization-config.linear.activation", "mxfp8"],
+    ("mxfp4", "mxfp8"): [
+        "--quantization-config.linear.activation",
+        "mxfp8",
+        "--quantization-config.moe.activation",
+        "mxfp8",
+    ],
 }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qat import QATConfig, is_quantlinear, prepare_qat
-from qat.layers.left_alone import DECAY, HEAD, NARROW, ROUTER, TOWER, as_patterns
+from qat.layers.left_alone import DECAY, HEAD, NARROW, ROUTER, TOWER, UNCALLED, as_patterns
 from qat.layers.restore import prepare_as_saved
 
 TEXT = {
@@ -55,6 +55,13 @@ def test_routers_and_gates_are_left_also_where_they_are_no_linear_layers(capsys)
     assert f"4 modules with {2 * 65 * 64:,} weights ({ROUTER}), e.g. model.layers.0.mlp.gate" in capsys.readouterr().out
     inside = nn.ModuleDict({"router": layers(layer=(64, 64)), "mlp": layers(gate_proj=(64, 64))})
     assert quantized(prepare_qat(inside, {nn.Linear: "MXFP4"})) == {"mlp.gate_proj"}
+
+
+def test_a_projection_whose_weight_the_model_reads_without_calling_the_layer_is_left():
+    settings = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 1, "time_step_rank": 32}
+    model = prepare_qat(make("Mamba", **settings), {nn.Linear: "MXFP4"})
+    assert model.qat_config.left_alone["backbone.layers.0.mixer.dt_proj"] == UNCALLED
+    assert "backbone.layers.0.mixer.x_proj" in quantized(model)
 
 
 def test_decays_of_linear_attention_are_left():
