@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..layers.sites import EXPERTS, Site, find_sites
+from ..layers.sites import CONV1D, EXPERTS, Site, find_sites
 from ..schemes.config import QAT_CONFIG_NAME
 from ..schemes.spec import VIEW_DTYPE
 from .layouts import REMEDY, PackedLayer
@@ -47,12 +47,12 @@ class SitePart:
         """The shape of `tensor`."""
         if self.place.expert is not None:
             return tuple(self.site.weight.shape)
-        return tuple(self.site.rows(torch.empty(layer.shape, device="meta")).shape)
+        return layer.shape[::-1] if self.site.kind == CONV1D.name else layer.shape
 
     def put(self, values: torch.Tensor, plain: dict[str, torch.Tensor]) -> None:
         """Put the values of the layer, BF16, into `tensor` of a plain checkpoint."""
         if self.place.expert is None:
-            plain[self.tensor] = self.site.rows(values).contiguous()
+            plain[self.tensor] = values.t().contiguous() if self.site.kind == CONV1D.name else values
             return
         if self.tensor not in plain:
             plain[self.tensor] = torch.empty(self.site.weight.shape, dtype=VIEW_DTYPE)
