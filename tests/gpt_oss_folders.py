@@ -6,29 +6,21 @@ import json
 from pathlib import Path
 
 import torch
-from helpers import make_tokenizer
+from helpers import make_mixture, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import PreTrainedModel
 
 NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 NATIVE = {"quant_method": "mxfp4", "modules_to_not_convert": NOT_CONVERTED}
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-def make_gpt_oss(layers: int = 2) -> GptOssForCausalLM:
-    """A random gpt-oss of 64 hidden units and 4 experts in BF16; its experts' biases are not zero."""
-    torch.manual_seed(0)
-    config = GptOssConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=1, sliding_window=64,
-    )  # fmt: skip
-    model = GptOssForCausalLM(config).bfloat16()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+def make_gpt_oss(layers: int = 2) -> PreTrainedModel:
+    """A random gpt-oss of 64 hidden units and 4 experts in BF16; its biases are not zero."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    return make_mixture(
+        "gpt_oss", layers=layers, rope_parameters=rope, tie_word_embeddings=False, sliding_window=64
+    ).bfloat16()
 
 
 def save_gpt_oss(folder: Path, **kwargs) -> Path:

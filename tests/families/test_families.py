@@ -16,7 +16,7 @@ from families.run import complaint_about, run
 from families.trial import Result
 
 
-@pytest.mark.parametrize("entry", ["llama", "mixtral", "nemotron", "gemma3"])
+@pytest.mark.parametrize("entry", ["mixtral", "nemotron", "gemma3"])
 def test_a_family_ends_in_a_proven_folder_with_nearly_all_of_its_linear_weights_quantized(entry, tmp_path):
     result = run(entry, tmp_path, seconds=100)
     assert result.outcome == PROVEN, (tmp_path / entry / "log.txt").read_text()[-3000:]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpt_oss_folders import E2M1
-from helpers import make_tokenizer
+from helpers import make_mixture, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,11 +23,6 @@ from qat.layers.sites import EXPERTS, find_sites, quantized_sites
 from qat.numerics import ops
 from qat.schemes.presets import get_scheme
 
-SIZES = {
-    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_experts": 4, "num_local_experts": 4,
-    "num_experts_per_tok": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-}  # fmt: skip
 WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
 EXPERT = re.compile(r".*experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
 IDS = torch.arange(64)[None]
@@ -39,8 +34,7 @@ def save_packed(folder: Path, family: str, which: str = ".*", inputs: dict | Non
     Returns:
         The values of the packed weights, BF16, by the names that they had.
     """
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).bfloat16()
+    model = make_mixture(family).bfloat16()
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     tensors, values = load_file(folder / "model.safetensors"), {}
@@ -119,8 +113,7 @@ def test_experts_that_are_missing_or_of_another_shape_are_refused_by_name(tmp_pa
 
 def save_plain(folder: Path, family: str) -> Path:
     """A tiny mixture in BF16, its weights large enough for all formats."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).bfloat16()
+    model = make_mixture(family).bfloat16()
     model.save_pretrained(folder)
     return folder
 
@@ -171,7 +164,7 @@ def test_inputs_of_experts_take_the_scale_with_which_no_expert_saturates(tmp_pat
 
 @pytest.mark.parametrize("mapping", [{"torch.nn.Linear": "MXFP4"}, {"*.q_proj": "MXFP4"}])
 def test_autorounds_format_of_a_mixture_is_refused_before_training(mapping):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **SIZES))
+    model = make_mixture("mixtral")
     with pytest.raises(ValueError, match="auto_round: .*experts.*; use the export format compressed-tensors"):
         check_exportable(prepare_qat(model, mapping), "auto_round")
 

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_llama
+from helpers import make_llama, make_mixture
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat import prepare_qat
 from qat.layers.sites import quantized_sites
@@ -120,13 +119,6 @@ def test_a_model_is_sampled_in_every_group():
     assert all(0 <= figure <= 1 for figure in figures.values())
 
 
-def make_mixture(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **heads)).float()
-
-
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # [E, 2I, H]; [E, H, 2I]
 def test_experts_are_sampled_along_what_is_summed_over(kind):
     model = prepare_qat(make_mixture(kind), {"*.experts": "MXFP4"}, learn_exponent=True)
@@ -144,7 +136,7 @@ def test_experts_are_sampled_along_what_is_summed_over(kind):
     assert set(figures) == {f"{name}/experts" for name in (
         "flips", "oscillation", "saturation_weights", "saturation_inputs")}  # fmt: skip
     samples = {sample.sites[0].parameter: sample for sample in monitor.samples["experts"]}
-    assert len(samples["down_proj"].values) == 2 * 16 and samples["down_proj"].values.shape[1] == 32
+    assert len(samples["down_proj"].values) == 2 * 16 and samples["down_proj"].values.shape[1] == 96
     seen = samples["down_proj"].quantize()[0]
     assert torch.equal(seen[8 + 2], rows[2, 32])  # of row 2 * 64 + 32, every 16th is taken
 
