@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import UserError
 from ..schemes.spec import Scheme
 from .quant_linear import LinearProduct
+from .swapped_class import swapped_class
 
 _CLASS = "transformers.pytorch_utils.Conv1D"  # by name, since qat/layers imports no transformers
 
@@ -76,19 +77,9 @@ def convert_conv1d(module: nn.Module, scheme: Scheme, name: str = "", learns: bo
         UserError: the blocks of the scheme's formats do not divide its inputs.
     """
     check_conv1d(module, scheme, name)
-    module.__class__ = _class_of(type(module))
+    module.__class__ = swapped_class(QuantConv1D, type(module), "Quant")
     assert isinstance(module, QuantConv1D)  # for type checkers, which do not follow __class__
     module.add_quantizers(scheme)
     if learns:
         module.weight_quantizer.learn(module.rows(module.weight).shape, module.weight.device)
     return module
-
-
-_CLASSES: dict[type, type[QuantConv1D]] = {}
-
-
-def _class_of(original: type) -> type[QuantConv1D]:
-    """The class of quantized layers that were of class `original`, which transformers recognizes."""
-    if original not in _CLASSES:
-        _CLASSES[original] = type("QuantConv1D", (QuantConv1D, original), {"__module__": __name__})
-    return _CLASSES[original]

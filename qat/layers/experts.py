@@ -19,6 +19,7 @@ from ..numerics import nvfp4
 from ..schemes.spec import Scheme
 from .expert_function import Routing, grouped_product
 from .operands import Operands, compute_dtype
+from .swapped_class import swapped_class
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # of transformers' experts
 _UNROUTED = "Llama4TextExperts"  # takes rows that are sorted by expert, as many for each
@@ -192,12 +193,13 @@ class ExpertProjection(Operands):
         """
         dtype, weight, inputs = compute_dtype(x), self.weight_quantizer, self.input_quantizer
         layout, parameter = self.owner.layout, self.effective_weight()
-        return grouped_product(
+        output = grouped_product(
             x, parameter, routing, dtype, inputs.spec if inputs.is_enabled else None,
             weight.rounding if weight.is_enabled else None, weight.learned if weight.is_enabled else (),
             self.divisors(parameter, dtype) if weight.is_enabled else None, self.input_divisor(x.device),
             layout.is_transposed, gather=self.parameter == layout.parameters[0] and routing.tokens is not None,
         )  # fmt: skip
+        return self.output_quantizer(output)
 
     def divisors(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """The divisor of each expert's weight, FP32 [E], in formats with a tensor scale; gate and up share theirs."""
@@ -222,7 +224,7 @@ def compute_in_autocast_dtype(model: nn.Module) -> nn.Module:
     """Let all experts of a model compute in the dtype of autocast, in place; see `Experts`."""
     for module in list(model.modules()):
         if not isinstance(module, Experts) and (layout := layout_of(module)) is not None:
-            module.__class__ = _class_of(Experts, type(module))
+            module.__class__ = swapped_class(Experts, type(module), "Autocast")
             module.layout = layout  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     return model
 
@@ -238,7 +240,7 @@ def convert_experts(module: nn.Module, scheme: Scheme, name: str = "", learns: b
     layout = layout_of(module)
     assert layout is not None
     original = next(base for base in type(module).__mro__ if not issubclass(base, Experts))
-    module.__class__ = _class_of(QuantExperts, original)
+    module.__class__ = swapped_class(QuantExperts, original, "Quant")
     assert isinstance(module, QuantExperts)  # for type checkers, which do not follow __class__
     module.layout = layout
     module.projections = nn.ModuleDict({own: ExpertProjection(module, own, scheme) for own in layout.parameters})
@@ -264,14 +266,3 @@ def check_experts(module: nn.Module, scheme: Scheme, name: str = "") -> None:
                     f"{spec.format.block} of {spec.format.name}; add {name!r} to `ignore` "
                     '(--ignore, or "ignore" in a mapping file) to leave it unquantized'
                 )
-
-
-_CLASSES: dict[tuple[type, type], type[Experts]] = {}
-
-
-def _class_of(kind: type[Experts], original: type) -> type[Experts]:
-    """The class of experts of one kind that were modules of class `original`: one for each, so that types compare."""
-    if (kind, original) not in _CLASSES:
-        prefix = "Quant" if kind is QuantExperts else "Autocast"
-        _CLASSES[kind, original] = type(f"{prefix}{original.__name__}", (kind, original), {"__module__": __name__})
-    return _CLASSES[kind, original]

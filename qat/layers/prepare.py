@@ -265,7 +265,9 @@ def _unknown_modules(model: nn.Module, sites: set[str], defaults: Defaults) -> d
 
 def _examples(chosen: list[tuple[Site, str]], left: dict[str, str]) -> str:
     names = [*(site.name for site, _ in chosen), *left]
-    return f"{len(names)} weight modules, e.g. {', '.join(names[:4])}" if names else "no weight modules"
+    experts = next((site.name for site, _ in chosen if site.kind == EXPERTS.name), None)
+    hint = "" if experts is None else f", and experts, which are named as a whole: {experts}"
+    return f"{len(names)} weight modules, e.g. {', '.join(names[:4])}{hint}" if names else "no weight modules"
 
 
 def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str]) -> None:

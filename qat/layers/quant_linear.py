@@ -15,6 +15,7 @@ from ..numerics import ops
 from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
 from .operands import Operands, compute_dtype, is_shard
+from .swapped_class import swapped_class
 
 # By name, since qat/layers imports no transformers.
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
@@ -113,20 +114,6 @@ def _is_falcon(module: nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" == _FALCON_LINEAR
 
 
-_FALCON_CLASSES: dict[type, type[QuantLinear]] = {}
-
-
-def _quantized_class(module: nn.Module) -> type[QuantLinear]:
-    """The class that a linear layer gets; transformers recognizes that of a FalconLinear as one."""
-    original = type(module)
-    if not _is_falcon(module):
-        return QuantLinear
-    if original not in _FALCON_CLASSES:
-        bases = (QuantFalconLinear, original)
-        _FALCON_CLASSES[original] = type("QuantFalconLinear", bases, {"__module__": __name__})
-    return _FALCON_CLASSES[original]
-
-
 def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = False) -> QuantLinear:
     """Turn `module` into a QuantLinear in place: same object, same Parameters.
 
@@ -137,7 +124,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = Fa
         UserError: the blocks of the scheme's formats do not divide its in_features.
     """
     check_convertible(module, scheme, name)
-    module.__class__ = _quantized_class(module)
+    module.__class__ = swapped_class(QuantFalconLinear, type(module), "Quant") if _is_falcon(module) else QuantLinear
     assert isinstance(module, QuantLinear)  # for type checkers, which do not follow __class__
     module.add_quantizers(scheme)
     if learns:

@@ -1,11 +1,13 @@
 """Experts in fused parameters against a loop over linear layers, one for each expert and matrix."""
 
 import copy
+import io
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_mixture
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -250,6 +252,36 @@ def test_sizes_that_grouped_products_do_not_take_are_computed_expert_by_expert(m
     for name, parameter in model.experts.named_parameters():
         expected = gradients_of(loop, name)
         torch.testing.assert_close(parameter.grad, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", None])
+def test_a_model_is_pickled_and_computes_the_same(scheme):
+    model = make_mixture("qwen3_moe", layers=1)
+    model = compute_in_autocast_dtype(model) if scheme is None else prepare_qat(model, {nn.Linear: scheme})
+    file, ids = io.BytesIO(), torch.arange(12)[None]
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+
+
+def test_the_output_of_experts_is_quantized_on_request():
+    model = prepare_qat(Model(Plain), {nn.Linear: "MXFP4"}, ())
+    before, seen = model(*inputs()), []
+    quantizer = model.experts.projections["down_proj"].output_quantizer
+    quantizer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    quantizer.if_quant = True
+    assert not torch.equal(model(*inputs()), before)
+    (exact, rounded), = seen  # fmt: skip
+    assert torch.equal(rounded, expert_function.ops.fake_quantize(exact, "mxfp4", quantizer.spec.rule, exact.dtype))
+
+
+@pytest.mark.parametrize(("mapping", "ignore"), [({nn.Linear: "MXFP4", "*.experts.*.down_proj": "MXFP8"}, ()),
+                                                 ({nn.Linear: "MXFP4"}, ("*.experts.0.*",))])  # fmt: skip
+def test_a_pattern_for_single_experts_is_refused_with_the_name_of_all_of_them(mapping, ignore):
+    with pytest.raises(UserError, match="experts, which are named as a whole: model.layers.0.mlp.experts"):
+        prepare_qat(make_mixture("qwen3_moe"), mapping, ignore)
 
 
 def test_a_copy_computes_with_its_own_weights():
