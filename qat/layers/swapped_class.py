@@ -21,7 +21,7 @@ def swapped_class(kind: type, original: type, prefix: str) -> type[nn.Module]:
         prefix: of the name of the class.
     """
 
-    def reduce(self: nn.Module, protocol: Any) -> tuple:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
         if type(self) is not _CLASSES[kind, original, prefix]:  # another library made a subclass, as FSDP2 does
             return object.__reduce_ex__(self, protocol)
         return _rebuild, (kind, original, prefix), self.__dict__

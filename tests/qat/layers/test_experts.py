@@ -266,6 +266,13 @@ def test_a_model_is_pickled_and_computes_the_same(scheme):
     assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
 
 
+def test_a_copy_keeps_the_class_that_another_library_gave_experts():
+    model = prepare_qat(Model(Plain), {nn.Linear: "MXFP4"}, ())
+    wrapped = type("Wrapped", (type(model.experts),), {})  # as FSDP2 does
+    model.experts.__class__ = wrapped
+    assert type(copy.deepcopy(model).experts) is wrapped
+
+
 def test_the_output_of_experts_is_quantized_on_request():
     model = prepare_qat(Model(Plain), {nn.Linear: "MXFP4"}, ())
     before, seen = model(*inputs()), []
