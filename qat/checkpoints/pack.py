@@ -13,7 +13,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
-from ..files.model_folder import is_own_file
 from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.rounding import Rounding
 from ..layers.share import describe_sites
@@ -32,6 +30,7 @@ from ..numerics import ops
 from ..numerics.families import family_of
 from ..numerics.formats import Quantized
 from ..schemes.spec import VIEW_DTYPE, TensorSpec
+from .companions import CODE, OF_IMAGES, OF_TEXT, copy_companions
 from .dialects import AUTO, Dialect, check_schemes, get_dialect, resolved_format
 from .dialects.mxfp4 import experts_only
 from .fit import check_finite
@@ -46,11 +45,6 @@ from .tensor_scales import calibrated_tensors, check_calibrated, stored_scales, 
 logger = logging.getLogger(__name__)
 
 _SLAB_VALUES = 1 << 22  # quantized at a time where there are no kernels; bounds the FP32 temporaries
-_COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.tiktoken", "chat_template*", "*processor_config.json", "LICENSE*",
-)  # fmt: skip
-_CODE = ("*.py",)
 _WEIGHT = ".weight"
 
 
@@ -119,7 +113,8 @@ def export_checkpoint(
         scales = stored_scales(qat_config.calibrated_scales, matrices, names)
         packed_bytes = _write_shards(checkpoint, matrices, dialect, scales, folder)
         _write_config(checkpoint, model, quantization_config, folder)
-        _copy_companions(checkpoint, folder, trust_remote_code)
+        code = CODE if trust_remote_code else ()  # only where it may run
+        copy_companions(checkpoint.path, folder, (*OF_TEXT, *OF_IMAGES, *code))
         qat_config.save(folder)
         write_card(
             folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, model, dialect,
@@ -230,21 +225,6 @@ def _write_config(
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_companions(checkpoint: CheckpointFolder, folder: Path, with_code: bool) -> None:
-    """Tokenizer, generation config, chat template: everything that a served model needs beside weights and config.
-
-    Regular files of the source alone: what a link out of it points to is somebody else's. Code only where it may run.
-    """
-    patterns = (*_COMPANIONS, *(_CODE if with_code else ()))
-    for path in sorted(checkpoint.path.iterdir()):
-        if path.suffix == ".safetensors" or not any(fnmatchcase(path.name, pattern) for pattern in patterns):
-            continue
-        if is_own_file(path, checkpoint.path):
-            shutil.copyfile(path, folder / path.name)
-        elif not path.is_dir():
-            logger.warning("%s is not copied: it is a link out of its folder, or no regular file", path)
 
 
 def _check_space(folder: Path, checkpoint: CheckpointFolder, sites: list[Site]) -> None:

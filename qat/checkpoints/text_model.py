@@ -7,7 +7,6 @@ that such a model has. Its logits of a text are those of the multimodal model, w
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from ..errors import UserError
 from ..files.atomic import check_target, disk_full_reported, written_atomically
-from ..files.model_folder import is_own_file
+from .companions import OF_TEXT, copy_companions
 from .fit import load_checked
 from .folder import CheckpointFolder
 from .model_config import read_any_config, text_config_of
 
 logger = logging.getLogger(__name__)
 
-_COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "*.model", "chat_template*", "LICENSE*",
-)  # fmt: skip
 _TOKENS = 32
 
 
@@ -64,9 +59,7 @@ def extract_text_model(source: str | Path, target: str | Path) -> Path:
         )
     with disk_full_reported(Path(target)), written_atomically(Path(target), False) as folder:
         text.save_pretrained(folder)
-        for path in sorted(checkpoint.path.iterdir()):
-            if any(path.match(pattern) for pattern in _COMPANIONS) and is_own_file(path, checkpoint.path):
-                shutil.copyfile(path, folder / path.name)
+        copy_companions(checkpoint.path, folder, OF_TEXT)
     logger.info("%s: wrote the language model, %s, into %s", where, type(text).__name__, target)
     return Path(target)
 
