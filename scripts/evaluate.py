@@ -28,6 +28,7 @@ from vllm_log import VllmLog, kernels_in  # noqa: E402
 
 from data.tokenizer import load_tokenizer  # noqa: E402
 from qat.checkpoints.folder import MODEL_OPTIMIZER, CheckpointFolder  # noqa: E402
+from qat.checkpoints.in_transformers import in_transformers  # noqa: E402
 from qat.checkpoints.load import check_loadable, load_plain  # noqa: E402
 from qat.checkpoints.packed_folder import check_packed_values  # noqa: E402
 from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
@@ -236,6 +237,11 @@ def make_hf(folder: str, args: argparse.Namespace):
             raise UserError(
                 f"DIR {folder!r} is packed by Model-Optimizer, and transformers does not read that; give --backend "
                 "vllm, or --input_rule absmax to evaluate it with this program's operators"
+            )
+        if reason := in_transformers(folder, args.trust_remote_code).why_not:
+            raise UserError(
+                f"DIR {folder!r}: transformers cannot load it, though it is in order: {reason}; give the folder that "
+                "it was packed from, --backend vllm, or --input_rule to evaluate it with this program's operators"
             )
         model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
     elif packed:

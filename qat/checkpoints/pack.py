@@ -36,6 +36,7 @@ from .dialects import AUTO, Dialect, check_schemes, get_dialect, resolved_format
 from .dialects.mxfp4 import experts_only
 from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
+from .loadable import why_not_loadable
 from .matrices import Matrix, columns_of, matrices_of
 from .model_card import CardFacts, write_card
 from .skeleton import UNTIED, prepared_skeleton
@@ -123,7 +124,7 @@ def export_checkpoint(
         qat_config.save(folder)
         write_card(
             folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, model, dialect,
-            checkpoint.size_bytes, packed_bytes,
+            checkpoint.size_bytes, packed_bytes, why_not_loadable(model, names, quantization_config),
         )  # fmt: skip
     logger.info("Packed %s into %s: %.1f MiB", source, target, packed_bytes / 2**20)
     return target
