@@ -102,6 +102,9 @@ _BY_HUMMING_OR_W4A4 = Fact("W4A8 with the package humming, else W4A4", "source-3
 _TORCH_FP8 = Fact("W8A8", "run-cpu", "fp8_token", "absmax")
 _CPU_INT4 = Fact("W4A16; W4A8 in INT8 on CPUs with AMX unless VLLM_CPU_INT4_W4A8=0", "run-cpu-no-amx")
 _INT4_EXPERTS: dict[Kind, Fact] = {INT4_G32: Fact(_W4A16, "source-32"), INT4_G128: Fact(_W4A16, "source-32")}
+_FIRST_KERNEL = Fact("MXFP8 activations (FlashInfer), FP8 for 128 values (DeepGEMM) or W4A16", "source-32", OPEN)
+_FAILS = Fact("fails: vLLM selects a kernel for GPUs", "run-cpu", serves=False)
+_CPU_INT4_EXPERTS = Fact("refused; W4A8 in INT8 on CPUs with AMX", "run-cpu-no-amx", serves=False)
 # Experts that transformers has as linear layers (Llama 4's) are computed as such.
 _NOT_LOADED = Fact("cannot load them", "run-ct", serves=False)
 
@@ -118,6 +121,10 @@ ENGINES = (
         FP8: Fact("W8A8", "source-33", "fp8_token", "absmax"),
     }, _FP8_CACHE, {
         MXFP4: Fact("W4A4 (CUTLASS)", "source-32", "mxfp4"), MXFP4A16: Fact("W4A4 (CUTLASS)", "source-32", "mxfp4"),
+        MXFP4FP8: _FIRST_KERNEL, MXFP4FP8_G128: _FIRST_KERNEL,
+        MXFP8: Fact("W8A8 (FlashInfer, DeepGEMM), else W8A16", "source-32", OPEN),
+        MXFP8A16: Fact("W8A8 (FlashInfer, DeepGEMM), else W8A16", "source-32", OPEN),
+        NVFP4: Fact("W4A4", "source-32", "nvfp4"), NVFP4A16: Fact(_W4A16, "source-32"),
         **_INT4_EXPERTS,
     }),
     Engine("vLLM on Hopper", None, _older_gpu(
@@ -125,6 +132,8 @@ ENGINES = (
         Fact("W8A8", "source-33", "fp8_token", "absmax"), f"{_W4A16} (Marlin)", "source-32",
     ), _FP8_CACHE, {
         MXFP4: Fact(f"{_W4A16} (Marlin)", "source-32"), MXFP4A16: Fact(f"{_W4A16} (Marlin)", "source-32"),
+        MXFP8: Fact(f"{_W8A16} (Marlin)", "source-32"), MXFP8A16: Fact(f"{_W8A16} (Marlin)", "source-32"),
+        NVFP4: Fact(f"{_W4A16} (Marlin)", "source-32"), NVFP4A16: Fact(f"{_W4A16} (Marlin)", "source-32"),
         **_INT4_EXPERTS,
     }),
     Engine("vLLM on Ampere", None, _older_gpu(Fact(_W8A16, "docs-32"), _W4A16, "source-33")),
@@ -145,7 +154,13 @@ ENGINES = (
         MXFP4: _REFUSED, MXFP8: _REFUSED, MXFP4A16: _REFUSED, MXFP8A16: _REFUSED, MXFP4FP8: _REFUSED,
         MXFP4FP8_G128: _REFUSED, MXFP4MXFP8: _REFUSED, NVFP4: _REFUSED, NVFP4A16: _REFUSED,
         INT4_G32: _CPU_INT4, INT4_G128: _CPU_INT4, FP8: _TORCH_FP8,
-    }, Fact("FP8, scales of the file, on CPUs with AVX-512 or AMX", "source-32")),
+    }, Fact("FP8, scales of the file, on CPUs with AVX-512 or AMX", "source-32"), {
+        MXFP4: _FAILS, MXFP4A16: _FAILS, MXFP4MXFP8: _FAILS, MXFP8: _FAILS, MXFP8A16: _FAILS,
+        MXFP4FP8: Fact("refused; W4A16 on CPUs with AMX", "run-cpu-no-amx", serves=False),
+        MXFP4FP8_G128: Fact("refused; W4A16 on CPUs with AMX", "run-cpu-no-amx", serves=False),
+        NVFP4: _REFUSED, NVFP4A16: _REFUSED, FP8: _REFUSED,
+        INT4_G32: _CPU_INT4_EXPERTS, INT4_G128: _CPU_INT4_EXPERTS,
+    }),
     Engine("vLLM on CPUs with the plugin", None, {
         MXFP4: Fact("W4A4", "run-cpu", "mxfp4", CHOSEN), MXFP4A16: Fact("W4A16", "run-cpu"),
         MXFP8: Fact("W8A8", "run-cpu", "mxfp8", CHOSEN), MXFP8A16: Fact("W8A16", "run-cpu"),
@@ -154,6 +169,15 @@ ENGINES = (
         MXFP4MXFP8: Fact("with the option W4A8", "run-cpu", "mxfp8", CHOSEN),
         NVFP4: Fact("W4A4", "run-cpu", "nvfp4", "absmax"), NVFP4A16: Fact("W4A16", "run-cpu"),
         INT4_G32: _CPU_INT4, INT4_G128: _CPU_INT4, FP8: _TORCH_FP8,
+    }, None, {
+        MXFP4: Fact("W4A4", "run-cpu", "mxfp4", CHOSEN), MXFP4A16: Fact("W4A16", "run-cpu"),
+        MXFP8: Fact("W8A8", "run-cpu", "mxfp8", CHOSEN), MXFP8A16: Fact("W8A16", "run-cpu"),
+        MXFP4FP8: Fact("W4A8", "run-cpu", "fp8_token", "absmax"),
+        MXFP4FP8_G128: Fact("W4A8", "run-cpu", "fp8_g128", "absmax"),
+        MXFP4MXFP8: Fact("with an option for experts W4A8", "run-cpu", "mxfp8", CHOSEN),
+        NVFP4: Fact("W4A4", "run-cpu", "nvfp4", "absmax"), NVFP4A16: Fact("W4A16", "run-cpu"),
+        INT4_G32: Fact("W4A16", "run-cpu"), INT4_G128: Fact("W4A16", "run-cpu"),
+        FP8: Fact("W8A8", "run-cpu", "fp8_token", "absmax"),
     }),
     Engine("transformers, compressed-tensors", "compressed-tensors", {
         MXFP4: Fact("W4A4", "run-ct", "mxfp4", "even"), MXFP4A16: Fact("W4A16", "run-ct"),

@@ -99,7 +99,7 @@ def engine_table(
             lines.append(f"{scheme.name} stands for {_trained(scheme)}. Different: {'; '.join(engines)}")
     if split:
         lines.append(f"vLLM fuses {', '.join(split)}; give them one scheme to serve the folder there")
-    if options := get_dialect(export_format).serve_options(found, of_experts):
+    if options := get_dialect(export_format).serve_options([*found, *of_experts]):
         lines.append(f"What the file cannot hold: vllm serve DIR {' '.join(options)}")
     return "\n".join(lines)
 

@@ -151,7 +151,7 @@ def write_card(
         dataset=facts.dataset or "not recorded",
         formats="".join(f"* {describe_scheme(s)}, in {counts[name]}.\n" for name, s in schemes.items()),
         results=_results_section(measured, facts, is_of_this_model),
-        serve=serve_command(path, dialect, sites),
+        serve=serve_command(path, dialect, layers.values()),
         load=_LOAD.format(path=path)
         if why_not_loadable is None
         else f"transformers cannot load these files: {why_not_loadable}.",
@@ -159,17 +159,9 @@ def write_card(
     ModelCard(text).save(folder / CARD_NAME)
 
 
-def serve_command(path: str, dialect: Dialect, sites: Iterable[Site]) -> str:
+def serve_command(path: str, dialect: Dialect, schemes: Iterable[Scheme]) -> str:
     """The command that serves a packed folder, with the options that its files cannot hold."""
-    return " ".join(["vllm serve", path, *dialect.serve_options(*_schemes_by_kind(sites))])
-
-
-def _schemes_by_kind(sites: Iterable[Site]) -> tuple[list[Scheme], list[Scheme]]:
-    """The schemes of linear layers, and those of experts."""
-    of: dict[bool, list[Scheme]] = {False: [], True: []}
-    for site in sites:
-        of[site.kind == EXPERTS.name].append(site.scheme)
-    return of[False], of[True]
+    return " ".join(["vllm serve", path, *dialect.serve_options(schemes)])
 
 
 def _engine_rules(sites: Iterable[Site], dialect: Dialect) -> str:

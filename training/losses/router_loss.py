@@ -13,9 +13,11 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig
 
 from qat.errors import UserError
 
@@ -57,12 +59,12 @@ class RouterLoss:
         return self.function(router_logits, self.experts, self.chosen, attention_mask)
 
 
-def wants_router_loss(model: PreTrainedModel) -> bool:
-    """Whether the config asks for the loss of routers."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+def wants_router_loss(model: nn.Module) -> bool:
+    """Whether the model has a config that asks for the loss of routers."""
+    return bool(getattr(_text_config(model), "output_router_logits", False))
 
 
-def find_router_loss(model: PreTrainedModel) -> RouterLoss | None:
+def find_router_loss(model: nn.Module) -> RouterLoss | None:
     """The loss that a model adds to its own, as its config says; None where it adds none.
 
     Raises:
@@ -71,7 +73,7 @@ def find_router_loss(model: PreTrainedModel) -> RouterLoss | None:
     if not wants_router_loss(model):
         return None
     function = getattr(sys.modules[type(model).__module__], _FUNCTION, None)
-    text = model.config.get_text_config()
+    text = _text_config(model)
     names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
     values = [getattr(model, name, getattr(text, name, None)) for name in names]
     if function is None or None in values or [*inspect.signature(function).parameters] != _PARAMETERS:
@@ -80,3 +82,8 @@ def find_router_loss(model: PreTrainedModel) -> RouterLoss | None:
             f'{type(model).__name__}; set "output_router_logits": false in it to train without one'
         )
     return RouterLoss(function, *values)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if isinstance(config, PreTrainedConfig) else config

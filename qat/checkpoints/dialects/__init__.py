@@ -62,13 +62,8 @@ class Dialect(Protocol):
     def logits_differ(self, scheme: Scheme) -> str | None:
         """Why the logits of transformers are not bit-equal to those of the scheme, under no rule; None if they are."""
 
-    def serve_options(self, schemes: Iterable[Scheme], experts: Iterable[Scheme] = ()) -> list[str]:
-        """What `vllm serve` must be told beside the folder, because the file cannot hold it; mostly nothing.
-
-        Args:
-            schemes: those of linear layers.
-            experts: those of experts.
-        """
+    def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
+        """What `vllm serve` must be told beside the folder, because the file cannot hold it; mostly nothing."""
 
     def decompress(self, tensors: list[torch.Tensor], spec: TensorSpec) -> torch.Tensor:
         """A weight [N, K] in BF16 from the tensors of its site, by the library that the dialect is named after.

@@ -41,10 +41,15 @@ _INPUT_RULES = {  # by format, in transformers
 }  # fmt: skip
 LAYOUT_NAMES = tuple(dict.fromkeys(_LAYOUTS.values()))
 WEIGHT_DIVISOR, WEIGHT_SHAPE = "weight_global_scale", "weight_shape"
-# Formats of weights and inputs that the file cannot hold together, and what vLLM's options call the inputs' format.
-_ON_THE_COMMAND_LINE: dict[tuple[str, str | None], str] = {("mxfp4", "mxfp8"): "mxfp8"}
-_OPTION = "--quantization-config.linear.activation"
-_OPTION_OF_EXPERTS = "--quantization-config.moe.activation"
+# Formats of weights and inputs that the file cannot hold together, and the options that tell vLLM the inputs' format.
+_ON_THE_COMMAND_LINE: dict[tuple[str, str | None], list[str]] = {
+    ("mxfp4", "mxfp8"): [
+        "--quantization-config.linear.activation",
+        "mxfp8",
+        "--quantization-config.moe.activation",
+        "mxfp8",
+    ],
+}
 
 
 class CompressedTensors:
@@ -107,13 +112,9 @@ class CompressedTensors:
         """See `Dialect.logits_differ`."""
         return None
 
-    def serve_options(self, schemes: Iterable[Scheme], experts: Iterable[Scheme] = ()) -> list[str]:
+    def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
         """See `Dialect.serve_options`."""
-        options = []
-        for option, own in ((_OPTION, schemes), (_OPTION_OF_EXPERTS, experts)):
-            values = (_ON_THE_COMMAND_LINE[key] for key in map(_key, own) if key in _ON_THE_COMMAND_LINE)
-            options += [option, value] if (value := next(values, None)) else []
-        return options
+        return next((_ON_THE_COMMAND_LINE[key] for key in map(_key, schemes) if key in _ON_THE_COMMAND_LINE), [])
 
     def tensors(self, quantized: Quantized, spec: TensorSpec) -> list[torch.Tensor]:
         """See `Dialect.tensors`."""
@@ -205,6 +206,6 @@ def _check_options(sites: Mapping[str, Scheme]) -> None:
         if _key(scheme)[1] != chosen.input.format.name:
             raise UserError(
                 f"{name} is in {scheme.name}, other layers in {chosen.name}, whose activations are chosen by vLLM's "
-                f"option {_OPTION} {_ON_THE_COMMAND_LINE[_key(chosen)]} for all layers; use {chosen.name} for all of "
+                f"option {' '.join(_ON_THE_COMMAND_LINE[_key(chosen)])} for all layers; use {chosen.name} for all of "
                 f"them, or schemes with inputs in {chosen.input.format.name}"
             )

@@ -76,7 +76,7 @@ class NativeMXFP4:
         """See `Dialect.logits_differ`."""
         return None
 
-    def serve_options(self, schemes: Iterable[Scheme], experts: Iterable[Scheme] = ()) -> list[str]:
+    def serve_options(self, schemes: Iterable[Scheme]) -> list[str]:
         """See `Dialect.serve_options`."""
         return []
 

@@ -72,7 +72,7 @@ def test_a_card_tells_experts_from_linear_layers(tmp_path):
     assert f"{rules} EVEN; experts NOT QUANTIZED |" in quantized and "from_pretrained" in quantized
     by_options = card_of(source, tmp_path / "options", {}, scheme="MXFP4MXFP8").text
     option = "--quantization-config.{}.activation mxfp8"
-    assert f"options {option.format('linear')} {option.format('moe')}\n" in by_options
+    assert option.format("linear") in by_options and option.format("moe") in by_options
     weights_only = card_of(source, tmp_path / "weights", {}, scheme="MXFP4A16").text
     assert f"{rules} NOT QUANTIZED |" in weights_only
 

@@ -290,7 +290,8 @@ def test_activations_that_the_file_cannot_hold_are_an_option_of_the_engine_for_a
     folder = export_checkpoint(nvfp4[0], tmp_path / "packed", scheme="MXFP4MXFP8")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert [group["input_activations"] for group in config["config_groups"].values()] == [None]
-    assert f"vllm serve {folder} --quantization-config.linear.activation mxfp8\n" in (folder / "README.md").read_text()
+    options = "--quantization-config.linear.activation mxfp8 --quantization-config.moe.activation mxfp8"
+    assert f"vllm serve {folder} {options}\n" in (folder / "README.md").read_text()
     mixed = {"torch.nn.Linear": "MXFP4MXFP8", "*.down_proj": "MXFP4A16"}
     with pytest.raises(UserError, match="down_proj is in MXFP4A16, other layers in MXFP4MXFP8, .*activation mxfp8"):
         export_checkpoint(nvfp4[0], tmp_path / "mixed", scheme=mixed)

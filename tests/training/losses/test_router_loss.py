@@ -117,7 +117,7 @@ def test_it_is_added_to_smoothed_labels_and_not_to_an_evaluation(tmp_path, data)
 
 def test_a_loss_that_is_not_known_is_left_to_transformers_and_refused_with_a_teacher(tmp_path, data, caplog):
     model = make_llama()
-    assert find_router_loss(model) is None
+    assert find_router_loss(model) is None and find_router_loss(nn.Linear(1, 1)) is None
     model.config.output_router_logits = True
     with pytest.raises(UnknownRouterLoss, match="no load-balancing loss is known of a LlamaForCausalLM"):
         find_router_loss(model)
