@@ -51,7 +51,7 @@ def same_process(monkeypatch, tmp_path):
 def export(tmp_path: Path, kind: str, scheme, ignore=("lm_head",), **changes) -> tuple[Path, Path, dict]:
     """A family, packed: source, folder, and the quantization_config."""
     source = save_family(kind, tmp_path / "source", **changes)
-    packed = export_checkpoint(source, tmp_path / "packed", scheme=scheme, ignore=ignore)
+    packed = export_checkpoint(source, tmp_path / "packed", "compressed-tensors", scheme, ignore)
     return source, packed, json.loads((packed / "config.json").read_text())["quantization_config"]
 
 

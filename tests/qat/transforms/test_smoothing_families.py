@@ -43,7 +43,7 @@ FAMILIES = {
     "gemma3n_text": (
         {**HEADS, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 128, "laurel_rank": 32,
          "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0, 0.0]},
-        (4, 18), ["input_layernorm", "self_attn.v_proj"]),
+        (4, 16), ["input_layernorm", "self_attn.v_proj"]),
     "minimax": (
         {"num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"], **HEADS}, (3, 8),
         ["input_layernorm", "post_attention_layernorm"]),
