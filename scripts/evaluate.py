@@ -239,9 +239,11 @@ def make_hf(folder: str, args: argparse.Namespace):
                 "vllm, or --input_rule absmax to evaluate it with this program's operators"
             )
         if reason := in_transformers(folder, args.trust_remote_code).why_not:
+            rounds_inputs = saved is not None and any(rules["input"] for rules in saved.scale_rules.values())
+            own = ", or --input_rule to evaluate it with this program's operators" if rounds_inputs else ""
             raise UserError(
                 f"DIR {folder!r}: transformers cannot load it, though it is in order: {reason}; give the folder that "
-                "it was packed from, --backend vllm, or --input_rule to evaluate it with this program's operators"
+                f"it was packed from, or --backend vllm{own}"
             )
         model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
     elif packed:

@@ -110,10 +110,12 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_good_folder_that_transformers_cannot_load_is_not_called_damaged(tmp_path):
-    packed = export_checkpoint(save_family("granitemoe", tmp_path / "source"), tmp_path / "packed", scheme="MXFP4")
+@pytest.mark.parametrize("scheme,remedy", [("MXFP4", "vllm, or --input_rule"), ("MXFP4A16", "vllm$")])
+def test_a_good_folder_that_transformers_cannot_load_is_not_called_damaged(tmp_path, scheme, remedy):
+    packed = export_checkpoint(save_family("granitemoe", tmp_path / "source"), tmp_path / "packed", scheme=scheme)
     make_tokenizer().save_pretrained(packed)
-    with pytest.raises(UserError, match="cannot load it, though it is in order: it reads the experts in .* vllm"):
+    message = f"cannot load it, though it is in order: it reads the experts in .* --backend {remedy}"
+    with pytest.raises(UserError, match=message):
         evaluate.main([str(packed), "--tasks", "local_text", "--limit", "1"])
 
 
