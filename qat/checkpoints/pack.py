@@ -39,6 +39,7 @@ from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
 from .loadable import why_not_loadable
 from .matrices import Matrix, columns_of, matrices_of
 from .model_card import CardFacts, write_card
+from .native_mxfp4 import is_native
 from .skeleton import UNTIED, prepared_skeleton
 from .stored_names import StoredNames
 from .targets import left_alone, target_schemes
@@ -95,7 +96,10 @@ def export_checkpoint(
     dialect = get_dialect(resolved_format(export_format, checkpoint.config.get("model_type")))
     if checkpoint.is_packed:
         method = checkpoint.quantizer
-        raise UserError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
+        remedy = "export from the BF16 checkpoint it was made of"
+        if is_native(checkpoint.path):
+            remedy = "engines serve it as it is, and main.py trains it and packs the result"
+        raise UserError(f"{source} is already quantized ({method}); {remedy}")
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
