@@ -112,7 +112,7 @@ def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> Non
         packed = output.pack(
             trainer.qat_config, arguments.quantization.export_format, arguments.facts, arguments.model.trust_remote_code
         )
-        logger.info("Serve it: vllm serve %s\n%s", packed, table_of_folder(packed))
+        logger.info("Serve it: vllm serve %s\n%s", packed, table_of_folder(packed, arguments.model.trust_remote_code))
 
 
 if __name__ == "__main__":

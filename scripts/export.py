@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                 trust_remote_code=args.trust_remote_code,
             )  # fmt: skip
         if args.verify is None:
-            print(table_of_folder(args.target))
+            print(table_of_folder(args.target, args.trust_remote_code))
     except VerificationError as error:
         report(error)
         return 1

@@ -190,7 +190,9 @@ ENGINES = (
         FP8: Fact("W8A8", "run-ct", "fp8_token", "absmax_native"),
     }, Fact("FP8, scales of the file in BF16", "run-ct"), {
         MXFP4: Fact(_W4A16, "run-ct"), MXFP4A16: Fact(_W4A16, "run-ct"), INT4_G32: Fact(_W4A16, "run-ct"),
-        FP8: Fact(_W8A16, "run-ct"), MXFP8: _NOT_LOADED, NVFP4: _NOT_LOADED, NVFP4A16: _NOT_LOADED,
+        MXFP4FP8: Fact(_W4A16, "run-ct"), MXFP4FP8_G128: Fact(_W4A16, "run-ct"), MXFP4MXFP8: Fact(_W4A16, "run-ct"),
+        INT4_G128: Fact(_W4A16, "run-ct"), FP8: Fact(_W8A16, "run-ct"),
+        MXFP8: _NOT_LOADED, MXFP8A16: _NOT_LOADED, NVFP4: _NOT_LOADED, NVFP4A16: _NOT_LOADED,
     }),
     Engine("transformers, auto_round", "auto_round", {
         MXFP4: Fact("W4A4", "run-ar", "mxfp4", AS_TRAINED),

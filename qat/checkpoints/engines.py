@@ -33,6 +33,7 @@ from .engine_facts import (
     Kind,
 )
 from .folder import CheckpointFolder
+from .in_transformers import InTransformers, in_transformers
 
 NOT_KNOWN = Fact("not known", "")
 _EXPERT = re.compile(r"\bexperts\.\d+\.\w+\.weight_scale$")
@@ -49,6 +50,7 @@ def engine_table(
     kv_cache: bool = False,
     split: Sequence[str] = (),
     experts: Iterable[Scheme] = (),
+    transformers: InTransformers | None = None,
 ) -> str:
     """A table for a packed folder, one row for each engine, and how each differs from the training.
 
@@ -58,20 +60,27 @@ def engine_table(
         kv_cache: whether the folder holds scales of a key/value cache in FP8.
         split: layers that vLLM fuses into one matrix and that differ in scheme, for which it refuses the folder.
         experts: schemes of packed experts.
+        transformers: how transformers loads the folder, if that is known.
     """
     found, of_experts = _distinct(schemes), _distinct(experts)
+    loading = transformers or InTransformers()
     rows, different = [], {scheme.name: list[str]() for scheme in (*found, *of_experts)}
     for engine in _readers(export_format):
         name = engine.name.replace("`", "")
         if split and name.startswith("vLLM"):
             rows.append((name, "refused: layers that it fuses differ in scheme", ""))
             continue
+        is_transformers = name.startswith("transformers")
+        if is_transformers and loading.why_not:
+            rows.append((name, f"cannot load the folder: {loading.why_not}", ""))
+            continue
         cells = [(scheme.name, _fact(engine, scheme, export_format)) for scheme in found]
         for scheme, (_, fact) in zip(found, cells, strict=True):
             if difference := _difference(scheme, fact):
                 different[scheme.name].append(f"{name} ({difference})")
         for scheme in of_experts:
-            fact = engine.experts.get(kind_of(scheme), NOT_KNOWN)
+            facts = engine.facts if is_transformers and loading.experts_as_linear else engine.experts
+            fact = facts.get(kind_of(scheme), NOT_KNOWN)
             cells.append((f"experts in {scheme.name}", fact))
             if difference := _difference(scheme, fact):
                 different[scheme.name].append(f"experts in {name} ({difference})")
@@ -90,12 +99,12 @@ def engine_table(
             lines.append(f"{scheme.name} stands for {_trained(scheme)}. Different: {'; '.join(engines)}")
     if split:
         lines.append(f"vLLM fuses {', '.join(split)}; give them one scheme to serve the folder there")
-    if options := get_dialect(export_format).serve_options(found):
-        lines.append(f"The option, which the file cannot hold: vllm serve DIR {' '.join(options)}")
+    if options := get_dialect(export_format).serve_options([*found, *of_experts]):
+        lines.append(f"What the file cannot hold: vllm serve DIR {' '.join(options)}")
     return "\n".join(lines)
 
 
-def table_of_folder(folder: str | Path) -> str:
+def table_of_folder(folder: str | Path, trust_remote_code: bool = False) -> str:
     """`engine_table` of a packed folder, from its config.json and qat_config.json.
 
     Raises:
@@ -108,7 +117,8 @@ def table_of_folder(folder: str | Path) -> str:
     schemes = [get_scheme(name).with_rules(**rule) for name, rule in rules.items()]
     split = next(_split_groups(checkpoint.names, config), ())
     linear, experts = _schemes_by_kind(schemes, checkpoint.names, config)
-    return engine_table(linear, dialect.name, config.get("kv_cache_scheme") is not None, split, experts)
+    has_cache = config.get("kv_cache_scheme") is not None
+    return engine_table(linear, dialect.name, has_cache, split, experts, in_transformers(folder, trust_remote_code))
 
 
 def _distinct(schemes: Iterable[Scheme]) -> list[Scheme]:

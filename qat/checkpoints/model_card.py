@@ -15,13 +15,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from ..layers.share import describe_left, describe_sites, layers_by_scheme, left_unquantized, percent, quantized_share
-from ..layers.sites import quantized_sites
+from ..layers.sites import EXPERTS, Site, quantized_sites
 from ..numerics import mx
 from ..numerics.formats import Format
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_kv_cache_scheme
 from ..schemes.spec import Scheme
 from .dialects import Dialect
+from .loadable import runs_as_linear
 
 CARD_NAME = "README.md"
 _RESULTS_NAME = "all_results.json"  # Trainer's
@@ -65,13 +66,14 @@ were compared with the fake-quantized model.
 
 ## Load
 
-```python
+{load}
+"""
+_LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{path}", dtype="bfloat16")
 tokenizer = AutoTokenizer.from_pretrained("{path}")
-```
-"""
+```"""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,15 @@ def write_card(
     dialect: Dialect,
     source_bytes: int,
     packed_bytes: int,
+    why_not_loadable: str | None = None,
 ) -> None:
-    """Write `README.md` into `folder`; `path` is where the folder will be served from, `model` is prepared."""
+    """Write `README.md` into `folder`.
+
+    Args:
+        path: where the folder will be served from.
+        model: prepared.
+        why_not_loadable: why transformers cannot load the folder, if that is known.
+    """
     sites = quantized_sites(model)
     layers = {site.label: site.scheme for site in sites}
     base_model = facts.base_model or str(source)
@@ -137,13 +146,15 @@ def write_card(
         left="; ".join(describe_left(model, left_unquantized(model, qat_config))) or "nothing",
         weight_rules=_rules(scheme.rules["weight"] for scheme in layers.values()),
         input_rules=_rules(scheme.rules["input"] for scheme in layers.values()),
-        engine_rules=_rules(dialect.input_rule(scheme) for scheme in layers.values()),
+        engine_rules="not loaded there, see below" if why_not_loadable else _engine_rules(sites, dialect),
         cache=_describe_cache(qat_config.kv_cache_scheme),
         dataset=facts.dataset or "not recorded",
         formats="".join(f"* {describe_scheme(s)}, in {counts[name]}.\n" for name, s in schemes.items()),
         results=_results_section(measured, facts, is_of_this_model),
         serve=serve_command(path, dialect, layers.values()),
-        path=path,
+        load=_LOAD.format(path=path)
+        if why_not_loadable is None
+        else f"transformers cannot load these files: {why_not_loadable}.",
     )
     ModelCard(text).save(folder / CARD_NAME)
 
@@ -151,6 +162,19 @@ def write_card(
 def serve_command(path: str, dialect: Dialect, schemes: Iterable[Scheme]) -> str:
     """The command that serves a packed folder, with the options that its files cannot hold."""
     return " ".join(["vllm serve", path, *dialect.serve_options(schemes)])
+
+
+def _engine_rules(sites: Iterable[Site], dialect: Dialect) -> str:
+    """The rules of transformers, for experts on their own where it leaves their inputs as they are."""
+    linear: list[Site] = []
+    experts: list[Site] = []
+    for site in sites:
+        as_linear = site.kind != EXPERTS.name or runs_as_linear(site.owner, dialect.quant_method)
+        (linear if as_linear else experts).append(site)
+    rules = _rules(dialect.input_rule(site.scheme) for site in linear)
+    if all(site.scheme.input is None for site in experts):
+        return rules or _rules([None])
+    return f"{rules}; experts NOT QUANTIZED" if rules else _rules([None])
 
 
 def describe_scheme(scheme: Scheme) -> str:

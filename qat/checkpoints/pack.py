@@ -35,8 +35,10 @@ from .dialects import AUTO, Dialect, check_schemes, get_dialect, resolved_format
 from .dialects.mxfp4 import experts_only
 from .fit import check_finite
 from .folder import CONFIG_NAME, INDEX_NAME, CheckpointFolder
+from .loadable import why_not_loadable
 from .matrices import Matrix, matrices_of
 from .model_card import CardFacts, write_card
+from .native_mxfp4 import is_native
 from .skeleton import UNTIED, prepared_skeleton
 from .stored_names import StoredNames
 from .targets import left_alone, target_schemes
@@ -88,7 +90,10 @@ def export_checkpoint(
     dialect = get_dialect(resolved_format(export_format, checkpoint.config.get("model_type")))
     if checkpoint.is_packed:
         method = checkpoint.quantizer
-        raise UserError(f"{source} is already quantized ({method}); export from the BF16 checkpoint it was made of")
+        remedy = "export from the BF16 checkpoint it was made of"
+        if is_native(checkpoint.path):
+            remedy = "engines serve it as it is, and main.py trains it and packs the result"
+        raise UserError(f"{source} is already quantized ({method}); {remedy}")
     if target.resolve() in (checkpoint.path.resolve(), *checkpoint.path.resolve().parents):
         raise UserError(f"the target {target} would replace the source {source}; name another folder")
     check_target(target, overwrite)
@@ -118,7 +123,7 @@ def export_checkpoint(
         qat_config.save(folder)
         write_card(
             folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, model, dialect,
-            checkpoint.size_bytes, packed_bytes,
+            checkpoint.size_bytes, packed_bytes, why_not_loadable(model, names, quantization_config),
         )  # fmt: skip
     logger.info("Packed %s into %s: %.1f MiB", source, target, packed_bytes / 2**20)
     return target

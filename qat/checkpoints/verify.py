@@ -32,6 +32,7 @@ from .dialects import Dialect, dialect_of
 from .dialects.compressed_tensors import CACHE_RULE, CompressedTensors
 from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
+from .in_transformers import VERDICT_NAME
 from .loadable import runs_as_linear, why_not_loadable
 from .matrices import matrices_of
 from .skeleton import prepared_skeleton
@@ -41,7 +42,6 @@ from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
 
-VERDICT_NAME = "verification.json"
 _EXPERTS_IN = "experts in "
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -33,6 +34,8 @@ from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
 
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
 _HEADS = {*DEFAULT_IGNORE, "embed_out"}
+_SHOWN = 8  # names in a message
+_LAYER = "layer that can be quantized"
 DEFAULT_MAPPING: Mapping[type, str] = {nn.Linear: "MXFP8"}
 # Scheme names by module type or glob. Three types, because a Mapping is invariant in its keys.
 SchemeMapping = Mapping[type, str] | Mapping[str, str] | Mapping[type | str, str]
@@ -217,11 +220,10 @@ def _choose_sites(
     left |= by_rule
     for key in mapping:
         if key not in used_keys:
-            found = _examples(chosen, left)
-            raise UserError(f"mapping key {key!r} matches no torch.nn.Linear; the model has {found}")
+            raise UserError(f"mapping key {key!r} matches no {_LAYER}; {_why_unmatched(model, key, chosen, left)}")
     if not chosen:
         raise UserError(_nothing(model, ignore, by_rule, _examples(chosen, left)))
-    _check_effects(mapping, ignore, chosen, left)
+    _check_effects(model, mapping, ignore, chosen, left)
     return chosen, left, by_rule
 
 
@@ -239,7 +241,11 @@ def _nothing(model: nn.Module, ignore: tuple[str, ...], by_rule: Mapping[str, st
 
 
 def _check_effects(
-    mapping: Mapping[str, str], ignore: tuple[str, ...], chosen: list[tuple[Site, str]], left: dict[str, str]
+    model: nn.Module,
+    mapping: Mapping[str, str],
+    ignore: tuple[str, ...],
+    chosen: list[tuple[Site, str]],
+    left: dict[str, str],
 ) -> None:
     """Raise a UserError for a pattern of `ignore` that matches nothing, and a key that matches ignored layers only."""
     names = [*(site.name for site, _ in chosen), *left]
@@ -247,7 +253,7 @@ def _check_effects(
         if pattern not in _HEADS and not any(matches(name, pattern) for name in names):
             raise UserError(
                 f'the ignore pattern {pattern!r} (--ignore, or "ignore" in a mapping file) matches no layer; give '
-                f"{PATTERN_HELP}; the model has {_examples(chosen, left)}"
+                f"{PATTERN_HELP}; {_why_unmatched(model, pattern, chosen, left)}"
             )
     for key in mapping:
         if key not in GENERAL_KEYS and not any(matches(s.name, key) for s, _ in chosen):
@@ -263,11 +269,30 @@ def _unknown_modules(model: nn.Module, sites: set[str], defaults: Defaults) -> d
     }
 
 
+def _why_unmatched(model: nn.Module, pattern: str, chosen: list[tuple[Site, str]], left: dict[str, str]) -> str:
+    """What to say of a pattern that matches nothing: what cannot be quantized but matches, or what there is."""
+    if found := next((name for name in left if matches(name, pattern)), None):
+        return f"it matches {found}, which cannot be quantized: {not_a_site(model.get_submodule(found))}"
+    experts = [site.name for site, _ in chosen if site.kind == EXPERTS.name]
+    experts = [name for name in dict.fromkeys([*experts, *left]) if name.rpartition(".")[2] == "experts"]
+    inside = (
+        f"all experts of a layer have one scheme, and the name {experts[0]}; "
+        if experts and "expert" in pattern
+        else ""
+    )
+    return f"{inside}the model has {_examples(chosen, left)}"
+
+
 def _examples(chosen: list[tuple[Site, str]], left: dict[str, str]) -> str:
-    names = [*(site.name for site, _ in chosen), *left]
+    """How many modules with weights there are, and their names, with `*` in place of the numbers of layers."""
+    names = list(dict.fromkeys([*(site.name for site, _ in chosen), *left]))
+    if not names:
+        return "no weight modules"
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+    shown = ", ".join(kinds[:_SHOWN]) + (", ..." if len(kinds) > _SHOWN else "")
     experts = next((site.name for site, _ in chosen if site.kind == EXPERTS.name), None)
-    hint = "" if experts is None else f", and experts, which are named as a whole: {experts}"
-    return f"{len(names)} weight modules, e.g. {', '.join(names[:4])}{hint}" if names else "no weight modules"
+    hint = "" if experts is None else f"; experts are named as a whole: {experts}"
+    return f"{len(names)} weight modules: {shown}{hint}"
 
 
 def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str]) -> None:

@@ -88,10 +88,10 @@ def has_matrix(module: nn.Module) -> bool:
 def _reason(name: str, module: nn.Module, config: QATConfig, defaults: Defaults, kind: str | None) -> str:
     if name in config.left_alone:
         return config.left_alone[name]
-    if pattern := next((pattern for pattern in config.ignore if matches(name, pattern)), None):
-        return f"ignored by {pattern!r}"
     if kind is None:
         return defaults.reason(name, module) or not_a_site(module)
+    if pattern := next((pattern for pattern in config.ignore if matches(name, pattern)), None):
+        return f"ignored by {pattern!r}"
     return NO_KEY if config.kinds is None or kind in config.kinds else ANOTHER_KIND
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, save_llama, save_qat
+from helpers import ROOT, make_tokenizer, save_llama, save_qat
+from tiny_families import save_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat.checkpoints.pack import export_checkpoint
+from qat.errors import UserError
 
 SCRIPTS = ROOT / "scripts"
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "tasks")]
@@ -106,6 +108,15 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit):
         evaluate.parse([flag.format(qat=qat) for flag in flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheme,remedy", [("MXFP4", "vllm, or --input_rule"), ("MXFP4A16", "vllm$")])
+def test_a_good_folder_that_transformers_cannot_load_is_not_called_damaged(tmp_path, scheme, remedy):
+    packed = export_checkpoint(save_family("granitemoe", tmp_path / "source"), tmp_path / "packed", scheme=scheme)
+    make_tokenizer().save_pretrained(packed)
+    message = f"cannot load it, though it is in order: it reads the experts in .* --backend {remedy}"
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(packed), "--tasks", "local_text", "--limit", "1"])
 
 
 def test_a_missing_text_is_named():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qat.layers.sites import LINEAR, Site, quantized_sites
+from qat.layers.sites import CONV1D, EXPERTS, Site, quantized_sites
 
 # The first that fits a layer's name; the names are those of the models in transformers.
 _GROUPS = (
@@ -50,8 +50,13 @@ def local_part(parameter: torch.Tensor | None, ndim: int) -> torch.Tensor | None
 
 
 def local_rows(site: Site) -> torch.Tensor | None:
-    """The rows of a site's weight that lie in this process, [N, K], of experts [E, N, K]; see `local_part`."""
-    part = local_part(site.weight, 2 if site.kind == LINEAR.name else 3)
+    """The rows of a site's weight that lie in this process, [N, K], of experts [E, N, K]; see `local_part`.
+
+    None for a Conv1D under FSDP2, whose shards cut its rows.
+    """
+    if site.kind == CONV1D.name and isinstance(site.weight, DTensor):
+        return None
+    part = local_part(site.weight, 3 if site.kind == EXPERTS.name else 2)
     return None if part is None else site.module.rows(part)
 
 

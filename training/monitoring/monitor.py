@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qat.layers.operands import Operands
-from qat.layers.sites import LINEAR, Site
+from qat.layers.sites import EXPERTS, Site
 from qat.numerics import ops
 from qat.numerics.codes import decode
 from qat.numerics.families import family_of
@@ -106,7 +106,10 @@ class QuantizationMonitor(TrainerCallback):
         """Choose the weights; only now are they where they will be while training."""
         self.samples = {group: _samples(list(sites.values()), self.dtype) for group, sites in self.groups.items()}
         if not any(self.samples.values()):
-            logger.warning("oscillation and saturation of weights are not logged: FSDP1 holds no whole rows of them")
+            logger.warning(
+                "oscillation and saturation of weights are not logged: this process holds no whole rows of them, as "
+                "under FSDP1, and of Conv1D under FSDP2"
+            )
         for sample in self._all_samples():
             sample.update()
 
@@ -194,13 +197,13 @@ def _distinct_inputs(sites: dict[str, Site]) -> list[nn.Module]:
     distinct: dict[tuple, nn.Module] = {}
     for label, site in sites.items():
         if site.scheme.input is not None:
-            alone = site.kind != LINEAR.name
-            distinct[label if alone else label.rpartition(".")[0], site.weight.shape[-1]] = site.module
+            alone = site.kind == EXPERTS.name
+            distinct[label if alone else label.rpartition(".")[0], site.shape[1]] = site.module
     return evenly_spaced(list(distinct.values()), INPUTS_PER_GROUP)
 
 
 def _present(part: torch.Tensor | None) -> torch.Tensor:
-    assert part is not None  # `_samples` takes none of FSDP1's
+    assert part is not None  # `_samples` takes no others
     return part
 
 

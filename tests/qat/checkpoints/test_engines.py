@@ -11,12 +11,14 @@ from tiny_families import save_family
 from qat.checkpoints.dialects import DIALECTS
 from qat.checkpoints.engine_facts import AS_TRAINED, CHOSEN, ENGINES, OPEN, SOURCES
 from qat.checkpoints.engines import engine_table, kind_of, markdown, table_of_folder
+from qat.checkpoints.in_transformers import VERDICT_NAME, in_transformers
 from qat.checkpoints.pack import export_checkpoint
 from qat.errors import UserError
 from qat.numerics.families import formats
 from qat.schemes.presets import PRESETS, get_scheme
 
 CT = "compressed-tensors"
+CT_ENGINE = "transformers, compressed-tensors"
 MXFP8_OPTION = " ".join(DIALECTS[CT].serve_options([PRESETS["MXFP4MXFP8"]]))
 
 
@@ -68,6 +70,8 @@ def test_an_engine_that_quantizes_what_was_trained_in_16_bits_is_named():
 def test_mxfp4_with_mxfp8_activations_needs_an_option_of_the_engine():
     assert f"vllm serve DIR {MXFP8_OPTION}" in engine_table([get_scheme("MXFP4MXFP8")], CT)
     assert MXFP8_OPTION not in engine_table([get_scheme("MXFP4FP8")], CT)
+    of_experts = engine_table([get_scheme("MXFP8")], CT, experts=[get_scheme("MXFP4MXFP8")])
+    assert "--quantization-config.moe.activation mxfp8" in of_experts
 
 
 def test_a_table_of_two_schemes_and_a_cache_names_each():
@@ -85,7 +89,27 @@ def test_experts_have_a_row_of_their_own_where_a_folder_has_packed_ones(tmp_path
     assert "MXFP8: W8A8, EVEN; experts in MXFP4: W4A16, weights only" in row and "; MXFP4:" not in row
     assert "experts in transformers, compressed-tensors (not quantized)" in table
     plain = export_checkpoint(source, tmp_path / "plain", scheme="MXFP4", ignore=("*.experts", "lm_head"))
-    assert "experts" not in table_of_folder(plain)
+    table = table_of_folder(plain)
+    assert "experts in" not in table
+    row = row_of(table, "transformers, compressed-tensors")
+    assert "cannot load the folder: transformers' CompressedTensorsDequantize drops" in row and "W4A4" not in row
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8"])
+def test_experts_that_transformers_makes_linear_layers_of_have_the_facts_of_linear_layers(tmp_path, scheme):
+    source = save_family("llama4_text", tmp_path / "source")
+    row = row_of(table_of_folder(export_checkpoint(source, tmp_path / "p", scheme=scheme)), CT_ENGINE)
+    of_layers = "W4A4, EVEN" if scheme == "MXFP4" else "W8A8, EVEN"
+    assert f"{scheme}: {of_layers}; experts in {scheme}: {of_layers}" in row
+
+
+@pytest.mark.parametrize("family", ["mamba2", "granitemoe"])
+def test_a_folder_that_transformers_cannot_load_is_not_said_to_be_computed_there(tmp_path, family):
+    packed = export_checkpoint(save_family(family, tmp_path / "source"), tmp_path / "p", scheme="MXFP4")
+    row = row_of(table_of_folder(packed), CT_ENGINE)
+    assert "cannot load the folder: " in row and in_transformers(packed).why_not in row
+    (packed / VERDICT_NAME).write_text('{"logits": {"bit_equal": true}}')  # it was loaded after all
+    assert "cannot load" not in table_of_folder(packed)
 
 
 def test_the_table_of_a_folder_knows_its_schemes_rules_and_format(tmp_path):

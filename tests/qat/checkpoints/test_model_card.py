@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import save_llama, save_qat
 from huggingface_hub import ModelCard
+from tiny_families import save_family
 
 from qat import SCHEMES, get_scheme
 from qat.checkpoints.model_card import CardFacts, describe_scheme
@@ -63,6 +64,23 @@ def test_a_card_says_the_share_and_what_was_left_and_why(tmp_path):
     left = [f"1 module with {count:,} weights (ignored by {name!r}), e.g. " for name, count in
             (("lm_head", 260 * 64), ("layers.0.mlp.up_proj", 96 * 64))]  # fmt: skip
     assert f"| left unquantized | {left[0]}lm_head; {left[1]}model.layers.0.mlp.up_proj |" in card.text
+
+
+def test_a_card_tells_experts_from_linear_layers(tmp_path):
+    source, rules = save_family("mixtral", tmp_path / "source"), "| scale rule of the activations in transformers |"
+    quantized = card_of(source, tmp_path / "quantized", {}, scheme="MXFP4").text
+    assert f"{rules} EVEN; experts NOT QUANTIZED |" in quantized and "from_pretrained" in quantized
+    by_options = card_of(source, tmp_path / "options", {}, scheme="MXFP4MXFP8").text
+    option = "--quantization-config.{}.activation mxfp8"
+    assert option.format("linear") in by_options and option.format("moe") in by_options
+    weights_only = card_of(source, tmp_path / "weights", {}, scheme="MXFP4A16").text
+    assert f"{rules} NOT QUANTIZED |" in weights_only
+
+
+def test_a_card_offers_no_way_of_loading_that_fails(tmp_path):
+    text = card_of(save_family("mixtral", tmp_path / "source"), tmp_path / "packed", {}, scheme="MXFP8").text
+    assert "transformers cannot load these files: " in text and "multiplies experts in mxfp8" in text
+    assert "from_pretrained" not in text and "in transformers | not loaded there, see below |" in text
 
 
 def test_a_card_without_metrics_has_neither_an_index_nor_a_section_of_them(tmp_path):

@@ -161,6 +161,11 @@ def test_what_the_native_format_cannot_hold_is_refused_with_the_remedy(mapping, 
         check_exportable(model, AUTO)
 
 
+def test_a_published_folder_is_not_exported_again_and_has_no_checkpoint_in_bf16_to_name(published, tmp_path):
+    with pytest.raises(ValueError, match="already quantized .mxfp4.; engines serve it as it is, and main.py trains it"):
+        export_checkpoint(published, tmp_path / "packed", scheme="MXFP4")
+
+
 def test_the_native_format_is_refused_for_other_models():
     with pytest.raises(ValueError, match="--export_format mxfp4: .* the model is a llama"):
         check_exportable(prepare_qat(make_llama(), {"torch.nn.Linear": "MXFP4"}), "mxfp4")

@@ -287,7 +287,7 @@ def test_the_output_of_experts_is_quantized_on_request():
 @pytest.mark.parametrize(("mapping", "ignore"), [({nn.Linear: "MXFP4", "*.experts.*.down_proj": "MXFP8"}, ()),
                                                  ({nn.Linear: "MXFP4"}, ("*.experts.0.*",))])  # fmt: skip
 def test_a_pattern_for_single_experts_is_refused_with_the_name_of_all_of_them(mapping, ignore):
-    with pytest.raises(UserError, match="experts, which are named as a whole: model.layers.0.mlp.experts"):
+    with pytest.raises(UserError, match="experts are named as a whole: model.layers.0.mlp.experts"):
         prepare_qat(make_mixture("qwen3_moe"), mapping, ignore)
 
 

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qat import QATConfig, is_quantlinear, prepare_qat
+from qat.errors import UserError
 from qat.layers.left_alone import DECAY, HEAD, NARROW, ROUTER, TOWER, UNCALLED, as_patterns
 from qat.layers.restore import prepare_as_saved
+from qat.layers.share import describe_left, left_unquantized
 
 TEXT = {
     "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -55,6 +57,35 @@ def test_routers_and_gates_are_left_also_where_they_are_no_linear_layers(capsys)
     assert f"4 modules with {2 * 65 * 64:,} weights ({ROUTER}), e.g. model.layers.0.mlp.gate" in capsys.readouterr().out
     inside = nn.ModuleDict({"router": layers(layer=(64, 64)), "mlp": layers(gate_proj=(64, 64))})
     assert quantized(prepare_qat(inside, {nn.Linear: "MXFP4"})) == {"mlp.gate_proj"}
+
+
+MIXTRAL = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    "key,message",
+    [
+        ("*.mlp.gate", "it matches model.layers.0.mlp.gate, which cannot be quantized: MixtralTopKRouter is not a"),
+        (
+            "*.experts.gate_up_proj",
+            r"all experts of a layer have one scheme, and the name model.layers.0.mlp.experts; ",
+        ),
+        ("*.experst", r"the model has 13 weight modules: .*, model.layers.\*.mlp.experts, .*lm_head"),
+    ],
+)
+def test_a_pattern_that_misses_the_experts_or_names_the_router_says_why(key, message):
+    with pytest.raises(UserError, match=message):
+        prepare_qat(make("Mixtral", **MIXTRAL), {nn.Linear: "MXFP4", key: "MXFP8"})
+    if "gate" not in key.split("."):
+        with pytest.raises(UserError, match=message):
+            prepare_qat(make("Mixtral", **MIXTRAL), {nn.Linear: "MXFP4"}, ignore=("lm_head", key))
+
+
+def test_what_a_saved_model_left_is_what_the_run_said(capsys):
+    ignore = ("lm_head", "re:.*layers.1.*")  # it matches a router as well
+    model = prepare_qat(make("Mixtral", **MIXTRAL), {nn.Linear: "MXFP4"}, ignore)
+    said = [line.partition("unquantized: ")[2] for line in capsys.readouterr().out.splitlines() if "left un" in line]
+    assert describe_left(model, left_unquantized(model, model.qat_config)) == said
 
 
 def test_a_projection_whose_weight_the_model_reads_without_calling_the_layer_is_left():

@@ -73,7 +73,12 @@ def test_meta_models_convert_and_compute_after_materializing():
     [
         ({nn.Linear: "MXFP5"}, (), "'MXFP5' is unknown; choose one of MXFP4, MXFP8"),
         ("MXFP4", (), "mapping='MXFP4' does not map layers to schemes"),
-        ({"*.no_such": "MXFP4"}, (), "'\\*.no_such' matches no torch.nn.Linear"),
+        (
+            {"*.no_such": "MXFP4"},
+            (),
+            "'\\*.no_such' matches no layer that can be quantized; the model has 15 weight modules: .*"
+            r"model.layers.\*.mlp.up_proj, .*, lm_head",
+        ),
         ({nn.Conv2d: "MXFP4"}, (), "mapping key .*Conv2d.* is neither"),
         ({nn.Linear: "MXFP4"}, ("*",), "nothing to quantize"),
         (
@@ -84,7 +89,7 @@ def test_meta_models_convert_and_compute_after_materializing():
         ({nn.Linear: "MXFP4"}, ("lm_head", "model.layers.0"), "ignore pattern 'model.layers.0' .* matches no layer"),
         ({nn.Linear: "MXFP4"}, ("re:down_proj",), "ignore pattern 're:down_proj' .* matches no layer"),
         ({nn.Linear: "MXFP4"}, ("re:(",), "'re:\\(' is not a regular expression"),
-        ({"re:nothing": "MXFP4"}, (), "'re:nothing' matches no torch.nn.Linear"),
+        ({"re:nothing": "MXFP4"}, (), "'re:nothing' matches no layer that can be quantized"),
         ({nn.Linear: "MXFP4", "lm_head": "MXFP8"}, ("lm_head",), "'lm_head' matches only layers that ignore"),
     ],
 )

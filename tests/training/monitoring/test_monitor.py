@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat import prepare_qat
 from qat.layers.sites import quantized_sites
@@ -139,6 +140,23 @@ def test_experts_are_sampled_along_what_is_summed_over(kind):
     assert len(samples["down_proj"].values) == 2 * 16 and samples["down_proj"].values.shape[1] == 96
     seen = samples["down_proj"].quantize()[0]
     assert torch.equal(seen[8 + 2], rows[2, 32])  # of row 2 * 64 + 32, every 16th is taken
+
+
+def test_a_conv1d_is_sampled_along_what_is_summed_over():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 2, "n_inner": 96}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).float()
+    prepare_qat(model, {nn.Linear: "MXFP4"}, learn_exponent=True)
+    monitor = QuantizationMonitor(model, torch.float32)
+    monitor.on_train_begin(None, STATE, None)
+    samples = {sample.values.shape[1]: sample for sample in monitor.samples["mlp"]}
+    assert torch.equal(samples[96].quantize()[0], model.transformer.h[0].mlp.c_proj.weight.detach().t()[::4])
+    assert sum(len(sample.values) for sample in monitor.samples["attention"]) == 2 * 16
+    monitor.on_step_begin(None, STATE, None)
+    model(input_ids=torch.arange(40).reshape(2, 20))
+    monitor.on_step_end(None, STATE, None)
+    monitor.on_optimizer_step(None, STATE, None)
+    assert {f"{name}/mlp" for name in ("flips", "saturation_weights", "saturation_inputs")} <= set(monitor.metrics())
 
 
 def test_a_projections_rows_under_fsdp2_are_those_of_the_experts_of_this_process():
