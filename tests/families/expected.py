@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .entries import FAILED, NOT_BUILT, WEIGHTS_PROVEN, Expected
+from .entries import NOT_BUILT, REFUSED, WEIGHTS_PROVEN, Expected
 
 _INIT = Expected(
     WEIGHTS_PROVEN, "_init_weights in modeling_.* reads the weight",
@@ -15,7 +15,14 @@ _FUSED = Expected(
 
 EXPECTED: dict[str, Expected] = {
     **dict.fromkeys(
-        ("gpt_bigcode", "mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "modernbert-decoder", "nanochat"), _INIT
+        (
+            "gpt_bigcode", "falcon", "mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "modernbert-decoder",
+            "nanochat",
+        ),
+        _INIT,
+    ),
+    "gpt2": Expected(
+        WEIGHTS_PROVEN, "is a Conv1D there", "transformers reads packed weights of torch.nn.Linear only; vLLM also these"
     ),
     **dict.fromkeys(("granitemoe", "granitemoehybrid"), _FUSED),
     "zamba2": Expected(WEIGHTS_PROVEN, "shares its weight", "transformers ties no packed weights"),
@@ -23,7 +30,7 @@ EXPECTED: dict[str, Expected] = {
         WEIGHTS_PROVEN, "CompressedTensorsDequantize drops", "transformers drops what is not packed in these layers"
     ),
     "dbrx": Expected(
-        FAILED, "index_add_", "transformers' own code fails under BF16 autocast; nothing can be trained in BF16"
+        REFUSED, "does not run under autocast", "transformers' own code fails under BF16 autocast; `--bf16 False` trains"
     ),
     "gemma3n": Expected(NOT_BUILT, "timm", "its vision tower needs the timm library"),
 }  # fmt: skip

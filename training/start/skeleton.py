@@ -7,9 +7,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qat.checkpoints.fit import first_line
 from qat.errors import UserError
 
+from ..arguments.training import TrainingArguments
 from .loading import without_weights
 from .start import Start
 
+_FAIL_UNDER_AUTOCAST = ("dbrx",)  # their code in transformers adds outputs of experts in BF16 to sums in FP32
 
 def skeleton_of(start: Start) -> PreTrainedModel:
     """The model with its parameters on the meta device, unquantized.
@@ -26,6 +28,19 @@ def skeleton_of(start: Start) -> PreTrainedModel:
             f"--model_name_or_path {start.model_args.model_name_or_path!r} is no causal language model: "
             f"{first_line(error)[:300]}"
         ) from error
+
+
+def check_autocast(args: TrainingArguments, config: PretrainedConfig) -> None:
+    """Refuse families whose code fails under autocast.
+
+    Raises:
+        UserError: as described.
+    """
+    if config.model_type in _FAIL_UNDER_AUTOCAST and (args.bf16 or args.fp16):
+        raise UserError(
+            f"--{'bf16' if args.bf16 else 'fp16'} True: transformers' code of {config.model_type} does not run under "
+            "autocast, it adds up outputs of experts in two dtypes; give --bf16 False --fp16 False, which computes in FP32"
+        )
 
 
 def check_length(max_length: int, default: int, config: PretrainedConfig) -> None:
