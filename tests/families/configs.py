@@ -38,7 +38,7 @@ _VALUES: dict[Any, str] = {
         "attention_hidden_size attention_chunk_size sliding_window sliding_window_size local_attention "
         "attention_window_size window_size moe_intermediate_size shared_expert_intermediate_size "
         "shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size index_topk "
-        "shared_intermediate_size dim_model_base router_hidden_size",
+        "shared_intermediate_size dim_model_base router_hidden_size hidden_size_global",
     128: "intermediate_size intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size d_inner dff "
          "dim_ff dense_intermediate_size feed_forward_size mamba_d_ssm n_inner",
     LENGTH: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
@@ -82,6 +82,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma3n_text": _GEMMA3N,
     "gemma3n": {"text_config": _GEMMA3N},
+    "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _LINEAR_AND_FULL,
