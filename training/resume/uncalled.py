@@ -22,8 +22,8 @@ class UncalledLayers(TrainerCallback):
     """Before the first step is applied, refuse weights that have a gradient though no process called their layers.
 
     Forward pre-hooks see the calls of that step; they are removed before anything else runs the model. A gradient of
-    zeros is none: sharding gives one to each weight. torch.compile would compile the hooks into the model, so nothing is
-    looked at there; under DeepSpeed parameters have no gradients of their own, and nothing is found.
+    zeros is none: sharding gives one to each weight. torch.compile would compile the hooks into the model, so nothing
+    is looked at there; under DeepSpeed parameters have no gradients of their own, and nothing is found.
     """
 
     def __init__(self) -> None:
