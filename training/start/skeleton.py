@@ -40,7 +40,7 @@ def check_loads_again(start: Start, config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
         raise UserError(
             f"--model_name_or_path {start.model_args.model_name_or_path!r}: transformers trains the language model "
-            f"inside, a {config.model_type}, and AutoModelForCausalLM could not load it again; choose a model that it loads"
+            f"inside, {config.model_type!r}, and AutoModelForCausalLM could not load it again"
         )
 
 
