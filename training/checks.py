@@ -32,7 +32,7 @@ from .resume.output import OutputFolder
 from .resume.steps import check_steps
 from .start.calibration import check_calibration
 from .start.data_checks import check_fit, local_paths
-from .start.skeleton import check_length, skeleton_of
+from .start.skeleton import check_autocast, check_length, check_loads_again, skeleton_of
 from .start.start import Start
 from .teachers.choose import check_cached_size
 from .teachers.load import check_teacher
@@ -73,9 +73,9 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
 
     Raises:
         UserError: a cache cannot be written; the model's configuration cannot be read, or is not of a causal language
-            model; --model_max_length is more than its positions; the teacher does not fit; the scheme, the mapping or
-            the export format does not; the packed model's folder is occupied; or the checkpoint to resume from is not
-            there or of another training.
+            model, or of one that autocast fails for or that could not be loaded again; --model_max_length is more than
+            its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the packed
+            model's folder is occupied; or the checkpoint to resume from is not there or of another training.
     """
     _, args, data_args, quant_args, distill_args = arguments
     for name, folder in (
@@ -84,6 +84,9 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         if folder is not None:
             make_writable(name, folder)
     skeleton = skeleton_of(start)
+    check_autocast(args, skeleton.config)
+    if args.do_train:
+        check_loads_again(start, skeleton.config)
     check_length(args.model_max_length, type(args).model_max_length, skeleton.config)
     if distill_args.distill:
         check_cached_size(skeleton.config, distill_args)

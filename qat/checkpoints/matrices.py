@@ -123,7 +123,8 @@ def _places_of(names: StoredNames, site: Site, where: object) -> list[Place]:
     if not places:
         raise UserError(
             f"{where} has no tensor {names.published(site.name)}.{site.parameter}, the weight of a quantized layer; "
-            "load and save it with transformers, so that its tensors have the model's names"
+            "load and save it with transformers, so that its tensors have the model's names, or make a folder of the "
+            "language model inside a multimodal one: python scripts/text_model.py SRC DST"
         )
     if odd := next((place for place in places if not place.is_plain), None):
         raise UserError(

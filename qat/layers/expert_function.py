@@ -143,6 +143,7 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx, grad):
         settings = ctx.settings
         weight, plain, tokens, inverse, offsets, *tensors = ctx.saved_tensors
+        grad = grad.contiguous()  # that of a sum is one number, expanded
         kept, learned = tensors[: settings.kept], tensors[settings.kept :]
         x_dtype, weight_dtype = ctx.dtypes
         needs_learned = any(ctx.needs_input_grad[7 + settings.kept :])

@@ -90,7 +90,9 @@ class _QuantizedLinear(torch.autograd.Function):
         plain = values if needs_values and settings.input_spec is None else None
         ctx.save_for_backward(weight if needs_weight else None, plain, *kept_for_backward, *learned)
         quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
-        return F.linear(values, quantized, None if bias is None else bias.to(settings.dtype))
+        output = F.linear(values, quantized, None if bias is None else bias.to(settings.dtype))
+        # Of an input with three dimensions it is a view, which autograd would not let a model change in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     @once_differentiable

@@ -38,7 +38,7 @@ _VALUES: dict[Any, str] = {
         "attention_hidden_size attention_chunk_size sliding_window sliding_window_size local_attention "
         "attention_window_size window_size moe_intermediate_size shared_expert_intermediate_size "
         "shared_experts_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size index_topk "
-        "shared_intermediate_size dim_model_base router_hidden_size",
+        "shared_intermediate_size dim_model_base router_hidden_size hidden_size_global",
     128: "intermediate_size intermediate_size_mlp decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size d_inner dff "
          "dim_ff dense_intermediate_size feed_forward_size mamba_d_ssm n_inner",
     LENGTH: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
@@ -55,6 +55,7 @@ TOWER = dict(  # noqa: C408
     deepstack_visual_indexes=[0], num_blocks=2, ext_pw_out_channel=64, depthwise_separable_out_channel=64,
     nemo_conv_channels=64, output_channels=32, crop_size=32, adapter_in_dim=64, adapter_out_dim=64,
     adapter_input_size=64, downsample_hidden_size=32, num_codebooks=2, global_attn_indexes=[1], feature_size=16,
+    base_channels=32, codebook_size=64,
 )  # fmt: skip
 _TOKEN = 259  # one that no text has
 TOKENS = {
@@ -69,32 +70,45 @@ _GEMMA3N = {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "ful
 _SHARED = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
 _QWEN4 = {
     "ple_embed_dim": 64, "heads_per_ngram": 2, "ngram_vocab_size_base": 300, "split_ngram_parts": 2,
-    "make_ngram_vocab_size_divisible_by": 4, "layer_types": ["linear_attention", "full_attention"],
+    "make_ngram_vocab_size_divisible_by": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 32,
+    "indexer_budget": 64, "indexer_compress_ratio": 4, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_DOTS3 = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
+    "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
 }  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3},
+    "emu3": {
+        "vocabulary_map": {"<image>": 259, "<|extra_200|>": 258},
+        "vq_config": {"channel_multiplier": [1, 1], "attn_resolutions": [1]},
+    },
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "gemma3n_text": _GEMMA3N,
     "gemma3n": {"text_config": _GEMMA3N},
+    "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _LINEAR_AND_FULL,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "longcat_flash": {"zero_expert_num": 2, "num_layers": 2},
+    "longcat_flash": {"zero_expert_num": 2, "num_layers": 2, "head_dim": 8},
     "lfm2_moe": {"num_hidden_layers": 3, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "phi4": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": {"text_config": _QWEN4},
     "roc_bert": {"pronunciation_embed_dim": 32, "shape_embed_dim": 32, "shape_vocab_size": 300},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
-    "zamba": _SHARED,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": _SHARED | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": _SHARED,
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -138,6 +138,7 @@ def _compare(result: Result, path: Path, packed: Path, trained: nn.Module, proof
     text = "What is 3 plus 4? It is 7. What is the sum of 20 and 30? It is 50."
     ids = torch.tensor([AutoTokenizer.from_pretrained(packed)(text)["input_ids"][:_TOKENS]])
     prepare_as_saved(trained, QATConfig.load(packed))
+    trained.config._is_quantized = True  # Jamba computes dt_proj in another order then
     _compute_as_engine(trained, proof)
     with torch.no_grad():
         found, expected = (m.eval()(ids, use_cache=False).logits for m in (model, trained))

@@ -34,6 +34,7 @@ from .run_record import RunRecord, model_settings
 from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
 from .steps import check_steps, check_trained
+from .uncalled import UncalledLayers
 from .written import (
     check_saved_model,
     checkpoint_written_whole,
@@ -75,6 +76,7 @@ class FaultTolerantTrainer(Trainer):
         self._evaluation_is_due = False
         self._train_sampler: Sampler | None = None
         self._guard = StepGuard(getattr(self.args, "max_nan_steps", 0))
+        self.add_callback(UncalledLayers())  # before the guard, which may take the gradients away
         self.add_callback(self._guard)
         self.add_callback(_ProgressRestorer(self))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -95,7 +95,7 @@ class StepGuard(TrainerCallback):
         """Raise `Signalled` on all processes where one of them has received a signal. All of them must call it."""
         if not self._listens:
             return
-        (self.signum,) = _largest_of_processes((self._received,), args)
+        (self.signum,) = largest_of_processes((self._received,), args)
         if self.interrupted:
             raise Signalled(self.signum)
 
@@ -115,7 +115,7 @@ class StepGuard(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         """Stop after a checkpoint during which a signal came; the next step would have to be saved again."""
         if self._listens:
-            (self.signum,) = _largest_of_processes((self._received,), args)
+            (self.signum,) = largest_of_processes((self._received,), args)
         if self.interrupted:
             control.should_training_stop = True
 
@@ -131,7 +131,7 @@ class StepGuard(TrainerCallback):
         seen = [value.to(args.device, torch.float32) for value in self._seen]
         self._seen = []
         finite = bool(torch.stack(seen).isfinite().all()) if seen else True
-        nan, self.signum = _largest_of_processes((not finite, self._received), args)
+        nan, self.signum = largest_of_processes((not finite, self._received), args)
         if not nan:
             self.nan_steps = 0
             return
@@ -146,7 +146,7 @@ class StepGuard(TrainerCallback):
         model.zero_grad(set_to_none=True)  # parameters without a gradient are skipped by the optimizer
 
 
-def _largest_of_processes(numbers: tuple[int, ...], args) -> list[int]:
+def largest_of_processes(numbers: Sequence[int], args) -> list[int]:
     """The largest value of each number on any of the processes."""
     if args.world_size <= 1 or not dist.is_initialized():
         return [int(number) for number in numbers]
@@ -169,7 +169,7 @@ def _complaint(output_dir: str, step: int, values: str, guard: StepGuard) -> str
 def check_weights(model: torch.nn.Module, args) -> None:
     """Raise NonFiniteError where a weight is NaN or infinite on any process: such a checkpoint would be of no use."""
     bad = [name for name, p in model.named_parameters() if not torch.isfinite(_local(p)).all()]
-    if _largest_of_processes((bool(bad),), args)[0]:
+    if largest_of_processes((bool(bad),), args)[0]:
         where = f"{bad[0]} and {len(bad) - 1} more" if bad else "weights of another process"
         raise NonFiniteError(f"{where} have become NaN or infinite; no checkpoint is written. Lower --learning_rate")
 

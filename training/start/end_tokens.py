@@ -22,13 +22,14 @@ def stop_where_answers_end(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         data_module: from `make_supervised_data_module`.
     """
     ends = ends_of_answers(data_module, tokenizer.model_max_length)
-    known = _ids(model.generation_config.eos_token_id) or _ids(model.config.get_text_config().eos_token_id)
+    text_config = model.config.get_text_config()
+    known = _ids(model.generation_config.eos_token_id) or _ids(getattr(text_config, "eos_token_id", None))
     new = [token for token, _ in ends.most_common() if token not in known and is_special(token, tokenizer)]
     if not new:
         return
     for config in (
         model.generation_config,
-        *{id(c): c for c in (model.config, model.config.get_text_config())}.values(),
+        *{id(c): c for c in (model.config, text_config)}.values(),
     ):
         config.eos_token_id = [*dict.fromkeys([*known, *new])]
     logger.info(

@@ -232,3 +232,16 @@ def test_fullgraph_compilation_gives_the_same_loss_and_gradients(scheme):
         results.append([loss.detach(), *[p.grad for p in model.parameters()]])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (2, 4, 64)])
+def test_a_model_may_change_an_output_in_place(shape):
+    torch.manual_seed(0)
+    layer, x = convert(nn.Linear(64, 32), get_scheme("MXFP4")), torch.randn(shape)
+    expected = layer(x) + 1  # RoCBert adds embeddings so
+    expected.square().sum().backward()
+    gradient, layer.weight.grad = layer.weight.grad, None
+    output = layer(x)
+    output += 1
+    output.square().sum().backward()
+    assert torch.equal(output, expected) and torch.equal(layer.weight.grad, gradient)

@@ -45,6 +45,15 @@ def test_the_token_that_ends_answers_is_added_where_it_is_missing(tmp_path, capl
     assert ("'<|im_end|>': added to the tokens that end generation" in caplog.text) == (before != END)
 
 
+def test_a_family_whose_configuration_has_no_such_token_gets_one(tmp_path, monkeypatch):
+    tokenizer, model = make_chat_tokenizer(SMOLLM2, 128), make_model(None)
+    del model.config.eos_token_id  # as in CPM-Ant
+    monkeypatch.delattr(LlamaConfig, "eos_token_id")
+    data = make_supervised_data_module(str(write(tmp_path / "c.jsonl")), tokenizer, data_cache_dir=str(tmp_path / "d"))
+    stop_where_answers_end(model, tokenizer, data)
+    assert model.generation_config.eos_token_id == [END]
+
+
 def test_a_base_model_trained_with_chatml_saves_and_packs_the_token_that_it_stops_at(tmp_path):
     tokenizer = make_chat_tokenizer(SMOLLM2, 128)
     tokenizer.eos_token = tokenizer.pad_token = "<|begin_of_text|>"
