@@ -43,7 +43,8 @@ def _count(results: list[Result], what: str) -> str:
     rest = len(results) - folders
     return (
         f"{folders} of {len(results)} {what} families end in a proven folder: {counts[PROVEN]} with bit-equal logits, "
-        f"{counts[WEIGHTS_PROVEN]} whose logits transformers cannot compute. {rest} do not."
+        f"{counts[WEIGHTS_PROVEN]} whose logits transformers cannot compute. "
+        f"The other {rest} {'does' if rest == 1 else 'do'} not."
     )
 
 
