@@ -113,7 +113,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, model: Qwen3MoeForCausalLM, schemes: dict[str, tuple]) -> None:
     """Measure all candidates and write the report."""
-    report = Report(f"experts_{args.device}")
+    report = Report(f"experts_{args.device}", args.device)
     step = TrainingStep(model, make_batch(model, 1, args.tokens))
     for name, settings in schemes.items():
         if get_scheme(name.split(",")[0]).weight.format.tensor_scale is not None:
