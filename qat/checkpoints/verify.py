@@ -104,8 +104,11 @@ def verify(
             logits, agrees = None, False
         if why is None or agrees:
             verdict |= {"logits": logits, "verified": agrees}
-        else:  # a cause in transformers' loader
+        elif logits is None:  # a cause in transformers' loader
             verdict["why_no_logits"] = f"transformers cannot load the folder: {why}"
+        else:
+            moved = f"its logits differ by up to {logits['largest_difference']}"
+            verdict["why_no_logits"] = f"transformers does not load the folder as it is packed ({moved}): {why}"
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict

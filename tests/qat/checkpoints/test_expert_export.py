@@ -172,6 +172,16 @@ def test_experts_left_alone_are_ignored_under_every_name_that_is_asked_for(tmp_p
         assert "the weights are proven, the logits are not" in caplog.text
 
 
+def test_a_folder_that_loads_in_spite_of_a_known_cause_is_not_said_not_to_load(tmp_path, monkeypatch):
+    source, packed, _ = export(tmp_path, "mixtral", "MXFP4")
+    monkeypatch.setattr("qat.checkpoints.verify.why_not_loadable", lambda *args: "a cause")
+    assert verify(packed, source, tokens=8)["logits"]["bit_equal"]
+    other = {"bit_equal": False, "why_not_bit_equal": None, "largest_difference": 0.5}
+    monkeypatch.setattr("qat.checkpoints.verify.compare_logits", lambda *args: other)
+    said = "transformers does not load the folder as it is packed (its logits differ by up to 0.5): a cause"
+    assert verify(packed, source, tokens=8)["why_no_logits"] == said
+
+
 def test_experts_beside_layers_in_another_scheme_are_found_by_patterns(tmp_path):
     source, packed, config = export(tmp_path, "mixtral", {"torch.nn.Linear": "MXFP8", "*.experts": "MXFP4"})
     name = "model.layers.0.block_sparse_moe.experts.2.w3"
