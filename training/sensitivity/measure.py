@@ -35,6 +35,8 @@ from data.command_line import DataclassParser
 from data.sets.packing import check_packing
 from data.supervised import make_supervised_data_module
 from qat import get_scheme, prepare_qat
+from qat.checkpoints.dialects import AUTO, resolved_format
+from qat.checkpoints.dialects.compressed_tensors import CompressedTensors
 from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
 from qat.files.paths import check_apart, make_writable
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     (folder / "mapping.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(result, folder / "sensitivity.png")
-    report(result, args, folder)
+    report(result, args, folder, model.config.model_type)
 
 
 def check(
@@ -231,8 +233,8 @@ def round_weights(model: PreTrainedModel) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def report(result: dict, args: SensitivityArguments, folder: Path) -> None:
-    """The figures that matter, on standard output."""
+def report(result: dict, args: SensitivityArguments, folder: Path, model_type: str) -> None:
+    """The figures that matter, and the command that trains with the mapping, on standard output."""
     narrow, wide = args.schemes
     print(
         f"\nKL to the unquantized model when only one unit is quantized, nats a token (of {len(result['units'])}), "
@@ -247,6 +249,8 @@ def report(result: dict, args: SensitivityArguments, folder: Path) -> None:
         print(f"  KL of the whole model, {name:<12} {kl:.5f}")
     same = [name for name in ("smooth_alpha", "weight_scale_rule", "input_scale_rule") if getattr(args, name)]
     flags = "".join(f" --{name} {getattr(args, name)}" for name in same)
+    if resolved_format(AUTO, model_type) != CompressedTensors.name:  # a native format holds no mapping of linear layers
+        flags += f" --export_format {CompressedTensors.name}"
     print(f"\n{folder / 'sensitivity.png'}\nmain.py --quant_mapping {folder / 'mapping.json'}{flags}")
 
 

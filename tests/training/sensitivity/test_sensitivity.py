@@ -333,3 +333,12 @@ def test_wrong_arguments_are_named_before_a_model_is_loaded(capsys, flags, messa
     with pytest.raises(SystemExit):
         sensitivity.main(["--model_name_or_path", "no/such/model", *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model_type", "flag"), [("gpt_oss", " --export_format compressed-tensors\n"), ("llama", ".json\n")]
+)
+def test_the_command_it_prints_has_a_format_that_holds_the_mapping(tmp_path, capsys, model_type, flag):
+    result = {"units": [], "samples": 1, "bits_per_weight": 5.0, "kl": {}}
+    sensitivity.report(result, SensitivityArguments(), tmp_path, model_type)
+    assert capsys.readouterr().out.endswith(flag)
