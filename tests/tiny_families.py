@@ -6,7 +6,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qat.checkpoints import verify_logits
+from qat.errors import UserError
 
 _SIZES = {
     "vocab_size": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "hidden_size": 64,
@@ -74,3 +78,19 @@ def save_family(kind: str, folder: Path, **changes) -> Path:
     """Its checkpoint, under the names that transformers publishes."""
     make_family(kind, **changes).save_pretrained(folder)
     return folder
+
+
+def logits_in_this_process(monkeypatch, tmp_path) -> None:
+    """A fixture: verification starts no process for logits, but calls the same program."""
+
+    def run(arguments, input_ids):
+        inputs, outputs = str(tmp_path / "inputs.safetensors"), str(tmp_path / "outputs.safetensors")
+        save_file({"input_ids": input_ids}, inputs)
+        try:
+            verify_logits.main([*arguments, "--inputs", inputs, "--outputs", outputs])
+        except UserError as error:
+            kind = "NotLoadableError" if arguments[0] == "packed" else "VerificationError"
+            raise getattr(verify_logits, kind)(str(error)) from error
+        return load_file(outputs)
+
+    monkeypatch.setattr(verify_logits, "_in_fresh_process", run)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family, save_family
+from tiny_families import logits_in_this_process, make_family, save_family
 
 from qat import get_scheme, prepare_qat
 from qat.checkpoints import verify_logits
@@ -31,21 +31,7 @@ PREFIXES = {
 FUSED_ONLY = "from fused tensors only"
 
 
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch, tmp_path):
-    """Start no process for logits: the same program, called."""
-
-    def run(arguments, input_ids):
-        inputs, outputs = str(tmp_path / "inputs.safetensors"), str(tmp_path / "outputs.safetensors")
-        save_file({"input_ids": input_ids}, inputs)
-        try:
-            verify_logits.main([*arguments, "--inputs", inputs, "--outputs", outputs])
-        except UserError as error:
-            kind = "NotLoadableError" if arguments[0] == "packed" else "VerificationError"
-            raise getattr(verify_logits, kind)(str(error)) from error
-        return load_file(outputs)
-
-    monkeypatch.setattr(verify_logits, "_in_fresh_process", run)
+same_process = pytest.fixture(logits_in_this_process, autouse=True)
 
 
 def export(tmp_path: Path, kind: str, scheme, ignore=("lm_head",), **changes) -> tuple[Path, Path, dict]:

@@ -8,11 +8,10 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import make_family, save_family
+from tiny_families import logits_in_this_process, make_family, save_family
 from transformers import AutoModelForCausalLM
 
 from qat import prepare_qat
-from qat.checkpoints import verify_logits
 from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.pack import export_checkpoint
@@ -23,20 +22,7 @@ HEAD = ("lm_head",)
 TOWERS = (*HEAD, "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
 
 
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch, tmp_path):
-    """Start no process for logits: the same program, called."""
-
-    def run(arguments, input_ids):
-        inputs, outputs = str(tmp_path / "inputs.safetensors"), str(tmp_path / "outputs.safetensors")
-        save_file({"input_ids": input_ids}, inputs)
-        try:
-            verify_logits.main([*arguments, "--inputs", inputs, "--outputs", outputs])
-        except UserError as error:
-            raise verify_logits.NotLoadableError(str(error)) from error
-        return load_file(outputs)
-
-    monkeypatch.setattr(verify_logits, "_in_fresh_process", run)
+same_process = pytest.fixture(logits_in_this_process, autouse=True)
 
 
 def skeleton_of(kind):
