@@ -50,14 +50,15 @@ MODELS = {
         "qk_nope_head_dim": 128, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
     }),
 }  # fmt: skip
+NATIVE = "gpt-oss-20b"  # its native format holds experts only
 
 
-def prepared(kind: str, sizes: dict, scheme: str) -> nn.Module:
+def prepared(kind: str, sizes: dict, scheme: str, key: type | str = nn.Linear) -> nn.Module:
     """A model without weights, prepared for one scheme."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**sizes))
     with contextlib.redirect_stdout(io.StringIO()):
-        return prepare_qat(model, {nn.Linear: scheme})
+        return prepare_qat(model, {key: scheme})
 
 
 def main() -> None:
@@ -76,6 +77,8 @@ def main() -> None:
         report.note(f"  {describe_sites(quantized_sites(model))}")
         for line in describe_left(model, left_unquantized(model, model.qat_config)):
             report.note(f"  left unquantized: {line}")
+    experts = prepared(*MODELS[NATIVE], args.scheme, "*.experts")
+    report.add(f"{NATIVE}, native format: quantized", 100 * quantized_share(experts), unit="%")
     report.write(args.out)
 
 

@@ -90,7 +90,7 @@ def complaint_about(result: Result) -> str:
     """What is unexpected about a result; empty if nothing is."""
     expected = EXPECTED.get(result.entry)
     if expected is None:
-        remedy = "mend it, add it to tests/families/expected.py, or its sizes to tests/families/configs.py"
+        remedy = "correct it, add it to tests/families/expected.py, or its sizes to tests/families/configs.py"
         return "" if result.outcome == PROVEN else f"expected to be proven: {remedy}"
     if result.outcome != expected.outcome or not re.search(expected.pattern, result.message):
         return f"expected: {expected.outcome}, {expected.pattern!r}; change tests/families/expected.py"
