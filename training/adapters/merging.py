@@ -23,7 +23,7 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def put_merged(model: nn.Module) -> nn.Module:
     """Put the merged weights into a model that is whole, in place of its adapters, which are gone then."""
-    for name, module in adapters(model).items():
+    for module in adapters(model).values():
         module.weight.data.copy_(_merged(module))
         delattr(module, NAME)
     return model
