@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 
 from qat.errors import UserError
 from qat.files.model_folder import ADAPTER_NAME
 from qat.layers.lora import NAME
 from qat.layers.names import original_name
 
+from ..backends.sharding import reshard
 from ..resume.fault_tolerance import FaultTolerantTrainer
 from .files import read_factors, write_adapter
 from .inject import config_of
@@ -45,13 +50,18 @@ class AdapterTrainer(FaultTolerantTrainer):
             return
         factors = factors_of(self._own_model)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            write_adapter(folder, self._own_model, factors, self._base_name)
-            self._describe(str(folder))
+            write_adapter(output_dir or self.args.output_dir, self._own_model, factors, self._base_name)
 
-    def _describe(self, output_dir: str) -> None:
-        """What a checkpoint has beside its tensors."""
-        raise NotImplementedError
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's own, which under FSDP writes the whole model, too."""
+        if not (self.has_adapters and self.is_fsdp_enabled):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        reshard(self.model)  # the optimizer knows shards, and the model may have whole parameters from an evaluation
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     @property
     def _base_name(self) -> str | None:
@@ -89,10 +99,18 @@ class AdapterTrainer(FaultTolerantTrainer):
         plain = {name: tensor for name, tensor in state_dict.items() if f".{NAME}." not in name}
         return plain | self._merged
 
-    def _gather_adapters(self) -> None:
-        """Merge, with all processes, before the first one saves."""
-        self._merged = merged_weights(self._own_model)
+    @contextmanager
+    def adapters_gathered(self) -> Iterator[None]:
+        """Merge, with all processes, what those that write save inside."""
+        if not self.has_adapters:
+            yield
+            return
         self._factors = factors_of(self._own_model)
+        self._merged = merged_weights(self._own_model, keep=self.args.should_save)
+        try:
+            yield
+        finally:
+            del self._factors, self._merged
 
     def _save_adapter(self, output_dir: str) -> None:
         write_adapter(Path(output_dir, ADAPTER_FOLDER), self._own_model, self._factors, self._base_name)
@@ -101,6 +119,7 @@ class AdapterTrainer(FaultTolerantTrainer):
 @torch.no_grad()
 def load_factors(model: nn.Module, factors: dict[str, torch.Tensor]) -> None:
     """Copy A and B into a model's adapters, whole or sharded."""
+    reshard(model)
     for name, parameter in model.named_parameters():
         if (value := factors.get(original_name(name))) is not None:
             _copy(parameter, value)

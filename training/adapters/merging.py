@@ -11,13 +11,20 @@ from qat.numerics import ops
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def merged_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """The merged weight of each layer with an adapter, by the weight's name, on the CPU, in its stored dtype.
 
     Sharded tensors are gathered one layer at a time; then all processes must call this.
+
+    Args:
+        keep: False for a process that takes part in the gathering and keeps nothing.
     """
-    found = adapters(model).items()
-    return {f"{original_name(name)}.weight": _merged(module).contiguous().cpu() for name, module in found}
+    result = {}
+    for name, module in adapters(model).items():
+        weight = _merged(module)
+        if keep:
+            result[f"{original_name(name)}.weight"] = weight.contiguous().cpu()
+    return result
 
 
 @torch.no_grad()

@@ -24,6 +24,15 @@ def waits_for_weights() -> bool:
     return first_process_loads() and not PartialState().is_main_process
 
 
+def take_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters on the meta device the dtypes by name that they have in the first process.
+
+    FSDP2 sends the other processes their parts in the dtypes that these have, whatever arrives.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+
+
 def give_storage(model: PreTrainedModel) -> None:
     """Move parameters from the meta device to memory that is never written, and so never allocated by the machine.
 

@@ -17,7 +17,7 @@ from .written import checkpoints_in, step_of
 logger = logging.getLogger(__name__)
 
 _READ = (
-    "trainer_state.json", RECORD_NAME, "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*", "scaler.pt",
+    "trainer_state.json", RECORD_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt", "rng_state*", "scaler.pt",
     "*/*.distcp", "*/.metadata",
 )  # fmt: skip
 
