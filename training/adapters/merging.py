@@ -45,9 +45,9 @@ def _merged(module: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def factors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A and B of all adapters by their names, whole, on the CPU; all processes must call this."""
+    """Copies of A and B of all adapters by their names, whole, on the CPU; all processes must call this."""
     return {
-        f"{original_name(name)}.{NAME}.{factor}": _whole(getattr(module.get_submodule(NAME), factor)).cpu()
+        f"{original_name(name)}.{NAME}.{factor}": _whole(getattr(module.get_submodule(NAME), factor)).to("cpu", copy=True)
         for name, module in adapters(model).items()
         for factor in FACTORS
     }
