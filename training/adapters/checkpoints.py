@@ -79,8 +79,24 @@ class AdapterTrainer(FaultTolerantTrainer):
         if not is_adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        self._check_optimizer_files(Path(resume_from_checkpoint))
         load_factors(self._own_model, read_factors(resume_from_checkpoint, self._own_model))
         self._weights_were_loaded(Path(resume_from_checkpoint))
+
+    def _check_optimizer_files(self, checkpoint: Path) -> None:
+        """Refuse a state of the optimizer that this backend writes, and reads, in other files."""
+        names = {"optimizer.pt": "without FSDP", "optimizer.bin": "under FSDP with FULL_STATE_DICT",
+                 "optimizer_0": "under FSDP with SHARDED_STATE_DICT"}  # fmt: skip
+        own = "optimizer.pt"
+        if self.is_fsdp_enabled:
+            is_full = "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            own = "optimizer.bin" if is_full else "optimizer_0"
+        found = next((name for name in names if Path(checkpoint, name).exists()), own)
+        if not Path(checkpoint, own).exists() and found != own:
+            raise UserError(
+                f"{checkpoint} was written {names[found]}, and this run trains {names[own]}, which keeps the state of "
+                "the optimizer in other files; resume it with the accelerate configuration that it was started with"
+            )
 
     def _load_best_model(self) -> None:
         if not self.has_adapters:
