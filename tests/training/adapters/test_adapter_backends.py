@@ -1,7 +1,6 @@
 """Adapters under DDP and FSDP2 on two gloo processes train what one process trains; checkpoints hold nothing else.
 
-The one process accumulates over two batches, as in test_sharded.py. What may differ is
-the order of sums.
+The one process accumulates over two batches, as in test_sharded.py. What may differ is the order of sums.
 """
 
 from __future__ import annotations
@@ -101,9 +100,7 @@ def test_whole_optimizer_files_recomputed_layers_and_the_best_adapters(workspace
     workspace.run("fsdp2", {"best-resumed": BEST | {"resume_from_checkpoint": str(checkpoint.parent)}}, *flags)
     assert_equal(workspace, "best-resumed", "best")
     one = BEST | {"gradient_accumulation_steps": 2, "resume_from_checkpoint": str(checkpoint.parent)}
-    with pytest.raises(
-        AssertionError, match="written under FSDP with FULL_STATE_DICT, and this run trains without FSDP"
-    ):
+    with pytest.raises(AssertionError, match="under FSDP with FULL_STATE_DICT, and this run trains without FSDP"):
         workspace.run("cpu", {"elsewhere": one}, processes=1)
 
 

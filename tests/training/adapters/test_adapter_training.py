@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_llama
+from helpers import make_llama, make_tokenizer
 from peft import LoraConfig
+from safetensors.torch import load_file
 from trainers import make_data, make_trainer
 from transformers import PreTrainedModel
 
 from qat import prepare_qat
+from qat.errors import UserError
+from qat.files.manifest import listed
 from training.adapters.inject import add_adapters
 from training.adapters.merging import factors_of
 from training.arguments.training import TrainingArguments
