@@ -62,7 +62,7 @@ class LowRankAdapter(nn.Module):
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B."""
-        if self.is_at_start and self.start_A is not None:
+        if self.is_at_start and self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         return self.lora_A, self.lora_B
 
