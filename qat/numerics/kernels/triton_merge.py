@@ -78,8 +78,8 @@ def _merge(
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows), math.prod(stack))
     options |= {"STORED": triton_dtype(weight.dtype), "VIEW": triton_dtype(dtype)}
     launch(
-        merge_kernel, grid, (weight, a, b, out), rows, columns, rank, float(scaling), ROWS=tile_rows, COLUMNS=tile_columns,
-        RANKS=at_once, BLOCK=BLOCK, num_warps=warps, **options,
+        merge_kernel, grid, (weight, a, b, out), rows, columns, rank, float(scaling), ROWS=tile_rows,
+        COLUMNS=tile_columns, RANKS=at_once, BLOCK=BLOCK, num_warps=warps, **options,
     )  # fmt: skip
     return out
 
