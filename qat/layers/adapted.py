@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
+from ..numerics.low_rank import check_factors
 from .conv1d import is_conv1d
 from .linear_function import quantized_linear
 from .lora import NAME, LowRankAdapter, MergedRounding, adapter_of, merged
@@ -48,13 +51,13 @@ class AdaptedLinear(nn.Module):
         else:
             rounding = MergedRounding(None, adapter.scaling)
             output = quantized_linear(input, rows, within, None, rounding, dtype, adapter.factors)
-        return output + bias.to(dtype) if self.adds_bias_apart and bias is not None else output
+        return output + bias if self.adds_bias_apart and bias is not None else output
 
 
 class AdaptedFalconLinear(AdaptedLinear):
     """The same of a FalconLinear."""
 
-    adds_bias_apart = True
+    adds_bias_apart = True  # in its own dtype, as FalconLinear does
 
 
 class AdaptedConv1D(AdaptedLinear):
@@ -78,6 +81,7 @@ def attach(module: nn.Module, lora_a: torch.Tensor, lora_b: torch.Tensor, scalin
 
     Raises:
         UserError: the layer is of another kind, has an adapter, or learns scales or exponents.
+        ValueError: A and B do not belong to its weight.
     """
     label = name or "the layer"
     if NAME in module._modules:
@@ -91,6 +95,8 @@ def attach(module: nn.Module, lora_a: torch.Tensor, lora_b: torch.Tensor, scalin
         module.weight_quantizer.rounding.check_trainable()
     else:
         module.__class__ = _adapted_class(module, label)
+    layer: Any = module
+    check_factors(layer.rows(layer.weight), lora_a, lora_b)
     module.requires_grad_(False)
     setattr(module, NAME, LowRankAdapter(lora_a, lora_b, scaling))
     return module

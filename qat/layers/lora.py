@@ -11,6 +11,7 @@ so no gradient of W's size exists, and backward costs what it costs in LoRA.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class LowRankAdapter(nn.Module):
     def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> None:
         super().__init__()
         self.lora_A, self.lora_B = (nn.Parameter(factor.detach().float()) for factor in (lora_a, lora_b))
-        self.scaling = float(torch.tensor(scaling, dtype=torch.float32))
+        self.scaling = ctypes.c_float(scaling).value  # as kernels take it
         self.is_at_start = False
         for name in _START:
             self.register_buffer(name, None, persistent=False)
@@ -62,7 +63,7 @@ class LowRankAdapter(nn.Module):
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B."""
-        if self.is_at_start and self.start_A is not None:
+        if self.is_at_start and self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         return self.lora_A, self.lora_B
 

@@ -112,7 +112,9 @@ def merge_kernel(
     for r in range(rank):
         a = tl.load(a_row + r * columns, mask=ks < columns, other=0.0)
         b = tl.load(b_column + r, mask=ns < rows, other=0.0)
-        product = tl.fma(tl.broadcast_to(b[:, None], (ROWS, COLUMNS)), tl.broadcast_to(a[None, :], (ROWS, COLUMNS)), product)
+        product = tl.fma(
+            tl.broadcast_to(b[:, None], (ROWS, COLUMNS)), tl.broadcast_to(a[None, :], (ROWS, COLUMNS)), product
+        )
     weight = _to_fp32(tl.load(weight_ptr + offsets, mask=exists, other=0))
     merged = weight + tl.load(scale_ptr) * product
     if ROUNDS:
