@@ -357,7 +357,7 @@ def test_layers_live_on_the_meta_device(scheme):
     assert layer.adapter.scaling == torch.tensor(4 / 3).item()
 
 
-@pytest.mark.parametrize("scheme", [None, "MXFP4"])
+@pytest.mark.parametrize("scheme", [None, "MXFP4", "NVFP4"])
 def test_a_compiled_layer_computes_the_same(scheme):
     layer = make_adapted(scheme)
     expected, compiled = run(layer, True), torch.compile(layer, backend="aot_eager", fullgraph=True)
