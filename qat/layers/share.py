@@ -10,8 +10,8 @@ from torch import nn
 
 from ..schemes.config import QATConfig
 from ..schemes.patterns import matches
-from .lora import LowRankAdapter
 from .left_alone import ANOTHER_KIND, NO_KEY, Defaults, output_head
+from .lora import LowRankAdapter
 from .sites import EXPERTS, LINEAR, Site, find_sites, quantized_sites
 from .tensor_quantizer import TensorQuantizer
 
