@@ -141,6 +141,8 @@ def _attach_parameter(base: nn.Module, wrapper: ParamWrapper, name: str) -> nn.M
 
 
 def _forget_routers(config: LoraConfig, asked: set[str]) -> None:
-    """Let the configuration not name the parameters that PEFT has added and that have no adapter."""
+    """Let the configuration not name parameters that PEFT has added and that have no adapter; in a fixed order."""
     if config.target_parameters:
         config.target_parameters = sorted(n for n in config.target_parameters if n in asked or not n.endswith("weight"))
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
