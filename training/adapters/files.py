@@ -15,6 +15,7 @@ from qat.layers.lora import FACTORS, NAME, adapters
 from qat.layers.names import original_name
 
 from .inject import config_of
+from .stacks import as_published, from_published
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -23,10 +24,14 @@ _PREFIX = "base_model.model."
 def factor_names(model: nn.Module) -> dict[str, str]:
     """PEFT's name of each factor of a model's adapters, by its name in the model."""
     return {
-        f"{original_name(name)}.{NAME}.{factor}": f"{_PREFIX}{original_name(name)}.{factor}.weight"
-        for name in adapters(model)
+        f"{original_name(name)}.{NAME}.{factor}": f"{_PREFIX}{_layer_name(original_name(name), module)}.{factor}.weight"
+        for name, module in adapters(model).items()
         for factor in FACTORS
     }
+
+
+def _layer_name(name: str, module: nn.Module) -> str:
+    return module.get_submodule(NAME).published or name
 
 
 def write_adapter(folder: str | Path, model: nn.Module, factors: dict[str, torch.Tensor], base: str | None) -> None:
@@ -41,7 +46,7 @@ def write_adapter(folder: str | Path, model: nn.Module, factors: dict[str, torch
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        published: factors[name].detach().to("cpu", torch.float32, copy=True).contiguous()
+        published: as_published(name, factors[name].detach()).to("cpu", torch.float32, copy=True).contiguous()
         for name, published in factor_names(model).items()
     }
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -71,12 +76,18 @@ def read_factors(folder: str | Path, model: nn.Module) -> dict[str, torch.Tensor
     if foreign := sorted(found.keys() - wanted.values()):
         raise UserError(f"{path} has {foreign[0]} and {len(foreign) - 1} more, which the model has no place for")
     for name, published in wanted.items():
-        if found[published].shape != parameters[name].shape:
+        shape = as_published(name, torch.empty(parameters[name].shape, device="meta")).shape
+        if found[published].shape != shape:
             raise UserError(
                 f"{path}: {published} has shape {tuple(found[published].shape)}, the model's adapter "
-                f"{tuple(parameters[name].shape)}; give the same --lora_r"
+                f"{tuple(shape)}; give the same --lora_r"
             )
-    return {name: found[published] for name, published in wanted.items()}
+    return {
+        name: found[published]
+        if parameters[name].ndim == 2
+        else from_published(name, found[published], len(parameters[name])).contiguous()
+        for name, published in wanted.items()
+    }
 
 
 def read_config(folder: str | Path) -> LoraConfig:

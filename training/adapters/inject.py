@@ -13,15 +13,18 @@ import warnings
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from qat.errors import UserError
-from qat.layers.adapted import attach
-from qat.layers.lora import adapters
+from qat.layers.adapted import attach, attach_to_experts
+from qat.layers.experts import layout_of
+from qat.layers.lora import FACTORS, adapters, weight_name
 from qat.layers.share import linear_weights, percent
 
 from ..arguments.lora import LoraArguments
+from .stacks import from_published
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ def lora_config(arguments: LoraArguments) -> LoraConfig:
     return LoraConfig(
         r=arguments.lora_r, lora_alpha=arguments.lora_alpha, target_modules=arguments.target_modules,
         init_lora_weights=True if arguments.lora_init == "default" else arguments.lora_init,
-        use_rslora=arguments.use_rslora, task_type="CAUSAL_LM",
+        target_parameters=arguments.lora_target_parameters, use_rslora=arguments.use_rslora, task_type="CAUSAL_LM",
     )  # fmt: skip
 
 
@@ -55,10 +58,15 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 42) -> 
     Raises:
         UserError: `config` names no layer, or one that cannot have such an adapter.
     """
+    asked = set(config.target_parameters or ())
     _inject(model, config, seed)
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, ParamWrapper):
+            if not name.endswith(".base_layer"):  # that of the parameter that PEFT wrapped before
+                _flatten_parameters(model, name, module, asked)
+        elif isinstance(module, LoraLayer):
             _flatten(model, name, module)
+    _forget_routers(config, asked)
     for attribute in ("peft_config", "peft_type", "active_adapter"):
         vars(model).pop(attribute, None)
     for name, parameter in model.named_parameters():
@@ -71,7 +79,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 42) -> 
 def summary(model: nn.Module) -> str:
     """How many layers have adapters, and how many parameters are trained, in one line."""
     found, weights = adapters(model), linear_weights(model)
-    covered = sum(weight.numel() for name, weight in weights.items() if name.rpartition(".")[0] in found)
+    named = {weight_name(name, module) for name, module in found.items()}
+    covered = sum(weight.numel() for name, weight in weights.items() if name in named)
     share = covered / max(1, sum(weight.numel() for weight in weights.values()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
@@ -101,3 +110,39 @@ def _flatten(model: nn.Module, name: str, layer: LoraLayer) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, base)
     attach(base, layer.lora_A[own].weight, layer.lora_B[own].weight, layer.scaling[own], name)
+
+
+def _flatten_parameters(model: nn.Module, name: str, layer: ParamWrapper, asked: set[str]) -> None:
+    """The same of a module whose parameters PEFT has wrapped, one in the other.
+
+    For some families PEFT takes "all-linear" for the router, too, which is not quantized and gets no adapter here.
+    """
+    base, parent, child = layer.get_base_layer(), *name.rpartition(".")[::2]
+    setattr(model.get_submodule(parent), child, base)
+    wrapper, inside = layer, name
+    while isinstance(wrapper, ParamWrapper):
+        if layout_of(base) is not None or any(f"{name}.{wrapper.parameter_name}".endswith(own) for own in asked):
+            _attach_parameter(base, wrapper, name).published = inside
+        wrapper, inside = wrapper.base_layer, f"{inside}.base_layer"
+
+
+def _attach_parameter(base: nn.Module, wrapper: ParamWrapper, name: str) -> nn.Module:
+    (own,) = wrapper.lora_A
+    parameter, layout = wrapper.parameter_name, layout_of(base)
+    if layout is not None and parameter in layout.parameters:
+        rows = layout.rows(base.get_parameter(parameter))
+        if rows.shape[1:] != (wrapper.out_features, wrapper.in_features):
+            raise UserError(
+                f"--lora_target_parameters: {name}.{parameter} keeps experts transposed, which PEFT does not know of "
+                f"{type(base).__name__}; leave it out"
+            )
+    a, b = (from_published(factor, getattr(wrapper, factor)[own].weight, wrapper.num_experts) for factor in FACTORS)
+    return attach_to_experts(base, parameter, a, b, wrapper.scaling[own], name).adapter
+
+
+def _forget_routers(config: LoraConfig, asked: set[str]) -> None:
+    """Let the configuration not name parameters that PEFT has added and that have no adapter; in a fixed order."""
+    if config.target_parameters:
+        config.target_parameters = sorted(n for n in config.target_parameters if n in asked or not n.endswith("weight"))
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)

@@ -36,6 +36,13 @@ class LoraArguments:
             "or one regular expression as PEFT's target_modules."
         },
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Fused parameters of experts that get adapters, an A and a B for each expert, as PEFT's "
+            "target_parameters: mlp.experts.gate_up_proj mlp.experts.down_proj."
+        },
+    )
     lora_init: str = field(
         default="default",
         metadata={
@@ -70,12 +77,12 @@ class LoraArguments:
             raise UserError(f"--lora_alpha {self.lora_alpha} must be greater than 0, such as 32")
         if self.adapter_name_or_path is not None:
             self._check_unused(
-                ("lora_r", "lora_alpha", "lora_target", "lora_init", "use_rslora"),
+                ("lora_r", "lora_alpha", "lora_target", "lora_target_parameters", "lora_init", "use_rslora"),
                 f"beside --adapter_name_or_path {self.adapter_name_or_path!r}, which has its own",
                 "leave it out",
             )
         elif not self.is_on:
-            names = ("lora_alpha", "lora_target", "lora_init", "use_rslora", "base_in_scheme")
+            names = ("lora_alpha", "lora_target", "lora_target_parameters", "lora_init", "use_rslora", "base_in_scheme")
             self._check_unused(names, "without adapters", "give --lora_r, such as 16, too, or leave it out")
 
     def _check_refused(self) -> None:
