@@ -19,6 +19,7 @@ from qat.checkpoints.skeleton import load_skeleton
 from qat.errors import UserError
 from qat.files.atomic import clear_leftovers, disk_full_reported, flush_path, flush_to_disk, partial_of, put_in_place
 from qat.files.manifest import describe, write_manifest
+from qat.files.model_folder import ADAPTER_NAME
 from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
+BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
+ADAPTER_FOLDER = "adapter"  # the same: the adapters of the finished run
 _STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME)
 
 
@@ -171,6 +174,8 @@ def _install(partial: Path, folder: Path) -> None:
         for path in folder.glob(pattern):
             if path.name not in new:
                 path.unlink()
+    if ADAPTER_FOLDER not in new and (folder / ADAPTER_FOLDER / ADAPTER_NAME).is_file():
+        shutil.rmtree(folder / ADAPTER_FOLDER)
     for name in sorted(new, key=lambda name: name == CONFIG_NAME):
         if name == CONFIG_NAME:
             flush_path(folder)
