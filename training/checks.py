@@ -23,7 +23,7 @@ from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
-from qat.files.model_folder import check_model_folder
+from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, make_writable
 from qat.layers.restore import check_trainable
 
@@ -54,6 +54,8 @@ def check_paths(arguments: Arguments) -> None:
     """
     model_args, args, data_args, _, distill_args, lora_args = arguments
     check_model_folder(model_args.model_name_or_path)
+    if lora_args.adapter_name_or_path is not None:
+        check_adapter_folder(lora_args.adapter_name_or_path)
     teacher = distill_args.teacher_model_name_or_path
     if teacher is not None:
         check_model_folder(teacher, TEACHER_ARGUMENT)
@@ -77,10 +79,11 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         The model, its parameters on the meta device.
 
     Raises:
-        UserError: a cache cannot be written; an adapter cannot be attached; the model's configuration cannot be read, or is not of a causal language
-            model, or of one that autocast fails for or that could not be loaded again; --model_max_length is more than
-            its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the packed
-            model's folder is occupied; or the checkpoint to resume from is not there or of another training.
+        UserError: a cache cannot be written; adapters do not fit; the model's configuration cannot be read, or is not
+            of a causal language model, or of one that autocast fails for or that could not be loaded again;
+            --model_max_length is more than its positions; the teacher does not fit; the scheme, the mapping or the
+            export format does not; the packed model's folder is occupied; or the checkpoint to resume from is not there
+            or of another training.
     """
     _, args, data_args, quant_args, distill_args, lora_args = arguments
     for name, folder in (
@@ -112,6 +115,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         output.check_packable(config)
     if lora_args.is_on:
         _check_adapters(lora_args, start, skeleton)
+        if args.do_train and config is None:
+            distill_args.check_unquantized()
     if args.do_train and not (start.is_packed and config is None):  # which is known once it is unpacked
         checkpoint = output.check_resumable(args, config, lora_args.is_on)
         if checkpoint is not None and lora_args.is_on:

@@ -18,11 +18,12 @@ from qat.checkpoints.load import load_plain
 from qat.errors import UserError
 from qat.files.atomic import disk_full_reported, written_atomically
 from qat.files.model_folder import CONFIG_NAME
-from qat.layers.lora import FACTORS, NAME, adapters
+from qat.layers.lora import NAME
 
 from ..backends.saved_dtypes import SavedDtypes
 from ..resume.written import BASE_FOLDER, check_saved_model
 from .files import write_adapter
+from .merging import factors_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,7 @@ def write_base(
         dtypes.write(partial)
         check_saved_model(partial)
         if has_start:
-            factors = {
-                f"{name}.{NAME}.{f}": getattr(m.adapter, f) for name, m in adapters(model).items() for f in FACTORS
-            }
-            write_adapter(partial / START_FOLDER, model, factors, str(folder))
+            write_adapter(partial / START_FOLDER, model, factors_of(model), str(folder))
     logger.info("Wrote the frozen weights to %s: the adapters of this run are for that model", folder)
 
 
@@ -66,8 +64,8 @@ def load_base(folder: Path, model: nn.Module, trust_remote_code: bool) -> None:
     """
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(
-            f"cannot resume: {folder} is missing, the frozen weights that --smooth_alpha and --lora_init changed when the "
-            "run began. If it began without them, leave them out; else give another --output_dir, or "
+            f"cannot resume: {folder} is missing, the frozen weights that --smooth_alpha and --lora_init changed when "
+            "the run began. If it began without them, leave them out; else give another --output_dir, or "
             "--resume_from_checkpoint False to start anew"
         )
     saved = load_plain(folder, f"--output_dir ({BASE_FOLDER})", trust_remote_code=trust_remote_code).state_dict()

@@ -1,4 +1,4 @@
-"""Somebody's LoRA adapter in PEFT's format, a folder or hub id: found, and refused by name where it is more than A and B.
+"""Somebody's LoRA adapter in PEFT's format: found, and refused by name where it is more than A and B.
 
 What a published configuration says of training alone (dropout, how A and B began) has no part in what is computed with
 the adapter, and is not kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
@@ -38,7 +39,9 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = 
     modules = dict(model.named_modules())
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         head = model.get_output_embeddings()
-        config.target_modules = {n for n, m in modules.items() if can_have_adapter(m) and m is not head}
+        config.target_modules = _shortest(
+            {n for n, m in modules.items() if can_have_adapter(m) and m is not head}, modules
+        )
     _check_all_match(modules, config, argument)
     found = [name for name in modules if name and _matches(config, name)]
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
@@ -47,6 +50,12 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = 
     if not found:
         raise UserError(f"{argument} {_shown(config)} matches no layer; {_choices(modules)}")
     return found
+
+
+def _shortest(names: set[str], modules: Iterable[str]) -> set[str]:
+    """The last parts of names, where they name no other module: "q_proj" for that of each layer."""
+    last = {name.rpartition(".")[2] for name in names}
+    return last if {name for name in modules if name.rpartition(".")[2] in last} == names else names
 
 
 def _matches(config: LoraConfig, name: str) -> bool:

@@ -110,8 +110,8 @@ class LoraArguments:
         """Raise a UserError for new adapters that nothing trains."""
         if self.lora_r and not do_train:
             raise UserError(
-                f"--lora_r {self.lora_r} has no effect without --do_train True: new adapters add nothing; leave it out, "
-                "or name an adapter to evaluate with --adapter_name_or_path"
+                f"--lora_r {self.lora_r} has no effect without --do_train True: new adapters add nothing; leave it "
+                "out, or name an adapter to evaluate with --adapter_name_or_path"
             )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qat.layers.lora import adapter_of
 from qat.layers.sites import CONV1D, EXPERTS, Site, quantized_sites
 
 # The first that fits a layer's name; the names are those of the models in transformers.
@@ -52,9 +53,12 @@ def local_part(parameter: torch.Tensor | None, ndim: int) -> torch.Tensor | None
 def local_rows(site: Site) -> torch.Tensor | None:
     """The rows of a site's weight that lie in this process, [N, K], of experts [E, N, K]; see `local_part`.
 
-    None for a Conv1D under FSDP2, whose shards cut its rows.
+    None for a Conv1D under FSDP2, whose shards cut its rows, and where factors of an adapter are sharded.
     """
     if site.kind == CONV1D.name and isinstance(site.weight, DTensor):
+        return None
+    adapter = adapter_of(site.module)
+    if adapter is not None and any(isinstance(factor, DTensor) or factor.ndim < 2 for factor in adapter.factors):
         return None
     part = local_part(site.weight, 3 if site.kind == EXPERTS.name else 2)
     return None if part is None else site.module.rows(part)
@@ -64,10 +68,14 @@ def spread_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` rows [n, K] of [..., K], at even distances; no others are copied."""
     if rows.ndim == 2:
         return rows[:: max(1, len(rows) // count)][:count]
-    each = rows.shape[-2]
-    total = rows.shape[0] * each
-    picked = torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
+    each, picked = rows.shape[-2], row_numbers(rows, count)
     return rows[picked // each, picked % each]
+
+
+def row_numbers(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Those of at most `count` rows of [E, N, K], at even distances, counted over all E x N."""
+    total = rows.shape[0] * rows.shape[-2]
+    return torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
 
 
 def block_of(name: str) -> tuple[str | None, int | None]:

@@ -18,8 +18,8 @@ from .written import checkpoints_in, step_of
 logger = logging.getLogger(__name__)
 
 _READ = (
-    "trainer_state.json", RECORD_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt", "rng_state*", "scaler.pt",
-    "*/*.distcp", "*/.metadata",
+    "trainer_state.json", RECORD_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt", "rng_state*",
+    "scaler.pt", "*/*.distcp", "*/.metadata",
 )  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def find_checkpoint(
         has_adapters: whether adapters are trained in place of weights.
 
     Raises:
-        UserError: no such checkpoint, none that is complete, or it belongs to another stage or scheme, or has weights in
-            place of adapters or the reverse.
+        UserError: no such checkpoint, none that is complete, or it belongs to another stage or scheme, or has weights
+            in place of adapters or the reverse.
     """
     writers = writers or Writers()
     wanted = str(resume_from_checkpoint or "").lower()
