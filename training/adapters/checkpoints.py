@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from qat.errors import UserError
-from qat.files.model_folder import ADAPTER_NAME
+from qat.files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from qat.layers.lora import NAME
 from qat.layers.names import original_name
 
 from ..resume.fault_tolerance import FaultTolerantTrainer
-from ..resume.written import ADAPTER_FOLDER
 from .files import read_factors, write_adapter
 from .inject import config_of
 from .merging import factors_of, merged_weights

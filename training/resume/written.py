@@ -19,7 +19,7 @@ from qat.checkpoints.skeleton import load_skeleton
 from qat.errors import UserError
 from qat.files.atomic import clear_leftovers, disk_full_reported, flush_path, flush_to_disk, partial_of, put_in_place
 from qat.files.manifest import describe, write_manifest
-from qat.files.model_folder import ADAPTER_NAME
+from qat.files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
 BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
-ADAPTER_FOLDER = "adapter"  # the same: the adapters of the finished run
 _STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME)
 
 
