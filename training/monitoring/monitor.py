@@ -8,10 +8,10 @@ steps after an oscillation.
 
 Not every weight is looked at. Of each group of layers (attention, mlp, experts, other) at most 8 weights, spread over
 the depth of the model, and 16 rows of each (of fused experts, spread over all of them), joined into one matrix, so that
-a step costs a few dozen small operations whatever the model's size. With adapters these rows are merged. Inputs are
-looked at in steps that are logged, in at most 4 layers of each group, 64 tokens of each. Under FSDP2 these are rows
-that the logging process holds. In formats with a tensor scale, the joined rows have one of their own, not that of their
-layers, which needs all rows. A resumed run starts its histories anew.
+a step costs a few dozen small operations whatever the model's size. Inputs are looked at in steps that are logged, in
+at most 4 layers of each group, 64 tokens of each. Under FSDP2 these are rows that the logging process holds. In formats
+with a tensor scale, the joined rows have one of their own, not that of their layers, which needs all rows. A resumed
+run starts its histories anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from qat.layers.lora import adapter_of
 from qat.layers.operands import Operands
 from qat.layers.sites import EXPERTS, Site
 from qat.numerics import ops
@@ -32,7 +31,7 @@ from qat.numerics.families import family_of
 from qat.numerics.formats import E8M0, Quantized
 from qat.schemes.spec import TensorSpec
 
-from .layer_groups import evenly_spaced, grouped_sites, local_part, local_rows, row_numbers, spread_rows
+from .layer_groups import evenly_spaced, grouped_sites, local_part, local_rows, some_rows, spread_rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +56,9 @@ class WeightSample:
     def quantize(self) -> tuple[torch.Tensor, Quantized]:
         """The weights [n, K] as they are seen in `dtype`, and quantized."""
         rounding = self.sites[0].module.weight_quantizer.rounding
-        rows = [_present(local_rows(site)) for site in self.sites]
-        weights = torch.cat([_merged(site, own) for site, own in zip(self.sites, rows, strict=True)])
-        each = [[_present(local_part(p, own.ndim)) for p in site.module.weight_quantizer.learned]
-                for site, own in zip(self.sites, rows, strict=True)]  # fmt: skip
+        weights = torch.cat([some_rows(site, ROWS_PER_LAYER) for site in self.sites])
+        each = [[_present(local_part(p, site.weight.ndim)) for p in site.module.weight_quantizer.learned]
+                for site in self.sites]  # fmt: skip
         learned = [torch.cat([_some(part) for part in parts]) for parts in zip(*each, strict=True)]
         return weights.to(self.dtype), rounding.quantize(weights, self.dtype, *learned)
 
@@ -109,7 +107,7 @@ class QuantizationMonitor(TrainerCallback):
         if not any(self.samples.values()):
             logger.warning(
                 "oscillation and saturation of weights are not logged: this process holds no whole rows of them, as "
-                "under FSDP1, and of Conv1D and adapters under FSDP2"
+                "under FSDP1, and of Conv1D and of layers with adapters under FSDP2"
             )
         for sample in self._all_samples():
             sample.update()
@@ -210,18 +208,6 @@ def _present(part: torch.Tensor | None) -> torch.Tensor:
 
 def _some(rows: torch.Tensor) -> torch.Tensor:
     return spread_rows(rows, ROWS_PER_LAYER)
-
-
-def _merged(site: Site, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows [n, K] of a site's weight, with what an adapter adds to these."""
-    adapter, own = adapter_of(site.module), _some(rows)
-    if adapter is None:
-        return own
-    a, b = (factor.detach() for factor in adapter.factors)
-    if rows.ndim == 2:
-        return ops.merge(own, a, _some(b), adapter.scaling)
-    experts = row_numbers(rows, ROWS_PER_LAYER) // rows.shape[-2]
-    return ops.merge(own[:, None], a[experts], _some(b)[:, None], adapter.scaling)[:, 0]
 
 
 def _mean(fractions: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:

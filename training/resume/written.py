@@ -19,7 +19,6 @@ from qat.checkpoints.skeleton import load_skeleton
 from qat.errors import UserError
 from qat.files.atomic import clear_leftovers, disk_full_reported, flush_path, flush_to_disk, partial_of, put_in_place
 from qat.files.manifest import describe, write_manifest
-from qat.files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
 BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
-_STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME)
+_STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME, "adapter/adapter_*")
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -171,10 +170,8 @@ def _install(partial: Path, folder: Path) -> None:
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for pattern in _STALE:
         for path in folder.glob(pattern):
-            if path.name not in new:
+            if path.relative_to(folder).parts[0] not in new:
                 path.unlink()
-    if ADAPTER_FOLDER not in new and (folder / ADAPTER_FOLDER / ADAPTER_NAME).is_file():
-        shutil.rmtree(folder / ADAPTER_FOLDER)
     for name in sorted(new, key=lambda name: name == CONFIG_NAME):
         if name == CONFIG_NAME:
             flush_path(folder)

@@ -202,5 +202,5 @@ def test_with_adapters_figures_are_of_the_merged_weights(kind):
     for samples in monitor.samples.values():
         for sample in samples:
             whole = [site.module.rows(site.module.effective_weight()) for site in sample.sites]
-            expected = torch.cat([spread_rows(rows, ROWS_PER_LAYER) for rows in whole]).to(torch.bfloat16)
+            expected = torch.cat([spread_rows(rows, ROWS_PER_LAYER) for rows in whole]).bfloat16()
             assert torch.equal(sample.quantize()[0], expected)
