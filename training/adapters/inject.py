@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,12 +20,14 @@ from transformers import PreTrainedModel
 
 from qat.errors import UserError
 from qat.layers.adapted import attach, attach_to_experts
+from qat.layers.conv1d import is_conv1d, is_quantconv1d
 from qat.layers.experts import layout_of
-from qat.layers.lora import FACTORS, adapters, weight_name
-from qat.layers.share import linear_weights, percent
+from qat.layers.lora import FACTORS, NAME, adapters, weight_name
+from qat.layers.share import percent
 
 from ..arguments.lora import LoraArguments
 from .stacks import from_published
+from .targets import ARGUMENT, coverage, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +48,15 @@ def config_of(model: nn.Module) -> LoraConfig | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 42) -> PreTrainedModel:
+def add_adapters(
+    model: PreTrainedModel, config: LoraConfig, seed: int = 42, argument: str = ARGUMENT
+) -> PreTrainedModel:
     """Give the layers that `config` names an adapter each, in place, and freeze everything else.
 
     Args:
         model: quantized or not; its weights may live on the meta device, and A and B do then.
         seed: of the random numbers that A begins with.
+        argument: that chose the layers, for messages.
 
     Returns:
         `model`; `config_of` tells its configuration.
@@ -59,7 +65,9 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 42) -> 
         UserError: `config` names no layer, or one that cannot have such an adapter.
     """
     asked = set(config.target_parameters or ())
-    _inject(model, config, seed)
+    targets = resolve_targets(model, config, argument)
+    _check_init(model, config, targets)
+    _inject(model, config, seed, argument)
     for name, module in list(model.named_modules()):
         if isinstance(module, ParamWrapper):
             if not name.endswith(".base_layer"):  # that of the parameter that PEFT wrapped before
@@ -70,18 +78,18 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int = 42) -> 
     for attribute in ("peft_config", "peft_type", "active_adapter"):
         vars(model).pop(attribute, None)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".adapter." in name)
+        parameter.requires_grad_(f".{NAME}." in name)
     vars(model)[_ATTRIBUTE] = config
     logger.info(summary(model))
+    if warning := coverage(model, _adapted_weights(model))[1]:
+        logger.warning(warning)
     return model
 
 
 def summary(model: nn.Module) -> str:
     """How many layers have adapters, and how many parameters are trained, in one line."""
-    found, weights = adapters(model), linear_weights(model)
-    named = {weight_name(name, module) for name, module in found.items()}
-    covered = sum(weight.numel() for name, weight in weights.items() if name in named)
-    share = covered / max(1, sum(weight.numel() for weight in weights.values()))
+    found = adapters(model)
+    share, _ = coverage(model, _adapted_weights(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     return (
@@ -90,23 +98,45 @@ def summary(model: nn.Module) -> str:
     )
 
 
-def _inject(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+def _adapted_weights(model: nn.Module) -> set[str]:
+    return {weight_name(name, module) for name, module in adapters(model).items()}
+
+
+def _check_init(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:
+    """Refuse decompositions that a layer's shape does not have, and PEFT's of GPT-2's transposed weights."""
+    if not isinstance(config.init_lora_weights, str):
+        return
+    for name in targets:
+        module, init = model.get_submodule(name), config.init_lora_weights
+        if init == "olora" and (is_conv1d(module) or is_quantconv1d(module)):
+            raise UserError(
+                f"--lora_init olora: {name} is a {type(module).__name__}, whose weight PEFT decomposes without "
+                "transposing it; give --lora_init pissa or default"
+            )
+        if config.r > (smallest := min(module.weight.shape)):
+            raise UserError(
+                f"--lora_r {config.r} with --lora_init {init}: {name} has rank {smallest} at most; give a smaller "
+                "--lora_r, or --lora_init default"
+            )
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig, seed: int, argument: str) -> None:
     on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if on_meta:  # nothing is there to decompose
+        config = replace(config, init_lora_weights=True)
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        raise UserError(f"--lora_target: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{argument}: {str(error).splitlines()[0]}") from error
 
 
 def _flatten(model: nn.Module, name: str, layer: LoraLayer) -> None:
     """Put the layer that PEFT has wrapped back in its place, with the adapter in it."""
     base = layer.get_base_layer()
-    (own,) = layer.lora_A or ("",)
-    if not own:
-        raise UserError(f"--lora_target: {name} is a {type(base).__name__}; adapters are for linear layers")
+    (own,) = layer.lora_A
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, base)
     attach(base, layer.lora_A[own].weight, layer.lora_B[own].weight, layer.scaling[own], name)
