@@ -32,12 +32,13 @@ from qat.layers.learned import check_compute_dtype
 from qat.layers.restore import check_trainable
 
 from .adapters.checkpoints import AdapterTrainer
+from .adapters.inject import config_of
 from .arguments.trainer_options import check_trainer_options, check_with_teacher
 from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
-from .backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
+from .backends.sharding import check_with_adapters, full_state_dict, initialize_state, round_parameters, set_precision
 from .backends.weightless import give_storage
 from .losses.chunked import attach, chunked_loss
 from .losses.distillation import HiddenRows, Objective, SampledRows, labelled_rows
@@ -173,6 +174,9 @@ class QATTrainer(AdapterTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
+            if config_of(self.model) is not None:
+                version = self.accelerator.state.fsdp_plugin.fsdp_version
+                check_with_adapters(getattr(self.args, "fsdp_gather_dtype", "float32"), version)
             set_precision(self.accelerator.state.fsdp_plugin, getattr(self.args, "fsdp_gather_dtype", "float32"))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
@@ -380,16 +384,17 @@ class QATTrainer(AdapterTrainer):
         Under FSDP the full state dict is gathered, whatever type the intermediate checkpoints have; that type is in
         force again afterwards, also when saving fails.
         """
-        whole = self.is_fsdp_enabled and not self._keep_masters
-        if self.has_adapters and not self._keep_masters:
-            self._gather_adapters()
-        with full_state_dict(self.accelerator.state.fsdp_plugin) if whole else nullcontext():
-            super().save_model(output_dir, _internal_call)
-        if self.is_fsdp_enabled and self._keep_masters and self.args.should_save:
+        if not self._keep_masters:
+            whole = full_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext()
+            with whole, self.adapters_gathered():
+                super().save_model(output_dir, _internal_call)
+            return
+        super().save_model(output_dir, _internal_call)
+        if (self.is_fsdp_enabled or self.has_adapters) and self.args.should_save:
             self._describe(output_dir or self.args.output_dir)
 
     def _describe(self, output_dir: str) -> None:
-        """What is not a tensor: under SHARDED_STATE_DICT, Trainer writes into a checkpoint's folder nothing else."""
+        """What is not a tensor: under SHARDED_STATE_DICT, and with adapters, a checkpoint's folder has nothing else."""
         model = self.accelerator.unwrap_model(self.model)
         model.config.save_pretrained(output_dir)
         if self.processing_class is not None:

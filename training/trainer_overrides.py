@@ -123,6 +123,11 @@ OVERRIDES: tuple[Override, ...] = (
         "(self, model, trial)",
         "A checkpoint keeps FP32 masters and appears whole or not at all.",
     ),
+    Override(
+        "_save_optimizer_and_scheduler",
+        "(self, output_dir)",
+        "Under FSDP, Trainer writes the whole model beside the optimizer; a checkpoint of adapters has no model.",
+    ),
 )
 
 INTERNALS: tuple[Internal, ...] = (

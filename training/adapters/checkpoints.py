@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 
 from qat.errors import UserError
 from qat.files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from qat.layers.lora import NAME
 from qat.layers.names import original_name
 
+from ..backends.sharding import reshard
 from ..resume.fault_tolerance import FaultTolerantTrainer
 from .files import read_factors, write_adapter
 from .inject import config_of
@@ -43,13 +48,18 @@ class AdapterTrainer(FaultTolerantTrainer):
             return
         factors = factors_of(self._own_model)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            write_adapter(folder, self._own_model, factors, self._base_name)
-            self._describe(str(folder))
+            write_adapter(output_dir or self.args.output_dir, self._own_model, factors, self._base_name)
 
-    def _describe(self, output_dir: str) -> None:
-        """What a checkpoint has beside its tensors."""
-        raise NotImplementedError
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's own, which under FSDP writes the whole model, too."""
+        if not (self.has_adapters and self.is_fsdp_enabled):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        reshard(self.model)  # the optimizer knows shards, and the model may have whole parameters from an evaluation
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     @property
     def _base_name(self) -> str | None:
@@ -69,8 +79,24 @@ class AdapterTrainer(FaultTolerantTrainer):
         if not is_adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        self._check_optimizer_files(Path(resume_from_checkpoint))
         load_factors(self._own_model, read_factors(resume_from_checkpoint, self._own_model))
         self._weights_were_loaded(Path(resume_from_checkpoint))
+
+    def _check_optimizer_files(self, checkpoint: Path) -> None:
+        """Refuse a state of the optimizer that this backend writes, and reads, in other files."""
+        names = {"optimizer.pt": "without FSDP", "optimizer.bin": "under FSDP with FULL_STATE_DICT",
+                 "optimizer_0": "under FSDP with SHARDED_STATE_DICT"}  # fmt: skip
+        own = "optimizer.pt"
+        if self.is_fsdp_enabled:
+            is_full = "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            own = "optimizer.bin" if is_full else "optimizer_0"
+        found = next((name for name in names if Path(checkpoint, name).exists()), own)
+        if not Path(checkpoint, own).exists() and found != own:
+            raise UserError(
+                f"{checkpoint} was written {names[found]}, and this run trains {names[own]}, which keeps the state of "
+                "the optimizer in other files; resume it with the accelerate configuration that it was started with"
+            )
 
     def _load_best_model(self) -> None:
         if not self.has_adapters:
@@ -89,10 +115,18 @@ class AdapterTrainer(FaultTolerantTrainer):
         plain = {name: tensor for name, tensor in state_dict.items() if f".{NAME}." not in name}
         return plain | self._merged
 
-    def _gather_adapters(self) -> None:
-        """Merge, with all processes, before the first one saves."""
-        self._merged = merged_weights(self._own_model)
+    @contextmanager
+    def adapters_gathered(self) -> Iterator[None]:
+        """Merge, with all processes, what those that write save inside."""
+        if not self.has_adapters:
+            yield
+            return
         self._factors = factors_of(self._own_model)
+        self._merged = merged_weights(self._own_model, keep=self.args.should_save)
+        try:
+            yield
+        finally:
+            del self._factors, self._merged
 
     def _save_adapter(self, output_dir: str) -> None:
         write_adapter(Path(output_dir, ADAPTER_FOLDER), self._own_model, self._factors, self._base_name)
@@ -101,6 +135,7 @@ class AdapterTrainer(FaultTolerantTrainer):
 @torch.no_grad()
 def load_factors(model: nn.Module, factors: dict[str, torch.Tensor]) -> None:
     """Copy A and B into a model's adapters, whole or sharded."""
+    reshard(model)
     for name, parameter in model.named_parameters():
         if (value := factors.get(original_name(name))) is not None:
             _copy(parameter, value)

@@ -11,13 +11,20 @@ from qat.numerics import ops
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def merged_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
     """The merged weight of each layer with an adapter, by the weight's name, on the CPU, in its stored dtype.
 
     Sharded tensors are gathered one layer at a time; then all processes must call this.
+
+    Args:
+        keep: False for a process that takes part in the gathering and keeps nothing.
     """
-    found = adapters(model).items()
-    return {weight_name(original_name(name), m): _merged(m).contiguous().cpu() for name, m in found}
+    result = {}
+    for name, module in adapters(model).items():
+        weight = _merged(module)
+        if keep:
+            result[weight_name(original_name(name), module)] = weight.contiguous().cpu()
+    return result
 
 
 @torch.no_grad()
@@ -38,9 +45,11 @@ def _merged(module: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def factors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A and B of all adapters by their names, whole, on the CPU; all processes must call this."""
+    """Copies of A and B of all adapters by their names, whole, on the CPU; all processes must call this."""
     return {
-        f"{original_name(name)}.{NAME}.{factor}": _whole(getattr(module.get_submodule(NAME), factor)).cpu()
+        f"{original_name(name)}.{NAME}.{factor}": _whole(getattr(module.get_submodule(NAME), factor)).to(
+            "cpu", copy=True
+        )
         for name, module in adapters(model).items()
         for factor in FACTORS
     }

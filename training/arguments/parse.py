@@ -13,6 +13,7 @@ from qat.checkpoints.model_card import CardFacts
 from qat.command_line import OneLineParser
 from qat.errors import UserError
 
+from ..backends.sharding import check_with_adapters
 from .config_file import SUFFIXES, as_flags, read_config
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
@@ -122,6 +123,7 @@ def _check_together(arguments: Arguments) -> None:
     if lora.is_on:
         lora.check_with(arguments.quantization)
         lora.check_trains(training.do_train)
+        check_with_adapters(training.fsdp_gather_dtype)
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)

@@ -35,7 +35,7 @@ from ..arguments.model import ModelArguments
 from ..arguments.quantization import QuantizationArguments
 from ..backends.fingerprint import fingerprint
 from ..backends.saved_dtypes import SavedDtypes
-from ..backends.weightless import first_process_loads, waits_for_weights
+from ..backends.weightless import first_process_loads, take_dtypes, waits_for_weights
 from .loading import load_tokenizer, load_unquantized, without_weights
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,8 @@ class Start:
             self.fingerprint = fingerprint(model)
         if first_process_loads():
             self._share()
+            if self.is_frozen and waits_for_weights():
+                take_dtypes(model, self.dtypes.by_name)
         compute_in_autocast_dtype(model)
         model.config.use_cache = False  # a cache of keys and values is of no use in training
         _repair_generation_config(model)

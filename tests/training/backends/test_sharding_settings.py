@@ -64,7 +64,8 @@ def test_the_state_dict_type_is_back_after_saving_failed(name, kind, monkeypatch
     monkeypatch.setattr(QATTrainer.__base__, "save_model", fail)
     trainer = object.__new__(QATTrainer)
     trainer.is_fsdp_enabled, trainer._keep_masters = True, False
-    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer.model = make_llama()
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), unwrap_model=lambda model: model)
     with pytest.raises(OSError, match="disk full"):
         trainer.save_model(str(tmp_path))
     assert seen == [StateDictType.FULL_STATE_DICT]
