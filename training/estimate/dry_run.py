@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,10 @@ class DryRun:
     peaks: dict[str, Moment]
 
 
+class NotOnFakeTensors(Exception):
+    """A model's code cannot be run on fake tensors: it looks at their values, or calls a kernel that knows none."""
+
+
 class _EveryToken(Objective):
     """An objective in which every token is labelled: the labels of a run are not known, nor those of fake tensors."""
 
@@ -59,7 +64,7 @@ def dry_run(student: PreTrainedModel, teacher: PreTrainedModel | None, plan: Pla
         teacher: of a copy or another model; likewise.
 
     Raises:
-        RuntimeError: the model's code does what fake tensors cannot, such as looking at their values.
+        NotOnFakeTensors: the code of the model or of the teacher does what fake tensors cannot.
     """
     student, teacher = copy_of(student), None if teacher is None else copy_of(teacher)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -74,7 +79,8 @@ def dry_run(student: PreTrainedModel, teacher: PreTrainedModel | None, plan: Pla
             loss = step.loss(ids, step.teacher_rows(ids, teacher))
         if plan.trains:
             live.begin(BACKWARD)
-            loss.backward()
+            with _family():
+                loss.backward()
     return DryRun(step.kept, live.peaks)
 
 
@@ -89,6 +95,27 @@ def _autocast(plan: Plan) -> AbstractContextManager:
         return nullcontext()
     # No cache under FSDP2: it would keep a copy of each gathered weight.
     return torch.autocast("cpu", plan.compute_dtype, cache_enabled=plan.backend.name != FSDP2)
+
+
+@contextmanager
+def _family() -> Iterator[None]:
+    """Run the code of a model's family inside."""
+    try:
+        yield
+    except Exception as error:  # it may do anything
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise NotOnFakeTensors(f"{type(error).__name__}: {first[:160]}") from error
+
+
+def _hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden states of a batch."""
+    with _family():
+        return model.base_model(input_ids=ids).last_hidden_state
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with _family():
+        return model(input_ids=ids).logits
 
 
 class _Step:
@@ -125,17 +152,16 @@ class _Step:
     def teacher_rows(self, ids: torch.Tensor, teacher: PreTrainedModel | None) -> HiddenRows | SampledRows | None:
         """The teacher's distributions of a batch."""
         plan = self.plan
-        if plan.teacher == NO_TEACHER:
+        if plan.teacher == NO_TEACHER or self.head is None:
             return None
         if plan.teacher == CACHE:
             count = ids.shape[0] * (ids.shape[1] - 1)
             kept = torch.zeros(count, plan.teacher_tokens, dtype=torch.int32)
             return SampledRows(kept, torch.zeros(kept.shape), torch.zeros(count))
         if plan.teacher == SELF:
-            assert self.head is not None, "the student itself teaches where its head is known"
             self.model.eval()
             with torch.no_grad(), quantizers_off(self.model):
-                rows = _rows(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+                rows = _rows(_hidden(self.model, ids))
             self.model.train(plan.trains)
             return HiddenRows(rows, self.head.logits)
         assert teacher is not None, "a copy or another model was given"
@@ -143,8 +169,8 @@ class _Step:
         head = _head_of(teacher.requires_grad_(False).eval())
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if head is None:
-                return HiddenRows(_rows(teacher(input_ids=ids, use_cache=False).logits))
-            return HiddenRows(_rows(teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state), head.logits)
+                return HiddenRows(_rows(_logits(teacher, ids)))
+            return HiddenRows(_rows(_hidden(teacher, ids)), head.logits)
 
     def loss(self, ids: torch.Tensor, teacher: HiddenRows | SampledRows | None) -> torch.Tensor:
         """The loss of a batch; with accumulation, gradients of the batch before exist already."""
@@ -157,12 +183,12 @@ class _Step:
         objective = _EveryToken(ids, teacher, weights, device_type=plan.device)
         if self.head is None or plan.smooths_labels:
             return self._loss_of_logits(ids)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = _hidden(self.model, ids)
         self._loss_begins()
         return self.head.loss(_rows(hidden), objective)["loss"]
 
     def _loss_of_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=ids, use_cache=False).logits.float()
+        logits = _logits(self.model, ids).float()
         self._loss_begins()
         return F.cross_entropy(_rows(logits), ids[:, 1:].reshape(-1))
 

@@ -66,7 +66,7 @@ def set_checkpointing(model: PreTrainedModel, plan: Plan) -> None:
 
     The state of the generator is not kept: that of a CPU is a tensor with values.
     """
-    if not plan.checkpoints:
+    if not (plan.checkpoints and model.supports_gradient_checkpointing):
         return
     options = {"use_reentrant": False, **dict(plan.checkpointing or ()), "preserve_rng_state": False}
     options.pop("offload", None)  # see `Estimate`

@@ -169,6 +169,7 @@ def available(arguments: Arguments, student: PreTrainedModel) -> Available:
     lora = getattr(arguments, "lora", None)
     quantized = getattr(student, "qat_config", None) is not None
     return Available(
+        checkpointing=student.supports_gradient_checkpointing,
         bfloat16_masters={"master_dtype", "optimizer_in_backward"} <= names,
         lora=lora is not None,
         packed_base=hasattr(lora, "base_in_scheme") and quantized,
@@ -184,9 +185,8 @@ def table(student: PreTrainedModel, plan: Plan, estimate: Estimate, device: Devi
     lines += [f"{_gib(size)}  {name}" for name, size in estimate.rows.items() if size]
     verdict = "fits into" if device.fits(estimate) else "does not fit into"
     each = " a process" if plan.backend.processes > 1 else ""
-    lines.append(
-        f"{_gib(estimate.total)}  in all{each}, in the {estimate.when}; {verdict} {_short(device.memory)} of {device.name}"
-    )
+    where = f"{verdict} {_short(device.memory)} of {device.name}"
+    lines.append(f"{_gib(estimate.total)}  in all{each}, in the {estimate.when}; {where}")
     if plan.trains:
         lines.append(f"{_gib(estimate.kept)}  of activations are kept for the backward pass")
     return lines + [f"Rougher than usual: {reason}" for reason in estimate.rougher]

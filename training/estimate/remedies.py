@@ -12,6 +12,7 @@ from .total import Estimate
 
 _MOST_PROCESSES = 64
 _RANK = 16
+_ADAMW, _ADAMW_8BIT = ("adamw_torch", "adamw_torch_fused"), "adamw_torch_8bit"
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Available:
     """Which settings main.py has.
 
     Attributes:
+        checkpointing: --activation_checkpointing; some models do not support it.
         bfloat16_masters: --master_dtype and --optimizer_in_backward.
         lora: --lora_r; packed_base: --base_in_scheme, for a quantized student.
     """
 
+    checkpointing: bool = True
     bfloat16_masters: bool = False
     lora: bool = False
     packed_base: bool = False
@@ -65,9 +68,11 @@ def _singles(plan: Plan, available: Available) -> Iterator[Remedy]:
         yield Remedy("--distill_teacher cache", replace(plan, teacher=CACHE))
     if not plan.trains:
         return
-    if (checkpointed := _checkpointed(plan)) is not None:
+    if available.checkpointing and (checkpointed := _checkpointed(plan)) is not None:
         yield checkpointed
     if not plan.lora_r:
+        if plan.optimizer in _ADAMW and plan.master_dtype == torch.float32:
+            yield Remedy(f"--optim {_ADAMW_8BIT} (of torchao)", replace(plan, optimizer=_ADAMW_8BIT))
         yield from _of_masters(plan, available)
         if available.lora:
             yield from _of_adapters(plan, available)
@@ -86,7 +91,8 @@ def _checkpointed(plan: Plan) -> Remedy | None:
 
 def _of_masters(plan: Plan, available: Available) -> Iterator[Remedy]:
     if available.bfloat16_masters and not plan.accumulates and plan.master_dtype == torch.float32:
-        masters = replace(plan, master_dtype=torch.bfloat16, in_backward=True)
+        optimizer = "adamw_torch_fused" if plan.optimizer == _ADAMW_8BIT else plan.optimizer
+        masters = replace(plan, master_dtype=torch.bfloat16, in_backward=True, optimizer=optimizer)
         yield Remedy("--master_dtype bfloat16 --optimizer_in_backward True", masters)
 
 

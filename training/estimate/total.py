@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from qat.layers.sites import quantized_sites
 
 from . import optimizers
-from .dry_run import BACKWARD, DryRun, dry_run
+from .dry_run import BACKWARD, DryRun, NotOnFakeTensors, dry_run
 from .fake_model import adapted, layers_of, parameters_of
 from .live_bytes import Moment
 from .plan import COPY, DDP, Plan
@@ -76,9 +76,8 @@ class Estimator:
 
     def _always(self, plan: Plan) -> dict[str, int]:
         parts, on_device = plan.backend.parts, not plan.backend.offloads
-        adapters = self._adapters(plan) if plan.lora_r else []
-        trained = adapters or [(tuple(p.shape), plan.master_dtype) for p in self._trained()]
-        parameters = self._base_bytes(plan) + sum(_size(shape, dtype) for shape, dtype in adapters)
+        trained = self._trained(plan)
+        parameters = self._base_bytes(plan) + sum(_size(*each) for each in trained if plan.lora_r)
         rows = {PARAMETERS: parameters // parts * on_device}
         if plan.backend.shards:
             rows[GATHERED] = self._gathered(plan)
@@ -96,8 +95,11 @@ class Estimator:
         rows[WORKSPACES] = _WORKSPACES if plan.device == "cuda" else 0
         return rows
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.student.parameters() if p.requires_grad]
+    def _trained(self, plan: Plan) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is trained."""
+        if plan.lora_r:
+            return self._adapters(plan)
+        return [(tuple(p.shape), plan.master_dtype) for p in self.student.parameters() if p.requires_grad]
 
     def _base_bytes(self, plan: Plan) -> int:
         """Masters; under adapters what is frozen, in BF16 or as packed codes."""
@@ -149,10 +151,7 @@ class Estimator:
     def _rows_of_step(self, plan: Plan) -> dict[str, int]:
         if plan.backend.offloads:
             return {GRADIENTS: 0, WORK: 0}
-        trained = (
-            self._adapters(plan) if plan.lora_r else [(tuple(p.shape), plan.master_dtype) for p in self._trained()]
-        )
-        parts = plan.backend.parts
+        trained, parts = self._trained(plan), plan.backend.parts
         gradients = 0 if plan.in_backward else sum(_size(*each) for each in trained) // parts
         elements = [torch.Size(shape).numel() // parts for shape, _ in trained]
         if plan.in_backward:
@@ -176,8 +175,8 @@ class Estimator:
         teacher = self.teacher if plan.teacher == COPY else None
         try:
             return dry_run(self.student, teacher, plan), None
-        except RuntimeError as error:  # of the family's code, or of an operator that knows no fake tensors
-            return rough_run(self.student, plan), f"the model's code needs values of tensors ({_first_line(error)})"
+        except NotOnFakeTensors as error:
+            return rough_run(self.student, plan), f"the model's code does not run without values ({error})"
 
     def _rougher(self, plan: Plan, problem: str | None) -> list[str]:
         reasons = [problem] if problem else []
@@ -202,7 +201,3 @@ def _offloaded(student: PreTrainedModel, plan: Plan) -> int:
     itemsize = 2 if plan.lora_r or plan.master_dtype == torch.bfloat16 else 4
     layers = -(-len(layers_of(student)) // int(str(options.get("every_n_layers", 1))))
     return max(0, layers - 1) * plan.batch * plan.length * student.config.get_text_config().hidden_size * itemsize
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
