@@ -16,6 +16,8 @@ import sys
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
+from training.adapters.inject import add_adapters
+from training.adapters.inject import lora_config as adapter_config
 from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
 from training.estimate.program import short_form
@@ -44,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: Arguments, output: OutputFolder) -> None:
     """Check, read data, load, quantize, train, evaluate, save."""
-    model_args, args, data_args, quant_args, distill_args = arguments
+    model_args, args, data_args, quant_args, distill_args, lora_args = arguments
     start = Start.read(model_args, args.cache_dir)
+    start.is_frozen = lora_args.is_on
     start.check(quant_args, distill_args)
     start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
     skeleton = check_model(arguments, start, output)
@@ -64,6 +67,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
+    if lora_args.is_on:
+        add_adapters(model, adapter_config(lora_args), args.seed)
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
     if data_args.streaming and not args.do_train:
         data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import LlamaForCausalLM  # noqa: E402
 
-from benchmarks import workloads  # noqa: E402
 from benchmarks.arguments import make_parser, use_device  # noqa: E402
+from benchmarks.lora import TEACHER, LoraStep, make_base  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model  # noqa: E402
-from training.estimate.plan import COPY, Plan  # noqa: E402
+from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, prepare  # noqa: E402
+from training.estimate.plan import COPY, SELF, Plan  # noqa: E402
 from training.estimate.total import Estimator  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
@@ -56,6 +56,8 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "BF16, Adafactor": Configuration(None, {"optimizer": "adafactor"}),
     "MXFP4A16": Configuration("MXFP4A16", {}),
     "NVFP4": Configuration("NVFP4", {}),
+    "MXFP4, adapters": Configuration("MXFP4", {"lora_r": 16}),
+    "MXFP4, adapters, distilled from itself": Configuration("MXFP4", {"lora_r": 16, "teacher": SELF}),
 }
 
 
@@ -83,15 +85,27 @@ def optimizer_of(plan: Plan, model: LlamaForCausalLM) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=plan.optimizer.endswith("fused") or None)
 
 
-def train(args: argparse.Namespace, name: str, after_first_step: Callable[[], None]) -> None:
-    """A few steps of a configuration."""
+def make_step(args: argparse.Namespace, name: str) -> TrainingStep | LoraStep:
+    """The step of a configuration."""
     plan, scheme = plan_for(args, name), CONFIGURATIONS[name].scheme
+    if plan.lora_r:
+        settings = argparse.Namespace(
+            rank=plan.lora_r, alpha=32, checkpointing="off", compiled=False, batch=plan.batch, length=plan.length
+        )
+        kind = f"{scheme}{TEACHER if plan.teacher == SELF else ''}"
+        return LoraStep(kind, make_base(args.shape, args.layers, args.device), settings)
     model = make_model(args.shape, None, args.layers, args.device)
     teacher = load_teacher(model, None) if plan.teacher == COPY else None
-    model = workloads.prepare(model, scheme, plan.checkpoints)
+    model = prepare(model, scheme, plan.checkpoints)
     frozen = None if teacher is None else FrozenTeacher(teacher, torch.device(args.device))
     step = TrainingStep(model, make_batch(model, plan.batch, plan.length), teacher=frozen)
     step.optimizer = optimizer_of(plan, model)
+    return step
+
+
+def train(args: argparse.Namespace, name: str, after_first_step: Callable[[], None]) -> None:
+    """A few steps of a configuration."""
+    plan, step = plan_for(args, name), make_step(args, name)
     for number in range(STEPS):
         if plan.accumulates:
             step.loss().backward()

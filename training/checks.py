@@ -49,7 +49,7 @@ def check_paths(arguments: Arguments) -> None:
     Raises:
         UserError: as described. An evaluation may write into the folder of its model: it makes a new folder there.
     """
-    model_args, args, data_args, _, distill_args = arguments
+    model_args, args, data_args, _, distill_args, _ = arguments
     check_model_folder(model_args.model_name_or_path)
     teacher = distill_args.teacher_model_name_or_path
     if teacher is not None:
@@ -77,7 +77,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the packed
             model's folder is occupied; or the checkpoint to resume from is not there or of another training.
     """
-    _, args, data_args, quant_args, distill_args = arguments
+    _, args, data_args, quant_args, distill_args, _ = arguments
     for name, folder in (
         ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
     ):  # fmt: skip

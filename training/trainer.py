@@ -31,6 +31,7 @@ from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned import check_compute_dtype
 from qat.layers.restore import check_trainable
 
+from .adapters.checkpoints import AdapterTrainer
 from .arguments.trainer_options import check_trainer_options, check_with_teacher
 from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
@@ -45,7 +46,6 @@ from .losses.router_loss import NAME as ROUTER_LOSS
 from .losses.router_loss import RouterLoss, UnknownRouterLoss, find_router_loss, wants_router_loss
 from .losses.term_means import TermMeans
 from .monitoring.monitor import QuantizationMonitor
-from .resume.fault_tolerance import FaultTolerantTrainer
 from .resume.run_record import model_settings
 from .teachers.cache import CachedTeacher
 from .teachers.frozen import agreed_head
@@ -59,9 +59,9 @@ _FLAGS_OF_PROGRAMS = ("do_predict", "resume_from_checkpoint")  # Trainer itself 
 _FOR_METRICS = ("batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics")
 
 
-class QATTrainer(FaultTolerantTrainer):
+class QATTrainer(AdapterTrainer):
     """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
-    those of FaultTolerantTrainer.
+    those of FaultTolerantTrainer. Models with adapters (adapters/inject.py) train these alone.
 
     Without `compute_metrics`, evaluation keeps no logits. `eval_loss` is the mean cross-entropy of a token, also with
     smoothed labels and with a loss of the caller's own; `predict` gives the sums of losses as predictions, FP32 [n] for
@@ -381,6 +381,8 @@ class QATTrainer(FaultTolerantTrainer):
         force again afterwards, also when saving fails.
         """
         whole = self.is_fsdp_enabled and not self._keep_masters
+        if self.has_adapters and not self._keep_masters:
+            self._gather_adapters()
         with full_state_dict(self.accelerator.state.fsdp_plugin) if whole else nullcontext():
             super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and self._keep_masters and self.args.should_save:
@@ -413,7 +415,7 @@ class QATTrainer(FaultTolerantTrainer):
         output_dir = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
         if not self._keep_masters:
-            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = self.finished_state(model.state_dict() if state_dict is None else state_dict)
             state_dict = finished_weights(model, state_dict, self.saved_dtypes.by_name)
             state_dict = self.saved_dtypes.cast(model, state_dict)
         super()._save(output_dir, state_dict)
@@ -421,6 +423,8 @@ class QATTrainer(FaultTolerantTrainer):
             return
         if not self._keep_masters:
             self.saved_dtypes.write(Path(output_dir))
+            if self.has_adapters:
+                self._save_adapter(output_dir)
         if (qat_config := self.qat_config) is not None:
             (qat_config if self._keep_masters else finished_config(qat_config)).save(output_dir)
 

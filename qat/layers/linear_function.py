@@ -7,7 +7,8 @@ For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3
 
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
 is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit. An input
-that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does.
+that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. With a low-rank adapter the weight is
+merged before it is rounded, both times, and dw does not exist: see lora.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..numerics import ops
 from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
 from .input_cache import InputCache
+from .lora import MergedRounding
 from .rounding import Rounding
 
 _inputs = InputCache()
@@ -108,7 +110,10 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
             grad_x = grad_x.reshape(*grad.shape[:-1], weight.shape[-1]).to(x_dtype)
-        if ctx.needs_input_grad[1] or needs_learned:
+        if needs_learned and isinstance(settings.rounding, MergedRounding):
+            values = _kept_values(kept, settings) if plain is None else plain
+            learned_grads = settings.rounding.gradients(grad_rows, values.reshape(-1, values.shape[-1]), *learned)
+        elif ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
             grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])
             if learned:

@@ -14,7 +14,9 @@ from ..errors import UserError
 from ..numerics import ops
 from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
+from .lora import LowRankAdapter, MergedRounding, adapter_of, merged
 from .operands import Operands, compute_dtype, is_shard
+from .rounding import Rounding
 from .swapped_class import swapped_class
 
 # By name, since qat/layers imports no transformers.
@@ -34,8 +36,9 @@ class LinearProduct(Operands):
     adds_bias_apart = False
 
     def effective_weight(self) -> torch.Tensor:
-        """What is rounded and multiplied by, in the layout of the weight. An adapter adds its product here."""
-        return self.weight
+        """What is rounded and multiplied by, in the layout of the weight: with an adapter, the merged weight."""
+        adapter = adapter_of(self)
+        return self.weight if adapter is None else self.from_rows(merged(self.rows(self.weight), adapter))
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -49,21 +52,31 @@ class LinearProduct(Operands):
         saved.
         """
         dtype = compute_dtype(input)
-        weight, inputs = self.weight_quantizer, self.input_quantizer
-        rows, bias = self.rows(self.effective_weight()), None if self.adds_bias_apart else self.bias
-        if weight.is_enabled and weight.scale is None and inputs.scale is None:
+        weight, inputs, adapter = self.weight_quantizer, self.input_quantizer, adapter_of(self)
+        bias = None if self.adds_bias_apart else self.bias
+        is_plain = weight.scale is None and inputs.scale is None
+        if is_plain and (weight.is_enabled or adapter is not None):
+            rounding, learned = self._rounding(adapter)
             spec = inputs.spec if inputs.is_enabled else None
+            divisor = self._divisor(input, dtype) if weight.is_enabled else None
             output = quantized_linear(
-                input, rows, bias, spec, weight.rounding, dtype, weight.learned,
-                self._divisor(input, dtype), self.input_divisor(input.device), id(self.fused_with),
+                input, self.rows(self.weight), bias, spec, rounding, dtype, learned, divisor,
+                self.input_divisor(input.device), id(self.fused_with),
             )  # fmt: skip
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
             x = inputs(input.to(dtype), self.input_divisor(input.device))
-            output = F.linear(x, weight(rows.to(dtype), divisor), bias)
+            output = F.linear(x, weight(self.rows(self.effective_weight()).to(dtype), divisor), bias)
         if self.adds_bias_apart and self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return self.output_quantizer(output)
+
+    def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding, tuple[torch.Tensor, ...]]:
+        """How the weight is rounded, and what is trained beside it."""
+        quantizer = self.weight_quantizer
+        if adapter is None:
+            return quantizer.rounding, quantizer.learned
+        return MergedRounding(quantizer.spec if quantizer.is_enabled else None, adapter.scaling), adapter.factors
 
     def _divisor(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """That of the weight in formats with a tensor scale: of all layers that engines fuse with this one.
@@ -74,7 +87,7 @@ class LinearProduct(Operands):
         fmt = self.weight_quantizer.spec.format
         if fmt.tensor_scale is None:
             return None
-        weights = [layer.effective_weight() for layer in self.fused_with]
+        weights = [layer.weight for layer in self.fused_with]
         shapes = [layer.weight_shape for layer in self.fused_with]
         if any(map(is_shard, weights, shapes)):
             raise UserError(
@@ -82,8 +95,15 @@ class LinearProduct(Operands):
                 "gate_proj, up_proj), and FSDP shards these one by one; let it wrap whole decoder layers "
                 "(fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)"
             )
-        key = fmt.name, dtype, tuple((id(weight), weight._version) for weight in weights)
-        return once_for(input, key, lambda: ops.tensor_divisor([w.detach() for w in weights], fmt.name, dtype))
+        factors = [f for layer in self.fused_with if (own := adapter_of(layer)) is not None for f in own.factors]
+        key = fmt.name, dtype, tuple((id(tensor), tensor._version) for tensor in (*weights, *factors))
+
+        def largest() -> torch.Tensor:
+            with torch.no_grad():
+                merged_weights = [layer.effective_weight().detach() for layer in self.fused_with]
+                return ops.tensor_divisor(merged_weights, fmt.name, dtype)
+
+        return once_for(input, key, largest)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
@@ -107,10 +127,11 @@ class QuantFalconLinear(QuantLinear):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer that `convert` takes: an nn.Linear itself, or Falcon's."""
-    return type(module) is nn.Linear or _is_falcon(module)
+    return type(module) is nn.Linear or is_falcon(module)
 
 
-def _is_falcon(module: nn.Module) -> bool:
+def is_falcon(module: nn.Module) -> bool:
+    """Whether `module` is a FalconLinear that is not quantized."""
     return f"{type(module).__module__}.{type(module).__qualname__}" == _FALCON_LINEAR
 
 
@@ -124,7 +145,7 @@ def convert(module: nn.Module, scheme: Scheme, name: str = "", learns: bool = Fa
         UserError: the blocks of the scheme's formats do not divide its in_features.
     """
     check_convertible(module, scheme, name)
-    module.__class__ = swapped_class(QuantFalconLinear, type(module), "Quant") if _is_falcon(module) else QuantLinear
+    module.__class__ = swapped_class(QuantFalconLinear, type(module), "Quant") if is_falcon(module) else QuantLinear
     assert isinstance(module, QuantLinear)  # for type checkers, which do not follow __class__
     module.add_quantizers(scheme)
     if learns:

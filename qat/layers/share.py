@@ -11,20 +11,22 @@ from torch import nn
 from ..schemes.config import QATConfig
 from ..schemes.patterns import matches
 from .left_alone import ANOTHER_KIND, NO_KEY, Defaults, output_head
+from .lora import LowRankAdapter
 from .sites import EXPERTS, LINEAR, Site, find_sites, quantized_sites
 from .tensor_quantizer import TensorQuantizer
 
+_NOT_LINEAR = nn.Embedding, TensorQuantizer, LowRankAdapter
 ENOUGH = 0.9  # a smaller share is worth a warning
 
 
 def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """All weights with two or more dimensions by name, without embeddings, the output head and their tied copies.
 
-    Weights of convolutions and of layers that cannot be quantized are among them; biases and what quantizers learn are
-    not. Shared weights are there once.
+    Weights of convolutions and of layers that cannot be quantized are among them; biases, adapters and what quantizers
+    learn are not. Shared weights are there once.
     """
     head = output_head(model)
-    not_linear = [m for m in model.modules() if isinstance(m, nn.Embedding | TensorQuantizer) or m is head]
+    not_linear = [m for m in model.modules() if isinstance(m, _NOT_LINEAR) or m is head]
     known = {id(parameter) for module in not_linear for parameter in module.parameters()}
     found = {}
     for name, parameter in model.named_parameters():
@@ -81,8 +83,8 @@ def left_unquantized(model: nn.Module, config: QATConfig) -> dict[str, str]:
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether a module itself has a matrix: neither an embedding, nor what quantizers learn."""
-    return not isinstance(module, nn.Embedding | TensorQuantizer) and _size(module) > 0
+    """Whether a module itself has a matrix: neither an embedding, nor an adapter or what quantizers learn."""
+    return not isinstance(module, _NOT_LINEAR) and _size(module) > 0
 
 
 def _reason(name: str, module: nn.Module, config: QATConfig, defaults: Defaults, kind: str | None) -> str:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import fp8
+from . import fp8, low_rank
 from .families import family_of, get_format
 from .formats import Format, Quantized
-from .kernels import KERNELS
+from .kernels import KERNELS, MERGING
 
 
 def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
@@ -57,6 +57,50 @@ def _given(divisor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
 @fake_quantize.register_fake
 def _(x, fmt, rule, dtype, divisor=None):
     return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("mx_qat::merge", mutates_args=())
+def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W [..., N, K] with the low-rank adapter A [..., r, K] and B [..., N, r] added: see `low_rank.merge`."""
+    return _merging(weight)(weight, a, b, scaling)
+
+
+@merge.register_fake
+def _(weight, a, b, scaling):
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op("mx_qat::fake_quantize_merged", mutates_args=())
+def fake_quantize_merged(
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    fmt: str,
+    rule: str,
+    dtype: torch.dtype,
+    divisor: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`fake_quantize(merge(weight, a, b, scaling), fmt, rule, dtype, divisor)`; where a kernel does both, in one pass.
+
+    Without a gradient.
+    """
+    format_ = get_format(fmt)
+    kernels = MERGING.get(weight.device.type)
+    if kernels is not None and format_.name in getattr(kernels, "SERVES", ()) and kernels.is_available():
+        return kernels.fake_quantize_merged(weight, a, b, scaling, format_, rule, dtype)
+    merged = _merging(weight)(weight, a, b, scaling)
+    return _function("fake_quantize", merged, format_)(merged, format_, rule, dtype, *_given(divisor))
+
+
+@fake_quantize_merged.register_fake
+def _(weight, a, b, scaling, fmt, rule, dtype, divisor=None):
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _merging(weight: torch.Tensor) -> Callable:
+    kernels = MERGING.get(weight.device.type)
+    return kernels.merge if kernels is not None and kernels.is_available() else low_rank.merge
 
 
 def _remember_dtype(ctx, inputs, output):

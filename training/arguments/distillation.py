@@ -9,9 +9,9 @@ from qat.errors import UserError
 
 TEACHERS = ("copy", "cache", "self")
 SELF_IN_TRAINING = (
-    "--distill_teacher self is for evaluation (--do_eval without --do_train): while weights train, the teacher changes "
-    "with the student, and nothing holds both to the model that the stage starts from. Choose --distill_teacher copy "
-    "or cache"
+    "--distill_teacher self is for evaluation (--do_eval without --do_train) and for adapters (--lora_r): while all "
+    "weights train, the teacher changes with the student, and nothing holds both to the model that the stage starts "
+    "from. Choose --distill_teacher copy or cache"
 )
 
 
@@ -51,12 +51,12 @@ class DistillationArguments:
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another teacher: hub id or local folder; implies --distill True."}
     )
-    distill_teacher: str = field(
-        default="copy",
+    distill_teacher: str | None = field(
+        default=None,
         metadata={
             "help": "How the teacher is there: copy keeps a frozen model in memory; cache computes its distributions "
-            "once and keeps a sample of each on disk; self is the student with its quantizers off. See "
-            "docs/distillation.md.",
+            "once and keeps a sample of each on disk; self is the student with its quantizers and adapters off. "
+            "Default: self where adapters are trained, else copy. See docs/distillation.md.",
             "choices": list(TEACHERS),
         },
     )
@@ -79,8 +79,9 @@ class DistillationArguments:
     )
 
     def __post_init__(self) -> None:
-        self.distill = self.distill or self.teacher_model_name_or_path is not None or self.distill_teacher != "copy"
-        if self.distill_teacher not in TEACHERS:
+        given = self.distill_teacher not in (None, "copy")
+        self.distill = self.distill or self.teacher_model_name_or_path is not None or given
+        if self.distill_teacher not in (None, *TEACHERS):
             raise UserError(
                 f"--distill_teacher {self.distill_teacher!r} is unknown; choose one of {', '.join(TEACHERS)}"
             )
@@ -98,6 +99,12 @@ class DistillationArguments:
             )
         self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
         self._check_unused()
+
+    def choose_teacher(self, has_adapters: bool) -> None:
+        """Decide on the teacher's kind where none is given."""
+        if self.distill_teacher is None:
+            is_free = has_adapters and self.teacher_model_name_or_path is None
+            self.distill_teacher = "self" if is_free else "copy"
 
     def _check_unused(self) -> None:
         """Settings that have no effect without a teacher, or without a cache."""

@@ -1,4 +1,4 @@
-"""Parse the command line into five groups of arguments, or end with one clear line.
+"""Parse the command line into six groups of arguments, or end with one clear line.
 
 A recipe (`--config recipes/mxfp4.yaml`) is a file of arguments by name; flags beside it win.
 """
@@ -16,12 +16,13 @@ from qat.errors import UserError
 from .config_file import SUFFIXES, as_flags, read_config
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
+from .lora import LoraArguments
 from .model import ModelArguments
 from .quantization import QuantizationArguments
 from .trainer_options import check_metric, check_with_stream, check_with_teacher
 from .training import TrainingArguments
 
-GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments)
+GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments, LoraArguments)
 
 
 class Arguments(NamedTuple):
@@ -32,6 +33,7 @@ class Arguments(NamedTuple):
     data: DataArguments
     quantization: QuantizationArguments
     distillation: DistillationArguments
+    lora: LoraArguments
 
     @property
     def data_options(self) -> dict:
@@ -52,6 +54,7 @@ class Arguments(NamedTuple):
             "learning_settings": {
                 **vars(self.distillation),
                 **vars(self.quantization),
+                **vars(self.lora),
                 "model_name_or_path": self.model.model_name_or_path,
             },
         }
@@ -114,7 +117,10 @@ def _check_precision(words: list[str]) -> None:
 
 def _check_together(arguments: Arguments) -> None:
     """Raise a UserError for settings of two groups that exclude each other."""
-    training, distillation = arguments.training, arguments.distillation
+    training, distillation, lora = arguments.training, arguments.distillation, arguments.lora
+    distillation.choose_teacher(lora.is_on)
+    if lora.is_on:
+        lora.check_with(arguments.quantization)
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)
@@ -142,7 +148,7 @@ def _check_together(arguments: Arguments) -> None:
             )
     if distillation.distill:
         check_with_teacher(training)
-    if distillation.distill_teacher == "self" and training.do_train:
+    if distillation.distill_teacher == "self" and training.do_train and not lora.is_on:
         raise UserError(SELF_IN_TRAINING)
     if not (training.do_train or training.do_eval):
         raise UserError("nothing is asked for: give --do_train True, --do_eval True, or both")

@@ -12,13 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from qat.layers.lora import adapters_at_start
 from qat.layers.sites import quantizers_off
 
 from ..losses.chunked import Head, possible_heads
 from ..losses.distillation import HiddenRows, Objective, SampledRows
 from .fake_model import (
     copy_of,
-    freeze_base,
     give_fake_tensors,
     layers_of,
     parameters_of,
@@ -60,7 +60,8 @@ def dry_run(student: PreTrainedModel, teacher: PreTrainedModel | None, plan: Pla
     """One step of training, or a forward pass of an evaluation.
 
     Args:
-        student: prepared for its schemes; parameters on the meta device. It is not changed.
+        student: prepared for its schemes, with adapters where the plan has some; parameters on the meta device. It is
+            not changed.
         teacher: of a copy or another model; likewise.
 
     Raises:
@@ -129,8 +130,6 @@ class _Step:
         set_attention(model, plan.masked)
         if not plan.trains:
             return
-        if plan.lora_r:
-            freeze_base(model, plan.lora_target)
         set_checkpointing(model, plan)
         self._follow_gradients()
 
@@ -144,7 +143,7 @@ class _Step:
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
-            if plan.in_backward or plan.lora_r:
+            if plan.in_backward:
                 parameter.register_post_accumulate_grad_hook(_forget)
             elif not plan.backend.shards or id(parameter) in in_layers:
                 parameter.register_post_accumulate_grad_hook(lambda p: self.live.settle(p.grad))
@@ -160,7 +159,7 @@ class _Step:
             return SampledRows(kept, torch.zeros(kept.shape), torch.zeros(count))
         if plan.teacher == SELF:
             self.model.eval()
-            with torch.no_grad(), quantizers_off(self.model):
+            with torch.no_grad(), quantizers_off(self.model), adapters_at_start(self.model):
                 rows = _rows(_hidden(self.model, ids))
             self.model.train(plan.trains)
             return HiddenRows(rows, self.head.logits)
@@ -175,8 +174,8 @@ class _Step:
     def loss(self, ids: torch.Tensor, teacher: HiddenRows | SampledRows | None) -> torch.Tensor:
         """The loss of a batch; with accumulation, gradients of the batch before exist already."""
         plan = self.plan
-        if plan.accumulates and plan.trains and not (plan.lora_r or plan.in_backward):
-            for parameter in self.model.parameters():
+        if plan.accumulates and plan.trains and not plan.in_backward:
+            for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.grad = torch.empty_like(parameter)
                 self.live.settle(parameter.grad)
         weights = {"ce": plan.ce_weight, "kl": 1 - plan.ce_weight} if plan.teaches else {"ce": 1.0}

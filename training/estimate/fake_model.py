@@ -6,6 +6,7 @@ Fake tensors are those of the CPU, since autocast knows no meta device, and a CP
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 
 import torch
@@ -14,11 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qat.layers.adapted import attach
 from qat.layers.calibration import calibrated_layers
+from qat.layers.conv1d import is_conv1d, is_quantconv1d
 from qat.layers.experts import compute_in_autocast_dtype
 from qat.layers.kv_cache import cache_quantizers
+from qat.layers.lora import NAME, adapters
 
-from .plan import Plan
+from .plan import ALL_LINEAR, Plan
 
 _UNMASKED = "sdpa_unmasked"  # transformers makes a mask for fake tensors, since it cannot see that none is needed
 _MEMORY_OF_SDPA = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -35,13 +39,17 @@ def copy_of(skeleton: PreTrainedModel) -> PreTrainedModel:
 
 
 def give_fake_tensors(model: PreTrainedModel, mode: FakeTensorMode, dtype: torch.dtype) -> PreTrainedModel:
-    """Let a model's parameters on the meta device become fake tensors in `dtype`, in place. `mode` is in force."""
+    """Let a model's parameters on the meta device become fake tensors in `dtype`, in place; adapters stay FP32.
+
+    `mode` is in force.
+    """
+    factors = {id(p) for layer in adapters(model).values() for p in layer.get_submodule(NAME).parameters()}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return mode.from_tensor(tensor)
-        wanted = dtype if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else tensor.dtype
-        return torch.empty_like(tensor, dtype=wanted, device="cpu")
+        keeps = not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or id(tensor) in factors
+        return torch.empty_like(tensor, dtype=tensor.dtype if keeps else dtype, device="cpu")
 
     model._apply(fake)
     model.tie_weights()
@@ -75,25 +83,36 @@ def set_checkpointing(model: PreTrainedModel, plan: Plan) -> None:
     enable(options, **own)
 
 
-def adapted(model: nn.Module, target: str) -> dict[str, nn.Linear]:
-    """The linear layers that get adapters: all but the head, or those whose names end in one of a list."""
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if target == "all-linear":
-        return layers
-    ends = tuple(target.split(","))
-    return {n: m for n, m in layers.items() if n.split(".")[-1] in ends or n.endswith(ends)}
+def with_adapters(skeleton: PreTrainedModel, rank: int, target: str) -> PreTrainedModel:
+    """A copy of a skeleton whose layers have adapters, everything else being frozen.
 
-
-def freeze_base(model: nn.Module, target: str) -> None:
-    """Let only the weights with adapters need gradients.
-
-    An adapter keeps of its layer's input what training the weight would keep, and takes the memory of a weight while it
-    is merged and of a gradient while its own are computed. So the weight stands for it here.
+    Args:
+        target: "all-linear", which leaves out the head, ends of names with commas between them, or a regular expression
+            over whole names.
     """
-    model.requires_grad_(False)
-    for layer in adapted(model, target).values():
-        layer.weight.requires_grad_(True)
+    model = copy.deepcopy(skeleton)
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if layer is head or not (isinstance(layer, nn.Linear) or is_conv1d(layer) or is_quantconv1d(layer)):
+            continue
+        if not _is_target(name, target):
+            continue
+        rows, columns = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
+        factors = (torch.empty(shape, device="meta") for shape in ((rank, columns), (rows, rank)))
+        attach(layer, *factors, 1.0, name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{NAME}." in name)
+    return model
+
+
+def _is_target(name: str, target: str) -> bool:
+    ends = target.split(",")
+    return (
+        target == ALL_LINEAR
+        or name.split(".")[-1] in ends
+        or name.endswith(tuple(f".{end}" for end in ends))
+        or (len(ends) == 1 and re.fullmatch(target, name) is not None)
+    )
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

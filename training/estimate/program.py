@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(rest)
     check_model_folder(arguments.model.model_name_or_path)
     start = start_of(arguments.model, arguments.training.cache_dir)
+    start.is_frozen = arguments.lora.is_on
     start.check(arguments.quantization, arguments.distillation)
     student = prepared(arguments, start)
     plan = plan_of(arguments, backend, device.kind)
@@ -166,13 +167,11 @@ def estimator_of(arguments: Arguments, student: PreTrainedModel) -> Estimator:
 def available(arguments: Arguments, student: PreTrainedModel) -> Available:
     """The settings of this version that need less memory and work for this model."""
     names = {field.name for field in fields(arguments.training)}
-    lora = getattr(arguments, "lora", None)
     quantized = getattr(student, "qat_config", None) is not None
     return Available(
         checkpointing=student.supports_gradient_checkpointing,
         bfloat16_masters={"master_dtype", "optimizer_in_backward"} <= names,
-        lora=lora is not None,
-        packed_base=hasattr(lora, "base_in_scheme") and quantized,
+        packed_base=quantized,
     )
 
 
@@ -201,6 +200,7 @@ def title(student: PreTrainedModel, plan: Plan) -> str:
         f"{plan.backend.processes} processes, {plan.backend.name}"
     )  # fmt: skip
     teacher = f", teacher: {plan.teacher}" if plan.teaches else ""
+    teacher = f", adapters of rank {plan.lora_r}{teacher}" if plan.lora_r else teacher
     return (
         f"{type(student).__name__}, {count / 1e9:.3g} billion parameters, {scheme}{teacher}; "
         f"{plan.batch} x {plan.length} tokens; {who}"

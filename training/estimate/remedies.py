@@ -30,12 +30,11 @@ class Available:
     Attributes:
         checkpointing: --activation_checkpointing; some models do not support it.
         bfloat16_masters: --master_dtype and --optimizer_in_backward.
-        lora: --lora_r; packed_base: --base_in_scheme, for a quantized student.
+        packed_base: --base_in_scheme, for a quantized student.
     """
 
     checkpointing: bool = True
     bfloat16_masters: bool = False
-    lora: bool = False
     packed_base: bool = False
 
 
@@ -74,8 +73,7 @@ def _singles(plan: Plan, available: Available) -> Iterator[Remedy]:
         if plan.optimizer in _ADAMW and plan.master_dtype == torch.float32:
             yield Remedy(f"--optim {_ADAMW_8BIT} (of torchao)", replace(plan, optimizer=_ADAMW_8BIT))
         yield from _of_masters(plan, available)
-        if available.lora:
-            yield from _of_adapters(plan, available)
+        yield from _of_adapters(plan, available)
     elif available.packed_base and not plan.base_in_scheme:
         yield Remedy("--base_in_scheme True", replace(plan, base_in_scheme=True))
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from qat.layers.lora import NAME
 from qat.layers.sites import quantized_sites
 
 from . import optimizers
 from .dry_run import BACKWARD, DryRun, NotOnFakeTensors, dry_run
-from .fake_model import adapted, layers_of, parameters_of
+from .fake_model import layers_of, parameters_of, with_adapters
 from .live_bytes import Moment
 from .plan import COPY, DDP, Plan
 from .rough import rough_run
@@ -59,6 +60,7 @@ class Estimator:
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None = None) -> None:
         self.student = student
         self.teacher = teacher or student
+        self._adapted: dict[tuple[int, str], PreTrainedModel] = {}
         self._runs: dict[tuple, tuple[DryRun, str | None]] = {}
 
     def estimate(self, plan: Plan) -> Estimate:
@@ -76,17 +78,13 @@ class Estimator:
 
     def _always(self, plan: Plan) -> dict[str, int]:
         parts, on_device = plan.backend.parts, not plan.backend.offloads
-        trained = self._trained(plan)
-        parameters = self._base_bytes(plan) + sum(_size(*each) for each in trained if plan.lora_r)
-        rows = {PARAMETERS: parameters // parts * on_device}
+        rows = {PARAMETERS: self._parameter_bytes(plan) // parts * on_device}
         if plan.backend.shards:
             rows[GATHERED] = self._gathered(plan)
         if plan.trains:
-            masters_bf16 = plan.master_dtype == torch.bfloat16 and not plan.lora_r
-            moment_dtype = torch.bfloat16 if masters_bf16 else torch.float32
-            states = optimizers.state_bytes(
-                plan.optimizer, plan.optimizer_args, [shape for shape, _ in trained], moment_dtype, plan.device
-            )
+            trained, shapes = self._trained(plan), [shape for shape, _ in self._trained(plan)]
+            moment_dtype = torch.float32 if plan.lora_r else plan.master_dtype
+            states = optimizers.state_bytes(plan.optimizer, plan.optimizer_args, shapes, moment_dtype, plan.device)
             rows[STATES] = states // parts * on_device
             rows[BUCKETS] = sum(_size(*each) for each in trained) if plan.backend.name == DDP else 0
         if plan.teacher == COPY:
@@ -95,57 +93,54 @@ class Estimator:
         rows[WORKSPACES] = _WORKSPACES if plan.device == "cuda" else 0
         return rows
 
+    def student_of(self, plan: Plan) -> PreTrainedModel:
+        """The student, with adapters where the plan has some."""
+        if not plan.lora_r:
+            return self.student
+        key = plan.lora_r, plan.lora_target
+        if key not in self._adapted:
+            self._adapted[key] = with_adapters(self.student, *key)
+        return self._adapted[key]
+
     def _trained(self, plan: Plan) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is trained."""
-        if plan.lora_r:
-            return self._adapters(plan)
-        return [(tuple(p.shape), plan.master_dtype) for p in self.student.parameters() if p.requires_grad]
+        dtype = torch.float32 if plan.lora_r else plan.master_dtype
+        return [(tuple(p.shape), dtype) for p in self.student_of(plan).parameters() if p.requires_grad]
 
-    def _base_bytes(self, plan: Plan) -> int:
-        """Masters; under adapters what is frozen, in BF16 or as packed codes."""
+    def _parameter_bytes(self, plan: Plan) -> int:
+        """Masters; with adapters FP32 factors, and what is frozen in BF16 or as packed codes."""
+        model = self.student_of(plan)
         if not plan.lora_r:
-            return sum(_size(tuple(p.shape), plan.master_dtype) for p in self.student.parameters())
-        packed = self._packed_bytes(plan) if plan.base_in_scheme else {}
-        return sum(packed.get(id(p), 2 * p.numel()) for p in self.student.parameters())
-
-    def _packed_bytes(self, plan: Plan) -> dict[int, int]:
-        layers = {id(layer.weight) for layer in adapted(self.student, plan.lora_target).values()}
-        sites = [site for site in quantized_sites(self.student) if id(site.weight) in layers]
-        return {
-            id(site.weight): int(site.weight.numel() * site.scheme.weight.format.bits_per_value(site.shape[1]) / 8)
-            for site in sites
-        }
-
-    def _adapters(self, plan: Plan) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """FP32 A [r, K] and B [N, r] of each layer."""
-        layers = adapted(self.student, plan.lora_target).values()
-        shapes = [((plan.lora_r, m.in_features), (m.out_features, plan.lora_r)) for m in layers]
-        return [(shape, torch.float32) for pair in shapes for shape in pair]
+            return sum(_size(tuple(p.shape), plan.master_dtype) for p in model.parameters())
+        packed = _packed_bytes(model) if plan.base_in_scheme else {}
+        return sum(4 * p.numel() if p.requires_grad else packed.get(id(p), 2 * p.numel()) for p in model.parameters())
 
     def _gathered(self, plan: Plan) -> int:
         """Layers that FSDP has gathered, and what is in no layer, which stays so."""
-        each, rest = self._units()
+        each, rest = self._units(plan)
         whole = sum(each) if plan.backend.keeps_gathered else _LAYERS_AT_ONCE * max(each, default=0)
         dtype = torch.bfloat16 if plan.lora_r else plan.gather_dtype
         return (whole + rest) * dtype.itemsize
 
-    def _units(self) -> tuple[list[int], int]:
+    def _units(self, plan: Plan, trained: bool = False) -> tuple[list[int], int]:
         """Elements of each decoder layer, and of all other parameters."""
-        layers = layers_of(self.student)
-        each = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        model = self.student_of(plan)
+        layers = layers_of(model)
+        counted = [p for p in model.parameters() if p.requires_grad or not trained]
         inside = {id(p) for p in parameters_of(layers)}
-        return each, sum(p.numel() for p in self.student.parameters() if id(p) not in inside)
+        chosen = {id(p) for p in counted}
+        each = [sum(p.numel() for p in layer.parameters() if id(p) in chosen) for layer in layers]
+        return each, sum(p.numel() for p in counted if id(p) not in inside)
 
     # ---- What exists at a time ----
 
     def _rows(self, plan: Plan, run: DryRun, phase: str, moment: Moment) -> dict[str, int]:
-        wider = plan.master_dtype.itemsize / plan.gather_dtype.itemsize if plan.backend.shards else 1
+        gathers_narrow = plan.backend.shards and not plan.lora_r
+        wider = plan.master_dtype.itemsize / plan.gather_dtype.itemsize if gathers_narrow else 1
         gradients = 0 if plan.backend.offloads else int(moment.gradients * wider) // plan.backend.parts
-        if plan.lora_r and plan.trains:
-            gradients = sum(_size(*each) for each in self._adapters(plan)) // plan.backend.parts
         work = moment.work - _offloaded(self.student, plan)
-        if plan.backend.shards and phase == BACKWARD and not plan.lora_r:
-            work += _GRADIENTS_AT_ONCE * max(self._units()[0], default=0) * 4
+        if plan.backend.shards and phase == BACKWARD:
+            work += _GRADIENTS_AT_ONCE * max(self._units(plan, trained=True)[0], default=0) * 4
         return {GRADIENTS: gradients, WORK: max(0, work)}
 
     def _rows_of_step(self, plan: Plan) -> dict[str, int]:
@@ -164,7 +159,7 @@ class Estimator:
         key = (
             plan.batch, plan.length, plan.trains, plan.compute_dtype, plan.accumulates, plan.masked, plan.master_dtype,
             plan.in_backward, plan.checkpoints, plan.checkpointing, plan.teacher, plan.teacher_tokens, plan.ce_weight,
-            bool(plan.lora_r), plan.lora_target, plan.gather_dtype, plan.smooths_labels, plan.device,
+            plan.lora_r, plan.lora_target, plan.gather_dtype, plan.smooths_labels, plan.device,
             plan.backend.parts, plan.backend.name,
         )  # fmt: skip
         if key not in self._runs:
@@ -174,7 +169,7 @@ class Estimator:
     def _computed(self, plan: Plan) -> tuple[DryRun, str | None]:
         teacher = self.teacher if plan.teacher == COPY else None
         try:
-            return dry_run(self.student, teacher, plan), None
+            return dry_run(self.student_of(plan), teacher, plan), None
         except NotOnFakeTensors as error:
             return rough_run(self.student, plan), f"the model's code does not run without values ({error})"
 
@@ -191,6 +186,15 @@ class Estimator:
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _packed_bytes(model: PreTrainedModel) -> dict[int, int]:
+    """Bytes of the frozen weights that have an adapter, as codes of their schemes; by their ids."""
+    return {
+        id(site.weight): int(site.weight.numel() * site.scheme.weight.format.bits_per_value(site.shape[1]) / 8)
+        for site in quantized_sites(model)
+        if NAME in site.owner._modules
+    }
 
 
 def _offloaded(student: PreTrainedModel, plan: Plan) -> int:

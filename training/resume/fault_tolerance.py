@@ -272,15 +272,20 @@ class FaultTolerantTrainer(Trainer):
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
 
     def _load_best_model(self) -> None:
+        if (best := self._complete_best()) is not None:
+            super()._load_best_model()
+            self._weights_were_loaded(best)
+
+    def _complete_best(self) -> Path | None:
+        """The best checkpoint, if it is complete and the training ended by itself."""
         if self.was_interrupted:
-            return
+            return None
         best = Path(self.state.best_model_checkpoint)
         faults = self._writers.gather(problems(best, self._writers.index, self._writers.count))
         if any(faults):
             logger.warning("the best checkpoint is not loaded, the last weights stay: %s: %s", best, sum(faults, []))
-            return
-        super()._load_best_model()
-        self._weights_were_loaded(best)
+            return None
+        return best
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -58,6 +58,7 @@ class Start:
             evaluates them, and names no scheme to round them in.
         is_native: whether its experts are stored in MXFP4, gpt-oss's native format. Published so, without
             qat_config.json, it is an unquantized model all the same: there is no other one to start from.
+        is_frozen: whether adapters are trained in place of its weights, which keep their dtypes then.
     """
 
     model_args: ModelArguments
@@ -68,6 +69,7 @@ class Start:
     fingerprint: str | None = None
     keeps_values: bool = False
     is_native: bool = False
+    is_frozen: bool = False
 
     @classmethod
     def read(cls, model_args: ModelArguments, cache_dir: str | None = None) -> Start:
@@ -149,7 +151,7 @@ class Start:
     # ---- The model ----
 
     def load_model(self) -> PreTrainedModel:
-        """The causal language model, unquantized, in FP32.
+        """The causal language model, unquantized, in FP32; frozen weights in their own dtypes.
 
         Under FSDP with `fsdp_cpu_ram_efficient_loading` only the first process has weights, see weightless.py.
         """
@@ -160,7 +162,8 @@ class Start:
             tensors = model.state_dict(keep_vars=True)
             by_name = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
             self.dtypes = SavedDtypes(model.dtype, by_name, getattr(model.config, "use_cache", None))
-            model.float()
+            if not self.is_frozen:
+                model.float()
             self.fingerprint = fingerprint(model)
         if first_process_loads():
             self._share()

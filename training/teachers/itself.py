@@ -1,4 +1,4 @@
-"""SelfTeacher: the student with its quantizers off."""
+"""SelfTeacher: the student with its quantizers off, and its adapters as they were at the start."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qat.errors import UserError
+from qat.layers.lora import adapters, adapters_at_start
 from qat.layers.sites import quantized_sites, quantizers_off
 
 from ..arguments.distillation import SELF_IN_TRAINING
@@ -19,15 +20,16 @@ from ..losses.distillation import HiddenRows
 class SelfTeacher:
     """The student itself with its quantizers off: no memory, one more forward.
 
-    Its distributions change with the weights, so it is the unquantized model that the stage starts from in evaluations
-    only. In training the student could lower the divergence by changing its teacher; that is refused.
+    With adapters the weights are frozen, so the model without quantizers, its adapters as they were at the start, is
+    the model that the stage starts from, whatever is trained. Where all weights are trained, its distributions change
+    with them; the student could lower the divergence by changing its teacher, so training is refused then.
 
     Raises:
         UserError: the model has no quantized layer, or its head is not known.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head | None) -> None:
-        if not quantized_sites(model):
+        if not (quantized_sites(model) or adapters(model)):
             raise UserError(
                 "--distill_teacher self: the model has no quantized layer, so it is its own teacher already; "
                 "give --quant_scheme, or choose copy or cache"
@@ -44,7 +46,7 @@ class SelfTeacher:
 
     def check(self, trains: bool) -> None:
         """See `Teacher.check`: only while no weight changes."""
-        if trains:
+        if trains and not adapters(self.model):
             raise UserError(SELF_IN_TRAINING)
 
     @torch.no_grad()
@@ -55,12 +57,12 @@ class SelfTeacher:
         was_training = student.training
         student.eval()
         try:
-            with quantizers_off(self.model):
+            with quantizers_off(self.model), adapters_at_start(self.model):
                 hidden = student(**inputs, objective=objective)["rows"]
         finally:
             student.train(was_training)
         return HiddenRows(hidden, self._logits)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        with quantizers_off(self.model):
+        with quantizers_off(self.model), adapters_at_start(self.model):
             return self.head.logits(hidden)

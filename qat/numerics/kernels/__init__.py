@@ -4,21 +4,36 @@ A module names the formats that it SERVES and offers `is_available()`. The CPU's
 (`cpu_library.py`); the GPU's are Triton.
 """
 
-from . import cpu, cpu_fp8, cpu_int4, cpu_nvfp4, triton_fp8, triton_int4, triton_kernels, triton_nvfp4
+from . import (
+    cpu,
+    cpu_fp8,
+    cpu_int4,
+    cpu_merge,
+    cpu_nvfp4,
+    triton_fp8,
+    triton_int4,
+    triton_kernels,
+    triton_merge,
+    triton_nvfp4,
+)
 
 KERNELS = {
     "cpu": (cpu, cpu_fp8, cpu_int4, cpu_nvfp4),
     "cuda": (triton_kernels, triton_fp8, triton_int4, triton_nvfp4),
 }
+MERGING = {"cpu": cpu_merge, "cuda": triton_merge}  # of low-rank adapters, see ../low_rank.py
 
 __all__ = [
     "KERNELS",
+    "MERGING",
     "cpu",
     "cpu_fp8",
     "cpu_int4",
+    "cpu_merge",
     "cpu_nvfp4",
     "triton_fp8",
     "triton_int4",
     "triton_kernels",
+    "triton_merge",
     "triton_nvfp4",
 ]

@@ -710,3 +710,7 @@ FP8_DEFINE_DEQUANTIZE(float16, Fp16)
 
 #include "cpu_int4.hpp"
 #include "cpu_nvfp4.hpp"
+
+// ---- Low-rank adapters ----
+
+#include "cpu_merge.hpp"

@@ -89,7 +89,7 @@ def test_adapters_take_sixteen_bytes_and_their_base_two_or_its_packed_bits(estim
     plan = replace(PLAN, lora_r=4, teacher=SELF)
     rows = estimator.estimate(plan).rows
     assert (rows[PARAMETERS], rows[STATES]) == (2 * COUNT + 4 * adapters, 8 * adapters)
-    assert rows[GRADIENTS] == 4 * adapters and TEACHER not in rows
+    assert estimator._rows_of_step(plan)[GRADIENTS] == 4 * adapters and TEACHER not in rows
     packed = estimator.estimate(replace(plan, base_in_scheme=True)).rows[PARAMETERS]
     assert packed == 2 * (COUNT - linear) + linear * 4.25 / 8 + 4 * adapters
     queries = estimator.estimate(replace(plan, lora_target="q_proj,k_proj")).rows[STATES]
@@ -311,7 +311,7 @@ def test_the_skeleton_is_not_changed(estimator):
 def test_each_remedy_lowers_the_peak_and_the_last_one_fits(estimator):
     plan = replace(PLAN, batch=4, teacher=COPY)
     before, limit = estimator.estimate(plan).total, 15 * COUNT
-    found = remedies(plan, Available(True, True, True, True), estimator.estimate, lambda e: e.total <= limit)
+    found = remedies(plan, Available(True, True, True), estimator.estimate, lambda e: e.total <= limit)
     settings = [remedy.settings for remedy, _ in found]
     assert {"--per_device_train_batch_size 1", "--distill_teacher cache", "--activation_checkpointing True"} <= {
         *settings
@@ -323,7 +323,7 @@ def test_each_remedy_lowers_the_peak_and_the_last_one_fits(estimator):
 
 def test_settings_that_do_not_exist_are_not_proposed(estimator):
     found = remedies(replace(PLAN, batch=2), Available(False), estimator.estimate, lambda e: False)
-    assert not any(word in remedy.settings for remedy, _ in found for word in ("lora", "master", "checkpointing"))
+    assert not any(word in remedy.settings for remedy, _ in found for word in ("base_in", "master", "checkpointing"))
 
 
 def test_the_program_needs_config_json_alone_and_names_what_would_fit(tmp_path, capsys):

@@ -1,0 +1,116 @@
+"""AdapterTrainer: a FaultTolerantTrainer whose checkpoints hold the adapters alone, where a model has some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qat.errors import UserError
+from qat.files.model_folder import ADAPTER_NAME
+from qat.layers.lora import NAME
+from qat.layers.names import original_name
+
+from ..resume.fault_tolerance import FaultTolerantTrainer
+from .files import read_factors, write_adapter
+from .inject import config_of
+from .merging import factors_of, merged_weights
+
+ADAPTER_FOLDER = "adapter"  # in the folder of a finished run
+
+
+class AdapterTrainer(FaultTolerantTrainer):
+    """A FaultTolerantTrainer for models with and without adapters.
+
+    The frozen weights are those of the model that a run starts from, so a checkpoint has A and B in PEFT's files, in
+    place of a model. A finished run saves the merged model, and the adapters in a folder inside.
+    """
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained in place of weights."""
+        return config_of(self._own_model) is not None
+
+    @property
+    def _own_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- Checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """FaultTolerantTrainer's own; in a checkpoint, the adapters in place of a model."""
+        if self._partial is None or not self.has_adapters:
+            super().save_model(output_dir, _internal_call)
+            return
+        factors = factors_of(self._own_model)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            write_adapter(folder, self._own_model, factors, self._base_name)
+            self._describe(str(folder))
+
+    def _describe(self, output_dir: str) -> None:
+        """What a checkpoint has beside its tensors."""
+        raise NotImplementedError
+
+    @property
+    def _base_name(self) -> str | None:
+        """The model that the adapters belong to."""
+        return getattr(self._own_model.config, "_name_or_path", None) or None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        is_adapter = Path(resume_from_checkpoint, ADAPTER_NAME).is_file()
+        if is_adapter != self.has_adapters:
+            raise UserError(
+                f"{resume_from_checkpoint} was written by a run with{'' if is_adapter else 'out'} adapters, and this "
+                f"run has {'some' if self.has_adapters else 'none'}; give the same --lora_r, or another --output_dir, "
+                "or --resume_from_checkpoint False to start anew"
+            )
+        if not is_adapter:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_factors(self._own_model, read_factors(resume_from_checkpoint, self._own_model))
+        self._weights_were_loaded(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not self.has_adapters:
+            super()._load_best_model()
+            return
+        if (best := self._complete_best()) is not None:
+            load_factors(self._own_model, read_factors(best, self._own_model))
+            self._weights_were_loaded(best)
+
+    # ---- The finished model ----
+
+    def finished_state(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state dict of the model as it is saved: merged weights, no adapters."""
+        if not self.has_adapters:
+            return state_dict
+        plain = {name: tensor for name, tensor in state_dict.items() if f".{NAME}." not in name}
+        return plain | self._merged
+
+    def _gather_adapters(self) -> None:
+        """Merge, with all processes, before the first one saves."""
+        self._merged = merged_weights(self._own_model)
+        self._factors = factors_of(self._own_model)
+
+    def _save_adapter(self, output_dir: str) -> None:
+        write_adapter(Path(output_dir, ADAPTER_FOLDER), self._own_model, self._factors, self._base_name)
+
+
+@torch.no_grad()
+def load_factors(model: nn.Module, factors: dict[str, torch.Tensor]) -> None:
+    """Copy A and B into a model's adapters, whole or sharded."""
+    for name, parameter in model.named_parameters():
+        if (value := factors.get(original_name(name))) is not None:
+            _copy(parameter, value)
+
+
+def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = parameter.device_mesh
+        parameter.copy_(distribute_tensor(value.to(parameter.device), mesh, parameter.placements, src_data_rank=None))
+    else:
+        parameter.copy_(value)

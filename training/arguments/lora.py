@@ -1,0 +1,130 @@
+"""Arguments of main.py: low-rank adapters, in place of training all weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qat.errors import UserError
+
+from .quantization import QuantizationArguments
+
+ALL_LINEAR = "all-linear"
+INITS = ("default", "pissa", "olora")
+
+
+@dataclass
+class LoraArguments:
+    """Whether to train low-rank adapters of a frozen model, and which."""
+
+    lora_r: int = field(
+        default=0,
+        metadata={
+            "help": "Train low-rank adapters of this rank (LoRA) in place of the weights, which stay frozen; 0: all "
+            "weights. The merged weight is what is quantized, saved and packed. See docs/adapters.md."
+        },
+    )
+    lora_alpha: int = field(
+        default=32, metadata={"help": "Numerator of the adapters' scaling, lora_alpha / lora_r, as in PEFT."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "0: an adapter that is merged into a rounded weight has no dropout of its own."}
+    )
+    lora_target: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Layers that get adapters: {ALL_LINEAR} (the default: every linear layer but the head), or names "
+            "or one regular expression as PEFT's target_modules."
+        },
+    )
+    lora_init: str = field(
+        default="default",
+        metadata={
+            "help": "How adapters begin: default (A random, B zero), pissa (principal singular vectors, which the "
+            "frozen weight then lacks) or olora (QR decomposition, likewise)."
+        },
+    )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA), as in PEFT."}
+    )
+    adapter_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from this LoRA adapter on --model_name_or_path: folder or hub id, PEFT's format."},
+    )
+    base_in_scheme: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the frozen weights as packed codes of their scheme (QLoRA): about 4 bits a value in place of "
+            "16, at some cost in accuracy."
+        },
+    )
+    use_dora: bool = field(default=False, metadata={"help": "Not supported: see docs/adapters.md."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Not supported: see docs/adapters.md."})
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 0:
+            raise UserError(f"--lora_r {self.lora_r} is negative; give a rank such as 16, or 0 to train all weights")
+        self._check_refused()
+        if self.lora_init not in INITS:
+            raise UserError(f"--lora_init {self.lora_init!r} is unknown; choose one of {', '.join(INITS)}")
+        if self.lora_alpha <= 0:
+            raise UserError(f"--lora_alpha {self.lora_alpha} must be greater than 0, such as 32")
+        if self.adapter_name_or_path is not None:
+            self._check_unused(
+                ("lora_r", "lora_alpha", "lora_target", "lora_init", "use_rslora"),
+                f"beside --adapter_name_or_path {self.adapter_name_or_path!r}, which has its own",
+                "leave it out",
+            )
+        elif not self.is_on:
+            names = ("lora_alpha", "lora_target", "lora_init", "use_rslora", "base_in_scheme")
+            self._check_unused(names, "without adapters", "give --lora_r, such as 16, too, or leave it out")
+
+    def _check_refused(self) -> None:
+        """Raises UserError for what PEFT has and merged quantization cannot do."""
+        if self.lora_dropout != 0:
+            raise UserError(
+                f"--lora_dropout {self.lora_dropout}: dropout acts on an adapter's input, and a merged weight has no "
+                "such input: the rounded weight would not be the one that is served. Give --lora_dropout 0"
+            )
+        if self.use_dora:
+            raise UserError(
+                "--use_dora True: DoRA divides by the norm of the merged weight and is not supported; give --use_dora "
+                "False"
+            )
+        if self.modules_to_save:
+            raise UserError(
+                f"--modules_to_save {' '.join(self.modules_to_save)}: only adapters are trained beside frozen weights; "
+                "leave it out, give such linear layers an adapter by --lora_target, or train all weights (--lora_r 0)"
+            )
+
+    def _check_unused(self, names: tuple[str, ...], why: str, remedy: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                shown = " ".join(value) if isinstance(value, list) else value
+                raise UserError(f"--{name} {shown} has no effect {why}; {remedy}")
+
+    def check_with(self, quantization: QuantizationArguments) -> None:
+        """Raise a UserError for settings of quantization that do not go with adapters."""
+        if quantization.learns:
+            name = next(name for name, on in quantization.learned.items() if on)
+            raise UserError(
+                f"--{name} True: it trains scales beside weights that are trained themselves, and with adapters these "
+                f"are frozen; leave --{name} out, or --lora_r"
+            )
+        if self.adapter_name_or_path is not None and quantization.smooth_alpha:
+            raise UserError(
+                f"--smooth_alpha {quantization.smooth_alpha} changes the weights that --adapter_name_or_path "
+                f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or merge the adapter first "
+                "(--adapter_name_or_path without --quant_scheme)"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are trained or evaluated."""
+        return self.lora_r > 0 or self.adapter_name_or_path is not None
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """As PEFT's LoraConfig takes it: one word that is no plain name is a regular expression there."""
+        targets = self.lora_target or [ALL_LINEAR]
+        return targets[0] if len(targets) == 1 and not targets[0].replace("_", "").isalnum() else targets
