@@ -79,7 +79,7 @@ def dry_run(student: PreTrainedModel, teacher: PreTrainedModel | None, plan: Pla
         with _autocast(plan), torch.set_grad_enabled(plan.trains):
             loss = step.loss(ids, step.teacher_rows(ids, teacher))
         if plan.trains:
-            live.begin(BACKWARD)
+            live.begin(BACKWARD, adds_in_place=True)
             with _family():
                 loss.backward()
     return DryRun(step.kept, live.peaks)

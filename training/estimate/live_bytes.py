@@ -37,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, gradient_weight: float = 1.0) -> None:
         super().__init__()
         self.gradient_weight = gradient_weight
-        self.phase = BASE
+        self.phase, self.adds_in_place = BASE, False
         self.peaks: dict[str, Moment] = {}
         self._bytes = {BASE: 0, WORK: 0, GRADIENT: 0}
         self._kinds: dict[int, str] = {}
@@ -53,9 +53,14 @@ class LiveBytes(TorchDispatchMode):
         """What exists now."""
         return Moment(self._bytes[WORK], self._bytes[GRADIENT])
 
-    def begin(self, phase: str) -> None:
-        """Keep peaks for `phase` from now on."""
-        self.phase = phase
+    def begin(self, phase: str, adds_in_place: bool = False) -> None:
+        """Keep peaks for `phase` from now on.
+
+        Args:
+            adds_in_place: a sum takes the place of its first operand. In the backward pass, autograd adds gradients of
+                a tensor that is used twice (a tied embedding, the residual stream) in place, but not fake ones.
+        """
+        self.phase, self.adds_in_place = phase, adds_in_place
         self._compare()
 
     def settle(self, gradient: torch.Tensor) -> None:
@@ -71,10 +76,10 @@ class LiveBytes(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         for tensor in tree_iter(output):
             if isinstance(tensor, torch.Tensor):
-                self._see(tensor)
+                self._see(tensor, self.adds_in_place and func is torch.ops.aten.add.Tensor)
         return output
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, tensor: torch.Tensor, in_place: bool) -> None:
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._kinds:
@@ -82,7 +87,8 @@ class LiveBytes(TorchDispatchMode):
         self._kinds[key] = BASE if self.phase == BASE else WORK
         self._bytes[self._kinds[key]] += size
         self._references[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-        self._compare()
+        if not in_place:
+            self._compare()
 
     def _forget(self, key: int, size: int) -> None:
         self._bytes[self._kinds.pop(key)] -= size
