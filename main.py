@@ -20,6 +20,7 @@ from qat.errors import reported_in_one_line
 from training.adapters.begin import Adapters
 from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
+from training.estimate.program import short_form
 from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
 from training.start.calibration import ScaleRefresh, calibrate_with_data
@@ -54,6 +55,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     tokenizer = start.load_tokenizer(args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)
     check_data(arguments, data, tokenizer, skeleton)
+    if args.process_index == 0:
+        logger.info(short_form(arguments, skeleton))
     model = start.load_model()
     if data_args.packing:
         check_packing(model)

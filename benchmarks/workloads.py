@@ -41,15 +41,28 @@ def llama_config(shape: str, layers: int = 0) -> LlamaConfig:
 
 
 def make_model(
-    shape: str, scheme: str | None, layers: int = 0, device: str = "cpu", checkpointing: bool = False
+    shape: str,
+    scheme: str | None,
+    layers: int = 0,
+    device: str = "cpu",
+    checkpointing: bool = False,
+    calibrated: bool = True,
 ) -> LlamaForCausalLM:
     """A random Llama in FP32, prepared for `scheme` unless it is None; `layers` overrides the shape's depth."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(llama_config(shape, layers))
+    return prepare(model, scheme, checkpointing, calibrated)
+
+
+def prepare(
+    model: LlamaForCausalLM, scheme: str | None, checkpointing: bool = False, calibrated: bool = True
+) -> LlamaForCausalLM:
+    """A model prepared for `scheme` unless it is None, in training mode; on the meta device nothing is calibrated."""
     if scheme is not None:
         prepare_qat(model, {nn.Linear: scheme})
-        calibrate_inputs(model, [{"input_ids": torch.arange(64, device=device)[None]}])
+        if calibrated:
+            calibrate_inputs(model, [{"input_ids": torch.arange(64, device=model.device)[None]}])
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
