@@ -12,6 +12,7 @@ from helpers import ROOT
 import main
 from data import preview
 from qat.errors import reported_in_one_line
+from training.estimate import program as estimate
 from training.sensitivity import measure
 from training.start.start import Start
 
@@ -36,7 +37,8 @@ def programs() -> dict:
     export, evaluate, report = map(script, ("export", "evaluate", "quickstart_report"))
     return {
         "main": main.main, "export": export.main, "evaluate": evaluate.main, "preview": preview.main,
-        "sensitivity": measure.main, "quickstart_report": lambda argv: report.main(report.parse(argv)),
+        "sensitivity": measure.main, "estimate": estimate.main,
+        "quickstart_report": lambda argv: report.main(report.parse(argv)),
     }  # fmt: skip
 
 
@@ -60,4 +62,4 @@ def test_a_wrong_command_line_ends_in_one_line_before_weights_are_read(
 
 
 def test_there_are_as_many_rows_as_were_tried():
-    assert len(ROWS) >= 198 and len(set(ROWS)) == len(ROWS)
+    assert len(ROWS) >= 250 and len(set(ROWS)) == len(ROWS)

@@ -95,15 +95,15 @@ class LinearProduct(Operands):
                 "gate_proj, up_proj), and FSDP shards these one by one; let it wrap whole decoder layers "
                 "(fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)"
             )
-        factors = [f for layer in self.fused_with if (own := adapter_of(layer)) is not None for f in own.factors]
+        adapters = [adapter_of(layer) for layer in self.fused_with]
+        factors = [factor for adapter in adapters if adapter is not None for factor in adapter.factors]
         key = fmt.name, dtype, tuple((id(tensor), tensor._version) for tensor in (*weights, *factors))
+        return once_for(input, key, lambda: self._largest(fmt.name, dtype))
 
-        def largest() -> torch.Tensor:
-            with torch.no_grad():
-                merged_weights = [layer.effective_weight().detach() for layer in self.fused_with]
-                return ops.tensor_divisor(merged_weights, fmt.name, dtype)
-
-        return once_for(input, key, largest)
+    @torch.no_grad()
+    def _largest(self, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+        """The divisor of what the layers round that engines fuse with this one."""
+        return ops.tensor_divisor([layer.effective_weight().detach() for layer in self.fused_with], fmt, dtype)
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

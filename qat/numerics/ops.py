@@ -1,6 +1,6 @@
 """The quantization operators: one interface for all formats and devices.
 
-Registered with `torch.library`, they carry fake (meta) kernels for torch.compile and FSDP's meta tensors. Behind them
+Registered with `torch.library`, they have fake (meta) kernels for torch.compile and FSDP's meta tensors. Behind them
 stands the fastest implementation that the tensor's device has for the format: a module of `kernels`, else the plain
 functions of the format's family, to which every kernel is bit-equal.
 
@@ -9,6 +9,7 @@ Formats and rules travel by name, because operator schemas know no Python object
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ from . import fp8, low_rank
 from .families import family_of, get_format
 from .formats import Format, Quantized
 from .kernels import KERNELS, MERGING
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
@@ -27,13 +30,38 @@ def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
     return getattr(family_of(fmt), verb)
 
 
+class _Operator:
+    """A function of tensors, registered with `torch.library` under `mx_qat::NAME`.
+
+    Called with plain tensors where no gradient is wanted, as inside of autograd functions, it is the function itself.
+    Through the dispatcher a call takes a processor about 0.1 ms, and more in autograd's thread, which is what a GPU
+    needs for the work. What traces, shards or differentiates goes through the operator.
+    """
+
+    def __init__(self, name: str, function: Callable) -> None:
+        self.function = function
+        self.operator = torch.library.custom_op(f"mx_qat::{name}", function, mutates_args=())
+        self.register_fake, self.register_autograd = self.operator.register_fake, self.operator.register_autograd
+        functools.update_wrapper(self, function)
+
+    def __call__(self, first, *args, **kwargs):
+        is_plain = type(first) in _PLAIN or (type(first) is list and all(type(x) in _PLAIN for x in first))
+        if is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.function(first, *args, **kwargs)
+        return self.operator(first, *args, **kwargs)
+
+
+def _operator(name: str) -> Callable[[Callable], _Operator]:
+    return lambda function: _Operator(name, function)
+
+
 def has_kernels(x: torch.Tensor, fmt: str) -> bool:
     """Whether kernels serve `x`'s device; else it is plain PyTorch, which needs several times the memory of `x`."""
     format_ = get_format(fmt)
     return _function("quantize", x, format_) is not family_of(format_).quantize
 
 
-@torch.library.custom_op("mx_qat::fake_quantize", mutates_args=())
+@_operator("fake_quantize")
 def fake_quantize(
     x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -59,9 +87,14 @@ def _(x, fmt, rule, dtype, divisor=None):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op("mx_qat::merge", mutates_args=())
+@_operator("merge")
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W [..., N, K] with the low-rank adapter A [..., r, K] and B [..., N, r] added: see `low_rank.merge`."""
+    """W [..., N, K] with the low-rank adapter A [..., r, K] and B [..., N, r] added: see `low_rank.merge`.
+
+    Raises:
+        ValueError: A and B do not belong to the weight.
+    """
+    low_rank.check_factors(weight, a, b)
     return _merging(weight)(weight, a, b, scaling)
 
 
@@ -70,7 +103,7 @@ def _(weight, a, b, scaling):
     return weight.new_empty(weight.shape)
 
 
-@torch.library.custom_op("mx_qat::fake_quantize_merged", mutates_args=())
+@_operator("fake_quantize_merged")
 def fake_quantize_merged(
     weight: torch.Tensor,
     a: torch.Tensor,
@@ -84,7 +117,11 @@ def fake_quantize_merged(
     """`fake_quantize(merge(weight, a, b, scaling), fmt, rule, dtype, divisor)`; where a kernel does both, in one pass.
 
     Without a gradient.
+
+    Raises:
+        ValueError: A and B do not belong to the weight.
     """
+    low_rank.check_factors(weight, a, b)
     format_ = get_format(fmt)
     kernels = MERGING.get(weight.device.type)
     if kernels is not None and format_.name in getattr(kernels, "SERVES", ()) and kernels.is_available():
@@ -114,7 +151,7 @@ def _straight_through(ctx, grad):
 fake_quantize.register_autograd(_straight_through, setup_context=_remember_dtype)
 
 
-@torch.library.custom_op("mx_qat::fake_quantize_static", mutates_args=())
+@_operator("fake_quantize_static")
 def fake_quantize_static(x: torch.Tensor, scale: torch.Tensor, rule: str, dtype: torch.dtype) -> torch.Tensor:
     """Keys or values x -> their nearest values in FP8 under a static scale, FP32 [1], in `dtype`.
 
@@ -143,7 +180,7 @@ def quantize(
     return Quantized(codes, (*scales, *_given(divisor)))
 
 
-@torch.library.custom_op("mx_qat::tensor_divisor", mutates_args=())
+@_operator("tensor_divisor")
 def tensor_divisor(tensors: Sequence[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """The divisor, FP32 [1], that tensors share, seen in `dtype`, in a format with a tensor scale."""
     largest = [_largest_magnitude(x) if x.numel() else x.new_zeros(()) for x in tensors]
@@ -164,7 +201,7 @@ def _(tensors, fmt, dtype):
     return tensors[0].new_empty((1,), dtype=torch.float32)
 
 
-@torch.library.custom_op("mx_qat::quantize", mutates_args=())
+@_operator("quantize")
 def _quantize(
     x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None
 ) -> list[torch.Tensor]:
@@ -189,7 +226,7 @@ def dequantize(quantized: Quantized, fmt: str, dtype: torch.dtype) -> torch.Tens
     return _dequantize(quantized.codes, list(quantized.scales), fmt, dtype)
 
 
-@torch.library.custom_op("mx_qat::dequantize", mutates_args=())
+@_operator("dequantize")
 def _dequantize(codes: torch.Tensor, scales: list[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
     format_ = get_format(fmt)
     return _function("dequantize", codes, format_)(Quantized(codes, tuple(scales)), format_, dtype)
@@ -200,7 +237,7 @@ def _(codes, scales, fmt, dtype):
     return codes.new_empty(get_format(fmt).value_shape(codes), dtype=dtype)
 
 
-@torch.library.custom_op("mx_qat::quantize_to_scale", mutates_args=())
+@_operator("quantize_to_scale")
 def quantize_to_scale(
     x: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
 ) -> torch.Tensor:

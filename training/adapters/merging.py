@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qat.layers.lora import FACTORS, NAME, adapters
+from qat.layers.lora import FACTORS, NAME, adapters, weight_name
 from qat.layers.names import original_name
 from qat.numerics import ops
 
@@ -23,7 +23,7 @@ def merged_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tenso
     for name, module in adapters(model).items():
         weight = _merged(module)
         if keep:
-            result[f"{original_name(name)}.weight"] = weight.contiguous().cpu()
+            result[weight_name(original_name(name), module)] = weight.contiguous().cpu()
     return result
 
 
@@ -47,7 +47,9 @@ def _merged(module: nn.Module) -> torch.Tensor:
 def factors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of A and B of all adapters by their names, whole, on the CPU; all processes must call this."""
     return {
-        f"{original_name(name)}.{NAME}.{factor}": _whole(getattr(module.get_submodule(NAME), factor)).to("cpu", copy=True)
+        f"{original_name(name)}.{NAME}.{factor}": _whole(getattr(module.get_submodule(NAME), factor)).to(
+            "cpu", copy=True
+        )
         for name, module in adapters(model).items()
         for factor in FACTORS
     }

@@ -78,6 +78,13 @@ def head_with(model: PreTrainedModel, transform: str) -> Head:
     return Head(model.get_output_embeddings(), transform, value)
 
 
+def possible_heads(model: PreTrainedModel) -> list[Head]:
+    """What a model's head may be, as its config says; the likeliest first."""
+    config = model.config.get_text_config()
+    heads = [head_with(model, name) for name in _TRANSFORMS if getattr(config, name, None) is not None]
+    return [*heads, head_with(model, "")]
+
+
 @torch.no_grad()
 def find_head(model: PreTrainedModel) -> Head:
     """The head of a model, tried on a few tokens: what it computes are the model's own logits.
@@ -85,7 +92,7 @@ def find_head(model: PreTrainedModel) -> Head:
     Raises:
         UnknownHead: it has none, or its logits are made in a way that is not known here.
     """
-    module, base, config = model.get_output_embeddings(), model.base_model, model.config.get_text_config()
+    module, base = model.get_output_embeddings(), model.base_model
     if module is None or base is model:
         raise UnknownHead(f"{type(model).__name__} has no output embedding on top of a base model")
     ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
@@ -99,8 +106,7 @@ def find_head(model: PreTrainedModel) -> Head:
         raise UnknownHead(f"{type(model).__name__}: {type(error).__name__}: {error}") from error
     finally:
         model.train(was_training)
-    heads = [head_with(model, name) for name in _TRANSFORMS if getattr(config, name, None) is not None]
-    heads.append(head_with(model, ""))
+    heads = possible_heads(model)
     errors = [float((head.transformed(output) - own).abs().max()) for head in heads]
     best = min(range(len(heads)), key=errors.__getitem__)
     if not errors[best] <= 1e-5 * float(own.abs().max()):
@@ -174,14 +180,14 @@ def chunked_loss(
     return {"loss": loss, "token_losses": token_losses}
 
 
-def _chunk_size(rows: torch.Tensor) -> int | None:
-    """Tokens whose logits, in the model's dtype, exist at a time in training, for hidden states [n, H].
+def _chunk_size(device_type: str, hidden_size: int) -> int | None:
+    """Tokens whose logits, in the model's dtype, exist at a time in training.
 
     Each chunk adds its part to the FP32 gradient of the head, whatever its size. A GPU multiplies so much faster than
     it moves memory that this would take longer than the head's products with 512 tokens; half of H, up to 2,048, take
     hardly more memory than the gradient's own parts do.
     """
-    return None if rows.device.type == "cpu" else min(2048, max(CHUNK, rows.shape[-1] // 2))
+    return None if device_type == "cpu" else min(2048, max(CHUNK, hidden_size // 2))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -192,7 +198,8 @@ class _ChunkedLoss(torch.autograd.Function):
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
         gradient = torch.zeros_like(rows) if needs_rows else None
         parts = []
-        for part in chunks(len(rows), _chunk_size(rows) if wanted else None):
+        size = _chunk_size(objective.device_type or rows.device.type, rows.shape[-1]) if wanted else None
+        for part in chunks(len(rows), size):
             with torch.set_grad_enabled(needs_rows or bool(wanted)):
                 inputs = rows[part].detach().requires_grad_(needs_rows)
                 losses = objective.token_losses(head(inputs), part)

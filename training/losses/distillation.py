@@ -182,12 +182,14 @@ class Objective:
         weights: of "ce" (cross-entropy with the labels) and "kl" (divergence from the teacher) in the loss; a term
             without weight is not computed.
         temperature: of the divergence.
+        device_type: of the device for which chunks are chosen, "cuda" or "cpu"; default: that of the hidden states.
     """
 
     labels: torch.Tensor
     teacher: HiddenRows | SampledRows | None = None
     weights: dict[str, float] = field(default_factory=lambda: {"ce": 1.0})
     temperature: float = 1.0
+    device_type: str = ""
 
     def __post_init__(self) -> None:
         self.weights = {name: weight for name, weight in self.weights.items() if weight}

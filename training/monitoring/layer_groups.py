@@ -70,10 +70,14 @@ def spread_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` rows [n, K] of [..., K], at even distances; no others are copied."""
     if rows.ndim == 2:
         return rows[:: max(1, len(rows) // count)][:count]
-    each = rows.shape[-2]
-    total = rows.shape[0] * each
-    picked = torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
+    each, picked = rows.shape[-2], _row_numbers(rows, count)
     return rows[picked // each, picked % each]
+
+
+def _row_numbers(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Those of at most `count` rows of [E, N, K], at even distances, counted over all E x N."""
+    total = rows.shape[0] * rows.shape[-2]
+    return torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
 
 
 def some_rows(site: Site, count: int) -> torch.Tensor:
@@ -85,7 +89,10 @@ def some_rows(site: Site, count: int) -> torch.Tensor:
     if adapter is None:
         return picked
     a, b = (factor.detach() for factor in adapter.factors)
-    return ops.merge(picked, a, spread_rows(b, count), adapter.scaling)
+    if rows.ndim == 2:
+        return ops.merge(picked, a, spread_rows(b, count), adapter.scaling)
+    experts = _row_numbers(rows, count) // rows.shape[-2]
+    return ops.merge(picked[:, None], a[experts], spread_rows(b, count)[:, None], adapter.scaling)[:, 0]
 
 
 def block_of(name: str) -> tuple[str | None, int | None]:

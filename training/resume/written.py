@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
+BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
 _STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME, "adapter/adapter_*")
 
 

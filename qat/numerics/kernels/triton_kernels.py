@@ -145,13 +145,16 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *sizes: int, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *numbers: float, **options: Any
+) -> None:
     """Start `kernel` on the device of its tensors, without fused multiply-adds."""
     device = tensors[0].device
     if interpreting():
         tensors = tuple(t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*tensors, *sizes, enable_fp_fusion=False, **options)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](*tensors, *numbers, enable_fp_fusion=False, **options)
 
 
 def _rule(element: Element, rule: str) -> dict[str, int | float | bool]:

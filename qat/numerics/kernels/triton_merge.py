@@ -61,7 +61,9 @@ def fake_quantize_merged(
     return _merge(weight, a, b, scaling, dtype, {"ROUNDS": True, **_rule(fmt.element, rule)})
 
 
-def _merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype, options: dict):
+def _merge(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dtype: torch.dtype, options: dict
+) -> torch.Tensor:
     check_tensor(weight, _DTYPES)
     for factor in (a, b):
         check_tensor(factor, (torch.float32,))
@@ -75,10 +77,9 @@ def _merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: floa
     tile_rows, tile_columns, warps = _TILES[at_once]
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows), math.prod(stack))
     options |= {"STORED": triton_dtype(weight.dtype), "VIEW": triton_dtype(dtype)}
-    scale = torch.full((1,), scaling, dtype=torch.float32, device=weight.device)
     launch(
-        merge_kernel, grid, (weight, a, b, scale, out), rows, columns, rank, ROWS=tile_rows, COLUMNS=tile_columns,
-        RANKS=at_once, BLOCK=BLOCK, num_warps=warps, **options,
+        merge_kernel, grid, (weight, a, b, out), rows, columns, rank, float(scaling), ROWS=tile_rows,
+        COLUMNS=tile_columns, RANKS=at_once, BLOCK=BLOCK, num_warps=warps, **options,
     )  # fmt: skip
     return out
 
@@ -88,11 +89,11 @@ def merge_kernel(
     weight_ptr,
     a_ptr,
     b_ptr,
-    scale_ptr,
     out_ptr,
     rows,
     columns,
     rank,
+    scaling,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
@@ -128,7 +129,7 @@ def merge_kernel(
             b = tl.load(b_column[:, None] + r + some[None, :], mask=(ns < rows)[:, None], other=0.0)
             product = tl.dot(b, a, product, input_precision="ieee")
     weight = _to_fp32(tl.load(weight_ptr + offsets, mask=exists, other=0))
-    merged = weight + tl.load(scale_ptr) * product
+    merged = weight + scaling * product
     if ROUNDS:
         blocks: tl.constexpr = ROWS * COLUMNS // BLOCK
         x = tl.reshape(_to_fp32(_to_view(_to_fp32(_to_view(merged, STORED)), VIEW)), (blocks, BLOCK))

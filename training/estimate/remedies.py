@@ -1,0 +1,139 @@
+"""Remedies: settings of main.py that need less memory, each with the estimate that it leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .plan import CACHE, COPY, FSDP2, NO_TEACHER, SELF, Plan
+from .total import Estimate
+
+_MOST_PROCESSES = 64
+_RANK = 16
+_ADAMW, _ADAMW_8BIT = ("adamw_torch", "adamw_torch_fused"), "adamw_torch_8bit"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings, and the plan that they lead to."""
+
+    settings: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Available:
+    """Which settings main.py has.
+
+    Attributes:
+        checkpointing: --activation_checkpointing; some models do not support it.
+        bfloat16_masters: --master_dtype and --optimizer_in_backward.
+        packed_base: --base_in_scheme, for a quantized student.
+    """
+
+    checkpointing: bool = True
+    bfloat16_masters: bool = False
+    packed_base: bool = False
+
+
+Estimates = Callable[[Plan], Estimate]
+Fits = Callable[[Estimate], bool]
+Found = list[tuple[Remedy, Estimate]]
+
+
+def remedies(plan: Plan, available: Available, estimate: Estimates, fits: Fits) -> Found:
+    """Each remedy that lowers the peak, with its estimate: single ones, combinations, more processes.
+
+    Args:
+        fits: whether an estimate fits into the memory of a device. Combinations and processes grow until one does.
+    """
+    before = estimate(plan).total
+    singles = [(remedy, estimate(remedy.plan)) for remedy in _singles(plan, available)]
+    found = [(remedy, result) for remedy, result in singles if result.total < before]
+    if not any(fits(result) for _, result in found):
+        found += _together(plan, available, estimate, fits)
+    if plan.trains and not plan.backend.offloads:
+        found += _more_processes(plan, estimate, fits)
+    return found
+
+
+def _singles(plan: Plan, available: Available) -> Iterator[Remedy]:
+    if plan.batch > 1:
+        smaller = replace(plan, batch=1, masked=False)
+        yield Remedy(f"--per_device_{'train' if plan.trains else 'eval'}_batch_size 1", smaller)
+    if plan.teacher == COPY:
+        yield Remedy("--distill_teacher cache", replace(plan, teacher=CACHE))
+    if not plan.trains:
+        return
+    if available.checkpointing and (checkpointed := _checkpointed(plan)) is not None:
+        yield checkpointed
+    if not plan.lora_r:
+        if plan.optimizer in _ADAMW and plan.master_dtype == torch.float32:
+            yield Remedy(f"--optim {_ADAMW_8BIT} (of torchao)", replace(plan, optimizer=_ADAMW_8BIT))
+        yield from _of_masters(plan, available)
+        yield from _of_adapters(plan, available)
+    elif available.packed_base and not plan.base_in_scheme:
+        yield Remedy("--base_in_scheme True", replace(plan, base_in_scheme=True))
+
+
+def _checkpointed(plan: Plan) -> Remedy | None:
+    if plan.checkpoints:
+        return None
+    if plan.backend.shards:
+        backend = replace(plan.backend, checkpoints=True)
+        return Remedy("fsdp_activation_checkpointing: true", replace(plan, backend=backend))
+    return Remedy("--activation_checkpointing True", replace(plan, checkpointing=()))
+
+
+def _of_masters(plan: Plan, available: Available) -> Iterator[Remedy]:
+    if available.bfloat16_masters and not plan.accumulates and plan.master_dtype == torch.float32:
+        optimizer = "adamw_torch_fused" if plan.optimizer == _ADAMW_8BIT else plan.optimizer
+        masters = replace(plan, master_dtype=torch.bfloat16, in_backward=True, optimizer=optimizer)
+        yield Remedy("--master_dtype bfloat16 --optimizer_in_backward True", masters)
+
+
+def _of_adapters(plan: Plan, available: Available) -> Iterator[Remedy]:
+    teacher = SELF if plan.teacher == COPY else plan.teacher
+    adapters = replace(plan, lora_r=_RANK, teacher=teacher, master_dtype=torch.float32, in_backward=False)
+    also = " --distill_teacher self" if teacher == SELF and plan.teacher != NO_TEACHER else ""
+    yield Remedy(f"--lora_r {_RANK}{also}", adapters)
+    if available.packed_base:
+        yield Remedy(f"--lora_r {_RANK}{also} --base_in_scheme True", replace(adapters, base_in_scheme=True))
+
+
+def _together(plan: Plan, available: Available, estimate: Estimates, fits: Fits) -> Found:
+    """Add one remedy after the other, those that change least first, until the run fits."""
+    found: Found = []
+    settings: list[str] = []
+    tried: set[str] = set()
+    lowest = estimate(plan).total
+    while step := next((r for r in _singles(plan, available) if r.settings not in tried), None):
+        tried.add(step.settings)
+        result = estimate(step.plan)
+        if result.total >= lowest:
+            continue
+        settings, plan, lowest = [*settings, step.settings], step.plan, result.total
+        if len(settings) > 1:
+            found.append((Remedy(" ".join(settings), plan), result))
+            if fits(result):
+                break
+    return found
+
+
+def _more_processes(plan: Plan, estimate: Estimates, fits: Fits) -> Found:
+    """FSDP2 over twice as many processes, and so on, until the run fits."""
+    found: Found = []
+    processes = 2 * plan.backend.processes
+    while processes <= _MOST_PROCESSES:
+        sharded = _sharded(plan, processes)
+        found.append((Remedy(f"accelerate_config/fsdp2.yaml on {processes} GPUs", sharded), estimate(sharded)))
+        if fits(found[-1][1]):
+            break
+        processes *= 2
+    return found
+
+
+def _sharded(plan: Plan, processes: int) -> Plan:
+    return plan.on(plan.backend.name if plan.backend.shards else FSDP2, processes)
