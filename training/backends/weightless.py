@@ -10,10 +10,7 @@ import os
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
 from transformers import PreTrainedModel
-
-from qat.layers.lora import LowRankAdapter
 
 
 def first_process_loads() -> bool:
@@ -37,8 +34,7 @@ def take_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def give_storage(model: PreTrainedModel) -> None:
-    """Move parameters from the meta device to memory that is never written, and so never allocated by the machine, and
-    send what adapters start from. All processes must call this.
+    """Move parameters from the meta device to memory that is never written, and so never allocated by the machine.
 
     accelerate (1.15) finds an FSDP2 optimizer's parameters again by their addresses, which are all 0 on the meta
     device: the optimizer would silently update one parameter in place of all.
@@ -46,13 +42,3 @@ def give_storage(model: PreTrainedModel) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
         model.tie_weights()
-    if first_process_loads():
-        _send_starts(model)
-
-
-def _send_starts(model: PreTrainedModel) -> None:
-    """Give all processes the adapters that the first one starts from: buffers, which wrapping does not send."""
-    device = PartialState().device
-    for adapter in (module for module in model.modules() if isinstance(module, LowRankAdapter)):
-        for name, start in list(adapter.named_buffers(recurse=False)):
-            setattr(adapter, name, broadcast(start.to(device)))

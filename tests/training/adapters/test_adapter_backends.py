@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 from sharded_runs import Workspace
 
 from qat.errors import UserError
-from qat.layers.lora import LowRankAdapter
 from training.arguments.parse import parse_arguments
-from training.backends import weightless
 
 LORA = {"quant_scheme": "MXFP4", "lora_r": 4, "max_steps": 6, "learning_rate": 1e-2}
 DISTILLED = LORA | {"distill": True, "packing": True, "model_max_length": 64, "max_steps": 4}
@@ -118,17 +116,3 @@ def test_backends_that_cannot_keep_both_dtypes_are_refused_before_weights_are_re
         parse_arguments(words)
 
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_what_adapters_start_from_is_sent_to_processes_without_weights(monkeypatch):
-    """FSDP2 sends parameters only, and the free teacher computes with these buffers."""
-    model = torch.nn.Module()
-    model.adapter = LowRankAdapter(torch.ones(2, 4, device="meta"), torch.ones(3, 2, device="meta"), 1.0)
-    model.adapter.remember_start()
-    model.tie_weights = lambda: None
-    monkeypatch.setattr(weightless, "first_process_loads", lambda: True)
-    monkeypatch.setattr(weightless, "broadcast", lambda tensor: tensor.fill_(7.0))
-    weightless.give_storage(model)
-    assert not model.adapter.lora_A.is_meta
-    assert torch.equal(model.adapter.start_A, torch.full((2, 4), 7.0))
-    assert torch.equal(model.adapter.start_B, torch.full((3, 2), 7.0))
