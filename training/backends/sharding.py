@@ -55,13 +55,13 @@ def check_with_adapters(gather_dtype: str = "float32", version: int | None = Non
         version = int(os.environ.get("FSDP_VERSION", "1"))
     if version == 1:
         raise UserError(
-            "--lora_r: FSDP1 (fsdp_version: 1) flattens frozen BF16 weights and FP32 adapters into one parameter, which "
-            "has one dtype; start with accelerate launch --config_file accelerate_config/fsdp2.yaml"
+            "--lora_r: FSDP1 (fsdp_version: 1) flattens frozen BF16 weights and FP32 adapters into one parameter of "
+            "one dtype; start with accelerate launch --config_file accelerate_config/fsdp2.yaml"
         )
     if gather_dtype != "float32":
         raise UserError(
-            f"--fsdp_gather_dtype {gather_dtype} would round adapters whenever they are gathered, so that other weights "
-            "are trained than are saved; leave it out: frozen weights are gathered in their own dtype"
+            f"--fsdp_gather_dtype {gather_dtype} would round adapters whenever they are gathered, and other weights "
+            "would be trained than are saved; leave it out: frozen weights are gathered in their own dtype"
         )
 
 
@@ -116,7 +116,7 @@ def round_parameters(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the parameters that FSDP2 still holds gathered from the last forward pass: what is written reaches shards."""
+    """Free what FSDP2 still holds gathered from the last forward pass: what is written then reaches the shards."""
     for _, module in _units(model):
         if isinstance(module, FSDPModule):
             module.reshard()
