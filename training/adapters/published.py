@@ -31,7 +31,6 @@ _REFUSED = {
     "use_dora": "DoRA divides by the norm of the merged weight",
     "modules_to_save": "it has whole layers of its own beside A and B",
     "trainable_token_indices": "it has rows of the embedding of its own beside A and B",
-    "target_parameters": "it is for parameters that no linear layer has",
     "lora_bias": "it has biases of its own beside A and B",
     "layer_replication": "it is for a model with copies of layers",
     "megatron_config": "it is for Megatron's parallel layers",

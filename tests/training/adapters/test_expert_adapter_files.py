@@ -17,9 +17,10 @@ from qat.errors import UserError
 from qat.layers.experts import compute_in_autocast_dtype
 from qat.layers.lora import adapters, weight_name
 from qat.layers.restore import prepare_as_saved
-from training.adapters.files import factor_names, read_config, read_factors, write_adapter
+from training.adapters.files import factor_names, read_factors, write_adapter
 from training.adapters.inject import add_adapters, config_of, summary
 from training.adapters.merging import factors_of, merged_weights
+from training.adapters.published import read_config
 from training.adapters.stacks import as_published, from_published
 
 IDS = torch.arange(4, 52).reshape(2, 24)
