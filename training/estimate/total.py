@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from qat.layers.lora import NAME
+from qat.layers.lora import NAME, adapters
 from qat.layers.sites import quantized_sites
 
 from . import optimizers
@@ -95,7 +95,7 @@ class Estimator:
 
     def student_of(self, plan: Plan) -> PreTrainedModel:
         """The student, with adapters where the plan has some."""
-        if not plan.lora_r:
+        if not plan.lora_r or adapters(self.student):  # those of a run that is about to start are there already
             return self.student
         key = plan.lora_r, plan.lora_target
         if key not in self._adapted:
