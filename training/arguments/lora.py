@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from qat.errors import UserError
@@ -110,6 +111,19 @@ class LoraArguments:
                 shown = " ".join(value) if isinstance(value, list) else value
                 raise UserError(f"--{name} {shown} has no effect {why}; {remedy}")
 
+    def check_trains(self, do_train: bool) -> None:
+        """Raise a UserError for new adapters that nothing trains."""
+        if self.lora_r and not do_train:
+            raise UserError(
+                f"--lora_r {self.lora_r} has no effect without --do_train True: new adapters add nothing; leave it "
+                "out, or name an adapter to evaluate with --adapter_name_or_path"
+            )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters begin as a part of the frozen weights, which these then lack."""
+        return self.lora_init != "default"
+
     def check_with(self, quantization: QuantizationArguments) -> None:
         """Raise a UserError for settings of quantization that do not go with adapters."""
         if quantization.learns:
@@ -121,8 +135,8 @@ class LoraArguments:
         if self.adapter_name_or_path is not None and quantization.smooth_alpha:
             raise UserError(
                 f"--smooth_alpha {quantization.smooth_alpha} changes the weights that --adapter_name_or_path "
-                f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or merge the adapter first "
-                "(--adapter_name_or_path without --quant_scheme)"
+                f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or give the model that peft "
+                "merged (merge_and_unload) as --model_name_or_path"
             )
 
     @property
@@ -132,6 +146,10 @@ class LoraArguments:
 
     @property
     def target_modules(self) -> str | list[str]:
-        """As PEFT's LoraConfig takes it: one word that is no plain name is a regular expression there."""
+        """As PEFT's LoraConfig takes it: names, or one regular expression, which has more than letters and dots."""
         targets = self.lora_target or [ALL_LINEAR]
-        return targets[0] if len(targets) == 1 and not targets[0].replace("_", "").isalnum() else targets
+        return targets[0] if targets == [ALL_LINEAR] or _is_expression(targets) else targets
+
+
+def _is_expression(targets: list[str]) -> bool:
+    return len(targets) == 1 and not re.fullmatch(r"[\w.\-]+", targets[0])
