@@ -79,12 +79,9 @@ def read_factors(folder: str | Path, model: nn.Module, where: str = "") -> dict[
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise UserError(f"{where or folder}: {name} has NaN or infinite values; take another copy of the adapter")
-    parameters = {original_name(name): p for name, p in model.named_parameters()}
+    shapes = {original_name(name): parameter.shape for name, parameter in model.named_parameters()}
     return {
-        name: found[published]
-        if parameters[name].ndim == 2
-        else from_published(name, found[published], len(parameters[name])).contiguous()
-        for name, published in factor_names(model).items()
+        name: from_published(name, found[published], shapes[name]) for name, published in factor_names(model).items()
     }
 
 

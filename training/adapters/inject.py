@@ -19,14 +19,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qat.errors import UserError
-from qat.layers.adapted import attach, attach_to_experts
+from qat.layers.adapted import attach
 from qat.layers.conv1d import is_conv1d, is_quantconv1d
-from qat.layers.experts import layout_of
-from qat.layers.lora import FACTORS, NAME, adapters, weight_name
+from qat.layers.lora import NAME, adapters, weight_name
 from qat.layers.share import percent
 
 from ..arguments.lora import LoraArguments
-from .stacks import from_published
+from .stacks import flatten_parameters, forget_routers
 from .targets import ARGUMENT, coverage, resolve_targets
 
 logger = logging.getLogger(__name__)
@@ -71,25 +70,25 @@ def add_adapters(
     for name, module in list(model.named_modules()):
         if isinstance(module, ParamWrapper):
             if not name.endswith(".base_layer"):  # that of the parameter that PEFT wrapped before
-                _flatten_parameters(model, name, module, asked)
+                flatten_parameters(model, name, module, asked)
         elif isinstance(module, LoraLayer):
             _flatten(model, name, module)
-    _forget_routers(config, asked)
+    forget_routers(config, asked)
+    _check_complete(model, targets, argument)
     for attribute in ("peft_config", "peft_type", "active_adapter"):
         vars(model).pop(attribute, None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{NAME}." in name)
     vars(model)[_ATTRIBUTE] = config
     logger.info(summary(model))
-    if warning := coverage(model, _adapted_weights(model))[1]:
+    if warning := _coverage(model)[1]:
         logger.warning(warning)
     return model
 
 
 def summary(model: nn.Module) -> str:
     """How many layers have adapters, and how many parameters are trained, in one line."""
-    found = adapters(model)
-    share, _ = coverage(model, _adapted_weights(model))
+    found, share = adapters(model), _coverage(model)[0]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     return (
@@ -98,14 +97,29 @@ def summary(model: nn.Module) -> str:
     )
 
 
-def _adapted_weights(model: nn.Module) -> set[str]:
-    return {weight_name(name, module) for name, module in adapters(model).items()}
+def _coverage(model: nn.Module) -> tuple[float, str]:
+    return coverage(model, {weight_name(name, module) for name, module in adapters(model).items()})
+
+
+def _check_complete(model: nn.Module, targets: list[str], argument: str) -> None:
+    """Refuse layers that PEFT takes for another: in some mixtures, names of layers that were experts' once."""
+    if left := [name for name in targets if name not in adapters(model)]:
+        raise UserError(
+            f"{argument}: PEFT takes {left[0]} for an expert's layer of older versions of transformers and gives it no "
+            "adapter; name the layers without it, such as q_proj k_proj v_proj o_proj, and experts in "
+            "--lora_target_parameters"
+        )
 
 
 def _check_init(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:
     """Refuse decompositions that a layer's shape does not have, and PEFT's of GPT-2's transposed weights."""
     if not isinstance(config.init_lora_weights, str):
         return
+    if config.target_parameters:
+        raise UserError(
+            f"--lora_init {config.init_lora_weights} is for linear layers; beside --lora_target_parameters "
+            f"{' '.join(sorted(config.target_parameters))}, give --lora_init default"
+        )
     for name in targets:
         module, init = model.get_submodule(name), config.init_lora_weights
         if init == "olora" and (is_conv1d(module) or is_quantconv1d(module)):
@@ -140,39 +154,3 @@ def _flatten(model: nn.Module, name: str, layer: LoraLayer) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, base)
     attach(base, layer.lora_A[own].weight, layer.lora_B[own].weight, layer.scaling[own], name)
-
-
-def _flatten_parameters(model: nn.Module, name: str, layer: ParamWrapper, asked: set[str]) -> None:
-    """The same of a module whose parameters PEFT has wrapped, one in the other.
-
-    For some families PEFT takes "all-linear" for the router, too, which is not quantized and gets no adapter here.
-    """
-    base, parent, child = layer.get_base_layer(), *name.rpartition(".")[::2]
-    setattr(model.get_submodule(parent), child, base)
-    wrapper, inside = layer, name
-    while isinstance(wrapper, ParamWrapper):
-        if layout_of(base) is not None or any(f"{name}.{wrapper.parameter_name}".endswith(own) for own in asked):
-            _attach_parameter(base, wrapper, name).published = inside
-        wrapper, inside = wrapper.base_layer, f"{inside}.base_layer"
-
-
-def _attach_parameter(base: nn.Module, wrapper: ParamWrapper, name: str) -> nn.Module:
-    (own,) = wrapper.lora_A
-    parameter, layout = wrapper.parameter_name, layout_of(base)
-    if layout is not None and parameter in layout.parameters:
-        rows = layout.rows(base.get_parameter(parameter))
-        if rows.shape[1:] != (wrapper.out_features, wrapper.in_features):
-            raise UserError(
-                f"--lora_target_parameters: {name}.{parameter} keeps experts transposed, which PEFT does not know of "
-                f"{type(base).__name__}; leave it out"
-            )
-    a, b = (from_published(factor, getattr(wrapper, factor)[own].weight, wrapper.num_experts) for factor in FACTORS)
-    return attach_to_experts(base, parameter, a, b, wrapper.scaling[own], name).adapter
-
-
-def _forget_routers(config: LoraConfig, asked: set[str]) -> None:
-    """Let the configuration not name parameters that PEFT has added and that have no adapter; in a fixed order."""
-    if config.target_parameters:
-        config.target_parameters = sorted(n for n in config.target_parameters if n in asked or not n.endswith("weight"))
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)

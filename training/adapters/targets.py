@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from qat.errors import UserError
 from qat.layers.conv1d import is_conv1d
-from qat.layers.operands import Operands
-from qat.layers.quant_linear import is_linear
+from qat.layers.quant_linear import LinearProduct, is_linear
 from qat.layers.share import linear_weights, percent
 
 from ..arguments.lora import ALL_LINEAR
@@ -25,7 +24,7 @@ _ENOUGH = 0.9  # of the linear weights; a smaller fraction is worth a warning
 
 def can_have_adapter(module: nn.Module) -> bool:
     """Whether a module is a linear layer, quantized or not, that an adapter can be attached to."""
-    return is_linear(module) or is_conv1d(module) or (isinstance(module, Operands) and hasattr(module, "weight"))
+    return is_linear(module) or is_conv1d(module) or isinstance(module, LinearProduct)
 
 
 def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = ARGUMENT) -> list[str]:
@@ -43,11 +42,11 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = 
             {n for n, m in modules.items() if can_have_adapter(m) and m is not head}, modules
         )
     _check_all_match(modules, config, argument)
-    found = [name for name in modules if name and _matches(config, name)]
+    found = [name for name in modules if name and config.target_modules and _matches(config, name)]
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for name in found:
         _check_layer(name, modules[name], uses, argument)
-    if not found:
+    if not found and not config.target_parameters:
         raise UserError(f"{argument} {_shown(config)} matches no layer; {_choices(modules)}")
     return found
 

@@ -34,7 +34,9 @@ def data(tmp_path_factory):
 
 def make_model(kind: str, dtype: torch.dtype, scheme: str | None = None, **settings) -> nn.Module:
     """A tiny mixture with adapters, B random."""
-    model = make_mixture(kind, layers=1)
+    model = make_mixture(
+        kind, layers=1, **{name: settings.pop(name) for name in ("mlp_only_layers",) if name in settings}
+    )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model = compute_in_autocast_dtype(model) if scheme is None else prepare_qat(model, {nn.Linear: scheme})
@@ -108,13 +110,28 @@ def test_adapters_are_read_back_as_they_were_written(kind, tmp_path):
     assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
 
 
-def test_all_linear_layers_are_experts_too_where_peft_says_so_and_never_the_router():
-    model = make_model("qwen3_moe", torch.bfloat16, "MXFP4", target_modules="all-linear", target_parameters=None)
-    named = {weight_name(name, module).removeprefix("model.layers.0.") for name, module in adapters(model).items()}
-    attention = {f"self_attn.{which}_proj.weight" for which in "qkvo"}
-    assert named == attention | set(EXPERTS)
-    assert sorted(config_of(model).target_parameters) == ["down_proj", "gate_up_proj"]
+def test_experts_get_adapters_where_they_are_asked_for_and_the_router_never_does():
+    for asked in (None, EXPERTS):
+        model = make_model("qwen3_moe", torch.bfloat16, "MXFP4", target_modules="all-linear", target_parameters=asked)
+        named = {weight_name(name, module).removeprefix("model.layers.0.") for name, module in adapters(model).items()}
+        assert named == {f"self_attn.{which}_proj.weight" for which in "qkvo"} | set(asked or ())
+        assert config_of(model).target_parameters == (None if asked is None else sorted(asked))
     assert "adapters in 6 layers with 99.7 %" in summary(model)
+
+
+def test_a_configuration_for_experts_alone_is_enough():
+    model = make_model("qwen3_moe", torch.bfloat16, "MXFP4", target_modules=[])
+    assert {module.parameter for module in adapters(model).values()} == {"gate_up_proj", "down_proj"}
+
+
+def test_layers_that_peft_takes_for_those_of_experts_are_refused():
+    with pytest.raises(UserError, match="PEFT takes model.layers.0.mlp.*_proj for an expert's layer.*q_proj k_proj"):
+        make_model("qwen3_moe", torch.bfloat16, "MXFP4", target_modules="all-linear", mlp_only_layers=[0])
+
+
+def test_experts_begin_as_peft_begins_them_only():
+    with pytest.raises(UserError, match="--lora_init pissa is for linear layers.*--lora_init default"):
+        make_model("qwen3_moe", torch.bfloat16, init_lora_weights="pissa")
 
 
 def test_the_names_in_the_files_are_pefts(tmp_path):
@@ -131,7 +148,7 @@ def test_stacks_are_kept_as_peft_keeps_them_and_read_back():
     for name, shape in (("lora_A", (3, 4, 5)), ("lora_B", (3, 5, 4))):
         factor = torch.randn(shape)
         published = as_published(name, factor)
-        assert published.ndim == 2 and torch.equal(from_published(name, published, 3), factor)
+        assert published.ndim == 2 and torch.equal(from_published(name, published, factor.shape), factor)
 
 
 def test_parameters_that_can_have_no_adapter_are_refused_by_name():
