@@ -45,6 +45,8 @@ from .losses.router_loss import NAME as ROUTER_LOSS
 from .losses.router_loss import RouterLoss, UnknownRouterLoss, find_router_loss, wants_router_loss
 from .losses.term_means import TermMeans
 from .monitoring.monitor import QuantizationMonitor
+from .optimizers.choose import own_optimizer
+from .optimizers.in_backward import StepsInBackward
 from .resume.fault_tolerance import FaultTolerantTrainer
 from .resume.run_record import model_settings
 from .teachers.cache import CachedTeacher
@@ -108,6 +110,9 @@ class QATTrainer(FaultTolerantTrainer):
                 )
         super().__init__(**kwargs)
         self._keep_masters = False
+        self._in_backward = StepsInBackward() if getattr(self.args, "optimizer_in_backward", False) else None
+        if self._in_backward is not None:
+            self.add_callback(self._in_backward)
         self._labelled_tokens = 0
         self.parameter_groups, self.saved_dtypes = parameter_groups or {}, saved_dtypes or SavedDtypes()
         self.monitor: QuantizationMonitor | None = None
@@ -165,10 +170,19 @@ class QATTrainer(FaultTolerantTrainer):
     def create_optimizer(self, model=None):
         """Trainer's own optimizer, with `parameter_groups` in groups of their own."""
         created = self.optimizer is None
+        if created and self.optimizer_cls_and_kwargs is None:
+            trained = self.model if model is None else model
+            decays = self.get_decay_parameter_names(trained)
+            self.optimizer_cls_and_kwargs = own_optimizer(self.args, trained, decays)
         optimizer = super().create_optimizer(model)
         if created:
             separate(optimizer, self.model if model is None else model, self.parameter_groups)
         return optimizer
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if self._in_backward is not None:  # the gradients are gone
+            grad_norm = self._in_backward.take_norm().to(self.args.device)
+        return super()._get_grad_norm(model, grad_norm)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
