@@ -43,7 +43,7 @@ def _check_bfloat16(args) -> None:
             f"--{given} with --master_dtype bfloat16: weights and what layers hand on are BF16 then, so the run would "
             f"not compute in {'FP16' if args.fp16 else 'FP32'}; give --bf16 True, or --master_dtype float32"
         )
-    if uses_fsdp():
+    if fsdp_version():
         raise UserError(
             "--master_dtype bfloat16 under FSDP: accelerate makes FP32 masters of the BF16 parameters that it shards, "
             "so nothing would be saved; start without FSDP, or give --master_dtype float32, whose masters FSDP shards"
@@ -79,14 +79,16 @@ def _check_in_backward(args) -> None:
             f"--optim {name} with --optimizer_in_backward True: whether it updates parameters one by one as it does "
             f"together has not been tested; choose one of {', '.join(STEPS_ALONE)}"
         )
-    if uses_fsdp() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (version := fsdp_version()) == 1 or (version == 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1):
         raise UserError(
-            "--optimizer_in_backward True with several processes or FSDP: a gradient would be applied before it is "
-            "reduced over processes, which then have different weights; start one process, or leave "
-            "--optimizer_in_backward out: FSDP shards gradients"
+            f"--optimizer_in_backward True under {'FSDP1' if version else 'DDP'}: a gradient would be applied before "
+            "it is reduced over processes, whose weights would then differ; start one process, or with "
+            "accelerate_config/fsdp2.yaml"
         )
 
 
-def uses_fsdp() -> bool:
-    """Whether `accelerate launch` asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+def fsdp_version() -> int:
+    """1 or 2, as `accelerate launch` asks for; 0 without FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+        return 0
+    return int(os.environ.get("FSDP_VERSION", "1"))

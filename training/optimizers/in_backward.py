@@ -5,6 +5,8 @@ that backward reaches later, so there is no norm of the whole gradient to clip b
 whose gradient is not finite cannot be withheld: it ends the run (resume/safeguards.py), whose checkpoints are of the
 steps before.
 
+FSDP2 calls the hooks of a parameter once its gradient is reduced over processes. DDP and FSDP1 reduce later.
+
 The optimizer is Trainer's own: its groups are narrowed to one parameter for the time of a step. State, learning rates
 and checkpoints are those of a run that updates all parameters after backward.
 """
@@ -14,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from qat.errors import RunFault
@@ -31,6 +35,7 @@ class StepsInBackward(TrainerCallback):
         self._hooks: list = []
         self._norms: list[torch.Tensor] = []
         self._updated: set[int] = set()
+        self._group: dist.ProcessGroup | None = None  # that shards gradients
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Hook every parameter that the optimizer updates."""
@@ -55,16 +60,26 @@ class StepsInBackward(TrainerCallback):
                     "'{\"use_reentrant\": false}', or leave --optimizer_in_backward out"
                 )
             self._updated.add(id(parameter))
-            self._norms.append(_norm(parameter.grad))
+            self._norms.append(self._norm(parameter.grad))
             step_one(optimizer, index, parameter)
             parameter.grad = None
 
         return step
 
+    def _norm(self, gradient: torch.Tensor) -> torch.Tensor:
+        if isinstance(gradient, DTensor):
+            self._group, gradient = gradient.device_mesh.get_group(), gradient.to_local()
+        return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+
     def take_norm(self) -> torch.Tensor:
         """The norm of the step's whole gradient, FP32; the next step begins."""
         norms, self._norms, self._updated = self._norms, [], set()
-        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        if self._group is not None:
+            square = norm.square()
+            dist.all_reduce(square, group=self._group)
+            norm = square.sqrt()
+        return norm
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Gradients stay with their parameters again."""
@@ -85,8 +100,3 @@ def step_one(optimizer: torch.optim.Optimizer, index: int, parameter: nn.Paramet
         optimizer.step()
     finally:
         optimizer.param_groups = groups
-
-
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,0 +1,47 @@
+"""Settings that need less memory, under FSDP2: offloading on one device, and steps in backward on two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import save_llama, write_conversations
+from sharded_runs import Workspace
+
+QAT = {"quant_scheme": "MXFP4", "max_steps": 4, "max_grad_norm": 0.0}
+SAVED = QAT | {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Workspace:
+    folder = tmp_path_factory.mktemp("memory")
+    save_llama(folder / "model", layers=1)
+    write_conversations(folder / "data.jsonl", 80)
+    workspace = Workspace(folder)
+    workspace.run("cpu", {"one": QAT}, processes=1)
+    return workspace
+
+
+def check_equal(workspace: Workspace, name: str, expected: str) -> None:
+    assert workspace.losses(name) == workspace.losses(expected)
+    weights = workspace.weights(expected)
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in workspace.weights(name).items())
+
+
+def test_one_process_that_offloads_trains_the_same_bits_and_resumes_exactly(workspace):
+    flags = ("--fsdp_activation_checkpointing", "false")
+    workspace.run("fsdp2_offload", {"offloaded": SAVED}, *flags, processes=1)
+    check_equal(workspace, "offloaded", "one")
+    resumed = SAVED | {"resume_from_checkpoint": str(workspace.folder / "offloaded" / "checkpoint-2")}
+    workspace.run("fsdp2_offload", {"resumed": resumed}, *flags, processes=1)
+    check_equal(workspace, "resumed", "offloaded")
+
+
+def test_steps_in_backward_on_two_processes_are_those_after_it(workspace):
+    runs = {"after": QAT, "within": SAVED | {"optimizer_in_backward": True}}
+    workspace.run("fsdp2", runs)
+    check_equal(workspace, "within", "after")
+    norms = [workspace.logged(name, "grad_norm") for name in ("within", "after")]  # of hooks, and of Trainer
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and min(norms[0]) > 0
+    resumed = runs["within"] | {"resume_from_checkpoint": str(workspace.folder / "within" / "checkpoint-2")}
+    workspace.run("fsdp2", {"within-resumed": resumed})
+    check_equal(workspace, "within-resumed", "within")
