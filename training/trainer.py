@@ -36,7 +36,7 @@ from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
-from .backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
+from .backends.sharding import full_state_dict, initialize_state, keep_dtypes, round_parameters, set_precision
 from .backends.weightless import give_storage
 from .losses.chunked import attach, chunked_loss
 from .losses.distillation import HiddenRows, Objective, SampledRows, labelled_rows
@@ -188,6 +188,8 @@ class QATTrainer(FaultTolerantTrainer):
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             set_precision(self.accelerator.state.fsdp_plugin, getattr(self.args, "fsdp_gather_dtype", "float32"))
+        if self.accelerator.is_fsdp2 and getattr(self.args, "master_dtype", "float32") == "bfloat16":
+            keep_dtypes(self.accelerator)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """accelerate wraps a model's forward pass in autocast on every backend but FSDP2; there it is done here."""

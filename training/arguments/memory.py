@@ -43,10 +43,10 @@ def _check_bfloat16(args) -> None:
             f"--{given} with --master_dtype bfloat16: weights and what layers hand on are BF16 then, so the run would "
             f"not compute in {'FP16' if args.fp16 else 'FP32'}; give --bf16 True, or --master_dtype float32"
         )
-    if fsdp_version():
+    if fsdp_version() == 1:
         raise UserError(
-            "--master_dtype bfloat16 under FSDP: accelerate makes FP32 masters of the BF16 parameters that it shards, "
-            "so nothing would be saved; start without FSDP, or give --master_dtype float32, whose masters FSDP shards"
+            "--master_dtype bfloat16 under FSDP1: accelerate makes FP32 masters of the BF16 parameters that it shards, "
+            "so no memory would be saved; start with accelerate_config/fsdp2.yaml, or give --master_dtype float32"
         )
 
 

@@ -16,6 +16,7 @@ from qat.errors import UserError
 from .config_file import SUFFIXES, as_flags, read_config
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
+from .memory import fsdp_version
 from .model import ModelArguments
 from .quantization import QuantizationArguments
 from .trainer_options import check_metric, check_with_stream, check_with_teacher
@@ -143,6 +144,14 @@ def _check_together(arguments: Arguments) -> None:
             f"--{name} True: weights are saved as they are quantized in bfloat16, which is not what --bf16 False or "
             f"--fp16 True trains; give --bf16 True, or leave --{name} out"
         )
+    for name in (
+        name for name, on in arguments.quantization.learned.items() if on and training.master_dtype != "float32"
+    ):
+        if fsdp_version():
+            raise UserError(
+                f"--{name} True with --master_dtype bfloat16 under FSDP: what is learned is FP32, and FSDP2 shards "
+                "parameters of one dtype together; give --master_dtype float32, or start without FSDP"
+            )
     for setting, is_on in arguments.quantization.learned.items():
         if is_on and not training.do_train:
             raise UserError(

@@ -213,12 +213,17 @@ def _first_element(parameter: torch.Tensor) -> int:
     """The number that the first local element has in the whole parameter."""
     if not isinstance(parameter, DTensor):
         return 0
-    mesh, first = parameter.device_mesh, 0
+    mesh = parameter.device_mesh
     shards = [d for d, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
     if not shards:
         return 0
     if len(shards) > 1 or parameter.placements[shards[0]].dim != 0:
         raise ValueError(f"a parameter is sharded as {parameter.placements}; StochasticAdamW takes Shard(0)")
-    rows, size = parameter.shape[0], mesh.size(shards[0])
-    first = min(-(-rows // size) * mesh.get_local_rank(shards[0]), rows)  # as torch.chunk deals out rows
+    rows = parameter.shape[0]
+    first = first_row(rows, mesh.size(shards[0]), mesh.get_local_rank(shards[0]))
     return first * (parameter.numel() // max(rows, 1))
+
+
+def first_row(rows: int, parts: int, part: int) -> int:
+    """The first of `rows` in a part of Shard(0), which deals them out as torch.chunk does."""
+    return min(-(-rows // parts) * part, rows)

@@ -159,6 +159,7 @@ class Start:
         """
         if waits_for_weights():
             model = without_weights(self.model_args, self.cache_dir)
+            to_master_dtype(model, self.master_dtype)
         else:
             model = self._load_with_weights()
             tensors = model.state_dict(keep_vars=True)

@@ -8,6 +8,7 @@ from helpers import save_llama, write_conversations
 from sharded_runs import Workspace
 
 QAT = {"quant_scheme": "MXFP4", "max_steps": 4, "max_grad_norm": 0.0}
+BF16 = QAT | {"master_dtype": "bfloat16"}
 SAVED = QAT | {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -17,7 +18,8 @@ def workspace(tmp_path_factory) -> Workspace:
     save_llama(folder / "model", layers=1)
     write_conversations(folder / "data.jsonl", 80)
     workspace = Workspace(folder)
-    workspace.run("cpu", {"one": QAT}, processes=1)
+    two = {"per_device_train_batch_size": 4}
+    workspace.run("cpu", {"one": QAT, "one-bf16": BF16, "one-of-4": BF16 | two}, processes=1)
     return workspace
 
 
@@ -45,3 +47,17 @@ def test_steps_in_backward_on_two_processes_are_those_after_it(workspace):
     resumed = runs["within"] | {"resume_from_checkpoint": str(workspace.folder / "within" / "checkpoint-2")}
     workspace.run("fsdp2", {"within-resumed": resumed})
     check_equal(workspace, "within-resumed", "within")
+
+
+def test_without_masters_one_process_has_the_bits_of_no_sharding(workspace):
+    workspace.run("fsdp2_offload", {"bf16-offloaded": BF16}, "--fsdp_activation_checkpointing", "false", processes=1)
+    check_equal(workspace, "bf16-offloaded", "one-bf16")
+
+
+def test_without_masters_two_processes_train_as_one_and_resume_exactly(workspace):
+    saved = BF16 | {"save_strategy": "steps", "save_steps": 2, "optimizer_in_backward": True}
+    workspace.run("fsdp2", {"bf16-two": saved})
+    assert workspace.losses("bf16-two") == pytest.approx(workspace.losses("one-of-4"), rel=2e-3)
+    resumed = saved | {"resume_from_checkpoint": str(workspace.folder / "bf16-two" / "checkpoint-2")}
+    workspace.run("fsdp2", {"bf16-two-resumed": resumed})
+    check_equal(workspace, "bf16-two-resumed", "bf16-two")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.optimizers.random_bits import keys, random_words
-from training.optimizers.stochastic_adamw import Scalars, StochasticAdamW, round_stochastically, update_plain
+from training.optimizers.stochastic_adamw import Scalars, StochasticAdamW, first_row, round_stochastically, update_plain
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -151,6 +151,14 @@ def test_parts_of_a_parameter_get_the_bits_of_the_whole():
     for first, last in ((0, 70001), (70001, 150000)):
         update_plain([t[first:last] for t in parts], scalars, pair, first)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 130])
+def test_the_first_row_of_a_shard_is_that_of_torch(rows):
+    for parts in (1, 2, 3, 4):
+        chunks = torch.arange(rows).chunk(parts)
+        expected = [int(chunk[0]) for chunk in chunks] + [rows] * (parts - len(chunks))
+        assert [first_row(rows, parts, part) for part in range(parts)] == expected
 
 
 def test_other_dtypes_are_refused():
