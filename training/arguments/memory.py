@@ -74,6 +74,11 @@ def _check_in_backward(args) -> None:
             "--fp16 True with --optimizer_in_backward True: the loss scaler looks for overflows in all gradients "
             "before a step; give --bf16 True, or leave --optimizer_in_backward out"
         )
+    if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
+        raise UserError(
+            "--torch_compile True with --optimizer_in_backward True: a compiled backward pass returns the gradients of "
+            "all layers together, so none would be freed early; leave one of the two out"
+        )
     if (name := plain(args.optim)) not in STEPS_ALONE:
         raise UserError(
             f"--optim {name} with --optimizer_in_backward True: whether it updates parameters one by one as it does "

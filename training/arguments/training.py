@@ -65,6 +65,13 @@ class TrainingArguments(transformers.TrainingArguments):
             "the run, whose checkpoints stay good."
         },
     )
+    optim: str = field(  # the field of transformers, with a name more
+        default=transformers.TrainingArguments.optim,
+        metadata={
+            "help": "The optimizer, see docs/trainer_options.md.",
+            "choices": [*(name.value for name in transformers.training_args.OptimizerNames), MUON],
+        },
+    )
     master_dtype: str = field(
         default="float32",
         metadata={

@@ -50,7 +50,8 @@ def test_steps_in_backward_on_two_processes_are_those_after_it(workspace):
 
 
 def test_without_masters_one_process_has_the_bits_of_no_sharding(workspace):
-    workspace.run("fsdp2_offload", {"bf16-offloaded": BF16}, "--fsdp_activation_checkpointing", "false", processes=1)
+    alone = BF16 | {"optimizer_in_backward": True}
+    workspace.run("fsdp2_offload", {"bf16-offloaded": alone}, "--fsdp_activation_checkpointing", "false", processes=1)
     check_equal(workspace, "bf16-offloaded", "one-bf16")
 
 
@@ -58,6 +59,8 @@ def test_without_masters_two_processes_train_as_one_and_resume_exactly(workspace
     saved = BF16 | {"save_strategy": "steps", "save_steps": 2, "optimizer_in_backward": True}
     workspace.run("fsdp2", {"bf16-two": saved})
     assert workspace.losses("bf16-two") == pytest.approx(workspace.losses("one-of-4"), rel=2e-3)
+    workspace.run("ddp", {"bf16-ddp": BF16})
+    assert workspace.losses("bf16-ddp") == pytest.approx(workspace.losses("one-of-4"), rel=2e-3)
     resumed = saved | {"resume_from_checkpoint": str(workspace.folder / "bf16-two" / "checkpoint-2")}
     workspace.run("fsdp2", {"bf16-two-resumed": resumed})
     check_equal(workspace, "bf16-two-resumed", "bf16-two")

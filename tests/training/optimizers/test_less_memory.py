@@ -15,6 +15,7 @@ from transformers.optimization import Adafactor
 
 from qat import prepare_qat
 from training.arguments.memory import STEPS_ALONE
+from training.arguments.parse import parse_arguments
 from training.arguments.training import TrainingArguments
 from training.backends.masters import to_master_dtype
 from training.optimizers.in_backward import StepsInBackward, UpdatedTwiceError
@@ -146,6 +147,47 @@ def test_a_trainer_whose_optimizer_steps_in_backward_trains_as_without(trained):
     assert same(together, alone)
     norms = [[e["grad_norm"] for e in t.state.log_history if "grad_norm" in e] for t in (together, alone)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5) and min(norms[0]) > 0
+
+
+def test_a_run_resumes_with_steps_in_backward_that_began_without(trained):
+    whole = trained("whole", **IN_BACKWARD)
+    trained("parts", stop=1, max_grad_norm=0.0)
+    assert same(whole, trained("parts", resume=True, **IN_BACKWARD))
+
+
+@pytest.mark.parametrize("settings,message", [
+    ({"WORLD_SIZE": "2"}, "--optimizer_in_backward True under DDP"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "--optimizer_in_backward True under FSDP1"),
+])  # fmt: skip
+def test_steps_in_backward_are_refused_where_gradients_are_reduced_later(monkeypatch, settings, message):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments("out", use_cpu=True, **IN_BACKWARD)
+
+
+def test_what_fsdp_cannot_shard_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="--optim muon: it needs whole matrices"):
+        TrainingArguments("out", use_cpu=True, optim="muon")
+    with pytest.raises(ValueError, match="--master_dtype bfloat16 under FSDP1"):
+        TrainingArguments("out", use_cpu=True, master_dtype="bfloat16")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    flags = ["--output_dir", "out", "--do_train", "True", "--quant_scheme", "MXFP4", "--learn_exponent", "True"]
+    with pytest.raises(SystemExit):
+        parse_arguments([*flags, "--master_dtype", "bfloat16"])
+    assert "--learn_exponent True with --master_dtype bfloat16 under FSDP" in capsys.readouterr().err
+
+
+def test_a_model_whose_weights_are_stored_in_fp32_is_rounded_with_a_warning(untrained, caplog):
+    model = copy.deepcopy(untrained)
+    to_master_dtype(model, torch.bfloat16)
+    assert "rounds the weights of model.embed_tokens.weight and 10 more" in caplog.text
+    assert {p.dtype for p in model.parameters()} == {
+        torch.bfloat16
+    } and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, untrained.lm_head.weight.bfloat16())
 
 
 def test_without_masters_steps_in_backward_are_the_steps_after_it(trained):
