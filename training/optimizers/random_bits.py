@@ -32,25 +32,27 @@ def signed(word: int) -> int:
     return ((word + 2**31) & (2**32 - 1)) - 2**31
 
 
-def random_words(keys: tuple[int, int], first: int, count: int, device: torch.device | str) -> torch.Tensor:
-    """The random words of elements `first` to `first + count - 1`, int32 [count].
+def random_words(keys: tuple[int, int], first: int, words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Fill `words`, int32 [n], with those of the elements `first` to `first + n - 1`.
 
     Args:
         first: number of an element; no multiple of 2^32 may lie between it and the last one.
+        scratch: int32 [n], overwritten.
     """
-    high = first >> 32
+    high, count = first >> 32, len(words)
     assert count == 0 or (first + count - 1) >> 32 == high, (first, count)
-    words = torch.arange(count, dtype=torch.int32, device=device).add_(signed(first)).bitwise_xor_(keys[0])
-    _mix(words)
-    words.bitwise_xor_(signed(keys[1] + high * HIGH_WORD))
-    return _mix(words)
+    torch.arange(count, out=words)
+    _mix(words.add_(signed(first)).bitwise_xor_(keys[0]), scratch)
+    return _mix(words.bitwise_xor_(signed(keys[1] + high * HIGH_WORD)), scratch)
 
 
-def _mix(words: torch.Tensor) -> torch.Tensor:
+def _mix(words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """lowbias32, in place."""
-    words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF)).mul_(MIX_1)
-    words.bitwise_xor_((words >> 15).bitwise_and_(0x1FFFF)).mul_(MIX_2)
-    return words.bitwise_xor_((words >> 16).bitwise_and_(0xFFFF))
+    for shift, mask, factor in ((16, 0xFFFF, MIX_1), (15, 0x1FFFF, MIX_2), (16, 0xFFFF, None)):
+        words.bitwise_xor_(torch.bitwise_right_shift(words, shift, out=scratch).bitwise_and_(mask))
+        if factor is not None:
+            words.mul_(factor)
+    return words
 
 
 def _split_mix(state: int) -> int:

@@ -22,9 +22,8 @@ from torch.distributed.tensor import DTensor, Shard
 from . import triton_adamw
 from .random_bits import SECOND_WORD, keys, random_words
 
-_CHUNK = 2**16  # elements at a time on a CPU: what is computed for them stays in its cache
+_CHUNK = 2**16  # elements at a time on a CPU: what is computed for them stays in its caches
 _CHUNK_OF_A_GPU = 2**26
-_NAN = 0x7F800000  # the largest magnitude, as bits, that is not NaN
 
 
 class Scalars(NamedTuple):
@@ -155,38 +154,39 @@ def update_plain(flat: list[torch.Tensor], scalars: Scalars, keys: tuple[int, in
     """`update` of contiguous tensors [n], in PyTorch's operations on some elements at a time."""
     chunk = _CHUNK if flat[0].device.type == "cpu" else _CHUNK_OF_A_GPU
     done, count = 0, flat[0].numel()
+    buffers = torch.empty(5, min(chunk, count), dtype=torch.float32, device=flat[0].device)
     while done < count:
         size = min(chunk - (first + done) % chunk, count - done)  # no chunk contains a multiple of 2^32
         parts = [tensor[done : done + size] for tensor in flat]
-        _update_part(*parts, scalars, keys, first + done)
+        _update_part(*parts, scalars, keys, first + done, buffers[:, :size])
         done += size
 
 
-def _update_part(parameter, grad, exp_avg, exp_avg_sq, s: Scalars, keys: tuple[int, int], first: int) -> None:
-    grad = grad.float()
-    m = exp_avg.float() * s.beta1
-    m.add_(grad * s.rest1)
-    v = exp_avg_sq.float() * s.beta2
-    v.add_((grad * grad).mul_(s.rest2))
-    quotient = m / (v.sqrt() / s.root_correction2).add_(s.eps)
-    value = parameter.float() * s.decay
-    value.sub_(quotient.mul_(s.step_size))
+def _update_part(parameter, grad, exp_avg, exp_avg_sq, s: Scalars, keys: tuple[int, int], first: int, buffers) -> None:
+    value, g, m, v, other = buffers
+    g.copy_(grad)
+    m.copy_(exp_avg).mul_(s.beta1).add_(torch.mul(g, s.rest1, out=other))
+    v.copy_(exp_avg_sq).mul_(s.beta2).add_(g.mul_(g).mul_(s.rest2))
+    root = torch.sqrt(v, out=other).div_(s.root_correction2).add_(s.eps)
+    value.copy_(parameter).mul_(s.decay).sub_(torch.div(m, root, out=g).mul_(s.step_size))
     if parameter.dtype == torch.float32:
         for target, result in ((parameter, value), (exp_avg, m), (exp_avg_sq, v)):
             target.copy_(result)
         return
-    words = random_words(keys, first, len(parameter), parameter.device)
-    _store(parameter, value, (words >> 16).bitwise_and_(0xFFFF))
+    words, bits = g.view(torch.int32), other.view(torch.int32)
+    random_words(keys, first, words, bits)
+    _store(parameter, value, torch.bitwise_right_shift(words, 16, out=bits))
     if exp_avg.dtype == torch.bfloat16:
-        _store(exp_avg_sq, v, words & 0xFFFF)
-        _store(exp_avg, m, (words.mul_(SECOND_WORD) >> 16).bitwise_and_(0xFFFF))
+        bits.copy_(words)
+        _store(exp_avg_sq, v, bits)
+        _store(exp_avg, m, words.mul_(SECOND_WORD).bitwise_right_shift_(16))
     else:
         exp_avg.copy_(m)
         exp_avg_sq.copy_(v)
 
 
 def _store(target: torch.Tensor, values: torch.Tensor, bits: torch.Tensor) -> None:
-    """Write FP32 `values` to the BF16 `target`, rounded by 16 random bits (int32) each."""
+    """Write FP32 `values` to the BF16 `target`, rounded by the lowest 16 bits of each word in `bits`."""
     target.copy_(round_stochastically(values, bits))
 
 
@@ -195,14 +195,14 @@ def round_stochastically(values: torch.Tensor, bits: torch.Tensor) -> torch.Tens
 
     Args:
         values: FP32. Numbers of BF16, infinities and NaN stay as they are.
-        bits: int32 from 0 to 65535, overwritten.
+        bits: int32, whose lowest 16 bits are random; overwritten.
 
     Returns:
-        FP32 numbers that BF16 has.
+        FP32 numbers that BF16 has, in the memory of `bits`.
     """
-    patterns = values.view(torch.int32)
-    rounded = bits.add_(patterns).bitwise_and_(-65536).view(torch.float32)
-    return torch.where((patterns & 0x7FFFFFFF) > _NAN, values, rounded)
+    bits.bitwise_and_(0xFFFF).add_(values.view(torch.int32)).bitwise_and_(-65536)
+    rounded = bits.view(torch.float32)
+    return torch.where(values == values, rounded, values, out=rounded)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,10 @@ from training.optimizers.stochastic_adamw import Scalars, StochasticAdamW, first
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
+def words_of(pair: tuple[int, int], first: int, count: int) -> torch.Tensor:
+    return random_words(pair, first, *torch.empty(2, count, dtype=torch.int32))
+
+
 def reference_word(key0: int, key1: int, element: int) -> int:
     """The hash in Python's integers."""
 
@@ -28,14 +32,14 @@ def reference_word(key0: int, key1: int, element: int) -> int:
 @pytest.mark.parametrize("first", [0, 12345, 2**31 - 3, 2**32, 5 * 2**32 + 2**31])
 def test_random_words_are_the_hash_of_the_element_s_number(first):
     pair = keys(3, 7, 11)
-    words = random_words(pair, first, 8, "cpu")
+    words = words_of(pair, first, 8)
     assert [int(w) % 2**32 for w in words] == [reference_word(*pair, first + i) for i in range(8)]
 
 
 def test_each_number_that_random_bits_depend_on_changes_half_of_them():
-    base = random_words(keys(0, 1, 0), 0, 4096, "cpu")
-    others = [random_words(keys(*numbers), 0, 4096, "cpu") for numbers in ((1, 1, 0), (0, 2, 0), (0, 1, 1))]
-    others.append(random_words(keys(0, 1, 0), 2**32, 4096, "cpu"))
+    base = words_of(keys(0, 1, 0), 0, 4096)
+    others = [words_of(keys(*numbers), 0, 4096) for numbers in ((1, 1, 0), (0, 2, 0), (0, 1, 1))]
+    others.append(words_of(keys(0, 1, 0), 2**32, 4096))
     for other in others:
         differing = sum(((base ^ other) >> bit & 1).float().mean() for bit in range(32)) / 32
         assert abs(differing - 0.5) < 0.01
