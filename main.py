@@ -14,6 +14,8 @@ import logging
 import sys
 from functools import partial
 
+import torch
+
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
@@ -50,6 +52,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     start = Start.read(model_args, args.cache_dir)
     start.is_frozen = lora_args.is_on
     start.check(quant_args, distill_args)
+    start.master_dtype = getattr(torch, args.master_dtype)
     start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)

@@ -43,6 +43,7 @@ from training.arguments.distillation import CacheSettings  # noqa: E402
 from training.arguments.lora import LoraArguments  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
+from training.backends.masters import to_master_dtype  # noqa: E402
 from training.losses.distillation import forward_kl, labelled_rows  # noqa: E402
 from training.losses.metrics import token_loss_sums  # noqa: E402
 from training.sensitivity.measure import Sensitivity, SensitivityArguments, propose_mapping  # noqa: E402
@@ -114,10 +115,11 @@ def load(path: str, gguf_file: str | None, device: str, packing: bool = False):
 def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTrainer:
     """Train `model` as in `row`, with QATTrainer."""
     arguments = TrainingArguments(
-        str(folder), max_steps=row.steps, learning_rate=row.lr, per_device_train_batch_size=BATCH, max_grad_norm=1.0,
+        str(folder), max_steps=row.steps, learning_rate=row.lr, per_device_train_batch_size=BATCH,
+        max_grad_norm=row.train.get("max_grad_norm", 1.0),
         lr_scheduler_type=row.train.get("lr_scheduler_type", "linear"), seed=row.seed, data_seed=row.seed,
         report_to="none", save_strategy="no", logging_steps=50, disable_tqdm=True, model_max_length=LENGTH,
-        **{k: v for k, v in row.train.items() if k != "lr_scheduler_type"},
+        **{k: v for k, v in row.train.items() if k not in ("lr_scheduler_type", "max_grad_norm")},
     )  # fmt: skip
     if row.teacher == "self" and teacher is not None:
         teacher = "self"
@@ -176,6 +178,7 @@ def run_row(key: str, out: Path, device: str) -> None:
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device, row.packing)
     teacher = load_teacher(model, None).to(device)
+    to_master_dtype(model, getattr(torch, row.train.get("master_dtype", "float32")))
     start, steps, tokens = time.perf_counter(), row.steps, 0
     if row.first:
         stage = replace(row, **row.first, first={})

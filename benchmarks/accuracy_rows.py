@@ -106,6 +106,21 @@ ROWS |= {
     "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
 
+# The same with less memory (docs/memory.md), each beside "default".
+_IN_BACKWARD: dict = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
+ROWS |= {
+    "memory-bf16": default("default, BF16 without masters", train={"master_dtype": "bfloat16"}),
+    "memory-bf16-fp32-moments": default(
+        "default, BF16 without masters, FP32 moments", train={"master_dtype": "bfloat16", "moment_dtype": "float32"}
+    ),
+    "memory-in-backward": default("default, steps in backward", train=_IN_BACKWARD),
+    "memory-bf16-in-backward": default(
+        "default, BF16 without masters, steps in backward", train={"master_dtype": "bfloat16", **_IN_BACKWARD}
+    ),
+}
+for _optim in ("muon", "adafactor", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"):
+    ROWS[f"memory-{_optim}"] = default(f"default, {_optim}", train={"optim": _optim})
+
 # The hidden size of this model, 576, is no multiple of 128: formats in blocks of 128 quantize down_proj alone.
 IN_BLOCKS_OF_128 = {"INT4_G128": "INT4_G32", "MXFP4FP8_G128": "MXFP4FP8"}
 SERVED = ("MXFP4A16", "MXFP8A16", "MXFP4FP8", "MXFP4FP8_G128", "MXFP4MXFP8", "NVFP4", "NVFP4A16", "INT4_G32",

@@ -53,14 +53,21 @@ class Workspace:
         log = self.folder / f"{next(iter(runs))}.log"
         command = ["--config_file", f"accelerate_config/{config}.yaml", "--num_processes", str(processes), *flags]
         settings = launcher_variables([*command, "main.py"])
+        if processes == 1 and "ACCELERATE_USE_FSDP" in settings:  # torchrun makes a group of one process, too
+            settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+            settings |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         run = start(*files, log=log, before=Before(killed_at), count=processes, settings=settings)
         statuses = run.wait()
         expected = 0 if killed_at is None else -signal.SIGKILL
         assert statuses == [expected] * processes, run.text()[-6000:]
 
     def losses(self, name: str) -> list[float]:
+        return self.logged(name, "loss")
+
+    def logged(self, name: str, figure: str) -> list[float]:
+        """The values of a figure in the log of a run."""
         history = json.loads((self.folder / name / "trainer_state.json").read_text())["log_history"]
-        return [entry["loss"] for entry in history if "loss" in entry]
+        return [entry[figure] for entry in history if figure in entry]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / name / "model.safetensors")

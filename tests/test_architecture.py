@@ -31,6 +31,7 @@ ROOMS = {
     "training/losses": {"data/*"},
     "training/monitoring": {"qat/*"},
     "training/teachers": {"qat/*", "data/*", "training/arguments", "training/backends", "training/losses"},
+    "training/optimizers": {"qat/*"},
     "training/resume": {"qat/*", "training/backends"},
     "training/start": {"qat/*", "data/*", "training/arguments", "training/backends"},
     "training/adapters": {"qat/*", "training/arguments", "training/backends", "training/resume"},
@@ -45,7 +46,7 @@ ROOMS = {
     },
     "training/trainer.py": {
         "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
-        "training/adapters", "training/resume", "training/teachers",
+        "training/adapters", "training/optimizers", "training/resume", "training/teachers",
     },
     "training/trainer_overrides.py": set(),
     "utils.py": {"data/*", "training/*"},

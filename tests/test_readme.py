@@ -258,7 +258,7 @@ def test_accelerate_configurations_are_accepted_by_accelerate(path):
     plugin = yaml.safe_load(path.read_text()).get("fsdp_config", {})
     assert "fsdp_transformer_layer_cls_to_wrap" not in plugin  # it comes from the model
     if path.stem.startswith("fsdp"):
-        assert plugin["fsdp_version"] == int(path.stem[-1])
+        assert plugin["fsdp_version"] == int(path.stem.removeprefix("fsdp")[0])
 
 
 def test_requirements_and_constraints_agree():

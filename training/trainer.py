@@ -38,7 +38,14 @@ from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
-from .backends.sharding import check_with_adapters, full_state_dict, initialize_state, round_parameters, set_precision
+from .backends.sharding import (
+    check_with_adapters,
+    full_state_dict,
+    initialize_state,
+    keep_dtypes,
+    round_parameters,
+    set_precision,
+)
 from .backends.weightless import give_storage
 from .losses.chunked import attach, chunked_loss
 from .losses.distillation import HiddenRows, Objective, SampledRows, labelled_rows
@@ -47,6 +54,8 @@ from .losses.router_loss import NAME as ROUTER_LOSS
 from .losses.router_loss import RouterLoss, UnknownRouterLoss, find_router_loss, wants_router_loss
 from .losses.term_means import TermMeans
 from .monitoring.monitor import QuantizationMonitor
+from .optimizers.choose import own_optimizer
+from .optimizers.in_backward import StepsInBackward
 from .resume.run_record import model_settings
 from .teachers.cache import CachedTeacher
 from .teachers.frozen import agreed_head
@@ -109,6 +118,9 @@ class QATTrainer(AdapterTrainer):
                 )
         super().__init__(**kwargs)
         self._keep_masters = False
+        self._in_backward = StepsInBackward() if getattr(self.args, "optimizer_in_backward", False) else None
+        if self._in_backward is not None:
+            self.add_callback(self._in_backward)
         self._labelled_tokens = 0
         self.parameter_groups, self.saved_dtypes = parameter_groups or {}, saved_dtypes or SavedDtypes()
         self.monitor: QuantizationMonitor | None = None
@@ -166,10 +178,19 @@ class QATTrainer(AdapterTrainer):
     def create_optimizer(self, model=None):
         """Trainer's own optimizer, with `parameter_groups` in groups of their own."""
         created = self.optimizer is None
+        if created and self.optimizer_cls_and_kwargs is None:
+            trained = self.model if model is None else model
+            decays = self.get_decay_parameter_names(trained)
+            self.optimizer_cls_and_kwargs = own_optimizer(self.args, trained, decays)
         optimizer = super().create_optimizer(model)
         if created:
             separate(optimizer, self.model if model is None else model, self.parameter_groups)
         return optimizer
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if self._in_backward is not None:  # the gradients are gone
+            grad_norm = self._in_backward.take_norm().to(self.args.device)
+        return super()._get_grad_norm(model, grad_norm)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -178,6 +199,8 @@ class QATTrainer(AdapterTrainer):
                 version = self.accelerator.state.fsdp_plugin.fsdp_version
                 check_with_adapters(getattr(self.args, "fsdp_gather_dtype", "float32"), version)
             set_precision(self.accelerator.state.fsdp_plugin, getattr(self.args, "fsdp_gather_dtype", "float32"))
+        if self.accelerator.is_fsdp2 and getattr(self.args, "master_dtype", "float32") == "bfloat16":
+            keep_dtypes(self.accelerator)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
         """accelerate wraps a model's forward pass in autocast on every backend but FSDP2; there it is done here."""

@@ -161,6 +161,19 @@ INTERNALS: tuple[Internal, ...] = (
         version=ACCELERATE,
     ),
     Internal(
+        "accelerate.accelerator.Accelerator",
+        "_prepare_fsdp2",
+        "Shard BF16 parameters as they are, where there are no FP32 masters.",
+        "(self, *args)",
+        ACCELERATE,
+    ),
+    Internal(
+        "accelerate.state.AcceleratorState",
+        "_mixed_precision",
+        "Switched off while it does so, or accelerate would make FP32 masters.",
+        version=ACCELERATE,
+    ),
+    Internal(
         "accelerate.utils.dataclasses.FullyShardedDataParallelPlugin",
         "mixed_precision_policy",
         "Gather FP32 parameters and reduce FP32 gradients.",

@@ -225,6 +225,11 @@ def fsdp_with(names: tuple[str, ...]) -> Condition:
     return applies
 
 
+def without_muon(value, args) -> bool:
+    """The optimizer is Muon, and torch has none."""
+    return value == "muon" and not hasattr(torch.optim, "Muon")
+
+
 def arguments_outside(known: dict[str, frozenset[str]]) -> Condition:
     """Among the optimizer's arguments ("a=1,b=2") is one that is not in `known` for it."""
 

@@ -74,6 +74,7 @@ _OPTIM_ARGS: dict[str, frozenset[str]] = {
     "sgd": frozenset({"momentum", "dampening", "nesterov"}),
     "adagrad": frozenset({"lr_decay", "eps"}),
     "rmsprop": frozenset({"momentum", "alpha", "eps", "centered"}),
+    "muon": frozenset({"momentum", "nesterov", "ns_steps"}),
     **dict.fromkeys(
         ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
         frozenset({"beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"}),
@@ -87,6 +88,7 @@ _BITSANDBYTES = (
     "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit",
     "paged_ademamix_32bit", "paged_ademamix_8bit", *_LION, *_RMSPROP_BNB,
 )  # fmt: skip
+MUON = "muon"  # our own: transformers has no name for torch's
 OPTIMIZERS = (*_TORCH, *_BITSANDBYTES, *_TORCHAO)
 _WITHOUT_BETAS = ("sgd", "adagrad", "rmsprop", "adafactor", *_RMSPROP_BNB)
 _IN_BACKWARD = ("lomo", "adalomo", *(f"galore_{kind}_layerwise" for kind in ("adamw", "adamw_8bit", "adafactor")))
@@ -311,6 +313,18 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             "adafactor under FSDP",
             when.fsdp_with(("adafactor",)),
         ),
+        Refusal(
+            "it needs whole matrices, and FSDP gives each process some of their rows",
+            "choose another, such as adamw_torch_fused, or start without FSDP",
+            "muon under FSDP",
+            when.fsdp_with((MUON,)),
+        ),
+        Refusal(
+            "this torch has no torch.optim.Muon",
+            "install torch 2.9 or later, or choose another, such as adamw_torch_fused",
+            "muon where torch has none",
+            when.without_muon,
+        ),
         *(
             Refusal(
                 f"{library} is not installed",
@@ -320,8 +334,10 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
             )
             for library, names in (("bitsandbytes", _BITSANDBYTES), ("torchao", _TORCHAO))
         ),
-        note=f"{', '.join(_TORCH)}; with bitsandbytes: {', '.join(_BITSANDBYTES)}; with torchao: {', '.join(_TORCHAO)}."
-        " The last two groups were tried in one process (bitsandbytes 0.50.2, torchao 0.18.0), not under FSDP.",
+        note=f"{', '.join(_TORCH)}; {MUON} (training/optimizers/muon.py: torch.optim.Muon for the matrices of hidden "
+        f"layers, AdamW for the rest); with bitsandbytes: {', '.join(_BITSANDBYTES)}; with torchao: "
+        f"{', '.join(_TORCHAO)}. The last two groups were tried in one process (bitsandbytes 0.50.2, torchao 0.18.0), "
+        "not under FSDP.",
     ),
     _partly(
         _OPTIMIZER,
@@ -335,8 +351,9 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         Refusal(
             "it has an argument without effect on this optimizer",
             "give arguments of --optim sgd (momentum, dampening, nesterov), adagrad (lr_decay, eps), rmsprop "
-            "(momentum, alpha, eps, centered) or ademamix (beta1, beta2, beta3, alpha, eps, t_alpha, t_beta3); AdamW "
-            "has --adam_beta1, --adam_beta2 and --adam_epsilon, and all have --weight_decay",
+            "(momentum, alpha, eps, centered), muon (momentum, nesterov, ns_steps) or ademamix (beta1, beta2, beta3, "
+            "alpha, eps, t_alpha, t_beta3); AdamW has --adam_beta1, --adam_beta2 and --adam_epsilon, and all "
+            "have --weight_decay",
             "arguments that --optim ignores",
             when.arguments_outside(_OPTIM_ARGS),
         ),

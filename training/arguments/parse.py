@@ -18,6 +18,7 @@ from .config_file import SUFFIXES, as_flags, read_config
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
 from .lora import LoraArguments
+from .memory import fsdp_version
 from .model import ModelArguments
 from .quantization import QuantizationArguments
 from .trainer_options import check_metric, check_with_stream, check_with_teacher
@@ -134,6 +135,14 @@ def _check_together(arguments: Arguments) -> None:
             "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
             "out, or pack the folder with scripts/export.py"
         )
+    for name, is_on in (
+        ("master_dtype bfloat16", training.master_dtype == "bfloat16"),
+        ("optimizer_in_backward True", training.optimizer_in_backward),
+    ):
+        if is_on and not training.do_train:
+            raise UserError(
+                f"--{name} has no effect without --do_train True: an evaluation updates no weights; leave it out"
+            )
     if (every := arguments.quantization.input_scale_refresh) and not training.do_train:
         raise UserError(
             f"--input_scale_refresh {every} has no effect without --do_train True: "
@@ -144,6 +153,14 @@ def _check_together(arguments: Arguments) -> None:
             f"--{name} True: weights are saved as they are quantized in bfloat16, which is not what --bf16 False or "
             f"--fp16 True trains; give --bf16 True, or leave --{name} out"
         )
+    for name in (
+        name for name, on in arguments.quantization.learned.items() if on and training.master_dtype != "float32"
+    ):
+        if fsdp_version():
+            raise UserError(
+                f"--{name} True with --master_dtype bfloat16 under FSDP: what is learned is FP32, and FSDP2 shards "
+                "parameters of one dtype together; give --master_dtype float32, or start without FSDP"
+            )
     for setting, is_on in arguments.quantization.learned.items():
         if is_on and not training.do_train:
             raise UserError(

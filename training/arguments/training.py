@@ -15,7 +15,9 @@ from accelerate import PartialState
 
 from qat.errors import UserError
 
+from .memory import DTYPES, check_memory
 from .option_conditions import plain
+from .option_table import MUON
 from .trainer_options import check_trainer_options
 
 GATHER_DTYPES = ("float32", "bfloat16")
@@ -63,6 +65,35 @@ class TrainingArguments(transformers.TrainingArguments):
             "the run, whose checkpoints stay good."
         },
     )
+    optim: str = field(  # the field of transformers, with a name more
+        default=transformers.TrainingArguments.optim,
+        metadata={
+            "help": "The optimizer, see docs/trainer_options.md.",
+            "choices": [*(name.value for name in transformers.training_args.OptimizerNames), MUON],
+        },
+    )
+    master_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the weights that the optimizer updates: float32; or bfloat16, which needs no FP32 "
+            "masters and rounds each update stochastically. See docs/memory.md.",
+            "choices": list(DTYPES),
+        },
+    )
+    moment_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "Dtype of AdamW's two moments with --master_dtype bfloat16; bfloat16 is rounded stochastically.",
+            "choices": list(DTYPES),
+        },
+    )
+    optimizer_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "Update each parameter, and free its gradient, as soon as backward has computed it. Needs "
+            "--max_grad_norm 0 and no accumulation. See docs/memory.md."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is not None and not self.output_dir.strip():
@@ -76,6 +107,7 @@ class TrainingArguments(transformers.TrainingArguments):
                     "orders of samples; leave one of them out"
                 )
             self.train_sampling_strategy = "group_by_length"
+        self._check_choices()
         if self.max_nan_steps < 0:
             raise UserError(f"--max_nan_steps {self.max_nan_steps} is negative; 0 lets no such step pass")
         if self.model_max_length < 2:
@@ -84,12 +116,19 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.fp16:
             self.bf16 = False
+        check_memory(self)
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if metric.endswith(("kl", "perplexity")) and self.greater_is_better is None:
             self.greater_is_better = False  # as transformers has it for losses only
         self._read_by_transformers()
         if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
             self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+
+    def _check_choices(self) -> None:
+        """Raise a UserError for a dtype of masters or moments that is none; main.py's parser has checked its own."""
+        for name in ("master_dtype", "moment_dtype"):
+            if (value := getattr(self, name)) not in DTYPES:
+                raise UserError(f"--{name} {value!r} is unknown; choose one of {', '.join(DTYPES)}")
 
     def _check_json(self) -> None:
         """Raise a UserError for an option that is to be a JSON object and is other text."""
@@ -115,7 +154,9 @@ class TrainingArguments(transformers.TrainingArguments):
         try:
             if self.use_cpu:  # transformers 5.23 forgets --ddp_timeout on CPUs; the process group made here stays
                 PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+            optim, self.optim = self.optim, "adamw_torch_fused" if self.optim == MUON else self.optim
             super().__post_init__()
+            self.optim = optim if optim == MUON else self.optim  # transformers does not know it
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             raise UserError(self._named(str(error))) from error
 

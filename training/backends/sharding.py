@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -63,6 +64,23 @@ def check_with_adapters(gather_dtype: str = "float32", version: int | None = Non
             f"--fsdp_gather_dtype {gather_dtype} would round adapters whenever they are gathered, and other weights "
             "would be trained than are saved; leave it out: frozen weights are gathered in their own dtype"
         )
+
+
+def keep_dtypes(accelerator: Accelerator) -> None:
+    """Let FSDP2 shard parameters in the dtypes that they have; accelerate (1.15) would make FP32 masters of them.
+
+    It does so where mixed precision is on. Here that means autocast, which QATTrainer switches on itself.
+    """
+    prepare, state = accelerator._prepare_fsdp2, accelerator.state
+
+    def prepare_as_they_are(*args):
+        precision, state._mixed_precision = state._mixed_precision, "no"
+        try:
+            return prepare(*args)
+        finally:
+            state._mixed_precision = precision
+
+    vars(accelerator)["_prepare_fsdp2"] = prepare_as_they_are
 
 
 @contextmanager

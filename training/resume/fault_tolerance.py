@@ -77,7 +77,9 @@ class FaultTolerantTrainer(Trainer):
         self._saved_step = 0
         self._evaluation_is_due = False
         self._train_sampler: Sampler | None = None
-        self._guard = StepGuard(getattr(self.args, "max_nan_steps", 0))
+        self._guard = StepGuard(
+            getattr(self.args, "max_nan_steps", 0), getattr(self.args, "optimizer_in_backward", False)
+        )
         self.add_callback(UncalledLayers())  # before the guard, which may take the gradients away
         self.add_callback(self._guard)
         self.add_callback(_ProgressRestorer(self))

@@ -32,11 +32,13 @@ _ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"
 _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 _LEARNING = (
     *_KEPT, "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "optim", "max_grad_norm", "bf16",
-    "fp16", "lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha",
+    "fp16", "lr_scheduler_kwargs", "label_smoothing_factor", "neftune_noise_alpha", "master_dtype", "moment_dtype",
 )  # fmt: skip
 # What cannot change though it decides how to learn, and why.
 _FIXED = {
     "optim": "the state of one optimizer is of no use to another",
+    "master_dtype": "the state belongs to weights of that dtype",
+    "moment_dtype": "the optimizer's state has that dtype",
     "smooth_alpha": "the model was smoothed when the run began",
     "lora_init": "adapters and frozen weights were made when the run began",
 }

@@ -36,10 +36,12 @@ class StepGuard(TrainerCallback):
     Attributes:
         signum: of the signal that is ending the run, 0 if none is; the same on all processes.
         nan_steps: steps in a row that were not applied.
+        steps_in_backward: whether a gradient is applied before the guard sees it, so that it can end the run only.
     """
 
-    def __init__(self, max_nan_steps: int = 0) -> None:
+    def __init__(self, max_nan_steps: int = 0, steps_in_backward: bool = False) -> None:
         self.max_nan_steps, self.nan_steps = max_nan_steps, 0
+        self.steps_in_backward = steps_in_backward
         self.signum = self._received = 0
         self._listens = self._waits = False
         self._previous: dict = {}
@@ -157,12 +159,22 @@ def largest_of_processes(numbers: Sequence[int], args) -> list[int]:
 
 def _complaint(output_dir: str, step: int, values: str, guard: StepGuard) -> str:
     checkpoints = checkpoints_in(output_dir)
-    last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    if guard.steps_in_backward:
+        return (
+            f"step {step}: loss and gradient norm are {values} on this process, and with --optimizer_in_backward True "
+            f"gradients were applied before that was seen. Nothing of this step is saved; "
+            f"{_last(checkpoints)}. Look at the data of this step, lower --learning_rate, or leave "
+            "--optimizer_in_backward out: then such steps are withheld"
+        )
     return (
         f"step {step}: loss and gradient norm are {values} on this process, for {guard.nan_steps} steps in a row, and "
-        f"--max_nan_steps is {guard.max_nan_steps}. None of these steps was applied; {last}. Look at the data of this "
-        "step, lower --learning_rate, or let more such steps pass with --max_nan_steps"
+        f"--max_nan_steps is {guard.max_nan_steps}. None of these steps was applied; {_last(checkpoints)}. Look at the "
+        "data of this step, lower --learning_rate, or let more such steps pass with --max_nan_steps"
     )
+
+
+def _last(checkpoints: Sequence) -> str:
+    return f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
 
 
 @torch.no_grad()

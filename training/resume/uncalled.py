@@ -29,24 +29,32 @@ class UncalledLayers(TrainerCallback):
     def __init__(self) -> None:
         self._sites: list[Site] = []
         self._called: set[nn.Module] = set()
+        self._trained: set[int] = set()
         self._hooks: list = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """What is to be called."""
         self._end()  # a training that failed in its first step may have left hooks
         self._sites = [] if args.torch_compile else quantized_sites(model)
+        if getattr(args, "optimizer_in_backward", False):  # which frees each gradient, after these hooks
+            weights = {id(site.weight): site.weight for site in self._sites}
+            self._hooks = [p.register_post_accumulate_grad_hook(self._see_gradient) for p in weights.values()]
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Watch the calls of the first step."""
-        self._hooks = [site.module.register_forward_pre_hook(self._see) for site in self._sites]
+        self._hooks += [site.module.register_forward_pre_hook(self._see) for site in self._sites]
 
     def _see(self, module: nn.Module, args: tuple) -> None:
         if torch.is_grad_enabled():  # else it is a teacher's pass, or the first of two under reentrant checkpointing
             self._called.add(module)
 
+    def _see_gradient(self, weight: torch.Tensor) -> None:
+        if _has_gradient(weight):
+            self._trained.add(id(weight))
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Raise UserError on all processes where a weight has a gradient and no process called its layer."""
-        sites, called = self._sites, self._called
+        sites, called, freed = self._sites, self._called, self._trained
         self._end()
         if not sites:
             return
@@ -55,7 +63,8 @@ class UncalledLayers(TrainerCallback):
         seen = largest_of_processes([id(weight) in ids for weight in weights], args)
         unseen = [site for site, is_seen in zip(sites, seen, strict=True) if not is_seen]
         if unseen:
-            trained = largest_of_processes([_has_gradient(site.weight) for site in unseen], args)
+            found = [id(site.weight) in freed or _has_gradient(site.weight) for site in unseen]
+            trained = largest_of_processes(found, args)
             _check(sites, [site for site, is_trained in zip(unseen, trained, strict=True) if is_trained])
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -65,7 +74,7 @@ class UncalledLayers(TrainerCallback):
     def _end(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._sites, self._called, self._hooks = [], set(), []
+        self._sites, self._called, self._trained, self._hooks = [], set(), set(), []
 
 
 def _has_gradient(weight: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -34,6 +35,7 @@ from ..arguments.distillation import DistillationArguments
 from ..arguments.model import ModelArguments
 from ..arguments.quantization import QuantizationArguments
 from ..backends.fingerprint import fingerprint
+from ..backends.masters import to_master_dtype
 from ..backends.saved_dtypes import SavedDtypes
 from ..backends.weightless import first_process_loads, take_dtypes, waits_for_weights
 from .loading import load_tokenizer, load_unquantized, without_weights
@@ -59,6 +61,7 @@ class Start:
         is_native: whether its experts are stored in MXFP4, gpt-oss's native format. Published so, without
             qat_config.json, it is an unquantized model all the same: there is no other one to start from.
         is_frozen: whether adapters are trained in place of its weights, which keep their dtypes then.
+        master_dtype: of the weights in memory; torch.bfloat16 is for runs without FP32 masters.
     """
 
     model_args: ModelArguments
@@ -70,6 +73,7 @@ class Start:
     keeps_values: bool = False
     is_native: bool = False
     is_frozen: bool = False
+    master_dtype: torch.dtype = torch.float32
 
     @classmethod
     def read(cls, model_args: ModelArguments, cache_dir: str | None = None) -> Start:
@@ -151,19 +155,20 @@ class Start:
     # ---- The model ----
 
     def load_model(self) -> PreTrainedModel:
-        """The causal language model, unquantized, in FP32; frozen weights in their own dtypes.
+        """The causal language model, unquantized, in `master_dtype`; frozen weights in their own dtypes.
 
         Under FSDP with `fsdp_cpu_ram_efficient_loading` only the first process has weights, see weightless.py.
         """
         if waits_for_weights():
             model = without_weights(self.model_args, self.cache_dir)
+            to_master_dtype(model, self.master_dtype)
         else:
             model = self._load_with_weights()
             tensors = model.state_dict(keep_vars=True)
             by_name = {name: t.dtype for name, t in tensors.items() if t.is_floating_point()}
             self.dtypes = SavedDtypes(model.dtype, by_name, getattr(model.config, "use_cache", None))
             if not self.is_frozen:
-                model.float()
+                to_master_dtype(model, self.master_dtype)
             self.fingerprint = fingerprint(model)
         if first_process_loads():
             self._share()
