@@ -33,13 +33,13 @@ from qat.layers.restore import check_trainable
 
 from .adapters.checkpoints import AdapterTrainer
 from .adapters.inject import config_of
+from .arguments.lora import check_with_adapters
 from .arguments.trainer_options import check_trainer_options, check_with_teacher
 from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
 from .backends.sharding import (
-    check_with_adapters,
     full_state_dict,
     initialize_state,
     keep_dtypes,

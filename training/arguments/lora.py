@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -153,3 +154,26 @@ class LoraArguments:
 
 def _is_expression(targets: list[str]) -> bool:
     return len(targets) == 1 and not re.fullmatch(r"[\w.\-]+", targets[0])
+
+
+def check_with_adapters(gather_dtype: str = "float32", version: int | None = None) -> None:
+    """Refuse what keeps frozen weights and their adapters from being sharded together.
+
+    Args:
+        version: of FSDP; default: the one that `accelerate launch` asks for, if any.
+
+    Raises:
+        UserError: FSDP1, or a `gather_dtype` that would round A and B.
+    """
+    if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        version = int(os.environ.get("FSDP_VERSION", "1"))
+    if version == 1:
+        raise UserError(
+            "--lora_r: FSDP1 (fsdp_version: 1) flattens frozen BF16 weights and FP32 adapters into one parameter of "
+            "one dtype; start with accelerate launch --config_file accelerate_config/fsdp2.yaml"
+        )
+    if gather_dtype != "float32":
+        raise UserError(
+            f"--fsdp_gather_dtype {gather_dtype} would round adapters whenever they are gathered, and other weights "
+            "would be trained than are saved; leave it out: frozen weights are gathered in their own dtype"
+        )

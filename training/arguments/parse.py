@@ -13,11 +13,10 @@ from qat.checkpoints.model_card import CardFacts
 from qat.command_line import OneLineParser
 from qat.errors import UserError
 
-from ..backends.sharding import check_with_adapters
 from .config_file import SUFFIXES, as_flags, read_config
 from .data import DataArguments
 from .distillation import SELF_IN_TRAINING, DistillationArguments
-from .lora import LoraArguments
+from .lora import LoraArguments, check_with_adapters
 from .memory import fsdp_version
 from .model import ModelArguments
 from .quantization import QuantizationArguments

@@ -9,7 +9,6 @@ norms and embeddings in BF16.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -40,29 +39,6 @@ def set_precision(plugin, gather_dtype: str = "float32") -> None:
     else:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-
-
-def check_with_adapters(gather_dtype: str = "float32", version: int | None = None) -> None:
-    """Refuse what keeps frozen weights and their adapters from being sharded together.
-
-    Args:
-        version: of FSDP; default: the one that `accelerate launch` asks for, if any.
-
-    Raises:
-        UserError: FSDP1, or a `gather_dtype` that would round A and B.
-    """
-    if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        version = int(os.environ.get("FSDP_VERSION", "1"))
-    if version == 1:
-        raise UserError(
-            "--lora_r: FSDP1 (fsdp_version: 1) flattens frozen BF16 weights and FP32 adapters into one parameter of "
-            "one dtype; start with accelerate launch --config_file accelerate_config/fsdp2.yaml"
-        )
-    if gather_dtype != "float32":
-        raise UserError(
-            f"--fsdp_gather_dtype {gather_dtype} would round adapters whenever they are gathered, and other weights "
-            "would be trained than are saved; leave it out: frozen weights are gathered in their own dtype"
         )
 
 
