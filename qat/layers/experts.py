@@ -19,6 +19,7 @@ from ..numerics import nvfp4
 from ..schemes.spec import Scheme
 from .expert_function import Routing, grouped_product
 from .operands import Operands, compute_dtype
+from .packed_weight import as_kept
 from .swapped_class import swapped_class
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # of transformers' experts
@@ -102,8 +103,7 @@ class Experts(nn.Module):
         first, second = self.layout.parameters
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not self.layout.is_routed:
-            experts = self.get_parameter(first).shape[0]
-            routing = Routing.even(x.shape[0], experts, x.device)
+            routing = Routing.even(x.shape[0], self._count(first), x.device)
             return self._product(second, self._gated(self._product(first, x, routing)), routing)
         assert top_k_index is not None and top_k_weights is not None
         own: Any = self
@@ -117,6 +117,9 @@ class Experts(nn.Module):
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         y = y[routing.inverse].view(*top_k_index.shape, y.shape[-1]).sum(1)  # an order of sums that does not change
         return y.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _count(self, parameter: str) -> int:
+        return self.get_parameter(parameter).shape[0]
 
     def _product(self, parameter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         weight, is_first = getattr(self, parameter), parameter == self.layout.parameters[0]
@@ -150,6 +153,10 @@ class QuantExperts(Experts):
 
     projections: nn.ModuleDict
 
+    def _count(self, parameter: str) -> int:
+        projection: Any = self.projections[parameter]
+        return projection.kept.shape[0]
+
     def _product(self, parameter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self.projections[parameter](x, routing)
 
@@ -170,6 +177,9 @@ class ExpertProjection(Operands):
         self.__dict__["owner"] = owner  # past nn.Module, which would make it a submodule
         self.parameter = parameter
         self.add_quantizers(scheme)
+
+    def _parameter(self) -> torch.Tensor:
+        return getattr(self.owner, self.parameter)
 
     def effective_weight(self) -> torch.Tensor:
         """What is rounded and multiplied by: [E, N, K], or [E, K, N] in transposed layouts."""
@@ -192,14 +202,19 @@ class ExpertProjection(Operands):
             routing: of the rows.
         """
         dtype, weight, inputs = compute_dtype(x), self.weight_quantizer, self.input_quantizer
-        layout, parameter = self.owner.layout, self.effective_weight()
+        layout, is_on = self.owner.layout, weight.is_enabled
+        rounding, learned = as_kept(self, weight.rounding if is_on else None, weight.learned if is_on else ())
         output = grouped_product(
-            x, parameter, routing, dtype, inputs.spec if inputs.is_enabled else None,
-            weight.rounding if weight.is_enabled else None, weight.learned if weight.is_enabled else (),
-            self.divisors(parameter, dtype) if weight.is_enabled else None, self.input_divisor(x.device),
+            x, self.kept, routing, dtype, inputs.spec if inputs.is_enabled else None, rounding, learned,
+            self._own_divisors(dtype) if is_on else None, self.input_divisor(x.device),
             layout.is_transposed, gather=self.parameter == layout.parameters[0] and routing.tokens is not None,
         )  # fmt: skip
         return self.output_quantizer(output)
+
+    def _own_divisors(self, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.weight_quantizer.spec.format.tensor_scale is None:
+            return None
+        return self.divisors(self.effective_weight(), dtype)
 
     def divisors(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """The divisor of each expert's weight, FP32 [E], in formats with a tensor scale; gate and up share theirs."""

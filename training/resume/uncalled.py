@@ -50,12 +50,12 @@ class UncalledLayers(TrainerCallback):
         self._end()
         if not sites:
             return
-        weights = [site.weight for site in sites]  # tied ones are called by any of their names
+        weights = [site.kept for site in sites]  # tied ones are called by any of their names
         ids = {id(weight) for site, weight in zip(sites, weights, strict=True) if site.module in called}
         seen = largest_of_processes([id(weight) in ids for weight in weights], args)
         unseen = [site for site, is_seen in zip(sites, seen, strict=True) if not is_seen]
         if unseen:
-            trained = largest_of_processes([_has_gradient(site.weight) for site in unseen], args)
+            trained = largest_of_processes([_has_gradient(site.kept) for site in unseen], args)
             _check(sites, [site for site, is_trained in zip(unseen, trained, strict=True) if is_trained])
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
