@@ -16,6 +16,7 @@ import sys
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
+from qat.layers.packed_base import pack_base
 from training.adapters.inject import add_adapters
 from training.adapters.inject import lora_config as adapter_config
 from training.arguments.parse import Arguments, parse_arguments
@@ -64,6 +65,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     teacher = cached_where_asked(teacher, distill_args, args, data)
     if quant_args.smooth_alpha and checkpoint is None:
         smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
+    if lora_args.base_in_scheme:
+        pack_base(model)
     if lora_args.is_on:
         add_adapters(model, adapter_config(lora_args), args.seed)
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)

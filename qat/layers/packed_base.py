@@ -54,7 +54,7 @@ def pack_base(model: nn.Module) -> nn.Module:
     return model
 
 
-def packed_modules(model: nn.Module) -> dict[str, Site]:
+def packed_sites(model: nn.Module) -> dict[str, Site]:
     """The sites of a model whose weights are packed, by the names of these weights."""
     return {original_name(s.tensor): s for s in quantized_sites(model) if packed_of(s.module) is not None}
 
@@ -69,7 +69,7 @@ def dequantized_base(model: nn.Module) -> dict[str, torch.Tensor]:
         is on the CPU.
     """
     plain = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if not is_own(name)}
-    return plain | {name: site.weight.contiguous().cpu() for name, site in packed_modules(model).items()}
+    return plain | {name: site.weight.contiguous().cpu() for name, site in packed_sites(model).items()}
 
 
 def is_own(name: str) -> bool:
@@ -121,8 +121,8 @@ def _warn_if_rounded_twice(sites: list[Site]) -> None:
             changed, total = changed + int((again != rows).sum()), total + rows.numel()
     if changed:
         logger.warning(
-            "layers start from weights that are rounded twice, once to be packed and once merged: %.1f %% of the values "
-            "change the second time; --weight_scale_rule absmax in NVFP4, and MX formats, change none",
+            "weights are rounded twice, to be packed and then as layers compute with them: %.1f %% of the values change "
+            "the second time; fewer do under --weight_scale_rule search in INT4 and absmax in NVFP4, none in MX formats",
             100 * changed / total,
         )  # fmt: skip
 

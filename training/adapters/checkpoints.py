@@ -9,8 +9,8 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.files.model_folder import ADAPTER_NAME
-from qat.layers.lora import NAME
 from qat.layers.names import original_name
+from qat.layers.packed_base import is_own
 
 from ..resume.fault_tolerance import FaultTolerantTrainer
 from .files import read_factors, write_adapter
@@ -86,7 +86,7 @@ class AdapterTrainer(FaultTolerantTrainer):
         """The state dict of the model as it is saved: merged weights, no adapters."""
         if not self.has_adapters:
             return state_dict
-        plain = {name: tensor for name, tensor in state_dict.items() if f".{NAME}." not in name}
+        plain = {name: tensor for name, tensor in state_dict.items() if not is_own(name)}
         return plain | self._merged
 
     def _gather_adapters(self) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qat.errors import UserError
 from qat.layers.adapted import attach
 from qat.layers.lora import adapters
+from qat.layers.packed_weight import PackedWeight
 from qat.layers.share import linear_weights, percent
 
 from ..arguments.lora import LoraArguments
@@ -74,7 +75,9 @@ def summary(model: nn.Module) -> str:
     covered = sum(weight.numel() for name, weight in weights.items() if name.rpartition(".")[0] in found)
     share = covered / max(1, sum(weight.numel() for weight in weights.values()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    plain = sum(p.numel() for p in model.parameters() if p.is_floating_point()) - trained
+    frozen = plain + sum(module.shape.numel() for module in packed)
     return (
         f"adapters in {len(found)} layers with {percent(share)} of the linear weights: {trained:,} parameters are "
         f"trained, {frozen:,} are frozen"
@@ -97,7 +100,9 @@ def _flatten(model: nn.Module, name: str, layer: LoraLayer) -> None:
     base = layer.get_base_layer()
     (own,) = layer.lora_A or ("",)
     if not own:
-        raise UserError(f"{name} is a {type(base).__name__}; adapters are for linear layers: name others in --lora_target")
+        raise UserError(
+            f"{name} is a {type(base).__name__}; adapters are for linear layers: name others in --lora_target"
+        )
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, base)
     attach(base, layer.lora_A[own].weight, layer.lora_B[own].weight, layer.scaling[own], name)

@@ -7,12 +7,14 @@ from torch import nn
 
 from qat.layers.lora import FACTORS, NAME, adapters
 from qat.layers.names import original_name
+from qat.layers.packed_base import packed_sites
 from qat.numerics import ops
 
 
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The merged weight of each layer with an adapter, by the weight's name, on the CPU, in its stored dtype.
+    """The weights that a finished model has in place of the stored ones, by name, on the CPU, in the stored dtype:
+    those of layers with an adapter, merged; packed ones without an adapter, dequantized.
 
     Sharded tensors are gathered one layer at a time; then all processes must call this.
     """
@@ -23,6 +25,9 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         weight = module.rows(_whole(module.weight))
         merged = module.from_rows(ops.merge(weight, a, b, adapter.scaling))
         result[f"{original_name(name)}.weight"] = merged.contiguous().cpu()
+    for name, site in packed_sites(model).items():
+        if name not in result:
+            result[name] = site.weight.contiguous().cpu()
     return result
 
 

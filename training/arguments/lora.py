@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from qat.errors import UserError
 
+from .distillation import DistillationArguments
 from .quantization import QuantizationArguments
 
 ALL_LINEAR = "all-linear"
@@ -48,13 +49,15 @@ class LoraArguments:
     )
     adapter_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Start from this LoRA adapter, a folder or hub id in PEFT's format, on --model_name_or_path."},
+        metadata={
+            "help": "Start from this LoRA adapter, a folder or hub id in PEFT's format, on --model_name_or_path."
+        },
     )
     base_in_scheme: bool = field(
         default=False,
         metadata={
-            "help": "Keep the frozen weights as packed codes of their scheme (QLoRA): about 4 bits a value in place of "
-            "16, at some cost in accuracy."
+            "help": "Keep the frozen weights of quantized layers as packed codes of their scheme (QLoRA): 4.25 bits a "
+            "value in MXFP4 in place of 16, at some cost in accuracy. See docs/qlora.md."
         },
     )
     use_dora: bool = field(default=False, metadata={"help": "Not supported: see docs/adapters.md."})
@@ -116,6 +119,25 @@ class LoraArguments:
                 f"--smooth_alpha {quantization.smooth_alpha} changes the weights that --adapter_name_or_path "
                 f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or merge the adapter first "
                 "(--adapter_name_or_path without --quant_scheme)"
+            )
+
+    def check_base(self, distillation: DistillationArguments) -> None:
+        """Raise a UserError for settings that do not go with a packed base, if one is asked for."""
+        if not self.base_in_scheme:
+            return
+        if self.lora_init != "default":
+            raise UserError(
+                f"--lora_init {self.lora_init} takes a part of the weights out of the frozen base, and --base_in_scheme "
+                "True has rounded that already: the rest would be rounded again, and the model not begin as it was. "
+                "Give --lora_init default"
+            )
+        named = distillation.teacher_model_name_or_path is not None
+        if distillation.distill and not named and distillation.distill_teacher in (None, "self"):
+            given = "--distill_teacher self" if distillation.distill_teacher else "--distill True"
+            raise UserError(
+                f"{given} with --base_in_scheme True: without quantizers and adapters the student is its rounded base, "
+                "not the model that it came from. Give --distill_teacher cache, which computes that model's "
+                "distributions before it is packed and takes no memory afterwards, or --distill_teacher copy"
             )
 
     @property

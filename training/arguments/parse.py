@@ -118,6 +118,7 @@ def _check_precision(words: list[str]) -> None:
 def _check_together(arguments: Arguments) -> None:
     """Raise a UserError for settings of two groups that exclude each other."""
     training, distillation, lora = arguments.training, arguments.distillation, arguments.lora
+    lora.check_base(distillation)
     distillation.choose_teacher(lora.is_on)
     if lora.is_on:
         lora.check_with(arguments.quantization)
