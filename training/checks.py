@@ -17,7 +17,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.tokenizer import load_tokenizer
-from qat import QATConfig
+from qat import SCHEMES, QATConfig
 from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT
@@ -26,6 +26,7 @@ from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
 from qat.files.paths import check_apart, make_writable
 from qat.layers.restore import check_trainable
+from qat.layers.sites import quantized_sites
 
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
@@ -77,7 +78,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the packed
             model's folder is occupied; or the checkpoint to resume from is not there or of another training.
     """
-    _, args, data_args, quant_args, distill_args, _ = arguments
+    _, args, data_args, quant_args, distill_args, lora_args = arguments
     for name, folder in (
         ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
     ):  # fmt: skip
@@ -97,6 +98,11 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             start.quantize(skeleton, quant_args)
         if args.do_train:
             check_trainable(skeleton)
+        if lora_args.base_in_scheme and not (quantized_sites(skeleton) or start.is_packed):
+            raise UserError(
+                "--base_in_scheme True needs a scheme to keep the weights in; give --quant_scheme (one of "
+                f"{', '.join(SCHEMES)}) or --quant_mapping, or omit it"
+            )
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         if not (start.is_packed and config is None):  # which is known once it is unpacked
             check_calibration(skeleton, quant_args)

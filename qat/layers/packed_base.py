@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def pack_base(model: nn.Module) -> nn.Module:
+def pack_base(model: nn.Module, exact: bool = False) -> nn.Module:
     """Keep the weight of every quantized layer as codes of its scheme, in place, one layer after the other.
 
     The codes are those that an export of the model would have: of the weight seen in BF16, under the scheme's own rule.
@@ -30,12 +30,13 @@ def pack_base(model: nn.Module) -> nn.Module:
 
     Args:
         model: prepared, whole, and without adapters.
+        exact: the weights are those of `dequantized_base`, and must be the same afterwards, bit for bit.
 
     Returns:
         `model`. Its quantized weights are still there under their names, dequantized when they are read.
 
     Raises:
-        UserError: nothing is quantized, or layers learn scales of their weights.
+        UserError: nothing is quantized, layers learn scales of their weights, or, with `exact`, values would change.
     """
     sites = quantized_sites(model)
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
@@ -48,7 +49,7 @@ def pack_base(model: nn.Module) -> nn.Module:
     before = sum(site.weight.nbytes for site in sites)
     divisors = {site.label: _divisor(site) for site in sites}  # of layers that share one, before any is packed
     for site in sites:
-        _pack(site, divisors.pop(site.label))
+        _pack(site, divisors.pop(site.label), exact)
     _report(model, before, shared)
     _warn_if_rounded_twice(sites)
     return model
@@ -87,11 +88,17 @@ def _divisor(site: Site) -> torch.Tensor | None:
     return ops.tensor_divisor([layer.weight for layer in site.module.fused_with], fmt.name, VIEW_DTYPE)
 
 
-def _pack(site: Site, divisor: torch.Tensor | None) -> None:
+def _pack(site: Site, divisor: torch.Tensor | None, exact: bool) -> None:
     rows = site.rows(site.weight.detach()).contiguous()
     rounding = site.module.weight_quantizer.rounding
     quantized = rounding.quantize(rows, VIEW_DTYPE, divisor=divisor)
-    pack_parameter(site.owner, site.parameter, site.module, quantized, rounding.spec.format)
+    fmt = rounding.spec.format
+    if exact and not torch.equal(ops.dequantize(quantized, fmt.name, VIEW_DTYPE), rows.to(VIEW_DTYPE)):
+        raise UserError(
+            f"{site.label} cannot be packed as it was: scale rule {rounding.spec.rule} of {fmt.name} makes other scales "
+            "for values that it has rounded; start anew, or under a rule that keeps them (MX formats; absmax in NVFP4)"
+        )
+    pack_parameter(site.owner, site.parameter, site.module, quantized, fmt)
 
 
 def _report(model: nn.Module, before: int, shared: list[str]) -> None:
@@ -121,8 +128,8 @@ def _warn_if_rounded_twice(sites: list[Site]) -> None:
             changed, total = changed + int((again != rows).sum()), total + rows.numel()
     if changed:
         logger.warning(
-            "weights are rounded twice, to be packed and then as layers compute with them: %.1f %% of the values change "
-            "the second time; fewer do under --weight_scale_rule search in INT4 and absmax in NVFP4, none in MX formats",
+            "weights are rounded to be packed, and once more when layers compute with them: then %.1f %% of the values "
+            "change; fewer do in INT4 under --weight_scale_rule search, none in NVFP4 under absmax and in MX formats",
             100 * changed / total,
         )  # fmt: skip
 

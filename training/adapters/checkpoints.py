@@ -10,8 +10,9 @@ from torch import nn
 from qat.errors import UserError
 from qat.files.model_folder import ADAPTER_NAME
 from qat.layers.names import original_name
-from qat.layers.packed_base import is_own
+from qat.layers.packed_base import is_own, packed_sites
 
+from ..arguments.lora import BASE_UNDER_FSDP
 from ..resume.fault_tolerance import FaultTolerantTrainer
 from .files import read_factors, write_adapter
 from .inject import config_of
@@ -26,6 +27,11 @@ class AdapterTrainer(FaultTolerantTrainer):
     The frozen weights are those of the model that a run starts from, so a checkpoint has A and B in PEFT's files, in
     place of a model. A finished run saves the merged model, and the adapters in a folder inside.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and packed_sites(self._own_model):
+            raise UserError(BASE_UNDER_FSDP)
 
     @property
     def has_adapters(self) -> bool:

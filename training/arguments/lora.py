@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from qat.errors import UserError
@@ -10,6 +11,10 @@ from .distillation import DistillationArguments
 from .quantization import QuantizationArguments
 
 ALL_LINEAR = "all-linear"
+BASE_UNDER_FSDP = (
+    "--base_in_scheme True: FSDP does not shard packed weights; train on one GPU or on several with a copy each "
+    "(accelerate_config/ddp.yaml), or give --base_in_scheme False"
+)
 INITS = ("default", "pissa", "olora")
 
 
@@ -125,11 +130,13 @@ class LoraArguments:
         """Raise a UserError for settings that do not go with a packed base, if one is asked for."""
         if not self.base_in_scheme:
             return
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+            raise UserError(BASE_UNDER_FSDP)
         if self.lora_init != "default":
             raise UserError(
-                f"--lora_init {self.lora_init} takes a part of the weights out of the frozen base, and --base_in_scheme "
-                "True has rounded that already: the rest would be rounded again, and the model not begin as it was. "
-                "Give --lora_init default"
+                f"--lora_init {self.lora_init} takes a part of the weights out of the frozen base, which "
+                "--base_in_scheme True has rounded: what is left would be rounded again, and the model not begin as it "
+                "was. Give --lora_init default"
             )
         named = distillation.teacher_model_name_or_path is not None
         if distillation.distill and not named and distillation.distill_teacher in (None, "self"):

@@ -38,6 +38,7 @@ _LEARNING = (
 _FIXED = {
     "optim": "the state of one optimizer is of no use to another",
     "smooth_alpha": "the model was smoothed when the run began",
+    "base_in_scheme": "its adapters are for the one base, rounded or not",
 }
 _SAME_OPTIMIZER = {"adamw_torch", "adamw_torch_fused"}
 # Of a model's configuration: where it came from and how it is run, not what it computes.
