@@ -95,8 +95,8 @@ def _pack(site: Site, divisor: torch.Tensor | None, exact: bool) -> None:
     fmt = rounding.spec.format
     if exact and not torch.equal(ops.dequantize(quantized, fmt.name, VIEW_DTYPE), rows.to(VIEW_DTYPE)):
         raise UserError(
-            f"{site.label} cannot be packed as it was: scale rule {rounding.spec.rule} of {fmt.name} makes other scales "
-            "for values that it has rounded; start anew, or under a rule that keeps them (MX formats; absmax in NVFP4)"
+            f"{site.label} cannot be packed as it was: scale rule {rounding.spec.rule} of {fmt.name} makes other "
+            "scales of values that it has rounded; start anew, or with absmax in NVFP4, or in an MX format"
         )
     pack_parameter(site.owner, site.parameter, site.module, quantized, fmt)
 

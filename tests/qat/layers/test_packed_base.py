@@ -1,4 +1,4 @@
-"""Packed bases: what is kept, that layers compute with it as with plain weights of the same values, and what refuses."""
+"""Packed bases: what is kept, that layers compute with it as with plain weights of its values, what is refused."""
 
 from __future__ import annotations
 
@@ -113,6 +113,18 @@ def test_with_adapters_logits_and_gradients_are_those_of_plain_weights_of_the_sa
     assert torch.equal(logits(whole), logits(packed))
 
 
+@pytest.mark.parametrize("scheme", sorted({*SCHEMES} - {*FITTING}))
+def test_formats_in_blocks_of_128_are_packed_too(scheme):
+    torch.manual_seed(0)
+    model = prepare_qat(nn.Sequential(nn.Linear(256, 32)).bfloat16(), {nn.Linear: scheme}).requires_grad_(False)
+    plain, x = copy.deepcopy(model), torch.randn(4, 256, dtype=torch.bfloat16)
+    plain.load_state_dict(dequantized_base(pack_base(model)))
+    for layer in (model[0], plain[0]):
+        attach(layer, torch.ones(2, 256), torch.ones(32, 2) * 0.01, 1.0)
+    assert torch.equal(model(x), plain(x))
+    assert packed_of(model[0]).nbytes < plain[0].weight.nbytes / 3
+
+
 def test_no_weight_in_bf16_is_kept_for_backward():
     layer = prepared("MXFP4").model.layers[0].mlp.down_proj
     model = nn.Sequential(layer)
@@ -216,5 +228,5 @@ def test_models_that_cannot_be_packed_are_refused():
     with pytest.raises(UserError, match="no quantized layer"):
         pack_base(make_llama())
     learns = prepare_qat(make_llama(), {nn.Linear: "MXFP4"}, learn_exponent=True)
-    with pytest.raises(UserError, match="q_proj learns the scales of its weight"):
+    with pytest.raises(UserError, match="q_proj learns scales of its weight"):
         pack_base(learns)
