@@ -37,7 +37,11 @@ from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
+from qat.layers.packed_base import pack_base  # noqa: E402
+from training.adapters.inject import add_adapters, lora_config  # noqa: E402
+from training.adapters.merging import put_merged  # noqa: E402
 from training.arguments.distillation import CacheSettings  # noqa: E402
+from training.arguments.lora import LoraArguments  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
 from training.losses.distillation import forward_kl, labelled_rows  # noqa: E402
@@ -116,6 +120,8 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
         report_to="none", save_strategy="no", logging_steps=50, disable_tqdm=True, model_max_length=LENGTH,
         **{k: v for k, v in row.train.items() if k != "lr_scheduler_type"},
     )  # fmt: skip
+    if row.teacher == "self" and teacher is not None:
+        teacher = "self"
     if row.teacher == "cache":
         teacher = make_cached_teacher(teacher, arguments, data, CacheSettings(), str(folder / "teacher"))
     trainer = QATTrainer(
@@ -180,10 +186,17 @@ def run_row(key: str, out: Path, device: str) -> None:
         model = load(str(out / "runs" / f"{key}-first"), None, device, row.packing)[0]
         steps, tokens = steps + stage.steps, trainer.labelled_tokens
     prepare(model, row, data)
+    if row.lora:  # the weights that a run freezes have the dtype that they are saved in
+        arguments = LoraArguments(**row.lora)
+        model.bfloat16()
+        if arguments.base_in_scheme:
+            pack_base(model)
+        add_adapters(model, lora_config(arguments), row.seed)
     if row.steps:
         trainer = train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
         tokens += trainer.labelled_tokens
     seconds = time.perf_counter() - start
+    put_merged(model).float()  # measured as all others are
     figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
     figures |= {
         "title": row.title,

@@ -31,7 +31,8 @@ class Row:
     smooth_alpha: float = 0.0
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
-    teacher: str = "copy"  # or "cache", as with --distill_teacher
+    teacher: str = "copy"  # or "cache" or "self", as with --distill_teacher
+    lora: dict = field(default_factory=dict)  # LoraArguments; empty: all weights are trained
     first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
     bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
     others: dict[str, str] = field(default_factory=dict)  # schemes of other layers, by patterns
@@ -158,6 +159,19 @@ for _name in ("NVFP4", "INT4_G32"):
                 trainer_options={"parameter_groups": optimizer_settings(scales=float(_lr))},
                 **_recipe,
             )
+# Low-rank adapters in place of all weights, by rank and learning rate; the scaling is 2 at every rank.
+for _rank in (16, 64):
+    for _lr in ("5e-4", "1e-3", "2e-3", "4e-3"):
+        ROWS[f"lora-r{_rank}-{_lr}"] = default(
+            f"adapters of rank {_rank}, default, lr {_lr}", lr=float(_lr), teacher="self",
+            lora={"lora_r": _rank, "lora_alpha": 2 * _rank},
+        )  # fmt: skip
+# The same on a base that is kept in the scheme, whose teacher has to be another model.
+for _rank, _lr in ((16, "1e-3"), (16, "2e-3"), (64, "1e-3")):
+    ROWS[f"qlora-r{_rank}-{_lr}"] = default(
+        f"adapters of rank {_rank} on a packed base, default, lr {_lr}", lr=float(_lr),
+        lora={"lora_r": _rank, "lora_alpha": 2 * _rank, "base_in_scheme": True},
+    )  # fmt: skip
 # The key/value cache in FP8, beside the same without.
 _cache: dict = {"prepare_options": {"kv_cache_scheme": "FP8"}}
 ROWS["MXFP8A16-kv-ptq"] = Row(

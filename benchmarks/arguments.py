@@ -13,7 +13,7 @@ from qat.command_line import OneLineParser
 from training.backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc: tensors of 128 KiB and more are mapped one by one
-_WORKLOAD = ("shape", "layers", "batch", "length", "device")
+_WORKLOAD = ("shape", "layers", "batch", "length", "device", "rank", "checkpointing")
 
 
 def make_parser(description: str, repeats: int) -> argparse.ArgumentParser:

@@ -9,11 +9,11 @@ from statistics import median
 
 import torch
 
-SLOW_SECONDS = 0.3  # a candidate this slow is far from noise: three rounds will do
+SLOW_SECONDS = 0.3  # a candidate this slow is far from noise: `slow_rounds` will do
 
 
 def median_seconds(
-    candidates: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu"
+    candidates: dict[str, Callable[[], object]], rounds: int = 15, device: str = "cpu", slow_rounds: int = 3
 ) -> dict[str, float]:
     """Median time of each candidate, after one call to warm up.
 
@@ -24,7 +24,7 @@ def median_seconds(
     first = {name: min(first[name], _seconds(run, device)) for name, run in candidates.items()}
     for round_ in range(rounds):
         for name, run in candidates.items():
-            if round_ < 3 or first[name] < SLOW_SECONDS:
+            if round_ < slow_rounds or first[name] < SLOW_SECONDS:
                 seconds[name].append(_seconds(run, device))
     return {name: median(times) for name, times in seconds.items()}
 

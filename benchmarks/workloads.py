@@ -7,6 +7,8 @@ them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -15,29 +17,36 @@ from qat import prepare_qat
 from qat.layers.calibration import calibrate_inputs
 from training.losses.chunked import attach, find_head
 from training.losses.distillation import Objective
-from training.teachers.frozen import FrozenTeacher
+
+if TYPE_CHECKING:
+    from training.teachers.frozen import FrozenTeacher
 
 # name -> (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
 SHAPES = {
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
     "wide": (2048, 5632, 4, 16, 4, 8192, True),
     "llama-8b": (4096, 14336, 4, 32, 8, 32000, False),
+    "8b": (4096, 14336, 32, 32, 8, 128256, False),
 }
+
+
+def llama_config(shape: str, layers: int = 0) -> LlamaConfig:
+    """The configuration of a shape; `layers` overrides its depth."""
+    hidden, intermediate, depth, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers or depth,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=8192, use_cache=False,
+    )  # fmt: skip
 
 
 def make_model(
     shape: str, scheme: str | None, layers: int = 0, device: str = "cpu", checkpointing: bool = False
 ) -> LlamaForCausalLM:
     """A random Llama in FP32, prepared for `scheme` unless it is None; `layers` overrides the shape's depth."""
-    hidden, intermediate, depth, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers or depth,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
-        max_position_embeddings=8192, use_cache=False,
-    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama_config(shape, layers))
     if scheme is not None:
         prepare_qat(model, {nn.Linear: scheme})
         calibrate_inputs(model, [{"input_ids": torch.arange(64, device=device)[None]}])

@@ -15,7 +15,7 @@ from ..schemes.spec import VIEW_DTYPE
 from .experts import ExpertProjection
 from .lora import NAME as ADAPTER
 from .names import original_name
-from .packed_weight import NAME, PackedWeight, pack_parameter, packed_of
+from .packed_weight import NAME, PackedWeight, pack_parameter, packed_of, unpack_parameter
 from .sites import Site, quantized_sites
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,14 @@ def pack_base(model: nn.Module, exact: bool = False) -> nn.Module:
         _pack(site, divisors.pop(site.label), exact)
     _report(model, before, shared)
     _warn_if_rounded_twice(sites)
+    return model
+
+
+@torch.no_grad()
+def unpack_base(model: nn.Module) -> nn.Module:
+    """The inverse of `pack_base`, in place: weights are frozen BF16 parameters again, with the values of their codes."""
+    for site in packed_sites(model).values():
+        unpack_parameter(site.owner, site.parameter, site.module)
     return model
 
 

@@ -191,5 +191,17 @@ def pack_parameter(owner: nn.Module, name: str, module: nn.Module, quantized: Qu
     owner.__dict__["packed_in"][name] = module
 
 
+@torch.no_grad()
+def unpack_parameter(owner: nn.Module, name: str, module: nn.Module) -> None:
+    """The inverse of `pack_parameter`; of its arguments see there."""
+    value = getattr(owner, name)
+    delattr(module, NAME)
+    del owner.__dict__["packed_in"][name]
+    owner.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    if not owner.__dict__["packed_in"]:
+        del owner.__dict__["packed_in"]
+        owner.__class__ = type(owner).__bases__[1]
+
+
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().contiguous().view(torch.uint8), requires_grad=False)

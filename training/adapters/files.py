@@ -46,9 +46,7 @@ def write_adapter(folder: str | Path, model: nn.Module, factors: dict[str, torch
     }
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     saved = LoraConfig(**{**_settings(config), "base_model_name_or_path": base, "inference_mode": True})
-    if isinstance(
-        saved.init_lora_weights, str
-    ):  # the frozen weight that goes with it is the base's; nothing is left to do
+    if isinstance(saved.init_lora_weights, str):  # done already: the base's weights are those that go with it
         saved.init_lora_weights = True
     saved.save_pretrained(str(folder))
 

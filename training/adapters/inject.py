@@ -100,9 +100,7 @@ def _flatten(model: nn.Module, name: str, layer: LoraLayer) -> None:
     base = layer.get_base_layer()
     (own,) = layer.lora_A or ("",)
     if not own:
-        raise UserError(
-            f"{name} is a {type(base).__name__}; adapters are for linear layers: name others in --lora_target"
-        )
+        raise UserError(f"--lora_target: {name} is a {type(base).__name__}; adapters are for linear layers")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, base)
     attach(base, layer.lora_A[own].weight, layer.lora_B[own].weight, layer.scaling[own], name)

@@ -7,7 +7,7 @@ from torch import nn
 
 from qat.layers.lora import FACTORS, NAME, adapters
 from qat.layers.names import original_name
-from qat.layers.packed_base import packed_sites
+from qat.layers.packed_base import packed_sites, unpack_base
 from qat.numerics import ops
 
 
@@ -18,17 +18,27 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Sharded tensors are gathered one layer at a time; then all processes must call this.
     """
-    result = {}
-    for name, module in adapters(model).items():
-        adapter = module.get_submodule(NAME)
-        a, b = (_whole(getattr(adapter, factor)) for factor in FACTORS)
-        weight = module.rows(_whole(module.weight))
-        merged = module.from_rows(ops.merge(weight, a, b, adapter.scaling))
-        result[f"{original_name(name)}.weight"] = merged.contiguous().cpu()
-    for name, site in packed_sites(model).items():
-        if name not in result:
-            result[name] = site.weight.contiguous().cpu()
-    return result
+    found = adapters(model).items()
+    merged = {f"{original_name(name)}.weight": _merged(module).contiguous().cpu() for name, module in found}
+    rest = {name: site for name, site in packed_sites(model).items() if name not in merged}
+    return merged | {name: site.weight.contiguous().cpu() for name, site in rest.items()}
+
+
+@torch.no_grad()
+def put_merged(model: nn.Module) -> nn.Module:
+    """Put the merged weights into a model that is whole, in place of its adapters, which are gone then."""
+    unpack_base(model)
+    for module in adapters(model).values():
+        module.weight.data.copy_(_merged(module))
+        delattr(module, NAME)
+    return model
+
+
+def _merged(module: nn.Module) -> torch.Tensor:
+    """The merged weight of a layer with an adapter, in the layout of the parameter, on its device."""
+    adapter = module.get_submodule(NAME)
+    a, b = (_whole(getattr(adapter, factor)) for factor in FACTORS)
+    return module.from_rows(ops.merge(module.rows(_whole(module.weight)), a, b, adapter.scaling))
 
 
 @torch.no_grad()

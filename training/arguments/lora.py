@@ -54,9 +54,7 @@ class LoraArguments:
     )
     adapter_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "Start from this LoRA adapter, a folder or hub id in PEFT's format, on --model_name_or_path."
-        },
+        metadata={"help": "Start from this LoRA adapter on --model_name_or_path: folder or hub id, PEFT's format."},
     )
     base_in_scheme: bool = field(
         default=False,

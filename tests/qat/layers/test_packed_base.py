@@ -15,7 +15,7 @@ from qat.errors import UserError
 from qat.layers.adapted import attach
 from qat.layers.calibration import calibrate_inputs
 from qat.layers.lora import adapters
-from qat.layers.packed_base import dequantized_base, is_own, pack_base, packed_sites
+from qat.layers.packed_base import dequantized_base, is_own, pack_base, packed_sites, unpack_base
 from qat.layers.packed_weight import PackedWeight, packed_of
 from qat.layers.share import left_unquantized, linear_weights
 from qat.layers.sites import quantized_sites, quantizers_off
@@ -173,6 +173,18 @@ def test_conv1d_keeps_its_codes_in_rows_and_its_weight_in_its_own_layout():
     assert not torch.equal(model(x), expected)
     model(x).sum().backward()
     assert model[0].adapter.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("model", (make_llama, make_mixture))
+def test_unpacked_models_are_what_they_were_with_the_values_that_were_packed(model):
+    plain = prepared("MXFP4", model=model())
+    packed = pack_base(copy.deepcopy(plain))
+    expected, values = logits(packed), dequantized_base(packed)
+    unpacked = unpack_base(packed)
+    assert [type(m) for m in unpacked.modules()] == [type(m) for m in plain.modules()]
+    own = unpacked.state_dict()
+    assert own.keys() == plain.state_dict().keys() and all(torch.equal(own[name], values[name]) for name in own)
+    assert torch.equal(logits(unpacked), expected) and not packed_sites(unpacked)
 
 
 def test_shares_and_names_count_packed_weights_as_what_they_stand_for():
