@@ -57,7 +57,7 @@ def pack_base(model: nn.Module, exact: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def unpack_base(model: nn.Module) -> nn.Module:
-    """The inverse of `pack_base`, in place: weights are frozen BF16 parameters again, with the values of their codes."""
+    """The inverse of `pack_base`, in place: weights are frozen BF16 parameters again, with the packed values."""
     for site in packed_sites(model).values():
         unpack_parameter(site.owner, site.parameter, site.module)
     return model
