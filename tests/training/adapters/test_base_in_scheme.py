@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_llama, write_conversations
+from helpers import make_llama, save_llama, write_conversations
 from safetensors.torch import load_file
 from tiny_families import logits_in_this_process
 
 import main
-from qat import get_scheme
+from qat import get_scheme, prepare_qat
 from qat.layers.names import original_name
+from qat.layers.packed_base import pack_base
 from qat.numerics import ops
 from training.adapters.files import WEIGHTS_NAME
+from training.losses.chunked import find_head
+from training.teachers.itself import SelfTeacher
 
 SPEC = get_scheme("MXFP4").weight
 
@@ -93,6 +96,12 @@ def test_a_teacher_is_the_model_before_it_was_rounded(workspace):
         train(workspace, f"taught-{kept}", *flags, "--base_in_scheme", kept)
         found.append(json.loads((workspace / f"taught-{kept}" / "all_results.json").read_text())["eval_kl"])
     assert found[0] > 1e-4 and found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_packed_model_is_not_its_own_teacher():
+    model = pack_base(prepare_qat(make_llama().bfloat16(), {"torch.nn.Linear": "MXFP4"}))
+    with pytest.raises(ValueError, match="rounded base"):
+        SelfTeacher(model, find_head(model))
 
 
 def test_a_packed_model_gets_the_same_base_back(workspace):
