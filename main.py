@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
-from qat.layers.packed_base import pack_base
-from training.adapters.inject import add_adapters
-from training.adapters.inject import lora_config as adapter_config
+from training.adapters.begin import Adapters
 from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
 from training.monitoring.report import report_run
@@ -61,20 +60,23 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
     start.quantize(model, quant_args)
     stop_where_answers_end(model, tokenizer, data)
-    checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None))
+    checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)
     teacher = cached_where_asked(teacher, distill_args, args, data)
-    if quant_args.smooth_alpha and checkpoint is None:
-        smooth_with_data(model, data, quant_args.smooth_alpha, args.device)
-    if lora_args.base_in_scheme:
-        pack_base(model)
+    smooth = partial(smooth_with_data, model, data, quant_args.smooth_alpha, args.device)
+    if not lora_args.is_on and quant_args.smooth_alpha and checkpoint is None:
+        smooth()
+    at_start = None
     if lora_args.is_on:
-        add_adapters(model, adapter_config(lora_args), args.seed)
+        at_start = Adapters(lora_args, model_args.model_name_or_path, args.cache_dir).begin(
+            model, smooth if quant_args.smooth_alpha else None, checkpoint, output.path, output.writers, tokenizer,
+            start.dtypes, args.seed, model_args.trust_remote_code,
+        )  # fmt: skip
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
     if data_args.streaming and not args.do_train:
         data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
-        start_fingerprint=start.fingerprint, **arguments.trainer_options, **data,
+        start_fingerprint=start.fingerprint, adapters_fingerprint=at_start, **arguments.trainer_options, **data,
     )  # fmt: skip
     if quant_args.input_scale_refresh:
         refresh = ScaleRefresh(trainer, data, quant_args.calibration_samples, quant_args.input_scale_refresh)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from helpers import make_llama, make_tokenizer, save_llama, save_qat, write_conversations
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from qat.checkpoints.pack import export_checkpoint
@@ -87,9 +88,36 @@ def make_files(root: Path) -> dict[str, Path]:
     for name, content in _MAPPINGS.items():
         names[name] = root / f"{name}.json"
         names[name].write_text(json.dumps(content))
-    names |= _models(root)
+    names |= _models(root) | _adapters(root)
     (root / "long.jsonl").write_text(json.dumps({"text": "a" * 64}) + "\n" + json.dumps({"text": "b" * 64}) + "\n")
     return names | {"long": root / "long.jsonl"}
+
+
+def _adapters(root: Path) -> dict[str, Path]:
+    """An adapter of {plain}, others that cannot be read, and runs with a checkpoint of weights and of adapters."""
+    model = get_peft_model(
+        make_llama(), LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(root / "adapter")
+    changes = {
+        "dora": {"use_dora": True}, "saving": {"modules_to_save": ["lm_head"]}, "biased": {"bias": "all"},
+        "tokens": {"trainable_token_indices": [1]}, "ia3": {"peft_type": "IA3"},
+        "decomposed": {"init_lora_weights": "pissa"},
+        "newer": {"use_xyz": 1}, "wider": {"r": 8}, "elsewhere": {"target_modules": ["o_proj"]}, "rankless": {"r": "x"},
+        "missed": {"target_modules": ["q_prej"]}, "more": {"target_modules": ["q_proj", "o_proj"]},
+        "pickled": {}, "empty_adapter": {},
+    }  # fmt: skip
+    for name, change in changes.items():
+        shutil.copytree(root / "adapter", root / name)
+        path = root / name / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (root / "pickled/adapter_model.safetensors").rename(root / "pickled/adapter_model.bin")
+    (root / "empty_adapter/adapter_model.safetensors").unlink()
+    for name in ("lora_run", "full_run"):
+        folder = root / name / "checkpoint-2"
+        shutil.copytree(root / ("adapter" if name == "lora_run" else "plain"), folder)
+        (folder / "trainer_state.json").write_text("{}")
+    return {name: root / name for name in ("adapter", *changes, "lora_run", "full_run")}
 
 
 def _models(root: Path) -> dict[str, Path]:

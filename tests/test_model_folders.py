@@ -237,7 +237,7 @@ PLAIN = {
     "its own code": (of_its_own_code, "needs Python code that comes with it.*--trust_remote_code", ALL),
     "weights elsewhere": (config(transformers_weights="w.safetensors"), "weights in 'w.safetensors'", LOADS),
     # what is no plain model
-    "an adapter": (adapter, "is an adapter .* of the base model 'org/base'; merge it first", ALL),
+    "an adapter": (adapter, "an adapter .* base model 'org/base'; .*--adapter_name_or_path .*merge it first", ALL),
     "an adapter beside a model": (
         text("adapter_config.json", '{"base_model_name_or_path": "org/base"}'),
         "is an adapter.*remove adapter_config.json", ALL,

@@ -203,7 +203,10 @@ def test_scripts_are_valid_bash(script):
     assert subprocess.run(["bash", "-n", script]).returncode == 0
 
 
-@pytest.mark.parametrize("script", ["finetune_bf16.sh", "qat_mxfp4.sh", "qat_mxfp8.sh"])
+_SCHEMES = {"qat_mxfp4.sh": "MXFP4", "qat_mxfp4_lora.sh": "MXFP4", "qat_mxfp8.sh": "MXFP8"}
+
+
+@pytest.mark.parametrize("script", ["finetune_bf16.sh", "qat_mxfp4.sh", "qat_mxfp4_lora.sh", "qat_mxfp8.sh"])
 def test_the_flags_of_a_stage_script_parse_and_can_be_overridden(script, tmp_path):
     stub = tmp_path / "accelerate"
     stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$RECORD"\n')
@@ -213,11 +216,11 @@ def test_the_flags_of_a_stage_script_parse_and_can_be_overridden(script, tmp_pat
     command = ["bash", str(ROOT / "scripts" / script), "--learning_rate", "3e-6"]
     subprocess.run(command, env=environment, check=True)
     words = record.read_text().splitlines()
-    model, training, data, quantization, _ = main.parse_arguments(words[words.index("main.py") + 1 :])
+    model, training, data, quantization, *_ = main.parse_arguments(words[words.index("main.py") + 1 :])
     assert (ROOT / words[words.index("--config_file") + 1]).exists()
     assert model.model_name_or_path == "some/model" and training.learning_rate == 3e-6
     assert data.dataset == "Daring-Anteater" and training.do_train and training.do_eval
-    assert quantization.quant_scheme == {"qat_mxfp4.sh": "MXFP4", "qat_mxfp8.sh": "MXFP8"}.get(script)
+    assert quantization.quant_scheme == _SCHEMES.get(script)
     assert (training.max_steps, training.num_train_epochs)[script == "finetune_bf16.sh"] in (1000, 2.0)
 
 
@@ -238,7 +241,7 @@ def test_the_progressive_script_trains_in_mxfp8_first_and_goes_on_in_mxfp4_from_
     for line in record.read_text().splitlines():
         words = line.split("\t")[:-1]
         stages.append(main.parse_arguments(words[words.index("main.py") + 1 :]))
-    models, training, _, quantization, distillation = zip(*stages, strict=True)
+    models, training, _, quantization, distillation, _ = zip(*stages, strict=True)
     assert [m.model_name_or_path for m in models] == ["some/model", "out/MXFP8"]
     assert [t.output_dir for t in training] == ["out/MXFP8", "out/MXFP4"]
     assert [(t.max_steps, t.learning_rate) for t in training] == [(7, 3e-6), (1000, 3e-6)]

@@ -23,11 +23,14 @@ from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
-from qat.files.model_folder import check_model_folder
+from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, make_writable
 from qat.layers.restore import check_trainable
 from qat.layers.sites import quantized_sites
 
+from .adapters.begin import Adapters, check_unpacked
+from .adapters.files import check_same_adapters
+from .arguments.lora import LoraArguments
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
 from .resume.steps import check_steps
@@ -50,8 +53,10 @@ def check_paths(arguments: Arguments) -> None:
     Raises:
         UserError: as described. An evaluation may write into the folder of its model: it makes a new folder there.
     """
-    model_args, args, data_args, _, distill_args, _ = arguments
+    model_args, args, data_args, _, distill_args, lora_args = arguments
     check_model_folder(model_args.model_name_or_path)
+    if lora_args.adapter_name_or_path is not None:
+        check_adapter_folder(lora_args.adapter_name_or_path)
     teacher = distill_args.teacher_model_name_or_path
     if teacher is not None:
         check_model_folder(teacher, TEACHER_ARGUMENT)
@@ -60,6 +65,8 @@ def check_paths(arguments: Arguments) -> None:
     if args.do_train:
         inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
         inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]
+        adapter = lora_args.adapter_name_or_path
+        inputs += [] if adapter is None else [("--adapter_name_or_path", Path(adapter))]
     check_apart("--output_dir", args.output_dir, inputs)
 
 
@@ -73,10 +80,11 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         The model, its parameters on the meta device.
 
     Raises:
-        UserError: a cache cannot be written; the model's configuration cannot be read, or is not of a causal language
-            model, or of one that autocast fails for or that could not be loaded again; --model_max_length is more than
-            its positions; the teacher does not fit; the scheme, the mapping or the export format does not; the packed
-            model's folder is occupied; or the checkpoint to resume from is not there or of another training.
+        UserError: a cache cannot be written; adapters do not fit; the model's configuration cannot be read, or is not
+            of a causal language model, or of one that autocast fails for or that could not be loaded again;
+            --model_max_length is more than its positions; the teacher does not fit; the scheme, the mapping or the
+            export format does not; the packed model's folder is occupied; or the checkpoint to resume from is not there
+            or of another training.
     """
     _, args, data_args, quant_args, distill_args, lora_args = arguments
     for name, folder in (
@@ -111,9 +119,22 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             check_exportable(skeleton, quant_args.export_format, _plain_folder(start))
     if exports:
         output.check_packable(config)
+    if lora_args.is_on:
+        _check_adapters(lora_args, start, skeleton)
+        if args.do_train and config is None:
+            distill_args.check_unquantized()
     if args.do_train and not (start.is_packed and config is None):  # which is known once it is unpacked
-        output.check_resumable(args, config)
+        checkpoint = output.check_resumable(args, config, lora_args.is_on)
+        if checkpoint is not None and lora_args.is_on:
+            check_same_adapters(checkpoint, skeleton)
     return skeleton
+
+
+def _check_adapters(lora_args: LoraArguments, start: Start, skeleton: PreTrainedModel) -> None:
+    name = start.model_args.model_name_or_path
+    check_unpacked(name, start.is_packed and not lora_args.base_in_scheme)
+    with _silenced():
+        Adapters(lora_args, name, start.cache_dir).check(skeleton)
 
 
 def _plain_folder(start: Start) -> CheckpointFolder | None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from ..files.json_file import read_object
+from ..files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from ..layers.share import describe_left, describe_sites, layers_by_scheme, left_unquantized, percent, quantized_share
 from ..layers.sites import EXPERTS, Site, quantized_sites
 from ..numerics import mx
@@ -46,7 +48,7 @@ Packed as {export_format}: {packed_mib:.1f} MiB, {ratio:.2f} of the {source_mib:
 | | |
 |---|---|
 | base model | {base_model} |
-| schemes | {mapping} |
+{adapters}| schemes | {mapping} |
 | left unquantized | {left} |
 | scale rule of the weights | {weight_rules} (the scales are in the file) |
 | scale rule of the activations in training | {input_rules} |
@@ -142,6 +144,7 @@ def write_card(
         source_mib=source_bytes / 2**20,
         ratio=packed_bytes / source_bytes,
         base_model=base_model,
+        adapters=_adapters(source),
         mapping=", ".join(f"{key}: {scheme}" for key, scheme in qat_config.mapping.items()),
         left="; ".join(describe_left(model, left_unquantized(model, qat_config))) or "nothing",
         weight_rules=_rules(scheme.rules["weight"] for scheme in layers.values()),
@@ -157,6 +160,17 @@ def write_card(
         else f"transformers cannot load these files: {why_not_loadable}.",
     )
     ModelCard(text).save(folder / CARD_NAME)
+
+
+def _adapters(source: Path) -> str:
+    """A row of the table for a model that adapters were merged into, else ""."""
+    path = source / ADAPTER_FOLDER / ADAPTER_NAME
+    if not path.is_file():
+        return ""
+    config = read_object(path)
+    targets = config.get("target_modules")
+    names = ", ".join(map(str, targets)) if isinstance(targets, list) else targets
+    return f"| trained | LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, merged: {names} |\n"
 
 
 def serve_command(path: str, dialect: Dialect, schemes: Iterable[Scheme]) -> str:

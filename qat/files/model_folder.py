@@ -21,6 +21,7 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter_config.json"
+ADAPTER_FOLDER = "adapter"  # in the folder of a finished run: the adapters that are merged into its model
 
 _WEIGHT_NAMES = (SINGLE_NAME, INDEX_NAME)
 _PICKLES = (
@@ -52,17 +53,38 @@ def check_model_folder(name: str | Path, argument: str = "--model_name_or_path")
         UserError: there is no such folder; or it holds an adapter, pickled weights, a damaged JSON file, an index that
             names a file outside, or a link out of the folder, or cannot be read.
     """
+    folder = _checked_folder(name, argument, "the folder of a Hugging Face checkpoint")
+    if folder is None:
+        return None
+    if (folder / ADAPTER_NAME).is_file():
+        raise adapter_error(name, argument, read_object(folder / ADAPTER_NAME))
+    _check_pickles(folder)
+    return folder
+
+
+def check_adapter_folder(name: str | Path, argument: str = "--adapter_name_or_path") -> Path | None:
+    """The local folder of an adapter in PEFT's format, checked; None where the name can only be a hub id.
+
+    Raises:
+        UserError: as `check_model_folder`; or the folder holds no adapter.
+    """
+    folder = _checked_folder(name, argument, "the folder of an adapter")
+    if folder is not None and not (folder / ADAPTER_NAME).is_file():
+        raise UserError(
+            f"{argument} {str(name)!r} has no {ADAPTER_NAME}, so it is no adapter in PEFT's format; {listing(folder)}"
+        )
+    return folder
+
+
+def _checked_folder(name: str | Path, argument: str, kind: str) -> Path | None:
     folder = Path(name)
     try:
         if not _is_folder(str(name)):
-            _check_hub_id(str(name), argument)
+            _check_hub_id(str(name), argument, kind)
             return None
         check_files(folder)
     except PermissionError as error:
         raise UserError(f"{argument} {str(name)!r} cannot be read ({error}); give yourself the permission") from error
-    if (folder / ADAPTER_NAME).is_file():
-        raise adapter_error(name, argument, read_object(folder / ADAPTER_NAME))
-    _check_pickles(folder)
     return folder
 
 
@@ -122,7 +144,8 @@ def adapter_error(name: str | Path, argument: str, adapter: dict[str, Any]) -> U
     whole = Path(name, CONFIG_NAME).is_file()
     ending = f"; if its weights are merged already, remove {ADAPTER_NAME}" if whole else ""
     return UserError(
-        f"{argument} {str(name)!r} is an adapter (it has {ADAPTER_NAME}) of the base model {base!r}; merge it first, "
+        f"{argument} {str(name)!r} is an adapter (it has {ADAPTER_NAME}) of the base model {base!r}; main.py takes "
+        f"--model_name_or_path {base or 'BASE'} --adapter_name_or_path {name}; elsewhere merge it first, "
         'with peft installed: python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"M.from_pretrained('{name}').merge_and_unload().save_pretrained('NEW_FOLDER')\", copy the tokenizer's files "
         f"there and give NEW_FOLDER{ending}"
@@ -163,9 +186,9 @@ def _is_folder(name: str) -> bool:
         return False
 
 
-def _check_hub_id(name: str, argument: str) -> None:
+def _check_hub_id(name: str, argument: str, kind: str) -> None:
     if len(name) < 256 and Path(name).is_file():
-        raise UserError(f"{argument} {name!r} is a file; give the folder of a Hugging Face checkpoint, or a hub id")
+        raise UserError(f"{argument} {name!r} is a file; give {kind}, or a hub id")
     if not _HUB_ID.fullmatch(name) or len(name) > _MAX_HUB_ID or ".." in name or "--" in name:
         neither = "is neither a folder nor a hub id such as HuggingFaceTB/SmolLM2-135M"
         if not name.strip():

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..numerics import ops
 from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
+from .lora import MergedRounding
 from .rounding import Rounding
 
 CHUNK_BYTES = 4 << 30  # of rounded weights: more experts than these hold are computed one part after the other
@@ -161,11 +162,17 @@ class _GroupedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
             rows = values if tokens is None else values[tokens]
+        if needs_learned and isinstance(settings.rounding, MergedRounding):
+            factors, packed = learned[:2], learned[2:]
+            learned_grads = _factor_gradients(grad, rows, factors, settings.rounding.scaling, offsets)
+            learned_grads = (*learned_grads, *[None] * len(packed))
+            needs_learned = False
+        if ctx.needs_input_grad[1] or needs_learned:
             grad_weight = grad.new_empty(ctx.shape, dtype=weight_dtype)
             for part in parts:
                 a, b = (rows, grad) if settings.is_transposed else (grad, rows)
                 grad_weight[part.experts] = _grouped_mm(a[part.rows].t(), b[part.rows], part.offsets)
-            if learned:
+            if needs_learned:
                 learned_grads = _learned_gradients(grad_weight, weight, learned, settings)
         return grad_x, grad_weight, *[None] * 5, *[None] * settings.kept, *learned_grads
 
@@ -221,6 +228,16 @@ def _learned_gradients(
     if settings.is_transposed:
         grad, weight = grad.transpose(1, 2).contiguous(), weight.transpose(1, 2).contiguous()
     return settings.rounding.learned_gradients(grad, weight, settings.dtype, *learned, divisor=settings.divisors)
+
+
+def _factor_gradients(
+    grad: torch.Tensor, rows: torch.Tensor, factors: list[torch.Tensor], scaling: float, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of A [E, r, K] and B [E, N, r] from the gradient [S, N] of the product of rows [S, K]; see lora.py."""
+    a, b = (factor.to(grad.dtype) for factor in factors)
+    grad_a = _grouped_mm(_grouped_mm(grad, b, offsets).t(), rows, offsets)
+    grad_b = _grouped_mm(grad.t(), _grouped_mm(rows, a.transpose(1, 2), offsets), offsets)
+    return grad_a.to(factors[0].dtype) * scaling, grad_b.to(factors[1].dtype) * scaling
 
 
 def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

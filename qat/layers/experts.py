@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..numerics import nvfp4
+from ..numerics import nvfp4, ops
 from ..schemes.spec import Scheme
+from . import expert_function
 from .expert_function import Routing, grouped_product
+from .lora import LowRankAdapter, MergedRounding, adapter_of, merged
 from .operands import Operands, compute_dtype
 from .packed_weight import as_kept
+from .rounding import Rounding
 from .swapped_class import swapped_class
 
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # of transformers' experts
@@ -82,7 +85,7 @@ class Experts(nn.Module):
     """
 
     layout: ExpertsLayout
-    projections: nn.ModuleDict  # of QuantExperts
+    projections: nn.ModuleDict  # of QuantExperts, and where a parameter has an adapter
 
     def forward(
         self,
@@ -123,10 +126,17 @@ class Experts(nn.Module):
 
     def _product(self, parameter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         weight, is_first = getattr(self, parameter), parameter == self.layout.parameters[0]
+        adapter = self._adapter(parameter)
+        rounding, factors = (None, ()) if adapter is None else (MergedRounding(None, adapter.scaling), adapter.factors)
         return grouped_product(
-            x, weight, routing, compute_dtype(x), is_transposed=self.layout.is_transposed,
+            x, weight, routing, compute_dtype(x), None, rounding, factors, is_transposed=self.layout.is_transposed,
             gather=is_first and routing.tokens is not None,
         )  # fmt: skip
+
+    def _adapter(self, parameter: str) -> LowRankAdapter | None:
+        projections = self._modules.get("projections")
+        has_own = isinstance(projections, nn.ModuleDict) and parameter in projections
+        return adapter_of(projections[parameter]) if has_own else None  # type: ignore[index]
 
     def _with_bias(self, parameter: str, y: torch.Tensor, routing: Routing) -> torch.Tensor:
         if not self.layout.has_bias:
@@ -161,29 +171,34 @@ class QuantExperts(Experts):
         return self.projections[parameter](x, routing)
 
 
-class ExpertProjection(Operands):
-    """How one product of an experts module is quantized; the parameter stays in that module.
+class ExpertParameter(nn.Module):
+    """A fused parameter of an experts module, which may have an adapter; the parameter stays in that module.
 
     Attributes:
         owner: the module that has the parameter.
         parameter: its name there.
     """
 
-    owner: QuantExperts
+    owner: Experts
     parameter: str
 
-    def __init__(self, owner: QuantExperts, parameter: str, scheme: Scheme) -> None:
+    def __init__(self, owner: Experts, parameter: str) -> None:
         super().__init__()
         self.__dict__["owner"] = owner  # past nn.Module, which would make it a submodule
         self.parameter = parameter
-        self.add_quantizers(scheme)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The parameter itself: [E, N, K], or [E, K, N] in transposed layouts."""
+        return getattr(self.owner, self.parameter)
 
     def _parameter(self) -> torch.Tensor:
         return getattr(self.owner, self.parameter)
 
     def effective_weight(self) -> torch.Tensor:
-        """What is rounded and multiplied by: [E, N, K], or [E, K, N] in transposed layouts."""
-        return getattr(self.owner, self.parameter)
+        """What is rounded and multiplied by, in the layout of the parameter: with an adapter, the merged weight."""
+        adapter = adapter_of(self)
+        return self.weight if adapter is None else self.from_rows(merged(self.rows(self.weight), adapter))
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """See `Operands.rows`: [E, N, K]."""
@@ -193,6 +208,18 @@ class ExpertProjection(Operands):
         """See `Operands.from_rows`."""
         return self.owner.layout.rows(rows)
 
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return self.parameter
+
+
+class ExpertProjection(ExpertParameter, Operands):
+    """How one product of an experts module is quantized."""
+
+    def __init__(self, owner: QuantExperts, parameter: str, scheme: Scheme) -> None:
+        super().__init__(owner, parameter)
+        self.add_quantizers(scheme)
+
     def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The product of each row with the weight of its expert, both rounded: [S, N].
 
@@ -201,33 +228,54 @@ class ExpertProjection(Operands):
                 own); of the second [S, K].
             routing: of the rows.
         """
-        dtype, weight, inputs = compute_dtype(x), self.weight_quantizer, self.input_quantizer
-        layout, is_on = self.owner.layout, weight.is_enabled
-        rounding, learned = as_kept(self, weight.rounding if is_on else None, weight.learned if is_on else ())
+        dtype, is_on, inputs = compute_dtype(x), self.weight_quantizer.is_enabled, self.input_quantizer
+        layout, adapter = self.owner.layout, adapter_of(self)
+        rounding, learned = as_kept(self, *self._rounding(adapter))
         output = grouped_product(
             x, self.kept, routing, dtype, inputs.spec if inputs.is_enabled else None, rounding, learned,
-            self._own_divisors(dtype) if is_on else None, self.input_divisor(x.device),
+            self._own_divisors(dtype, adapter) if is_on else None, self.input_divisor(x.device),
             layout.is_transposed, gather=self.parameter == layout.parameters[0] and routing.tokens is not None,
         )  # fmt: skip
         return self.output_quantizer(output)
 
-    def _own_divisors(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def _own_divisors(self, dtype: torch.dtype, adapter: LowRankAdapter | None) -> torch.Tensor | None:
         if self.weight_quantizer.spec.format.tensor_scale is None:
-            return None
-        return self.divisors(self.effective_weight(), dtype)
+            return None  # a packed weight is not dequantized for nothing
+        return self.divisors(self.weight, dtype, adapter)
 
-    def divisors(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding | None, tuple[torch.Tensor, ...]]:
+        """How the weights are rounded, and what is trained beside them."""
+        quantizer = self.weight_quantizer
+        if adapter is not None:
+            return MergedRounding(quantizer.spec if quantizer.is_enabled else None, adapter.scaling), adapter.factors
+        return (quantizer.rounding, quantizer.learned) if quantizer.is_enabled else (None, ())
+
+    @torch.no_grad()
+    def divisors(
+        self, weight: torch.Tensor, dtype: torch.dtype, adapter: LowRankAdapter | None = None
+    ) -> torch.Tensor | None:
         """The divisor of each expert's weight, FP32 [E], in formats with a tensor scale; gate and up share theirs."""
         fmt = self.weight_quantizer.spec.format
         if fmt.tensor_scale is None:
             return None
-        with torch.no_grad():
-            smallest, largest = torch.aminmax(weight.detach().flatten(1), dim=1)
-            return nvfp4.tensor_divisor(torch.maximum(-smallest, largest).to(dtype))
+        amax = _largest(weight) if adapter is None else self._largest_merged(weight, adapter)
+        return nvfp4.tensor_divisor(amax.to(dtype))
+
+    def _largest_merged(self, weight: torch.Tensor, adapter: LowRankAdapter) -> torch.Tensor:
+        """The largest magnitude of each expert's merged weight [E]; some experts are merged at a time."""
+        step = max(1, expert_function.CHUNK_BYTES // weight[0].nbytes)
+        parts = zip(*(t.detach().split(step) for t in (self.rows(weight), *adapter.factors)), strict=True)
+        return torch.cat([_largest(ops.merge(*part, adapter.scaling)) for part in parts])
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"{self.parameter}, scheme={self.scheme_name}"
+
+
+def _largest(weight: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each expert's weight [E]."""
+    smallest, largest = torch.aminmax(weight.detach().flatten(1), dim=1)
+    return torch.maximum(-smallest, largest)
 
 
 def is_quantexperts(module: nn.Module) -> bool:
@@ -272,6 +320,8 @@ def check_experts(module: nn.Module, scheme: Scheme, name: str = "") -> None:
     label, layout = name or "the module", layout_of(module)
     if layout is None or isinstance(module, QuantExperts):
         raise TypeError(f"{label} is a {type(module).__name__}, which has no experts that can be converted")
+    if "projections" in module._modules:
+        raise UserError(f"{label} has adapters already; prepare a model for a scheme before it gets adapters")
     for parameter in layout.parameters:
         columns = module.get_parameter(parameter).shape[1 if layout.is_transposed else 2]
         for spec in filter(None, (scheme.weight, scheme.input)):

@@ -111,13 +111,15 @@ class _QuantizedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
             grad_x = grad_x.reshape(*grad.shape[:-1], grad_x.shape[-1]).to(x_dtype)
+        if ctx.needs_input_grad[1] or needs_learned:
+            values = _kept_values(kept, settings) if plain is None else plain
+            values = values.reshape(-1, values.shape[-1])
         if needs_learned and isinstance(settings.rounding, MergedRounding):
-            values = _kept_values(kept, settings) if plain is None else plain
-            learned_grads = settings.rounding.gradients(grad_rows, values.reshape(-1, values.shape[-1]), *learned)
-        elif ctx.needs_input_grad[1] or needs_learned:
-            values = _kept_values(kept, settings) if plain is None else plain
-            grad_weight = grad_rows.t() @ values.reshape(-1, values.shape[-1])
-            if learned:
+            learned_grads = settings.rounding.gradients(grad_rows, values, *learned)
+            needs_learned = False
+        if ctx.needs_input_grad[1] or needs_learned:
+            grad_weight = grad_rows.t() @ values
+            if needs_learned:
                 learned_grads = settings.rounding.learned_gradients(
                     grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor
                 )

@@ -11,6 +11,7 @@ so no gradient of W's size exists, and backward costs what it costs in LoRA.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class LowRankAdapter(nn.Module):
     Attributes:
         start_A, start_B: those of the model that a run started from; None where B was zero there.
         is_at_start: whether those are added in place of the trained ones.
+        published: the name of the layer in PEFT's files, where it has another one there.
     """
 
     lora_A: nn.Parameter  # as PEFT and the paper name it
@@ -49,8 +51,9 @@ class LowRankAdapter(nn.Module):
     def __init__(self, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> None:
         super().__init__()
         self.lora_A, self.lora_B = (nn.Parameter(factor.detach().float()) for factor in (lora_a, lora_b))
-        self.scaling = float(torch.tensor(scaling, dtype=torch.float32))
+        self.scaling = ctypes.c_float(scaling).value  # as kernels take it
         self.is_at_start = False
+        self.published = ""
         for name in _START:
             self.register_buffer(name, None, persistent=False)
 
@@ -62,7 +65,7 @@ class LowRankAdapter(nn.Module):
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B."""
-        if self.is_at_start and self.start_A is not None:
+        if self.is_at_start and self.start_A is not None and self.start_B is not None:
             return self.start_A, self.start_B
         return self.lora_A, self.lora_B
 
@@ -82,6 +85,12 @@ def adapter_of(module: nn.Module) -> LowRankAdapter | None:
 def adapters(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a model that have an adapter, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m._modules.get(NAME), LowRankAdapter)}
+
+
+def weight_name(name: str, module: nn.Module) -> str:
+    """The name of the weight that an adapter of the module with this name is added to."""
+    parameter = getattr(module, "parameter", None)  # of experts, whose module has the weight
+    return f"{name}.weight" if parameter is None else f"{name.removesuffix(f'.projections.{parameter}')}.{parameter}"
 
 
 @contextmanager

@@ -100,7 +100,8 @@ class LinearProduct(Operands):
                 "gate_proj, up_proj), and FSDP shards these one by one; let it wrap whole decoder layers "
                 "(fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)"
             )
-        factors = [f for layer in self.fused_with if (own := adapter_of(layer)) is not None for f in own.factors]
+        own = [adapter_of(layer) for layer in self.fused_with]
+        factors = [factor for adapter in own if adapter is not None for factor in adapter.factors]
         key = fmt.name, dtype, tuple((id(tensor), tensor._version) for tensor in (*weights, *factors))
 
         def largest() -> torch.Tensor:

@@ -34,6 +34,17 @@ def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     return (weight.float() + scale * product).to(weight.dtype).contiguous()
 
 
+def check_factors(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Raise a ValueError unless A [..., r, K] and B [..., N, r] belong to W [..., N, K]."""
+    *stack, rows, columns = weight.shape
+    rank = a.shape[-2] if a.ndim >= 2 else 0
+    if tuple(a.shape) != (*stack, rank, columns) or tuple(b.shape) != (*stack, rows, rank):
+        raise ValueError(
+            f"an adapter with A {tuple(a.shape)} and B {tuple(b.shape)} does not belong to a weight "
+            f"{tuple(weight.shape)}; A must be [..., r, K] and B [..., N, r]"
+        )
+
+
 def _fma(b: torch.Tensor, a: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
     """b * a + addend, rounded once to FP32.
 

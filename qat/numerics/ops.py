@@ -61,7 +61,12 @@ def _(x, fmt, rule, dtype, divisor=None):
 
 @torch.library.custom_op("mx_qat::merge", mutates_args=())
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W [..., N, K] with the low-rank adapter A [..., r, K] and B [..., N, r] added: see `low_rank.merge`."""
+    """W [..., N, K] with the low-rank adapter A [..., r, K] and B [..., N, r] added: see `low_rank.merge`.
+
+    Raises:
+        ValueError: A and B do not belong to the weight.
+    """
+    low_rank.check_factors(weight, a, b)
     return _merging(weight)(weight, a, b, scaling)
 
 
@@ -84,7 +89,11 @@ def fake_quantize_merged(
     """`fake_quantize(merge(weight, a, b, scaling), fmt, rule, dtype, divisor)`; where a kernel does both, in one pass.
 
     Without a gradient.
+
+    Raises:
+        ValueError: A and B do not belong to the weight.
     """
+    low_rank.check_factors(weight, a, b)
     format_ = get_format(fmt)
     kernels = MERGING.get(weight.device.type)
     if kernels is not None and format_.name in getattr(kernels, "SERVES", ()) and kernels.is_available():

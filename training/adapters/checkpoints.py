@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qat.errors import UserError
-from qat.files.model_folder import ADAPTER_NAME
+from qat.files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from qat.layers.names import original_name
 from qat.layers.packed_base import is_own, packed_sites
 
@@ -17,8 +17,6 @@ from ..resume.fault_tolerance import FaultTolerantTrainer
 from .files import read_factors, write_adapter
 from .inject import config_of
 from .merging import factors_of, merged_weights
-
-ADAPTER_FOLDER = "adapter"  # in the folder of a finished run
 
 
 class AdapterTrainer(FaultTolerantTrainer):
@@ -62,7 +60,9 @@ class AdapterTrainer(FaultTolerantTrainer):
     @property
     def _base_name(self) -> str | None:
         """The model that the adapters belong to."""
-        return getattr(self._own_model.config, "_name_or_path", None) or None
+        config = config_of(self._own_model)
+        own = None if config is None else config.base_model_name_or_path
+        return own or getattr(self._own_model.config, "_name_or_path", None) or None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         is_adapter = Path(resume_from_checkpoint, ADAPTER_NAME).is_file()

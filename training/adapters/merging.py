@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qat.layers.lora import FACTORS, NAME, adapters
+from qat.layers.lora import FACTORS, NAME, adapters, weight_name
 from qat.layers.names import original_name
 from qat.layers.packed_base import packed_sites, unpack_base
 from qat.numerics import ops
@@ -19,7 +19,7 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     Sharded tensors are gathered one layer at a time; then all processes must call this.
     """
     found = adapters(model).items()
-    merged = {f"{original_name(name)}.weight": _merged(module).contiguous().cpu() for name, module in found}
+    merged = {weight_name(original_name(name), m): _merged(m).contiguous().cpu() for name, m in found}
     rest = {name: site for name, site in packed_sites(model).items() if name not in merged}
     return merged | {name: site.weight.contiguous().cpu() for name, site in rest.items()}
 

@@ -106,6 +106,15 @@ class DistillationArguments:
             is_free = has_adapters and self.teacher_model_name_or_path is None
             self.distill_teacher = "self" if is_free else "copy"
 
+    def check_unquantized(self) -> None:
+        """Raise a UserError where adapters of a model that is not quantized would have their own start as teacher."""
+        if self.distill and self.distill_teacher == "self" and not self.distill_ce_weight:
+            raise UserError(
+                "--distill True: without --quant_scheme, the model that adapters start from differs from its teacher, "
+                "itself, in nothing, so nothing is learned; name a --teacher_model_name_or_path, or give "
+                "--distill_ce_weight, such as 0.5"
+            )
+
     def _check_unused(self) -> None:
         """Settings that have no effect without a teacher, or without a cache."""
         unused = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 
 from qat.errors import UserError
@@ -42,6 +43,13 @@ class LoraArguments:
             "or one regular expression as PEFT's target_modules."
         },
     )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Fused parameters of experts that get adapters, an A and a B for each expert, as PEFT's "
+            "target_parameters: mlp.experts.gate_up_proj mlp.experts.down_proj."
+        },
+    )
     lora_init: str = field(
         default="default",
         metadata={
@@ -76,12 +84,12 @@ class LoraArguments:
             raise UserError(f"--lora_alpha {self.lora_alpha} must be greater than 0, such as 32")
         if self.adapter_name_or_path is not None:
             self._check_unused(
-                ("lora_r", "lora_alpha", "lora_target", "lora_init", "use_rslora"),
+                ("lora_r", "lora_alpha", "lora_target", "lora_target_parameters", "lora_init", "use_rslora"),
                 f"beside --adapter_name_or_path {self.adapter_name_or_path!r}, which has its own",
                 "leave it out",
             )
         elif not self.is_on:
-            names = ("lora_alpha", "lora_target", "lora_init", "use_rslora", "base_in_scheme")
+            names = ("lora_alpha", "lora_target", "lora_target_parameters", "lora_init", "use_rslora", "base_in_scheme")
             self._check_unused(names, "without adapters", "give --lora_r, such as 16, too, or leave it out")
 
     def _check_refused(self) -> None:
@@ -109,6 +117,19 @@ class LoraArguments:
                 shown = " ".join(value) if isinstance(value, list) else value
                 raise UserError(f"--{name} {shown} has no effect {why}; {remedy}")
 
+    def check_trains(self, do_train: bool) -> None:
+        """Raise a UserError for new adapters that nothing trains."""
+        if self.lora_r and not do_train:
+            raise UserError(
+                f"--lora_r {self.lora_r} has no effect without --do_train True: new adapters add nothing; leave it "
+                "out, or name an adapter to evaluate with --adapter_name_or_path"
+            )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters begin as a part of the frozen weights, which these then lack."""
+        return self.lora_init != "default"
+
     def check_with(self, quantization: QuantizationArguments) -> None:
         """Raise a UserError for settings of quantization that do not go with adapters."""
         if quantization.learns:
@@ -120,8 +141,8 @@ class LoraArguments:
         if self.adapter_name_or_path is not None and quantization.smooth_alpha:
             raise UserError(
                 f"--smooth_alpha {quantization.smooth_alpha} changes the weights that --adapter_name_or_path "
-                f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or merge the adapter first "
-                "(--adapter_name_or_path without --quant_scheme)"
+                f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or give the model that peft "
+                "merged (merge_and_unload) as --model_name_or_path"
             )
 
     def check_base(self, distillation: DistillationArguments) -> None:
@@ -152,6 +173,10 @@ class LoraArguments:
 
     @property
     def target_modules(self) -> str | list[str]:
-        """As PEFT's LoraConfig takes it: one word that is no plain name is a regular expression there."""
+        """As PEFT's LoraConfig takes it: names, or one regular expression, which has more than letters and dots."""
         targets = self.lora_target or [ALL_LINEAR]
-        return targets[0] if len(targets) == 1 and not targets[0].replace("_", "").isalnum() else targets
+        return targets[0] if targets == [ALL_LINEAR] or _is_expression(targets) else targets
+
+
+def _is_expression(targets: list[str]) -> bool:
+    return len(targets) == 1 and not re.fullmatch(r"[\w.\-]+", targets[0])

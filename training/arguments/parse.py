@@ -122,6 +122,7 @@ def _check_together(arguments: Arguments) -> None:
     distillation.choose_teacher(lora.is_on)
     if lora.is_on:
         lora.check_with(arguments.quantization)
+        lora.check_trains(training.do_train)
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)

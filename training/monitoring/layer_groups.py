@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qat.layers.lora import adapter_of
 from qat.layers.sites import CONV1D, EXPERTS, Site, quantized_sites
+from qat.numerics import ops
 
 # The first that fits a layer's name; the names are those of the models in transformers.
 _GROUPS = (
@@ -52,8 +54,12 @@ def local_part(parameter: torch.Tensor | None, ndim: int) -> torch.Tensor | None
 def local_rows(site: Site) -> torch.Tensor | None:
     """The rows of a site's weight that lie in this process, [N, K], of experts [E, N, K]; see `local_part`.
 
-    None for a Conv1D under FSDP2, whose shards cut its rows.
+    None for a Conv1D under FSDP2, whose shards cut its rows, and for a weight with an adapter there, which is merged
+    with more than this process holds.
     """
+    adapter = adapter_of(site.module)
+    if adapter is not None and isinstance(adapter.lora_A, DTensor):
+        return None
     if site.kind == CONV1D.name and isinstance(site.weight, DTensor):
         return None
     part = local_part(site.weight, 3 if site.kind == EXPERTS.name else 2)
@@ -64,10 +70,29 @@ def spread_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` rows [n, K] of [..., K], at even distances; no others are copied."""
     if rows.ndim == 2:
         return rows[:: max(1, len(rows) // count)][:count]
-    each = rows.shape[-2]
-    total = rows.shape[0] * each
-    picked = torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
+    each, picked = rows.shape[-2], _row_numbers(rows, count)
     return rows[picked // each, picked % each]
+
+
+def _row_numbers(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Those of at most `count` rows of [E, N, K], at even distances, counted over all E x N."""
+    total = rows.shape[0] * rows.shape[-2]
+    return torch.arange(0, total, max(1, total // count), device=rows.device)[:count]
+
+
+def some_rows(site: Site, count: int) -> torch.Tensor:
+    """At most `count` of the rows [n, K] that a site computes with, as `spread_rows` picks them: merged ones where it
+    has an adapter. There must be `local_rows`."""
+    rows, adapter = local_rows(site), adapter_of(site.module)
+    assert rows is not None
+    picked = spread_rows(rows, count)
+    if adapter is None:
+        return picked
+    a, b = (factor.detach() for factor in adapter.factors)
+    if rows.ndim == 2:
+        return ops.merge(picked, a, spread_rows(b, count), adapter.scaling)
+    experts = _row_numbers(rows, count) // rows.shape[-2]
+    return ops.merge(picked[:, None], a[experts], spread_rows(b, count)[:, None], adapter.scaling)[:, 0]
 
 
 def block_of(name: str) -> tuple[str | None, int | None]:

@@ -31,7 +31,7 @@ from qat.numerics.families import family_of
 from qat.numerics.formats import E8M0, Quantized
 from qat.schemes.spec import TensorSpec
 
-from .layer_groups import evenly_spaced, grouped_sites, local_part, local_rows, spread_rows
+from .layer_groups import evenly_spaced, grouped_sites, local_part, local_rows, some_rows, spread_rows
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +56,9 @@ class WeightSample:
     def quantize(self) -> tuple[torch.Tensor, Quantized]:
         """The weights [n, K] as they are seen in `dtype`, and quantized."""
         rounding = self.sites[0].module.weight_quantizer.rounding
-        rows = [_present(local_rows(site)) for site in self.sites]
-        weights = torch.cat([_some(own) for own in rows])
-        each = [[_present(local_part(p, own.ndim)) for p in site.module.weight_quantizer.learned]
-                for site, own in zip(self.sites, rows, strict=True)]  # fmt: skip
+        weights = torch.cat([some_rows(site, ROWS_PER_LAYER) for site in self.sites])
+        each = [[_present(local_part(p, site.weight.ndim)) for p in site.module.weight_quantizer.learned]
+                for site in self.sites]  # fmt: skip
         learned = [torch.cat([_some(part) for part in parts]) for parts in zip(*each, strict=True)]
         return weights.to(self.dtype), rounding.quantize(weights, self.dtype, *learned)
 
@@ -108,7 +107,7 @@ class QuantizationMonitor(TrainerCallback):
         if not any(self.samples.values()):
             logger.warning(
                 "oscillation and saturation of weights are not logged: this process holds no whole rows of them, as "
-                "under FSDP1, and of Conv1D under FSDP2"
+                "under FSDP1, and of Conv1D and of layers with adapters under FSDP2"
             )
         for sample in self._all_samples():
             sample.update()

@@ -8,6 +8,7 @@ from pathlib import Path
 from qat import QATConfig
 from qat.errors import UserError
 from qat.files.manifest import MANIFEST_NAME, listed, problems
+from qat.files.model_folder import ADAPTER_NAME
 from qat.files.trust import check_checkpoint
 
 from ..backends.writers import Writers
@@ -17,13 +18,17 @@ from .written import checkpoints_in, step_of
 logger = logging.getLogger(__name__)
 
 _READ = (
-    "trainer_state.json", RECORD_NAME, "model*.safetensors", "optimizer*", "scheduler.pt", "rng_state*", "scaler.pt",
-    "*/*.distcp", "*/.metadata",
+    "trainer_state.json", RECORD_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt", "rng_state*",
+    "scaler.pt", "*/*.distcp", "*/.metadata",
 )  # fmt: skip
 
 
 def find_checkpoint(
-    output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None, writers: Writers | None = None
+    output_dir: str,
+    resume_from_checkpoint: str | None,
+    qat_config: QATConfig | None,
+    writers: Writers | None = None,
+    has_adapters: bool = False,
 ) -> str | None:
     """The checkpoint to resume from: the given one, else the newest complete one in `output_dir`, else None.
 
@@ -33,9 +38,11 @@ def find_checkpoint(
         resume_from_checkpoint: a checkpoint folder; "True" for the newest in `output_dir` (an error if there is none),
             "False" for a fresh start.
         qat_config: of the model about to be trained; None in the BF16 stage.
+        has_adapters: whether adapters are trained in place of weights.
 
     Raises:
-        UserError: no such checkpoint, none that is complete, or it belongs to another stage or scheme.
+        UserError: no such checkpoint, none that is complete, or it belongs to another stage or scheme, or has weights
+            in place of adapters or the reverse.
     """
     writers = writers or Writers()
     wanted = str(resume_from_checkpoint or "").lower()
@@ -50,15 +57,22 @@ def find_checkpoint(
         _check_named(checkpoint, writers)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
+        _check_adapters(checkpoint, has_adapters)
         _check_same_training(checkpoint, QATConfig.load(checkpoint), qat_config)
     return checkpoint
 
 
-def check_resumable(output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None) -> None:
+def check_resumable(
+    output_dir: str, resume_from_checkpoint: str | None, qat_config: QATConfig | None, has_adapters: bool = False
+) -> str | None:
     """Refuse what `find_checkpoint` is going to refuse, as far as a look at small files shows it.
 
+    Returns:
+        The checkpoint that was looked at, which may turn out not to be complete; None for a fresh start.
+
     Raises:
-        UserError: no such checkpoint, or the newest one belongs to another stage or scheme.
+        UserError: no such checkpoint, or the newest one belongs to another stage or scheme, or has weights in place of
+            adapters or the reverse.
     """
     wanted = str(resume_from_checkpoint or "").lower()
     found = [] if wanted == "false" else checkpoints_in(output_dir)
@@ -67,8 +81,23 @@ def check_resumable(output_dir: str, resume_from_checkpoint: str | None, qat_con
     if wanted not in ("", "true", "false"):
         _check_is_checkpoint(resume_from_checkpoint)
         found = [Path(resume_from_checkpoint)]
-    if found:
-        _check_same_training(str(found[-1]), QATConfig.load(found[-1]), qat_config)
+    if not found:
+        return None
+    _check_adapters(str(found[-1]), has_adapters)
+    _check_same_training(str(found[-1]), QATConfig.load(found[-1]), qat_config)
+    return str(found[-1])
+
+
+def _check_adapters(checkpoint: str, has_adapters: bool) -> None:
+    if Path(checkpoint, ADAPTER_NAME).is_file() == has_adapters:
+        return
+    saved, now, remedy = ("weights", "adapters", "leave out --lora_r or --adapter_name_or_path")
+    if not has_adapters:
+        saved, now, remedy = ("adapters", "weights", "give the same --lora_r or --adapter_name_or_path")
+    raise UserError(
+        f"cannot resume from {checkpoint}: it was written by a run that trained {saved}, and this one trains {now}; "
+        f"{remedy}, or another --output_dir, or --resume_from_checkpoint False to start anew"
+    )
 
 
 def _no_checkpoint(output_dir: str) -> str:

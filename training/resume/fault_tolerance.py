@@ -54,6 +54,7 @@ class FaultTolerantTrainer(Trainer):
         learning_settings: by name, what decides what is learned from them; other values are logged.
         start_fingerprint: of the weights that the run began with (backends/fingerprint.py), before they were smoothed;
             a run that began with others is not resumed.
+        adapters_fingerprint: the same of adapters and frozen weights as they were at the start.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class FaultTolerantTrainer(Trainer):
         data_settings: dict | None = None,
         learning_settings: dict | None = None,
         start_fingerprint: str | None = None,
+        adapters_fingerprint: str | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._settings = {"data": data_settings, "learning": {**(learning_settings or {}), **self._given_optimizer()}}
-        self._start_fingerprint = start_fingerprint
+        self._start_fingerprint, self._adapters_fingerprint = start_fingerprint, adapters_fingerprint
         self._writers = Writers.of(self.args)
         self._partial: Path | None = None  # where a checkpoint is being written
         self._record: RunRecord | None = None
@@ -99,8 +101,9 @@ class FaultTolerantTrainer(Trainer):
             UserError: there is no step to train, see steps.py.
         """
         if resume_from_checkpoint is True:
-            config = getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
-            resume_from_checkpoint = find_checkpoint(self.args.output_dir, "True", config, self._writers)
+            model = self.accelerator.unwrap_model(self.model)
+            config, has_adapters = getattr(model, "qat_config", None), getattr(model, "lora_config", None) is not None
+            resume_from_checkpoint = find_checkpoint(self.args.output_dir, "True", config, self._writers, has_adapters)
         check_steps(self.args, self.train_dataset)
         self._ended, self._saved_step, self._evaluation_is_due = None, 0, False
         with self._guard.listening():
@@ -245,6 +248,8 @@ class FaultTolerantTrainer(Trainer):
         samples = self.get_total_train_batch_size(self.args)
         config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
         model = model_settings(config.to_dict() if config is not None else {}, self._start_fingerprint)
+        if self._adapters_fingerprint is not None:
+            model["adapters and frozen weights at the start, fingerprint"] = self._adapters_fingerprint
         self._record = RunRecord.of(self.args, self.train_dataset, samples, steps, model=model, **self._settings)
         self._progress = {}
         if resume_from_checkpoint is None:

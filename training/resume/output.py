@@ -23,7 +23,7 @@ from qat.files.paths import make_writable
 
 from ..backends.writers import Writers
 from .checkpoints import check_resumable, find_checkpoint
-from .written import MODEL_PARTIAL
+from .written import BASE_FOLDER, MODEL_PARTIAL
 
 logger = logging.getLogger(__name__)
 
@@ -83,19 +83,26 @@ class OutputFolder:
         for path in sorted(self.path.iterdir()) if self.writers.leads else ():
             _clear(path)
 
-    def find_checkpoint(self, args: TrainingArguments, qat_config: QATConfig | None) -> str | None:
+    def find_checkpoint(
+        self, args: TrainingArguments, qat_config: QATConfig | None, has_adapters: bool = False
+    ) -> str | None:
         """The checkpoint that a training resumes from, see `checkpoints.find_checkpoint`; None in an evaluation."""
         if not args.do_train:
             return None
-        return find_checkpoint(str(self.path), args.resume_from_checkpoint, qat_config, self.writers)
+        return find_checkpoint(str(self.path), args.resume_from_checkpoint, qat_config, self.writers, has_adapters)
 
-    def check_resumable(self, args: TrainingArguments, qat_config: QATConfig | None) -> None:
+    def check_resumable(
+        self, args: TrainingArguments, qat_config: QATConfig | None, has_adapters: bool = False
+    ) -> str | None:
         """Refuse, before weights are read, a checkpoint to resume from that is not there or of another training.
+
+        Returns:
+            See `checkpoints.check_resumable`.
 
         Raises:
             UserError: see `checkpoints.check_resumable`.
         """
-        check_resumable(str(self.path), args.resume_from_checkpoint, qat_config)
+        return check_resumable(str(self.path), args.resume_from_checkpoint, qat_config, has_adapters)
 
     def check_packable(self, qat_config: QATConfig) -> None:
         """Refuse, before training, what `pack` would refuse to replace.
@@ -134,7 +141,7 @@ def unused_folder(folder: str | Path) -> Path:
 
 
 def _clear(path: Path) -> None:
-    leftover = re.fullmatch(r"\.(checkpoint-\d+)\.(partial|replaced|deleted)", path.name)
+    leftover = re.fullmatch(rf"\.(checkpoint-\d+|{BASE_FOLDER})\.(partial|replaced|deleted)", path.name)
     if leftover and path.exists():
         clear_leftovers(path.with_name(leftover[1]))
     if path.exists() and (leftover or path.name == MODEL_PARTIAL):

@@ -39,6 +39,7 @@ _FIXED = {
     "optim": "the state of one optimizer is of no use to another",
     "smooth_alpha": "the model was smoothed when the run began",
     "base_in_scheme": "its adapters are for the one base, rounded or not",
+    "lora_init": "adapters and frozen weights were made when the run began",
 }
 _SAME_OPTIMIZER = {"adamw_torch", "adamw_torch_fused"}
 # Of a model's configuration: where it came from and how it is run, not what it computes.
@@ -129,13 +130,6 @@ class RunRecord:
 
     def _check_fixed(self, checkpoint: str | Path, content: dict) -> None:
         """Refuse what the state in the checkpoint does not belong to."""
-        if differing := _differences(content.get("model", {}), self.model):
-            began = content["learning"].get("model_name_or_path")
-            which = "the model that the run began with" if began is None else repr(began)
-            raise UserError(
-                f"{checkpoint} was written by a run of another model: {'; '.join(differing)}. Give "
-                f"--model_name_or_path {which}, as it was then; or another --output_dir, to start anew"
-            )
         for name, reason in _FIXED.items():
             saved, current = content["learning"].get(name), self.learning.get(name)
             if name in content["learning"] and name in self.learning and saved != current:
@@ -145,6 +139,13 @@ class RunRecord:
                     f"{checkpoint} was written with --{name} {saved}, and this run has {current}: {reason}. Give --"
                     f"{name} {saved}; or another --output_dir, to start anew"
                 )
+        if differing := _differences(content.get("model", {}), self.model):
+            began = content["learning"].get("model_name_or_path")
+            which = "the model that the run began with" if began is None else repr(began)
+            raise UserError(
+                f"{checkpoint} was written by a run of another model: {'; '.join(differing)}. Give "
+                f"--model_name_or_path {which}, as it was then; or another --output_dir, to start anew"
+            )
 
 
 def model_settings(config: Mapping, weights: str | None) -> dict:

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
-_STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME)
+BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
+_STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME, "adapter/adapter_*")
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -169,7 +170,7 @@ def _install(partial: Path, folder: Path) -> None:
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for pattern in _STALE:
         for path in folder.glob(pattern):
-            if path.name not in new:
+            if path.relative_to(folder).parts[0] not in new:
                 path.unlink()
     for name in sorted(new, key=lambda name: name == CONFIG_NAME):
         if name == CONFIG_NAME:

@@ -21,6 +21,7 @@
 // Compile with -ffp-contract=off and without -ffast-math; otherwise bits change.
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #ifdef __linux__

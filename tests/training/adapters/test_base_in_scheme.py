@@ -68,6 +68,18 @@ def test_saved_weights_are_those_of_the_rounded_base_merged_under_the_names_and_
     assert moved == 4
 
 
+def test_the_adapter_names_a_base_that_exists_and_holds_the_packed_values(workspace):
+    named = json.loads((workspace / "whole" / "adapter" / "adapter_config.json").read_text())
+    assert Path(named["base_model_name_or_path"]) == workspace / "whole" / "base"
+    before, base = (load_file(workspace / name / "model.safetensors") for name in ("model", "whole/base"))
+    assert base.keys() == before.keys()
+    for name, weight in before.items():
+        expected = weight
+        if "proj" in name:
+            expected = ops.fake_quantize(weight, SPEC.format.name, SPEC.rule, torch.bfloat16)
+        assert torch.equal(base[name], expected)
+
+
 def test_the_packed_model_is_proven(workspace):
     proof = json.loads((workspace / "whole" / "MXFP4" / "verification.json").read_text())
     assert proof["verified"] and proof["weights"]["elements_compared"] == 61440 and proof["logits"]["bit_equal"]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import make_llama, make_mixture
+from peft import LoraConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -14,9 +15,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qat import prepare_qat
+from qat.layers.lora import adapters
 from qat.layers.sites import quantized_sites
+from training.adapters.inject import add_adapters
 from training.monitoring.layer_groups import evenly_spaced, group_of, local_rows, spread_rows
-from training.monitoring.monitor import MOMENTUM, QuantizationMonitor
+from training.monitoring.monitor import MOMENTUM, ROWS_PER_LAYER, QuantizationMonitor
 
 STATE = SimpleNamespace(global_step=0, max_steps=10, logging_steps=1)
 
@@ -179,3 +182,25 @@ def test_spread_rows_are_those_of_the_flat_matrix():
     rows = torch.randn(3, 10, 4)
     assert torch.equal(spread_rows(rows, 7), rows.reshape(30, 4)[::4][:7])
     assert torch.equal(spread_rows(rows.transpose(0, 1), 100), rows.transpose(0, 1).reshape(30, 4))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_with_adapters_figures_are_of_the_merged_weights(kind):
+    if kind == "linear":
+        model = make_llama(layers=1)
+    else:
+        config = AutoConfig.for_model("gpt2", vocab_size=260, n_embd=64, n_layer=1, n_head=2)
+        model = AutoModelForCausalLM.from_config(config)
+    prepare_qat(model, {"torch.nn.Linear": "MXFP4"})
+    add_adapters(model, LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
+    monitor = QuantizationMonitor(model, torch.bfloat16)
+    monitor.on_train_begin(None, STATE, None)
+    for adapter in (module.adapter for module in adapters(model).values()):
+        adapter.lora_B.data.normal_(0, 0.05)
+    monitor.on_optimizer_step(None, STATE, None)
+    assert monitor.metrics()["flips/mlp"] > 0.1
+    for samples in monitor.samples.values():
+        for sample in samples:
+            whole = [site.module.rows(site.module.effective_weight()) for site in sample.sites]
+            expected = torch.cat([spread_rows(rows, ROWS_PER_LAYER) for rows in whole]).bfloat16()
+            assert torch.equal(sample.quantize()[0], expected)

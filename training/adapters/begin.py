@@ -1,0 +1,175 @@
+"""What a run with adapters starts from: frozen weights and adapters, made anew or as they were when the run began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qat.errors import UserError
+from qat.layers.lora import FACTORS, NAME, adapters
+from qat.layers.names import original_name
+from qat.layers.packed_base import pack_base
+
+from ..arguments.lora import LoraArguments
+from ..backends.fingerprint import fingerprint
+from ..backends.saved_dtypes import SavedDtypes
+from ..backends.writers import Writers
+from ..resume.written import BASE_FOLDER
+from .base import START_FOLDER, load_base, write_base
+from .checkpoints import load_factors
+from .files import check_factors, check_same_adapters, read_factors
+from .inject import add_adapters, config_of, lora_config
+from .published import find_adapter, read_config
+
+
+class Adapters:
+    """The adapters that a run is asked for, and where they come from.
+
+    Args:
+        arguments: of the command line; they ask for adapters.
+        base: name of the model, for messages.
+        cache_dir: of downloads.
+
+    Raises:
+        UserError: the adapter that is named cannot be read.
+    """
+
+    def __init__(self, arguments: LoraArguments, base: str, cache_dir: str | None = None) -> None:
+        self.arguments, self.base = arguments, base
+        name = arguments.adapter_name_or_path
+        self.folder = None if name is None else find_adapter(name, cache_dir)
+        self._argument = "--lora_target" if name is None else f"--adapter_name_or_path {name!r}"
+
+    def config(self) -> LoraConfig:
+        """PEFT's configuration.
+
+        Raises:
+            UserError: the adapter's asks for what cannot be done.
+        """
+        return lora_config(self.arguments) if self.folder is None else read_config(self.folder, self.base)
+
+    def add(self, model: PreTrainedModel, seed: int, decompose: bool = True) -> None:
+        """Attach them to a model; see `add_adapters`.
+
+        Args:
+            decompose: whether --lora_init may change the weights of the model.
+        """
+        config = self.config()
+        add_adapters(model, config if decompose else replace(config, init_lora_weights=True), seed, self._argument)
+
+    def check(self, skeleton: PreTrainedModel) -> None:
+        """Attach them to a model without weights, and refuse what does not fit.
+
+        Raises:
+            UserError: a layer cannot have an adapter, or an adapter that is read is of other layers or shapes.
+        """
+        self.add(skeleton, seed=0)
+        if self.folder is not None:
+            check_factors(self.folder, skeleton, self._argument)
+
+    def begin(
+        self,
+        model: PreTrainedModel,
+        smooth: Callable[[], None] | None,
+        checkpoint: str | None,
+        output_dir: Path,
+        writers: Writers,
+        tokenizer: PreTrainedTokenizerBase,
+        dtypes: SavedDtypes,
+        seed: int,
+        trust_remote_code: bool = False,
+    ) -> str | None:
+        """Attach them to the model of a run, with frozen weights and A and B as they were when the run began.
+
+        All processes call this. Where frozen weights change, those of `output_dir`'s folder "base" are the run's.
+
+        Args:
+            smooth: smooths the model in place; None where it is not asked for.
+            checkpoint: that the run resumes from.
+            dtypes: that the model was stored in.
+
+        Returns:
+            A fingerprint of the model then; None in a process that has no weights.
+
+        Raises:
+            UserError: see `check`; or the checkpoint has other adapters, or its frozen weights are gone.
+        """
+        own = (output_dir / BASE_FOLDER).resolve()
+        packs = self.arguments.base_in_scheme
+        changes = self.arguments.changes_base or smooth is not None or packs
+        source = Path(checkpoint).resolve().parent / BASE_FOLDER if changes and checkpoint else None
+        has_weights = not any(parameter.is_meta for parameter in model.parameters())
+        if source is not None and has_weights and (smooth is not None or not packs):  # else it is packed anew
+            load_base(source, model, trust_remote_code)
+        elif source is None and smooth is not None:
+            smooth_in_fp32(model, smooth)
+        if packs:
+            pack_base(model, exact=source is not None and smooth is not None)
+        self.add(model, seed, decompose=source is None)
+        start = self.folder
+        if changes:
+            if self.arguments.changes_base:
+                start = own / START_FOLDER
+            if source is not None and self.arguments.changes_base:
+                _load(model, source / START_FOLDER)
+            config_of(model).base_model_name_or_path = str(own)
+            if writers.leads and (source != own or not own.is_dir()):
+                write_base(own, model, tokenizer, dtypes, self.arguments.changes_base)
+            writers.wait()
+        if start is not None:
+            _remember(model, _load(model, start))
+        if checkpoint is not None:
+            check_same_adapters(checkpoint, model)
+        return fingerprint(model)
+
+
+@torch.no_grad()
+def smooth_in_fp32(model: nn.Module, smooth: Callable[[], None]) -> None:
+    """Smooth frozen weights as masters are, in FP32, and round them once to the dtypes that they are stored in.
+
+    So they are the weights that a run without adapters starts from, rounded as it saves them.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    model.float()
+    smooth()
+    for name, tensor in _tensors(model):
+        tensor.data = tensor.data.to(dtypes[name])
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _load(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Copy the factors in a folder into a model's adapters, where this process has these; returns them in FP32."""
+    factors = {name: tensor.float() for name, tensor in read_factors(folder, model).items()}
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        load_factors(model, factors)
+    return factors
+
+
+def _remember(model: nn.Module, factors: dict[str, torch.Tensor]) -> None:
+    """Let the adapters at the start be these: under FSDP a process may have no weights, and buffers are not sent."""
+    for name, module in adapters(model).items():
+        device = "cpu" if module.weight.is_meta else module.weight.device
+        a, b = (factors[f"{original_name(name)}.{NAME}.{factor}"].to(device, copy=True) for factor in FACTORS)
+        module.adapter.start_A, module.adapter.start_B = a, b
+
+
+def check_unpacked(name: str, is_packed: bool) -> None:
+    """Refuse adapters of a packed model.
+
+    Raises:
+        UserError: as described.
+    """
+    if is_packed:
+        raise UserError(
+            f"--model_name_or_path {name!r} is packed: its weights are quantized values, and adapters are merged into "
+            "unquantized ones; give the unquantized model that it came from, or --base_in_scheme True to start from it"
+        )
