@@ -12,7 +12,7 @@ from torch import nn
 
 from qat import SCHEMES, get_scheme, prepare_qat, quantized_share
 from qat.errors import UserError
-from qat.layers.adapted import attach
+from qat.layers.adapted import attach, attach_to_experts
 from qat.layers.calibration import calibrate_inputs
 from qat.layers.lora import adapters
 from qat.layers.packed_base import dequantized_base, is_own, pack_base, packed_sites, unpack_base
@@ -157,6 +157,23 @@ def test_experts_are_packed_and_compute_and_pass_gradients_on_as_plain_ones(kind
     assert norm.grad.any() and torch.equal(*(result["model.layers.0.input_layernorm.weight"] for result in results))
     with quantizers_off(packed), quantizers_off(plain):
         assert torch.equal(logits(packed), logits(plain))
+
+
+@pytest.mark.parametrize("scheme,kind", (("MXFP4", "qwen3_moe"), ("NVFP4", "gpt_oss")))
+def test_packed_experts_with_adapters_compute_and_learn_as_plain_ones(scheme, kind):
+    plain = prepared(scheme, model=make_mixture(kind))
+    packed = pack_base(copy.deepcopy(plain))
+    plain, results = of_the_same_values(packed, plain), []
+    for model in (packed, plain):
+        generator = torch.Generator().manual_seed(0)
+        for site in [site for site in quantized_sites(model) if site.kind == "experts"]:
+            n, k = site.shape
+            a, b = (torch.randn(4, *size, generator=generator) * 0.1 for size in ((3, k), (n, 3)))
+            attach_to_experts(site.owner, site.parameter, a, b, 0.5)
+        results.append((logits(model), gradients(model)))
+    (own, grads), (expected, expected_grads) = results
+    assert torch.equal(own, expected) and grads.keys() == expected_grads.keys() and len(grads) == 8
+    assert all(torch.equal(grads[name], expected_grads[name]) and grads[name].any() for name in grads)
 
 
 def test_conv1d_keeps_its_codes_in_rows_and_its_weight_in_its_own_layout():
