@@ -37,6 +37,7 @@ from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
+from qat.layers.packed_base import pack_base  # noqa: E402
 from training.adapters.inject import add_adapters, lora_config  # noqa: E402
 from training.adapters.merging import put_merged  # noqa: E402
 from training.arguments.distillation import CacheSettings  # noqa: E402
@@ -189,7 +190,11 @@ def run_row(key: str, out: Path, device: str) -> None:
         steps, tokens = steps + stage.steps, trainer.labelled_tokens
     prepare(model, row, data)
     if row.lora:  # the weights that a run freezes have the dtype that they are saved in
-        add_adapters(model.bfloat16(), lora_config(LoraArguments(**row.lora)), row.seed)
+        arguments = LoraArguments(**row.lora)
+        model.bfloat16()
+        if arguments.base_in_scheme:
+            pack_base(model)
+        add_adapters(model, lora_config(arguments), row.seed)
     if row.steps:
         trainer = train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
         tokens += trainer.labelled_tokens

@@ -181,6 +181,12 @@ for _rank in (16, 64):
             f"adapters of rank {_rank}, default, lr {_lr}", lr=float(_lr), teacher="self",
             lora={"lora_r": _rank, "lora_alpha": 2 * _rank},
         )  # fmt: skip
+# The same on a base that is kept in the scheme, whose teacher has to be another model.
+for _rank, _lr in ((16, "1e-3"), (16, "2e-3"), (64, "1e-3")):
+    ROWS[f"qlora-r{_rank}-{_lr}"] = default(
+        f"adapters of rank {_rank} on a packed base, default, lr {_lr}", lr=float(_lr),
+        lora={"lora_r": _rank, "lora_alpha": 2 * _rank, "base_in_scheme": True},
+    )  # fmt: skip
 # The key/value cache in FP8, beside the same without.
 _cache: dict = {"prepare_options": {"kv_cache_scheme": "FP8"}}
 ROWS["MXFP8A16-kv-ptq"] = Row(

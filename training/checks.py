@@ -17,7 +17,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.tokenizer import load_tokenizer
-from qat import QATConfig
+from qat import SCHEMES, QATConfig
 from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT
@@ -26,6 +26,7 @@ from qat.errors import UserError
 from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, make_writable
 from qat.layers.restore import check_trainable
+from qat.layers.sites import quantized_sites
 
 from .adapters.begin import Adapters, check_unpacked
 from .adapters.files import check_same_adapters
@@ -105,6 +106,11 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             start.quantize(skeleton, quant_args)
         if args.do_train:
             check_trainable(skeleton)
+        if lora_args.base_in_scheme and not (quantized_sites(skeleton) or start.is_packed):
+            raise UserError(
+                "--base_in_scheme True needs a scheme to keep the weights in; give --quant_scheme (one of "
+                f"{', '.join(SCHEMES)}) or --quant_mapping, or omit it"
+            )
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         if not (start.is_packed and config is None):  # which is known once it is unpacked
             check_calibration(skeleton, quant_args)
@@ -126,7 +132,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
 
 def _check_adapters(lora_args: LoraArguments, start: Start, skeleton: PreTrainedModel) -> None:
     name = start.model_args.model_name_or_path
-    check_unpacked(name, start.is_packed)
+    check_unpacked(name, start.is_packed and not lora_args.base_in_scheme)
     with _silenced():
         Adapters(lora_args, name, start.cache_dir).check(skeleton)
 

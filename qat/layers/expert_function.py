@@ -128,13 +128,14 @@ class _GroupedProduct(torch.autograd.Function):
         needs_weight = ctx.needs_input_grad[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
         plain = values if needs_values and settings.input_spec is None else None
-        ctx.shape, ctx.tokens = weight.shape, x.shape[0]
+        ctx.shape = weight.shape if settings.rounding is None else settings.rounding.shape_of(weight)
+        ctx.tokens = x.shape[0]
         ctx.save_for_backward(
             weight if needs_weight else None, plain, tokens, inverse, offsets, *kept_for_backward, *learned
         )
         rows = values if tokens is None else values[tokens]
         outputs = []
-        for part in _parts(weight.shape, settings, offsets):
+        for part in _parts(ctx.shape, settings, offsets):
             rounded = _rounded(weight, learned, settings, part)
             outputs.append(_grouped_mm(rows[part.rows], rounded.transpose(1, 2), part.offsets))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -162,7 +163,9 @@ class _GroupedProduct(torch.autograd.Function):
             values = _kept_values(kept, settings) if plain is None else plain
             rows = values if tokens is None else values[tokens]
         if needs_learned and isinstance(settings.rounding, MergedRounding):
-            learned_grads = _factor_gradients(grad, rows, learned, settings.rounding.scaling, offsets)
+            factors, packed = learned[:2], learned[2:]
+            learned_grads = _factor_gradients(grad, rows, factors, settings.rounding.scaling, offsets)
+            learned_grads = (*learned_grads, *[None] * len(packed))
             needs_learned = False
         if ctx.needs_input_grad[1] or needs_learned:
             grad_weight = grad.new_empty(ctx.shape, dtype=weight_dtype)
@@ -211,7 +214,8 @@ def _rounded(
     if settings.rounding is None:
         own = own.to(settings.dtype)
         return own.transpose(1, 2) if settings.is_transposed else own
-    rows = own.transpose(1, 2).contiguous() if settings.is_transposed else own
+    is_row = settings.rounding.is_packed or not settings.is_transposed
+    rows = own if is_row else own.transpose(1, 2).contiguous()
     divisors = None if settings.divisors is None else settings.divisors[part.experts]
     values = settings.rounding.values(rows, settings.dtype, *(p[part.experts] for p in learned), divisor=divisors)
     return values.transpose(1, 2).contiguous().transpose(1, 2) if settings.is_transposed else values

@@ -21,6 +21,7 @@ from . import expert_function
 from .expert_function import Routing, grouped_product
 from .lora import LowRankAdapter, MergedRounding, adapter_of, merged
 from .operands import Operands, compute_dtype
+from .packed_weight import as_kept
 from .rounding import Rounding
 from .swapped_class import swapped_class
 
@@ -105,8 +106,7 @@ class Experts(nn.Module):
         first, second = self.layout.parameters
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         if not self.layout.is_routed:
-            experts = self.get_parameter(first).shape[0]
-            routing = Routing.even(x.shape[0], experts, x.device)
+            routing = Routing.even(x.shape[0], self._count(first), x.device)
             return self._product(second, self._gated(self._product(first, x, routing)), routing)
         assert top_k_index is not None and top_k_weights is not None
         own: Any = self
@@ -120,6 +120,9 @@ class Experts(nn.Module):
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         y = y[routing.inverse].view(*top_k_index.shape, y.shape[-1]).sum(1)  # an order of sums that does not change
         return y.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _count(self, parameter: str) -> int:
+        return self.get_parameter(parameter).shape[0]
 
     def _product(self, parameter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         weight, is_first = getattr(self, parameter), parameter == self.layout.parameters[0]
@@ -160,6 +163,10 @@ class QuantExperts(Experts):
 
     projections: nn.ModuleDict
 
+    def _count(self, parameter: str) -> int:
+        projection: Any = self.projections[parameter]
+        return projection.kept.shape[0]
+
     def _product(self, parameter: str, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         return self.projections[parameter](x, routing)
 
@@ -183,6 +190,9 @@ class ExpertParameter(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The parameter itself: [E, N, K], or [E, K, N] in transposed layouts."""
+        return getattr(self.owner, self.parameter)
+
+    def _parameter(self) -> torch.Tensor:
         return getattr(self.owner, self.parameter)
 
     def effective_weight(self) -> torch.Tensor:
@@ -220,13 +230,18 @@ class ExpertProjection(ExpertParameter, Operands):
         """
         dtype, is_on, inputs = compute_dtype(x), self.weight_quantizer.is_enabled, self.input_quantizer
         layout, adapter = self.owner.layout, adapter_of(self)
-        rounding, learned = self._rounding(adapter)
+        rounding, learned = as_kept(self, *self._rounding(adapter))
         output = grouped_product(
-            x, self.weight, routing, dtype, inputs.spec if inputs.is_enabled else None, rounding, learned,
-            self.divisors(self.weight, dtype, adapter) if is_on else None, self.input_divisor(x.device),
+            x, self.kept, routing, dtype, inputs.spec if inputs.is_enabled else None, rounding, learned,
+            self._own_divisors(dtype, adapter) if is_on else None, self.input_divisor(x.device),
             layout.is_transposed, gather=self.parameter == layout.parameters[0] and routing.tokens is not None,
         )  # fmt: skip
         return self.output_quantizer(output)
+
+    def _own_divisors(self, dtype: torch.dtype, adapter: LowRankAdapter | None) -> torch.Tensor | None:
+        if self.weight_quantizer.spec.format.tensor_scale is None:
+            return None  # a packed weight is not dequantized for nothing
+        return self.divisors(self.weight, dtype, adapter)
 
     def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding | None, tuple[torch.Tensor, ...]]:
         """How the weights are rounded, and what is trained beside them."""

@@ -8,7 +8,8 @@ For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
 is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit. An input
 that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. With a low-rank adapter the weight is
-merged before it is rounded, both times, and dw does not exist: see lora.py.
+merged before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and kept, as its
+codes: see packed_weight.py.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class _QuantizedLinear(torch.autograd.Function):
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if ctx.needs_input_grad[0]:
             grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
-            grad_x = grad_x.reshape(*grad.shape[:-1], weight.shape[-1]).to(x_dtype)
+            grad_x = grad_x.reshape(*grad.shape[:-1], grad_x.shape[-1]).to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
             values = values.reshape(-1, values.shape[-1])

@@ -139,7 +139,7 @@ class MergedRounding(LearnedRounding):
 
     def gradients(
         self, grad: torch.Tensor, values: torch.Tensor, *learned: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """Those of A and B.
 
         Args:

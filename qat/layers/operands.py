@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..schemes.spec import Scheme
+from .packed_weight import packed_of
 from .tensor_quantizer import TensorQuantizer
 
 
@@ -45,6 +46,15 @@ class Operands(nn.Module):
         self.weight_quantizer.spec = scheme.weight
         self.input_quantizer.spec = scheme.input or scheme.weight
         self.input_quantizer.if_quant = scheme.input is not None
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The tensor that is kept of the weight: the parameter itself, or the codes of a packed one."""
+        packed = packed_of(self)
+        return self._parameter() if packed is None else packed.codes
+
+    def _parameter(self) -> torch.Tensor:
+        raise NotImplementedError
 
     def effective_weight(self) -> torch.Tensor:
         """What is rounded and multiplied by, in the layout of the parameter. An adapter adds its product here."""

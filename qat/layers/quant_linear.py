@@ -16,6 +16,7 @@ from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
 from .lora import LowRankAdapter, MergedRounding, adapter_of, merged
 from .operands import Operands, compute_dtype, is_shard
+from .packed_weight import as_kept, packed_of
 from .rounding import Rounding
 from .swapped_class import swapped_class
 
@@ -40,6 +41,9 @@ class LinearProduct(Operands):
         adapter = adapter_of(self)
         return self.weight if adapter is None else self.from_rows(merged(self.rows(self.weight), adapter))
 
+    def _parameter(self) -> torch.Tensor:
+        return self.weight
+
     @property
     def weight_shape(self) -> tuple[int, int]:
         """Of a weight that is not sharded."""
@@ -56,11 +60,13 @@ class LinearProduct(Operands):
         bias = None if self.adds_bias_apart else self.bias
         is_plain = weight.scale is None and inputs.scale is None
         if is_plain and (weight.is_enabled or adapter is not None):
-            rounding, learned = self._rounding(adapter)
+            rounding, learned = as_kept(self, *self._rounding(adapter))
+            assert rounding is not None
+            kept = self.kept if rounding.is_packed else self.rows(self.kept)
             spec = inputs.spec if inputs.is_enabled else None
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
             output = quantized_linear(
-                input, self.rows(self.weight), bias, spec, rounding, dtype, learned, divisor,
+                input, kept, bias, spec, rounding, dtype, learned, divisor,
                 self.input_divisor(input.device), id(self.fused_with),
             )  # fmt: skip
         else:
@@ -87,9 +93,8 @@ class LinearProduct(Operands):
         fmt = self.weight_quantizer.spec.format
         if fmt.tensor_scale is None:
             return None
-        weights = [layer.weight for layer in self.fused_with]
-        shapes = [layer.weight_shape for layer in self.fused_with]
-        if any(map(is_shard, weights, shapes)):
+        weights = [layer.kept for layer in self.fused_with]
+        if any(layer.is_sharded for layer in self.fused_with):
             raise UserError(
                 f"{self.scheme_name} needs the largest weight of layers that engines fuse (q_proj, k_proj, v_proj; "
                 "gate_proj, up_proj), and FSDP shards these one by one; let it wrap whole decoder layers "
@@ -104,6 +109,12 @@ class LinearProduct(Operands):
     def _largest(self, fmt: str, dtype: torch.dtype) -> torch.Tensor:
         """The divisor of what the layers round that engines fuse with this one."""
         return ops.tensor_divisor([layer.effective_weight().detach() for layer in self.fused_with], fmt, dtype)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process has a part of the weight only."""
+        packed = packed_of(self)
+        return is_shard(self.kept, self.weight_shape if packed is None else tuple(packed.codes.shape))
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

@@ -21,6 +21,11 @@ class Rounding:
     """
 
     spec: TensorSpec
+    is_packed = False  # whether a weight is given as its codes, see packed_weight.py
+
+    def shape_of(self, weight: torch.Tensor) -> torch.Size:
+        """The shape of the weight that `weight` stands for."""
+        return weight.shape
 
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None

@@ -6,32 +6,38 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from ..schemes.config import QATConfig
 from ..schemes.patterns import matches
+from ..schemes.spec import VIEW_DTYPE
 from .left_alone import ANOTHER_KIND, NO_KEY, Defaults, output_head
 from .lora import LowRankAdapter
+from .packed_weight import PackedWeight, packed_of
 from .sites import EXPERTS, LINEAR, Site, find_sites, quantized_sites
 from .tensor_quantizer import TensorQuantizer
 
-_NOT_LINEAR = nn.Embedding, TensorQuantizer, LowRankAdapter
+_NOT_LINEAR = nn.Embedding, TensorQuantizer, LowRankAdapter, PackedWeight
 ENOUGH = 0.9  # a smaller share is worth a warning
 
 
-def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def linear_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """All weights with two or more dimensions by name, without embeddings, the output head and their tied copies.
 
     Weights of convolutions and of layers that cannot be quantized are among them; biases, adapters and what quantizers
-    learn are not. Shared weights are there once.
+    learn are not. Shared weights are there once; of packed ones there is the shape, on the meta device.
     """
     head = output_head(model)
     not_linear = [m for m in model.modules() if isinstance(m, _NOT_LINEAR) or m is head]
     known = {id(parameter) for module in not_linear for parameter in module.parameters()}
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known and parameter.ndim >= 2 and not name.endswith("bias"):
             found[name] = parameter
+    for site in quantized_sites(model):
+        if (packed := packed_of(site.module)) is not None:
+            found[site.tensor] = torch.empty(packed.shape, dtype=VIEW_DTYPE, device="meta")
     return found
 
 
@@ -41,9 +47,11 @@ def quantized_share(model: nn.Module) -> float:
     Linear weights are all weights with two or more dimensions but embeddings and the output head.
     """
     weights = linear_weights(model)
-    quantized = {id(site.weight) for site in quantized_sites(model)}
+    sites = quantized_sites(model)
+    quantized, packed = {id(site.kept) for site in sites}, {s.tensor for s in sites if packed_of(s.module) is not None}
     total = sum(weight.numel() for weight in weights.values())
-    return sum(w.numel() for w in weights.values() if id(w) in quantized) / total if total else 0.0
+    found = (w.numel() for name, w in weights.items() if id(w) in quantized or name in packed)
+    return sum(found) / total if total else 0.0
 
 
 def percent(share: float) -> str:

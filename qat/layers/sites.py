@@ -17,6 +17,7 @@ from ..schemes.spec import Scheme
 from .conv1d import check_conv1d, convert_conv1d, is_conv1d, is_quantconv1d
 from .experts import QuantExperts, check_experts, convert_experts, is_quantexperts, layout_of
 from .kv_cache import cache_quantizers
+from .packed_weight import packed_of
 from .quant_linear import check_convertible, convert, is_linear, is_quantlinear
 
 
@@ -52,7 +53,8 @@ class Site:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows N and columns K, which are summed over, of the weight; of each expert's."""
-        n, k = self.rows(self.weight).shape[-2:]
+        packed = packed_of(self.module)
+        n, k = (self.rows(self.weight) if packed is None else packed).shape[-2:]
         return n, k
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
@@ -65,8 +67,14 @@ class Site:
         return self.name if self.module is self.owner else f"{self.name}.projections.{self.parameter}"
 
     @property
+    def kept(self) -> torch.Tensor:
+        """The tensor that is kept of the weight: the parameter, or the codes of a packed one."""
+        packed = packed_of(self.module)
+        return self.weight if packed is None else packed.codes
+
+    @property
     def weight(self) -> torch.Tensor:
-        """The parameter itself."""
+        """The parameter itself; a packed one as the BF16 values that it stands for."""
         return getattr(self.owner, self.parameter)
 
     @property

@@ -18,7 +18,7 @@ from qat.checkpoints.load import load_plain
 from qat.errors import UserError
 from qat.files.atomic import disk_full_reported, written_atomically
 from qat.files.model_folder import CONFIG_NAME
-from qat.layers.lora import NAME
+from qat.layers.packed_base import dequantized_base
 
 from ..backends.saved_dtypes import SavedDtypes
 from ..resume.written import BASE_FOLDER, check_saved_model
@@ -44,7 +44,7 @@ def write_base(
         UserError: the folder cannot be replaced, or the model could not be loaded again.
         DiskFullError: no space is left.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items() if f".{NAME}." not in name}
+    state = dequantized_base(model)
     with disk_full_reported(folder, "--output_dir"), written_atomically(folder, overwrite=True) as partial:
         model.save_pretrained(partial, state_dict=dtypes.cast(model, state))
         tokenizer.save_pretrained(partial)

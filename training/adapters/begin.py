@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat.errors import UserError
 from qat.layers.lora import FACTORS, NAME, adapters
 from qat.layers.names import original_name
+from qat.layers.packed_base import pack_base
 
 from ..arguments.lora import LoraArguments
 from ..backends.fingerprint import fingerprint
@@ -100,22 +101,26 @@ class Adapters:
             UserError: see `check`; or the checkpoint has other adapters, or its frozen weights are gone.
         """
         own = (output_dir / BASE_FOLDER).resolve()
-        changes = self.arguments.changes_base or smooth is not None
+        packs = self.arguments.base_in_scheme
+        changes = self.arguments.changes_base or smooth is not None or packs
         source = Path(checkpoint).resolve().parent / BASE_FOLDER if changes and checkpoint else None
         has_weights = not any(parameter.is_meta for parameter in model.parameters())
-        if source is not None and has_weights:
+        if source is not None and has_weights and (smooth is not None or not packs):  # else it is packed anew
             load_base(source, model, trust_remote_code)
         elif source is None and smooth is not None:
             smooth_in_fp32(model, smooth)
+        if packs:
+            pack_base(model, exact=source is not None and smooth is not None)
         self.add(model, seed, decompose=source is None)
         start = self.folder
         if changes:
-            start = own / START_FOLDER if self.arguments.changes_base else None
-            if source is not None and start is not None:
+            if self.arguments.changes_base:
+                start = own / START_FOLDER
+            if source is not None and self.arguments.changes_base:
                 _load(model, source / START_FOLDER)
             config_of(model).base_model_name_or_path = str(own)
-            if source != own and writers.leads:
-                write_base(own, model, tokenizer, dtypes, start is not None)
+            if writers.leads and (source != own or not own.is_dir()):
+                write_base(own, model, tokenizer, dtypes, self.arguments.changes_base)
             writers.wait()
         if start is not None:
             _remember(model, _load(model, start))
@@ -166,5 +171,5 @@ def check_unpacked(name: str, is_packed: bool) -> None:
     if is_packed:
         raise UserError(
             f"--model_name_or_path {name!r} is packed: its weights are quantized values, and adapters are merged into "
-            "unquantized ones; give the unquantized model that it came from"
+            "unquantized ones; give the unquantized model that it came from, or --base_in_scheme True to start from it"
         )

@@ -13,9 +13,10 @@ from transformers.trainer import SCHEDULER_NAME
 
 from qat.errors import UserError
 from qat.files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
-from qat.layers.lora import NAME
 from qat.layers.names import original_name
+from qat.layers.packed_base import is_own, packed_sites
 
+from ..arguments.lora import BASE_UNDER_FSDP
 from ..backends.sharding import reshard
 from ..resume.fault_tolerance import FaultTolerantTrainer
 from .files import read_factors, write_adapter
@@ -29,6 +30,11 @@ class AdapterTrainer(FaultTolerantTrainer):
     The frozen weights are those of the model that a run starts from, so a checkpoint has A and B in PEFT's files, in
     place of a model. A finished run saves the merged model, and the adapters in a folder inside.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and packed_sites(self._own_model):
+            raise UserError(BASE_UNDER_FSDP)
 
     @property
     def has_adapters(self) -> bool:
@@ -112,7 +118,7 @@ class AdapterTrainer(FaultTolerantTrainer):
         """The state dict of the model as it is saved: merged weights, no adapters."""
         if not self.has_adapters:
             return state_dict
-        plain = {name: tensor for name, tensor in state_dict.items() if f".{NAME}." not in name}
+        plain = {name: tensor for name, tensor in state_dict.items() if not is_own(name)}
         return plain | self._merged
 
     @contextmanager

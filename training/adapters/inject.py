@@ -22,6 +22,7 @@ from qat.errors import UserError
 from qat.layers.adapted import attach
 from qat.layers.conv1d import is_conv1d, is_quantconv1d
 from qat.layers.lora import NAME, adapters, weight_name
+from qat.layers.packed_weight import PackedWeight
 from qat.layers.share import percent
 
 from ..arguments.lora import LoraArguments
@@ -90,7 +91,9 @@ def summary(model: nn.Module) -> str:
     """How many layers have adapters, and how many parameters are trained, in one line."""
     found, share = adapters(model), _coverage(model)[0]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    plain = sum(p.numel() for p in model.parameters() if p.is_floating_point()) - trained
+    frozen = plain + sum(module.shape.numel() for module in packed)
     return (
         f"adapters in {len(found)} layers with {percent(share)} of the linear weights: {trained:,} parameters are "
         f"trained, {frozen:,} are frozen"

@@ -7,12 +7,14 @@ from torch import nn
 
 from qat.layers.lora import FACTORS, NAME, adapters, weight_name
 from qat.layers.names import original_name
+from qat.layers.packed_base import packed_sites, unpack_base
 from qat.numerics import ops
 
 
 @torch.no_grad()
 def merged_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The merged weight of each layer with an adapter, by the weight's name, on the CPU, in its stored dtype.
+    """The weights that a finished model has in place of the stored ones, by name, on the CPU, in the stored dtype:
+    those of layers with an adapter, merged; packed ones without an adapter, dequantized.
 
     Sharded tensors are gathered one layer at a time; then all processes must call this.
 
@@ -24,12 +26,14 @@ def merged_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tenso
         weight = _merged(module)
         if keep:
             result[weight_name(original_name(name), module)] = weight.contiguous().cpu()
-    return result
+    rest = {name: site for name, site in packed_sites(model).items() if keep and name not in result}
+    return result | {name: site.weight.contiguous().cpu() for name, site in rest.items()}
 
 
 @torch.no_grad()
 def put_merged(model: nn.Module) -> nn.Module:
     """Put the merged weights into a model that is whole, in place of its adapters, which are gone then."""
+    unpack_base(model)
     for module in adapters(model).values():
         module.weight.data.copy_(_merged(module))
         delattr(module, NAME)

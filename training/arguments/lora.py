@@ -8,9 +8,15 @@ from dataclasses import dataclass, field
 
 from qat.errors import UserError
 
+from .distillation import DistillationArguments
 from .quantization import QuantizationArguments
+from .training import TrainingArguments
 
 ALL_LINEAR = "all-linear"
+BASE_UNDER_FSDP = (
+    "--base_in_scheme True: FSDP does not shard packed weights; train on one GPU or on several with a copy each "
+    "(accelerate_config/ddp.yaml), or give --base_in_scheme False"
+)
 INITS = ("default", "pissa", "olora")
 
 
@@ -62,8 +68,8 @@ class LoraArguments:
     base_in_scheme: bool = field(
         default=False,
         metadata={
-            "help": "Keep the frozen weights as packed codes of their scheme (QLoRA): about 4 bits a value in place of "
-            "16, at some cost in accuracy."
+            "help": "Keep the frozen weights of quantized layers as packed codes of their scheme (QLoRA): 4.25 bits a "
+            "value in MXFP4 in place of 16, at some cost in accuracy. See docs/qlora.md."
         },
     )
     use_dora: bool = field(default=False, metadata={"help": "Not supported: see docs/adapters.md."})
@@ -139,6 +145,36 @@ class LoraArguments:
                 f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or give the model that peft "
                 "merged (merge_and_unload) as --model_name_or_path"
             )
+
+    def check_base(self, distillation: DistillationArguments) -> None:
+        """Raise a UserError for settings that do not go with a packed base, if one is asked for."""
+        if not self.base_in_scheme:
+            return
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+            raise UserError(BASE_UNDER_FSDP)
+        if self.lora_init != "default":
+            raise UserError(
+                f"--lora_init {self.lora_init} takes a part of the weights out of the frozen base, which "
+                "--base_in_scheme True has rounded: what is left would be rounded again, and the model not begin as it "
+                "was. Give --lora_init default"
+            )
+        named = distillation.teacher_model_name_or_path is not None
+        if distillation.distill and not named and distillation.distill_teacher in (None, "self"):
+            given = "--distill_teacher self" if distillation.distill_teacher else "--distill True"
+            raise UserError(
+                f"{given} with --base_in_scheme True: without quantizers and adapters the student is its rounded base, "
+                "not the model that it came from. Give --distill_teacher cache, which computes that model's "
+                "distributions before it is packed and takes no memory afterwards, or --distill_teacher copy"
+            )
+
+    def check_masters(self, training: TrainingArguments) -> None:
+        """Raise a UserError for settings of training that save memory where all weights are trained."""
+        for name, value in (("master_dtype", "bfloat16"), ("optimizer_in_backward", True)):
+            if getattr(training, name) == value:
+                raise UserError(
+                    f"--{name} {value} saves memory of weights that are trained, and with adapters these are frozen; "
+                    "adapters are a hundredth of them, and FP32: leave it out, or --lora_r"
+                )
 
     @property
     def is_on(self) -> bool:

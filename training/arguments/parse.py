@@ -119,11 +119,13 @@ def _check_precision(words: list[str]) -> None:
 def _check_together(arguments: Arguments) -> None:
     """Raise a UserError for settings of two groups that exclude each other."""
     training, distillation, lora = arguments.training, arguments.distillation, arguments.lora
+    lora.check_base(distillation)
     distillation.choose_teacher(lora.is_on)
     if lora.is_on:
         lora.check_with(arguments.quantization)
         lora.check_trains(training.do_train)
         check_with_adapters(training.fsdp_gather_dtype)
+        lora.check_masters(training)
     check_metric(training, distillation.distill)
     if arguments.data.streaming:
         check_with_stream(training)

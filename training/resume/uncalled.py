@@ -37,7 +37,7 @@ class UncalledLayers(TrainerCallback):
         self._end()  # a training that failed in its first step may have left hooks
         self._sites = [] if args.torch_compile else quantized_sites(model)
         if getattr(args, "optimizer_in_backward", False):  # which frees each gradient, after these hooks
-            weights = {id(site.weight): site.weight for site in self._sites}
+            weights = {id(site.kept): site.kept for site in self._sites}
             self._hooks = [p.register_post_accumulate_grad_hook(self._see_gradient) for p in weights.values()]
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
@@ -58,12 +58,12 @@ class UncalledLayers(TrainerCallback):
         self._end()
         if not sites:
             return
-        weights = [site.weight for site in sites]  # tied ones are called by any of their names
+        weights = [site.kept for site in sites]  # tied ones are called by any of their names
         ids = {id(weight) for site, weight in zip(sites, weights, strict=True) if site.module in called}
         seen = largest_of_processes([id(weight) in ids for weight in weights], args)
         unseen = [site for site, is_seen in zip(sites, seen, strict=True) if not is_seen]
         if unseen:
-            found = [id(site.weight) in freed or _has_gradient(site.weight) for site in unseen]
+            found = [id(site.kept) in freed or _has_gradient(site.kept) for site in unseen]
             trained = largest_of_processes(found, args)
             _check(sites, [site for site, is_trained in zip(unseen, trained, strict=True) if is_trained])
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qat.errors import UserError
 from qat.layers.lora import adapters, adapters_at_start
+from qat.layers.packed_base import packed_sites
 from qat.layers.sites import quantized_sites, quantizers_off
 
 from ..arguments.distillation import SELF_IN_TRAINING
@@ -25,7 +26,7 @@ class SelfTeacher:
     with them; the student could lower the divergence by changing its teacher, so training is refused then.
 
     Raises:
-        UserError: the model has no quantized layer, or its head is not known.
+        UserError: the model has no quantized layer, or a packed base, or its head is not known.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head | None) -> None:
@@ -33,6 +34,11 @@ class SelfTeacher:
             raise UserError(
                 "--distill_teacher self: the model has no quantized layer, so it is its own teacher already; "
                 "give --quant_scheme, or choose copy or cache"
+            )
+        if packed_sites(model):
+            raise UserError(
+                "--distill_teacher self: the weights of the model are packed, so without quantizers it is its rounded "
+                "base, not the model that it came from; choose cache or copy"
             )
         if head is None:
             raise UserError(
