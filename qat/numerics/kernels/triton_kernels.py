@@ -12,6 +12,7 @@ interpreter of Triton 3.6 truncates to BF16 where GPUs round.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any
 
@@ -35,6 +36,7 @@ _TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache  # asking for devices takes longer than a launch
 def is_available() -> bool:
     """Whether the kernels can be used here: Triton is installed and there is a GPU, or Triton's interpreter is on."""
     return triton is not None and (torch.cuda.is_available() or interpreting())
@@ -133,11 +135,13 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype is {dtype}; choose one of {', '.join(map(str, _DTYPES))}")
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether Triton's interpreter is on."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype; int16 for BF16 in the interpreter."""
     if dtype == torch.bfloat16 and interpreting():
@@ -157,8 +161,12 @@ def launch(
         kernel[grid](*tensors, *numbers, enable_fp_fusion=False, **options)
 
 
+@functools.cache
 def _rule(element: Element, rule: str) -> dict[str, int | float | bool]:
-    """What rounding needs to know about an element format and a scale rule, as compile-time constants."""
+    """What rounding needs to know about an element format and a scale rule, as compile-time constants.
+
+    Callers copy it.
+    """
     return {
         "EMAX": element.emax,
         "EMIN": element.emin,
