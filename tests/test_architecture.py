@@ -34,12 +34,17 @@ ROOMS = {
     "training/optimizers": {"qat/*"},
     "training/resume": {"qat/*", "training/backends"},
     "training/start": {"qat/*", "data/*", "training/arguments", "training/backends"},
-    "training/adapters": {"qat/*", "training/arguments", "training/backends", "training/resume"},
+    "training/adapters": {
+        "qat/*", "training/arguments", "training/backends", "training/resume", "training/start",
+    },
     "training/sensitivity": {
         "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
         "training/start",
     },
-    "training/estimate": {"qat/*", "data/*", "training/arguments", "training/losses", "training/start"},
+    "training/estimate": {
+        "qat/*", "data/*", "training/adapters", "training/arguments", "training/losses", "training/optimizers",
+        "training/start",
+    },
     "training/checks.py": {
         "qat/*", "data/*", "training/adapters", "training/arguments", "training/resume", "training/start",
         "training/teachers",

@@ -57,7 +57,7 @@ def _is_intercepted() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _is_plain(argument) -> bool:
+def _is_plain(argument: object) -> bool:
     """Whether an argument is no tensor, or one with values that is of no subclass; of a list each."""
     if isinstance(argument, torch.Tensor):
         return type(argument) in _PLAIN and not argument.is_meta
