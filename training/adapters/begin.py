@@ -102,6 +102,8 @@ class Adapters:
         source = Path(checkpoint).resolve().parent / BASE_FOLDER if changes and checkpoint else None
         self._freeze(model, source, smooth)
         self.add(model, seed, decompose=source is None)
+        if self.arguments.base_in_scheme:  # after PEFT, which knows no packed experts
+            pack_base(model, exact=source is not None and smooth is not None)
         if source is not None and self.arguments.changes_base:
             _load(model, source / START_FOLDER)
         start = self.folder
@@ -123,8 +125,6 @@ class Adapters:
             load_base(source, model, self.start.model_args.trust_remote_code)
         elif source is None and smooth is not None:
             smooth_in_fp32(model, smooth)
-        if packs:
-            pack_base(model, exact=source is not None and smooth is not None)
 
     def _keep(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own: Path, writers: Writers, is_new: bool
