@@ -34,7 +34,7 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = 
     "all-linear" becomes their list in `config`: every linear layer but the output head.
 
     Raises:
-        UserError: a name, an expression or the name of a parameter matches nothing; or a layer that cannot have an adapter.
+        UserError: a name, an expression or a parameter's name matches nothing, or a layer that cannot have an adapter.
     """
     modules = dict(model.named_modules())
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
