@@ -68,15 +68,14 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)
     teacher = cached_where_asked(teacher, distill_args, args, data)
-    smooth = partial(smooth_with_data, model, data, quant_args.smooth_alpha, args.device)
-    if not lora_args.is_on and quant_args.smooth_alpha and checkpoint is None:
-        smooth()
+    smooth = None
+    if quant_args.smooth_alpha:
+        smooth = partial(smooth_with_data, model, data, quant_args.smooth_alpha, args.device)
     at_start = None
     if lora_args.is_on:
-        at_start = Adapters(lora_args, model_args.model_name_or_path, args.cache_dir).begin(
-            model, smooth if quant_args.smooth_alpha else None, checkpoint, output.path, output.writers, tokenizer,
-            start.dtypes, args.seed, model_args.trust_remote_code,
-        )  # fmt: skip
+        at_start = Adapters(lora_args, start).begin(model, tokenizer, output, checkpoint, smooth, args.seed)
+    elif smooth is not None and checkpoint is None:
+        smooth()
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
     if data_args.streaming and not args.do_train:
         data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from helpers import make_llama, make_tokenizer, save_llama, save_qat, write_conversations
+from helpers import make_llama, make_mixture, make_tokenizer, save_llama, save_qat, write_conversations
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -138,6 +138,8 @@ def _models(root: Path) -> dict[str, Path]:
     config = GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=1, n_positions=16)
     GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(root / "gpt2")
     make_tokenizer().save_pretrained(root / "gpt2")
+    make_mixture("qwen3_moe", layers=1).to(torch.bfloat16).save_pretrained(root / "mixture")
+    make_tokenizer().save_pretrained(root / "mixture")
     shutil.copytree(root / "plain", root / "t5")
     (root / "t5" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
-    return {name: root / name for name in ("padded", "ended", "other", "gpt2", "t5")}
+    return {name: root / name for name in ("padded", "ended", "other", "gpt2", "mixture", "t5")}

@@ -134,7 +134,7 @@ def _check_adapters(lora_args: LoraArguments, start: Start, skeleton: PreTrained
     name = start.model_args.model_name_or_path
     check_unpacked(name, start.is_packed and not lora_args.base_in_scheme)
     with _silenced():
-        Adapters(lora_args, name, start.cache_dir).check(skeleton)
+        Adapters(lora_args, start).check(skeleton)
 
 
 def _plain_folder(start: Start) -> CheckpointFolder | None:

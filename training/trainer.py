@@ -1,12 +1,9 @@
 """QATTrainer: Hugging Face's Trainer, extended for QAT, distillation and exact evaluation.
 
-* Evaluation sums losses over tokens, so perplexity depends on neither batch size nor padding nor processes.
-* `save_model` writes one complete Hugging Face checkpoint in the model's original dtype, from FP32 masters, under every
-  backend; `config.json` states that dtype; `qat_config.json` lies beside it.
-* The checkpoints from which a run resumes keep the FP32 masters, or resuming would not be exact.
-* With a teacher, the loss is the divergence from its distribution (see losses/distillation.py), and evaluation reports
-  both that and the usual cross-entropy.
-* Losses are computed from hidden states in chunks of tokens (see losses/chunked.py), so a batch's logits never exist.
+* Evaluation sums losses over tokens, so perplexity depends on neither batch size nor padding nor processes. With a
+  teacher it reports both the divergence from its distribution and the usual cross-entropy.
+* Losses are those of losses/trainer.py, what is saved is in saving.py, adapters in adapters/checkpoints.py, and what
+  survives a fault in resume/fault_tolerance.py.
 """
 
 from __future__ import annotations
@@ -14,24 +11,16 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from data.conversations.formatting import IGNORE_INDEX
-from qat import QATConfig
-from qat.errors import UserError
-from qat.layers.calibration import set_calibrated_scales
-from qat.layers.finish import finished_config, finished_weights
 from qat.layers.learned import check_compute_dtype
 from qat.layers.restore import check_trainable
 
-from .adapters.checkpoints import AdapterTrainer
 from .adapters.inject import config_of
 from .arguments.lora import check_with_adapters
 from .arguments.trainer_options import check_trainer_options, check_with_teacher
@@ -40,23 +29,23 @@ from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
 from .backends.sharding import (
-    full_state_dict,
     initialize_state,
     keep_dtypes,
-    round_parameters,
     set_precision,
 )
 from .backends.weightless import give_storage
-from .losses.chunked import attach, chunked_loss
-from .losses.distillation import HiddenRows, Objective, SampledRows, labelled_rows
+from .losses.chunked import attach
+from .losses.distillation import Objective
 from .losses.metrics import loss_over_tokens, sum_by_sample
 from .losses.router_loss import NAME as ROUTER_LOSS
-from .losses.router_loss import RouterLoss, UnknownRouterLoss, find_router_loss, wants_router_loss
+from .losses.router_loss import find_router_loss
 from .losses.term_means import TermMeans
+from .losses.trainer import LossTrainer
 from .monitoring.monitor import QuantizationMonitor
 from .optimizers.choose import own_optimizer
 from .optimizers.in_backward import StepsInBackward
 from .resume.run_record import model_settings
+from .saving import SavingTrainer
 from .teachers.cache import CachedTeacher
 from .teachers.frozen import agreed_head
 from .teachers.protocol import Teacher, as_teacher
@@ -69,7 +58,7 @@ _FLAGS_OF_PROGRAMS = ("do_predict", "resume_from_checkpoint")  # Trainer itself 
 _FOR_METRICS = ("batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "include_for_metrics")
 
 
-class QATTrainer(AdapterTrainer):
+class QATTrainer(LossTrainer, SavingTrainer):
     """A Trainer for plain and for prepared (`qat.prepare_qat`) causal language models; arguments are Trainer's own and
     those of FaultTolerantTrainer. Models with adapters (adapters/inject.py) train these alone.
 
@@ -117,7 +106,6 @@ class QATTrainer(AdapterTrainer):
                     "one evaluation keeps none"
                 )
         super().__init__(**kwargs)
-        self._keep_masters = False
         self._in_backward = StepsInBackward() if getattr(self.args, "optimizer_in_backward", False) else None
         if self._in_backward is not None:
             self.add_callback(self._in_backward)
@@ -169,11 +157,6 @@ class QATTrainer(AdapterTrainer):
     @property
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-
-    @property
-    def qat_config(self) -> QATConfig | None:
-        """How the model is quantized; None for an unquantized one."""
-        return getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
 
     def create_optimizer(self, model=None):
         """Trainer's own optimizer, with `parameter_groups` in groups of their own."""
@@ -228,15 +211,6 @@ class QATTrainer(AdapterTrainer):
             attach(model, head, self.router_loss)
         return head
 
-    def _find_router_loss(self, model: torch.nn.Module) -> RouterLoss | None:
-        """What the model adds to its own loss; None, and a warning, where only the model itself can compute it."""
-        try:
-            return find_router_loss(self.accelerator.unwrap_model(model))
-        except UnknownRouterLoss as error:
-            if self.accelerator.is_main_process:
-                logger.warning("losses are those of transformers, from the logits of a whole batch: %s", error)
-            return None
-
     def _why_whole_logits(self, model: torch.nn.Module) -> str | None:
         """What keeps losses from being computed in chunks, and the remedy; None if nothing does."""
         if not isinstance(model, PreTrainedModel):
@@ -282,90 +256,6 @@ class QATTrainer(AdapterTrainer):
             logs = {**logs, **self._term_means.take(), **tokens, **figures}
         super().log(logs, start_time)
 
-    # ---- Losses ----
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy, or with a teacher the forward KL (weighted with cross-entropy), a mean over tokens.
-
-        Where the model's config asks for it, the load-balancing loss of its routers is added, see router_loss.py.
-        """
-        if self.label_smoother is not None and self.compute_loss_func is None:
-            return self._smoothed_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._computes_loss():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        teacher = self._teacher_rows(model, inputs)
-        objective = Objective(inputs.pop("labels"), teacher, self._term_weights, self.distill_temperature)
-        losses, outputs = self._losses(model, inputs, objective, return_outputs)
-        aux_loss = losses.get(ROUTER_LOSS)
-        if model.training:
-            self._term_means.add(losses["token_losses"], aux_loss)
-        if num_items_in_batch is None:
-            loss = losses["loss"] / max(len(objective.targets), 1)
-        else:  # labelled tokens of the whole step, on all processes, whose gradients DDP and FSDP will average
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = losses["loss"] / num_items_in_batch * processes
-        if aux_loss is not None:
-            loss = loss + self._router_term(aux_loss, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _router_term(self, aux_loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        """The load-balancing loss of a batch as a part of the loss: a mean over accumulated batches."""
-        assert self.router_loss is not None
-        if torch.is_grad_enabled() and not aux_loss.requires_grad:
-            raise UserError(
-                'config.json says "output_router_logits": true, and the gradient of the load-balancing loss reaches no '
-                "parameter: activation checkpointing with use_reentrant drops it, or none that routers depend on is "
-                "trained; give --activation_checkpointing_kwargs '{\"use_reentrant\": false}', or set "
-                '"output_router_logits": false'
-            )
-        batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps  # else Trainer divides
-        return aux_loss * (self.router_loss.factor / batches)
-
-    def _computes_loss(self) -> bool:
-        """Whether the loss is ours and not transformers'."""
-        return self.teacher is not None or self._is_plain_cross_entropy()
-
-    def _is_plain_cross_entropy(self) -> bool:
-        """Whether the model's own loss is the mean cross-entropy of labelled tokens and nothing else."""
-        if self.head is None or self.label_smoother is not None or self.compute_loss_func is not None:
-            return False
-        model = self.accelerator.unwrap_model(self.model)
-        is_whole = self.router_loss is not None or not wants_router_loss(model)
-        return model.loss_function is ForCausalLMLoss and is_whole
-
-    def _smoothed_loss(self, model, inputs, return_outputs, num_items_in_batch):
-        """Trainer's own loss with smoothed labels, which are shifted by one token for every model.
-
-        transformers 5.23 shifts them only for classes that it knows by name, and FSDP2 renames the class of a model.
-        """
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs)
-        loss = self.label_smoother(outputs, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        if model.training and self.router_loss is not None:
-            loss = loss + self._router_term(outputs.aux_loss, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _teacher_rows(self, model, inputs: dict) -> HiddenRows | SampledRows | None:
-        """The teacher's distributions of a batch; removes cached columns from `inputs`."""
-        if self.teacher is None:
-            return None
-        with self.compute_loss_context_manager():
-            return self.teacher.rows(inputs, model)
-
-    def _losses(self, model, inputs: dict, objective: Objective, return_outputs: bool = False):
-        """`chunked_loss` and the model's outputs, where they are wanted or the head is not known."""
-        if self.head is not None and not return_outputs:
-            return model(**inputs, objective=objective), None
-        outputs = model(**inputs)
-        losses = chunked_loss(labelled_rows(outputs.logits, objective.labels), objective)
-        if model.training and self.router_loss is not None:
-            losses[ROUTER_LOSS] = outputs.aux_loss
-        return losses, outputs
-
     # ---- Evaluation ----
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -390,71 +280,12 @@ class QATTrainer(AdapterTrainer):
             sums = torch.stack([sum_by_sample(column, labels) for column in losses["token_losses"].unbind(-1)], -1)
         return None, sums.squeeze(-1), (labels[:, 1:] != IGNORE_INDEX).sum(-1)
 
-    def round_masters(self) -> None:
-        """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
-        round_parameters(self.model, self.saved_dtypes.by_name)
-
-    # ---- Saving ----
-
-    def _weights_were_loaded(self, checkpoint: Path) -> None:
-        saved, model = QATConfig.load(checkpoint), self.accelerator.unwrap_model(self.model)
-        if saved is not None and saved.calibrated_scales:
-            set_calibrated_scales(model, saved.calibrated_scales)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a complete checkpoint in the original dtype to `output_dir` (default: `args.output_dir`).
-
-        Under FSDP the full state dict is gathered, whatever type the intermediate checkpoints have; that type is in
-        force again afterwards, also when saving fails.
-        """
-        if not self._keep_masters:
-            whole = full_state_dict(self.accelerator.state.fsdp_plugin) if self.is_fsdp_enabled else nullcontext()
-            with whole, self.adapters_gathered():
-                super().save_model(output_dir, _internal_call)
-            return
-        super().save_model(output_dir, _internal_call)
-        if (self.is_fsdp_enabled or self.has_adapters) and self.args.should_save:
-            self._describe(output_dir or self.args.output_dir)
-
-    def _describe(self, output_dir: str) -> None:
-        """What is not a tensor: under SHARDED_STATE_DICT, and with adapters, a checkpoint's folder has nothing else."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.config.save_pretrained(output_dir)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        if (qat_config := self.qat_config) is not None:
-            qat_config.save(output_dir)
-
     def _progress_now(self) -> dict:
         counted = {
             "loss_terms": self._writers.gather(self._term_means.state()),
             "labelled_tokens": self.labelled_tokens,
         }
         return {**super()._progress_now(), **counted}
-
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        self._keep_masters = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self._keep_masters = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model)
-        if not self._keep_masters:
-            state_dict = self.finished_state(model.state_dict() if state_dict is None else state_dict)
-            state_dict = finished_weights(model, state_dict, self.saved_dtypes.by_name)
-            state_dict = self.saved_dtypes.cast(model, state_dict)
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        if not self._keep_masters:
-            self.saved_dtypes.write(Path(output_dir))
-            if self.has_adapters:
-                self._save_adapter(output_dir)
-        if (qat_config := self.qat_config) is not None:
-            (qat_config if self._keep_masters else finished_config(qat_config)).save(output_dir)
 
 
 def _check_options(args, own_metrics: bool) -> None:

@@ -29,7 +29,7 @@ def pack_base(model: nn.Module, exact: bool = False) -> nn.Module:
     A weight that another module shares stays as it is.
 
     Args:
-        model: prepared, whole, and without adapters.
+        model: prepared and whole; adapters stay as they are.
         exact: the weights are those of `dequantized_base`, and must be the same afterwards, bit for bit.
 
     Returns:

@@ -35,7 +35,8 @@ class _Operator:
 
     Called with plain tensors where no gradient is wanted, as inside of autograd functions, it is the function itself.
     Through the dispatcher a call takes a processor about 0.1 ms, and more in autograd's thread, which is what a GPU
-    needs for the work. What traces, shards or differentiates goes through the operator.
+    needs for the work. What traces, shards, transforms or differentiates goes through the operator, as do subclasses of
+    tensors and tensors without values.
     """
 
     def __init__(self, name: str, function: Callable) -> None:
@@ -44,11 +45,23 @@ class _Operator:
         self.register_fake, self.register_autograd = self.operator.register_fake, self.operator.register_autograd
         functools.update_wrapper(self, function)
 
-    def __call__(self, first, *args, **kwargs):
-        is_plain = type(first) in _PLAIN or (type(first) is list and all(type(x) in _PLAIN for x in first))
-        if is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.function(first, *args, **kwargs)
-        return self.operator(first, *args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        is_watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_intercepted()
+        if is_watched or not all(map(_is_plain, (*args, *kwargs.values()))):
+            return self.operator(*args, **kwargs)
+        return self.function(*args, **kwargs)
+
+
+def _is_intercepted() -> bool:
+    """Whether a dispatch mode (fake tensors, make_fx, counters) or a transform of torch.func sees every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_plain(argument: object) -> bool:
+    """Whether an argument is no tensor, or one with values that is of no subclass; of a list each."""
+    if isinstance(argument, torch.Tensor):
+        return type(argument) in _PLAIN and not argument.is_meta
+    return type(argument) is not list or all(map(_is_plain, argument))
 
 
 def _operator(name: str) -> Callable[[Callable], _Operator]:

@@ -18,9 +18,10 @@ from qat.layers.packed_base import pack_base
 
 from ..arguments.lora import LoraArguments
 from ..backends.fingerprint import fingerprint
-from ..backends.saved_dtypes import SavedDtypes
 from ..backends.writers import Writers
+from ..resume.output import OutputFolder
 from ..resume.written import BASE_FOLDER
+from ..start.start import Start
 from .base import START_FOLDER, load_base, write_base
 from .checkpoints import load_factors
 from .files import check_factors, check_same_adapters, read_factors
@@ -33,17 +34,16 @@ class Adapters:
 
     Args:
         arguments: of the command line; they ask for adapters.
-        base: name of the model, for messages.
-        cache_dir: of downloads.
+        start: what the run starts from.
 
     Raises:
         UserError: the adapter that is named cannot be read.
     """
 
-    def __init__(self, arguments: LoraArguments, base: str, cache_dir: str | None = None) -> None:
-        self.arguments, self.base = arguments, base
+    def __init__(self, arguments: LoraArguments, start: Start) -> None:
+        self.arguments, self.start = arguments, start
         name = arguments.adapter_name_or_path
-        self.folder = None if name is None else find_adapter(name, cache_dir)
+        self.folder = None if name is None else find_adapter(name, start.cache_dir)
         self._argument = "--lora_target" if name is None else f"--adapter_name_or_path {name!r}"
 
     def config(self) -> LoraConfig:
@@ -52,7 +52,9 @@ class Adapters:
         Raises:
             UserError: the adapter's asks for what cannot be done.
         """
-        return lora_config(self.arguments) if self.folder is None else read_config(self.folder, self.base)
+        if self.folder is None:
+            return lora_config(self.arguments)
+        return read_config(self.folder, self.start.model_args.model_name_or_path)
 
     def add(self, model: PreTrainedModel, seed: int, decompose: bool = True) -> None:
         """Attach them to a model; see `add_adapters`.
@@ -76,23 +78,19 @@ class Adapters:
     def begin(
         self,
         model: PreTrainedModel,
-        smooth: Callable[[], None] | None,
-        checkpoint: str | None,
-        output_dir: Path,
-        writers: Writers,
         tokenizer: PreTrainedTokenizerBase,
-        dtypes: SavedDtypes,
+        output: OutputFolder,
+        checkpoint: str | None,
+        smooth: Callable[[], None] | None,
         seed: int,
-        trust_remote_code: bool = False,
     ) -> str | None:
         """Attach them to the model of a run, with frozen weights and A and B as they were when the run began.
 
-        All processes call this. Where frozen weights change, those of `output_dir`'s folder "base" are the run's.
+        All processes call this. Where frozen weights change, those in the folder "base" of `output` are the run's.
 
         Args:
-            smooth: smooths the model in place; None where it is not asked for.
             checkpoint: that the run resumes from.
-            dtypes: that the model was stored in.
+            smooth: smooths the model in place; None where it is not asked for.
 
         Returns:
             A fingerprint of the model then; None in a process that has no weights.
@@ -100,33 +98,42 @@ class Adapters:
         Raises:
             UserError: see `check`; or the checkpoint has other adapters, or its frozen weights are gone.
         """
-        own = (output_dir / BASE_FOLDER).resolve()
-        packs = self.arguments.base_in_scheme
-        changes = self.arguments.changes_base or smooth is not None or packs
+        changes = self.arguments.changes_base or smooth is not None or self.arguments.base_in_scheme
         source = Path(checkpoint).resolve().parent / BASE_FOLDER if changes and checkpoint else None
-        has_weights = not any(parameter.is_meta for parameter in model.parameters())
-        if source is not None and has_weights and (smooth is not None or not packs):  # else it is packed anew
-            load_base(source, model, trust_remote_code)
-        elif source is None and smooth is not None:
-            smooth_in_fp32(model, smooth)
-        if packs:
-            pack_base(model, exact=source is not None and smooth is not None)
+        self._freeze(model, source, smooth)
         self.add(model, seed, decompose=source is None)
+        if self.arguments.base_in_scheme:  # after PEFT, which knows no packed experts
+            pack_base(model, exact=source is not None and smooth is not None)
+        if source is not None and self.arguments.changes_base:
+            _load(model, source / START_FOLDER)
         start = self.folder
         if changes:
-            if self.arguments.changes_base:
-                start = own / START_FOLDER
-            if source is not None and self.arguments.changes_base:
-                _load(model, source / START_FOLDER)
-            config_of(model).base_model_name_or_path = str(own)
-            if writers.leads and (source != own or not own.is_dir()):
-                write_base(own, model, tokenizer, dtypes, self.arguments.changes_base)
-            writers.wait()
+            own = (output.path / BASE_FOLDER).resolve()
+            self._keep(model, tokenizer, own, output.writers, is_new=source != own)
+            start = own / START_FOLDER if self.arguments.changes_base else start
         if start is not None:
             _remember(model, _load(model, start))
         if checkpoint is not None:
             check_same_adapters(checkpoint, model)
         return fingerprint(model)
+
+    def _freeze(self, model: PreTrainedModel, source: Path | None, smooth: Callable[[], None] | None) -> None:
+        """Give a model its frozen weights: those in the folder `source` of the run that is resumed, or made anew."""
+        packs = self.arguments.base_in_scheme
+        has_weights = not any(parameter.is_meta for parameter in model.parameters())
+        if source is not None and has_weights and (smooth is not None or not packs):  # else it is packed anew
+            load_base(source, model, self.start.model_args.trust_remote_code)
+        elif source is None and smooth is not None:
+            smooth_in_fp32(model, smooth)
+
+    def _keep(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own: Path, writers: Writers, is_new: bool
+    ) -> None:
+        """Write frozen weights that no published model has to `own`, the folder that adapters name as their base."""
+        config_of(model).base_model_name_or_path = str(own)
+        if writers.leads and (is_new or not own.is_dir()):
+            write_base(own, model, tokenizer, self.start.dtypes, self.arguments.changes_base)
+        writers.wait()
 
 
 @torch.no_grad()

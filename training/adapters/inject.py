@@ -27,7 +27,7 @@ from qat.layers.share import percent
 
 from ..arguments.lora import LoraArguments
 from .stacks import flatten_parameters, forget_routers
-from .targets import ARGUMENT, coverage, resolve_targets
+from .targets import ARGUMENT, PARAMETERS_ARGUMENT, coverage, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def add_adapters(
         elif isinstance(module, LoraLayer):
             _flatten(model, name, module)
     forget_routers(config, asked)
-    _check_complete(model, targets, argument)
+    _check_complete(model, targets, asked, argument)
     for attribute in ("peft_config", "peft_type", "active_adapter"):
         vars(model).pop(attribute, None)
     for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def _coverage(model: nn.Module) -> tuple[float, str]:
     return coverage(model, {weight_name(name, module) for name, module in adapters(model).items()})
 
 
-def _check_complete(model: nn.Module, targets: list[str], argument: str) -> None:
+def _check_complete(model: nn.Module, targets: list[str], asked: set[str], argument: str) -> None:
     """Refuse layers that PEFT takes for another: in some mixtures, names of layers that were experts' once."""
     if left := [name for name in targets if name not in adapters(model)]:
         raise UserError(
@@ -112,6 +112,9 @@ def _check_complete(model: nn.Module, targets: list[str], argument: str) -> None
             "adapter; name the layers without it, such as q_proj k_proj v_proj o_proj, and experts in "
             "--lora_target_parameters"
         )
+    weights = [f".{weight_name(name, module)}" for name, module in adapters(model).items()]
+    if left := sorted(n for n in asked if not any(weight.endswith(f".{n}") for weight in weights)):
+        raise UserError(f"{PARAMETERS_ARGUMENT}: PEFT gives {left[0]!r} no adapter; leave it out")
 
 
 def _check_init(model: nn.Module, config: LoraConfig, targets: list[str]) -> None:

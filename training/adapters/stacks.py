@@ -16,7 +16,7 @@ from qat.layers.adapted import attach_to_experts
 from qat.layers.experts import layout_of
 from qat.layers.lora import FACTORS, NAME
 
-_ARGUMENT = "--lora_target_parameters"
+from .targets import PARAMETERS_ARGUMENT
 
 
 def as_published(name: str, factor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def _attach(base: nn.Module, wrapper: ParamWrapper, name: str, published: str) -
         experts, rows, columns = layout.rows(base.get_parameter(parameter)).shape
         if (rows, columns) != (wrapper.out_features, wrapper.in_features):
             raise UserError(
-                f"{_ARGUMENT}: {name}.{parameter} keeps experts transposed, which PEFT does not know of "
+                f"{PARAMETERS_ARGUMENT}: {name}.{parameter} keeps experts transposed, which PEFT does not know of "
                 f"{type(base).__name__}; leave it out"
             )
         rank = wrapper.r[own]

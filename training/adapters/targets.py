@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from qat.errors import UserError
 from qat.layers.conv1d import is_conv1d
+from qat.layers.experts import layout_of
 from qat.layers.quant_linear import LinearProduct, is_linear
 from qat.layers.share import linear_weights, percent
 
 from ..arguments.lora import ALL_LINEAR
 
-ARGUMENT = "--lora_target"
+ARGUMENT, PARAMETERS_ARGUMENT = "--lora_target", "--lora_target_parameters"
 _ENOUGH = 0.9  # of the linear weights; a smaller fraction is worth a warning
 
 
@@ -33,7 +34,7 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = 
     "all-linear" becomes their list in `config`: every linear layer but the output head.
 
     Raises:
-        UserError: a name, or the expression, matches nothing; or a layer that cannot have an adapter.
+        UserError: a name, an expression or a parameter's name matches nothing, or a layer that cannot have an adapter.
     """
     modules = dict(model.named_modules())
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
@@ -42,6 +43,7 @@ def resolve_targets(model: PreTrainedModel, config: LoraConfig, argument: str = 
             {n for n, m in modules.items() if can_have_adapter(m) and m is not head}, modules
         )
     _check_all_match(modules, config, argument)
+    _check_parameters(modules, config, argument)
     found = [name for name in modules if name and config.target_modules and _matches(config, name)]
     uses = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for name in found:
@@ -74,6 +76,17 @@ def _check_all_match(modules: dict[str, nn.Module], config: LoraConfig, argument
     for target in sorted(targets or ()):
         if not any(name == target or name.endswith(f".{target}") for name in modules):
             raise UserError(f"{argument} {target!r} matches no layer; {_choices(modules)}")
+
+
+def _check_parameters(modules: dict[str, nn.Module], config: LoraConfig, argument: str) -> None:
+    """PEFT passes over the name of a parameter that matches nothing; here only experts' have adapters."""
+    where = PARAMETERS_ARGUMENT if argument == ARGUMENT else argument
+    experts = [f"{n}.{p}" for n, m in modules.items() if (own := layout_of(m)) is not None for p in own.parameters]
+    for target in sorted(config.target_parameters or ()):
+        if not any(name == target or name.endswith(f".{target}") for name in experts):
+            ends = sorted({".".join(name.split(".")[-3:]) for name in experts})
+            remedy = f"those of this model are {', '.join(ends)}" if ends else "this model has none; leave it out"
+            raise UserError(f"{where} {target!r} is no weight of experts in fused parameters; {remedy}")
 
 
 def _check_layer(name: str, module: nn.Module, uses: Counter, argument: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 
 from qat.errors import UserError
 
 from .distillation import DistillationArguments
+from .memory import fsdp_version
 from .quantization import QuantizationArguments
 from .training import TrainingArguments
 
@@ -150,7 +150,7 @@ class LoraArguments:
         """Raise a UserError for settings that do not go with a packed base, if one is asked for."""
         if not self.base_in_scheme:
             return
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        if fsdp_version():
             raise UserError(BASE_UNDER_FSDP)
         if self.lora_init != "default":
             raise UserError(
@@ -201,9 +201,7 @@ def check_with_adapters(gather_dtype: str = "float32", version: int | None = Non
     Raises:
         UserError: FSDP1, or a `gather_dtype` that would round A and B.
     """
-    if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        version = int(os.environ.get("FSDP_VERSION", "1"))
-    if version == 1:
+    if (fsdp_version() if version is None else version) == 1:
         raise UserError(
             "--lora_r: FSDP1 (fsdp_version: 1) flattens frozen BF16 weights and FP32 adapters into one parameter of "
             "one dtype; start with accelerate launch --config_file accelerate_config/fsdp2.yaml"

@@ -22,7 +22,8 @@ from qat.layers.experts import compute_in_autocast_dtype
 from qat.layers.kv_cache import cache_quantizers
 from qat.layers.lora import NAME, adapters
 
-from .plan import ALL_LINEAR, Plan
+from ..arguments.lora import ALL_LINEAR
+from .plan import Plan
 
 _UNMASKED = "sdpa_unmasked"  # transformers makes a mask for fake tensors, since it cannot see that none is needed
 _MEMORY_OF_SDPA = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")

@@ -5,20 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from qat.files.json_file import read_json
-
-if TYPE_CHECKING:
-    from ..arguments.lora import LoraArguments
-    from ..arguments.parse import Arguments
+from ..arguments.lora import ALL_LINEAR
+from ..arguments.parse import Arguments
 
 ONE, DDP, FSDP1, FSDP2 = BACKENDS = ("one", "ddp", "fsdp1", "fsdp2")
-ALL_LINEAR = "all-linear"
-_USUAL_RANK = 16
 NO_TEACHER, COPY, CACHE, SELF = "none", "copy", "cache", "self"
 
 
@@ -73,29 +66,28 @@ class Backend:
 class Plan:
     """What the memory of a run depends on, beside the model and its schemes.
 
-        Attributes:
-            batch: samples of a process that are computed at once.
-            length: tokens of each.
-            trains: False for an evaluation.
-            compute_dtype: of autocast; FP32 for none.
-            accumulates: gradients exist while the next batch is computed.
-            masked: attention gets a mask (padding, packed samples).
-            optimizer: --optim. optimizer_args: --optim_args.
-            master_dtype: in which parameters are trained.
-            in_backward: each gradient is freed as soon as the optimizer has used it.
-            checkpointing: arguments of activation checkpointing; None without it.
-            teacher: ALL_LINEAR = "all-linear"
-    _USUAL_RANK = 16
-    NO_TEACHER, COPY (a frozen model), CACHE or SELF.
-            teacher_tokens: of each distribution in the cache.
-            ce_weight: of cross-entropy beside the divergence.
-            lora_r: rank of adapters; 0 trains all parameters.
-            lora_target: see `fake_model.with_adapters`.
-            base_in_scheme: adapters are trained on a packed base.
-            gather_dtype: in which FSDP gathers parameters.
-            smooths_labels: the loss needs the logits of a whole batch.
-            compiled: by torch.compile.
-            device: "cuda" or "cpu".
+    Attributes:
+        batch: samples of a process that are computed at once.
+        length: tokens of each.
+        trains: False for an evaluation.
+        compute_dtype: of autocast; FP32 for none.
+        accumulates: gradients exist while the next batch is computed.
+        masked: attention gets a mask (padding, packed samples).
+        optimizer: --optim. optimizer_args: --optim_args.
+        master_dtype: in which parameters are trained.
+        moment_dtype: of AdamW's moments, where these are trained in BF16.
+        in_backward: each gradient is freed as soon as the optimizer has used it.
+        checkpointing: arguments of activation checkpointing; None without it.
+        teacher: NO_TEACHER, COPY (a frozen model), CACHE or SELF.
+        teacher_tokens: of each distribution in the cache.
+        ce_weight: of cross-entropy beside the divergence.
+        lora_r: rank of adapters; 0 trains all parameters.
+        lora_target: see `fake_model.with_adapters`; of a model without adapters.
+        base_in_scheme: adapters are trained on a packed base.
+        gather_dtype: in which FSDP gathers parameters.
+        smooths_labels: the loss needs the logits of a whole batch.
+        compiled: by torch.compile.
+        device: "cuda" or "cpu".
     """
 
     batch: int
@@ -107,13 +99,14 @@ class Plan:
     optimizer: str = "adamw_torch_fused"
     optimizer_args: str = ""
     master_dtype: torch.dtype = torch.float32
+    moment_dtype: torch.dtype = torch.bfloat16
     in_backward: bool = False
     checkpointing: tuple[tuple[str, object], ...] | None = None
     teacher: str = NO_TEACHER
     teacher_tokens: int = 32
     ce_weight: float = 0.0
     lora_r: int = 0
-    lora_target: str = "all-linear"
+    lora_target: str = ALL_LINEAR
     base_in_scheme: bool = False
     gather_dtype: torch.dtype = torch.float32
     smooths_labels: bool = False
@@ -136,17 +129,19 @@ class Plan:
         return replace(self, backend=replace(self.backend, name=name, processes=processes))
 
 
-def plan_of(arguments: Arguments, backend: Backend, device: str) -> Plan:
-    """The plan of a command of main.py."""
+def plan_of(arguments: Arguments, backend: Backend, device: str, lora_r: int = 0) -> Plan:
+    """The plan of a command of main.py.
+
+    Args:
+        lora_r: rank of the model's adapters.
+    """
     args, data, distill = arguments.training, arguments.data, arguments.distillation
-    lora = arguments.lora
     teacher = distill.distill_teacher if distill.distill else NO_TEACHER
     if distill.teacher_model_name_or_path is not None and teacher == SELF:
         teacher = COPY
     checkpoints = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
     given = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
     batch = args.per_device_train_batch_size if args.do_train else args.per_device_eval_batch_size
-    rank, target = (lora.lora_r, lora.target_modules) if lora.adapter_name_or_path is None else _published(lora)
     return Plan(
         batch=batch,
         length=args.model_max_length,
@@ -156,27 +151,18 @@ def plan_of(arguments: Arguments, backend: Backend, device: str) -> Plan:
         masked=data.packing or batch > 1,
         optimizer=getattr(args.optim, "value", args.optim),
         optimizer_args=args.optim_args or "",
-        master_dtype=getattr(torch, getattr(args, "master_dtype", "float32")),
-        in_backward=bool(getattr(args, "optimizer_in_backward", False)),
+        master_dtype=getattr(torch, args.master_dtype),
+        moment_dtype=getattr(torch, args.moment_dtype),
+        in_backward=args.optimizer_in_backward,
         checkpointing=tuple(sorted(given.items())) if checkpoints else None,
         teacher=teacher,
         teacher_tokens=distill.distill_top_k + distill.distill_samples,
         ce_weight=distill.distill_ce_weight,
-        lora_r=rank,
-        lora_target=target if isinstance(target, str) else ",".join(target),
-        base_in_scheme=lora.base_in_scheme,
+        lora_r=lora_r,
+        base_in_scheme=arguments.lora.base_in_scheme,
         gather_dtype=getattr(torch, args.fsdp_gather_dtype) if backend.shards else torch.float32,
         smooths_labels=bool(args.label_smoothing_factor),
         compiled=bool(args.torch_compile),
         device=device,
         backend=backend,
     )
-
-
-def _published(lora: LoraArguments) -> tuple[int, str | list[str]]:
-    """Rank and targets of an adapter to start from; those of new ones where its settings are not here."""
-    path = Path(str(lora.adapter_name_or_path), "adapter_config.json")
-    if not path.is_file():
-        return _USUAL_RANK, ALL_LINEAR
-    settings = read_json(path)
-    return settings.get("r", _USUAL_RANK), settings.get("target_modules") or ALL_LINEAR

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ from qat.command_line import OneLineParser, positive
 from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
 
+from ..adapters.begin import Adapters
+from ..adapters.inject import config_of
 from ..arguments.model import ModelArguments
 from ..arguments.parse import Arguments, parse_arguments
 from ..start.loading import without_weights
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start.is_frozen = arguments.lora.is_on
     start.check(arguments.quantization, arguments.distillation)
     student = prepared(arguments, start)
-    plan = plan_of(arguments, backend, device.kind)
+    plan = plan_of(arguments, backend, device.kind, _rank(student))
     estimator = estimator_of(arguments, student)
     estimate = estimator.estimate(plan)
     print("\n".join(table(student, plan, estimate, device)))
@@ -139,7 +141,7 @@ def start_of(model_args: ModelArguments, cache_dir: str | None) -> Start:
 
 
 def prepared(arguments: Arguments, start: Start) -> PreTrainedModel:
-    """The model without weights, prepared for its schemes.
+    """The model without weights, prepared for its schemes, with its adapters.
 
     Raises:
         UserError: it cannot be trained as it is asked for.
@@ -149,7 +151,14 @@ def prepared(arguments: Arguments, start: Start) -> PreTrainedModel:
     check_length(arguments.training.model_max_length, type(arguments.training).model_max_length, skeleton.config)
     with contextlib.redirect_stdout(io.StringIO()):
         start.quantize(skeleton, arguments.quantization)
+    if arguments.lora.is_on:
+        Adapters(arguments.lora, start).check(skeleton)
     return skeleton
+
+
+def _rank(student: PreTrainedModel) -> int:
+    config = config_of(student)
+    return 0 if config is None else config.r
 
 
 def estimator_of(arguments: Arguments, student: PreTrainedModel) -> Estimator:
@@ -165,13 +174,11 @@ def estimator_of(arguments: Arguments, student: PreTrainedModel) -> Estimator:
 
 
 def available(arguments: Arguments, student: PreTrainedModel) -> Available:
-    """The settings of this version that need less memory and work for this model."""
-    names = {field.name for field in fields(arguments.training)}
-    quantized = getattr(student, "qat_config", None) is not None
+    """The settings that need less memory and work for this model."""
     return Available(
         checkpointing=student.supports_gradient_checkpointing,
-        bfloat16_masters={"master_dtype", "optimizer_in_backward"} <= names,
-        packed_base=quantized,
+        packed_base=getattr(student, "qat_config", None) is not None,
+        own_teacher=arguments.distillation.teacher_model_name_or_path is None,
     )
 
 
@@ -210,7 +217,7 @@ def title(student: PreTrainedModel, plan: Plan) -> str:
 def short_form(arguments: Arguments, student: PreTrainedModel) -> str:
     """The estimate of a run of main.py in one line."""
     device = device_here(arguments.training.use_cpu)
-    plan = plan_of(arguments, Backend.of_environment(), device.kind)
+    plan = plan_of(arguments, Backend.of_environment(), device.kind, _rank(student))
     estimate = estimator_of(arguments, student).estimate(plan)
     what = ", ".join(f"{name} {_short(size)}" for name, size in estimate.rows.items() if size)
     rougher = " (rougher than usual)" if estimate.rougher else ""

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .plan import CACHE, COPY, FSDP2, NO_TEACHER, SELF, Plan
+from .plan import CACHE, COPY, DDP, FSDP1, FSDP2, SELF, Plan
 from .total import Estimate
 
 _MOST_PROCESSES = 64
 _RANK = 16
-_ADAMW, _ADAMW_8BIT = ("adamw_torch", "adamw_torch_fused"), "adamw_torch_8bit"
+_ADAMW, _ADAMW_8BIT = ("adamw_torch_fused", "adamw_torch"), "adamw_torch_8bit"
+_WHOLE = ("adafactor", "muon")  # they do not know sharded weights
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,17 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Available:
-    """Which settings main.py has.
+    """Which settings work for a model.
 
     Attributes:
-        checkpointing: --activation_checkpointing; some models do not support it.
-        bfloat16_masters: --master_dtype and --optimizer_in_backward.
-        packed_base: --base_in_scheme, for a quantized student.
+        checkpointing: --activation_checkpointing.
+        packed_base: --base_in_scheme, which is for a quantized student.
+        own_teacher: a copy that teaches is the student's own, not a model that the user named.
     """
 
     checkpointing: bool = True
-    bfloat16_masters: bool = False
     packed_base: bool = False
+    own_teacher: bool = True
 
 
 Estimates = Callable[[Plan], Estimate]
@@ -54,12 +55,13 @@ def remedies(plan: Plan, available: Available, estimate: Estimates, fits: Fits) 
     found = [(remedy, result) for remedy, result in singles if result.total < before]
     if not any(fits(result) for _, result in found):
         found += _together(plan, available, estimate, fits)
-    if plan.trains and not plan.backend.offloads:
+    if plan.trains and not plan.backend.offloads and not plan.base_in_scheme and plan.optimizer not in _WHOLE:
         found += _more_processes(plan, estimate, fits)
     return found
 
 
 def _singles(plan: Plan, available: Available) -> Iterator[Remedy]:
+    """Those that main.py takes beside the settings of the plan; what excludes each other is refused there."""
     if plan.batch > 1:
         smaller = replace(plan, batch=1, masked=False)
         yield Remedy(f"--per_device_{'train' if plan.trains else 'eval'}_batch_size 1", smaller)
@@ -70,12 +72,12 @@ def _singles(plan: Plan, available: Available) -> Iterator[Remedy]:
     if available.checkpointing and (checkpointed := _checkpointed(plan)) is not None:
         yield checkpointed
     if not plan.lora_r:
-        if plan.optimizer in _ADAMW and plan.master_dtype == torch.float32:
+        if plan.optimizer in _ADAMW and plan.master_dtype == torch.float32 and not plan.in_backward:
             yield Remedy(f"--optim {_ADAMW_8BIT} (of torchao)", replace(plan, optimizer=_ADAMW_8BIT))
-        yield from _of_masters(plan, available)
+        yield from _of_masters(plan)
         yield from _of_adapters(plan, available)
-    elif available.packed_base and not plan.base_in_scheme:
-        yield Remedy("--base_in_scheme True", replace(plan, base_in_scheme=True))
+    elif available.packed_base and not plan.base_in_scheme and not plan.backend.shards:
+        yield _packed(Remedy("", plan))
 
 
 def _checkpointed(plan: Plan) -> Remedy | None:
@@ -87,20 +89,44 @@ def _checkpointed(plan: Plan) -> Remedy | None:
     return Remedy("--activation_checkpointing True", replace(plan, checkpointing=()))
 
 
-def _of_masters(plan: Plan, available: Available) -> Iterator[Remedy]:
-    if available.bfloat16_masters and not plan.accumulates and plan.master_dtype == torch.float32:
-        optimizer = "adamw_torch_fused" if plan.optimizer == _ADAMW_8BIT else plan.optimizer
-        masters = replace(plan, master_dtype=torch.bfloat16, in_backward=True, optimizer=optimizer)
-        yield Remedy("--master_dtype bfloat16 --optimizer_in_backward True", masters)
+def _of_masters(plan: Plan) -> Iterator[Remedy]:
+    if plan.master_dtype != torch.float32 or plan.compute_dtype != torch.bfloat16 or plan.backend.name == FSDP1:
+        return
+    optimizer = plan.optimizer if plan.optimizer in _ADAMW else _ADAMW[0]
+    settings = "" if optimizer == plan.optimizer else f"--optim {optimizer} "
+    settings += "--master_dtype bfloat16"
+    masters = replace(plan, master_dtype=torch.bfloat16, optimizer=optimizer)
+    yield Remedy(settings, masters)
+    if not (plan.accumulates or plan.compiled or plan.backend.name == DDP or plan.in_backward):
+        settings += " --optimizer_in_backward True --max_grad_norm 0"
+        yield Remedy(settings, replace(masters, in_backward=True))
 
 
 def _of_adapters(plan: Plan, available: Available) -> Iterator[Remedy]:
-    teacher = SELF if plan.teacher == COPY else plan.teacher
-    adapters = replace(plan, lora_r=_RANK, teacher=teacher, master_dtype=torch.float32, in_backward=False)
-    also = " --distill_teacher self" if teacher == SELF and plan.teacher != NO_TEACHER else ""
-    yield Remedy(f"--lora_r {_RANK}{also}", adapters)
-    if available.packed_base:
-        yield Remedy(f"--lora_r {_RANK}{also} --base_in_scheme True", replace(adapters, base_in_scheme=True))
+    if plan.backend.name == FSDP1 or plan.gather_dtype != torch.float32:
+        return
+    settings, teacher = f"--lora_r {_RANK}", plan.teacher
+    if plan.master_dtype == torch.bfloat16:
+        settings += " --master_dtype float32"
+    if plan.in_backward:
+        settings += " --optimizer_in_backward False"
+    if teacher == COPY and available.own_teacher:
+        settings, teacher = f"{settings} --distill_teacher self", SELF
+    adapters = Remedy(
+        settings, replace(plan, lora_r=_RANK, teacher=teacher, master_dtype=torch.float32, in_backward=False)
+    )
+    yield adapters
+    if available.packed_base and not plan.backend.shards:
+        yield _packed(adapters)
+
+
+def _packed(remedy: Remedy) -> Remedy:
+    """The same with a packed base, which cannot be its own teacher."""
+    settings, plan = remedy.settings, replace(remedy.plan, base_in_scheme=True)
+    if plan.teacher == SELF:
+        settings = settings.replace(" --distill_teacher self", "") + " --distill_teacher cache"
+        plan = replace(plan, teacher=CACHE)
+    return Remedy(f"{settings} --base_in_scheme True".strip(), plan)
 
 
 def _together(plan: Plan, available: Available, estimate: Estimates, fits: Fits) -> Found:

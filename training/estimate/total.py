@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from qat.layers.lora import NAME, adapters
+from qat.layers.lora import adapters
 from qat.layers.sites import quantized_sites
 
+from ..optimizers.muon import hidden_matrices
 from . import optimizers
 from .dry_run import BACKWARD, DryRun, NotOnFakeTensors, dry_run
 from .fake_model import layers_of, parameters_of, with_adapters
@@ -17,6 +19,7 @@ from .live_bytes import Moment
 from .plan import COPY, DDP, Plan
 from .rough import rough_run
 
+MUON = "muon"
 OPTIMIZER = "optimizer's step"
 PARAMETERS, GATHERED, STATES, TEACHER, BUCKETS, WORKSPACES, GRADIENTS, WORK = (
     "parameters", "gathered layers", "optimizer states", "teacher", "buckets of DDP", "cuBLAS workspaces", "gradients",
@@ -82,10 +85,8 @@ class Estimator:
         if plan.backend.shards:
             rows[GATHERED] = self._gathered(plan)
         if plan.trains:
-            trained, shapes = self._trained(plan), [shape for shape, _ in self._trained(plan)]
-            moment_dtype = torch.float32 if plan.lora_r else plan.master_dtype
-            states = optimizers.state_bytes(plan.optimizer, plan.optimizer_args, shapes, moment_dtype, plan.device)
-            rows[STATES] = states // parts * on_device
+            trained = self._trained(plan)
+            rows[STATES] = self._state_bytes(plan) // parts * on_device
             rows[BUCKETS] = sum(_size(*each) for each in trained) if plan.backend.name == DDP else 0
         if plan.teacher == COPY:
             head = 2 * self.teacher.get_output_embeddings().weight.numel() if plan.backend.shards else 0
@@ -106,6 +107,21 @@ class Estimator:
         """Shape and dtype of what is trained."""
         dtype = torch.float32 if plan.lora_r else plan.master_dtype
         return [(tuple(p.shape), dtype) for p in self.student_of(plan).parameters() if p.requires_grad]
+
+    def _state_bytes(self, plan: Plan) -> int:
+        """States of the optimizer; Muon has AdamW update what is no hidden matrix."""
+        model = self.student_of(plan)
+        hidden = hidden_matrices(model) if plan.optimizer == MUON else set()
+        names: dict[str, list[tuple[int, ...]]] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                own = "adamw_torch" if plan.optimizer == MUON and name not in hidden else plan.optimizer
+                names.setdefault(own, []).append(tuple(p.shape))
+        dtype = plan.moment_dtype if _has_bfloat16_masters(plan) else torch.float32
+        return sum(
+            optimizers.state_bytes(name, plan.optimizer_args, shapes, dtype, plan.device)
+            for name, shapes in names.items()
+        )
 
     def _parameter_bytes(self, plan: Plan) -> int:
         """Masters; with adapters FP32 factors, and what is frozen in BF16 or as packed codes."""
@@ -151,6 +167,8 @@ class Estimator:
         elements = [torch.Size(shape).numel() // parts for shape, _ in trained]
         if plan.in_backward:
             elements = [max(elements)]
+        if _has_bfloat16_masters(plan):  # StochasticAdamW computes some elements at a time
+            return {GRADIENTS: gradients, WORK: 0}
         return {GRADIENTS: gradients, WORK: optimizers.temporary_bytes(plan.optimizer, elements, plan.device)}
 
     # ---- The step ----
@@ -188,12 +206,17 @@ def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
+def _has_bfloat16_masters(plan: Plan) -> bool:
+    return plan.master_dtype == torch.bfloat16 and not plan.lora_r
+
+
 def _packed_bytes(model: PreTrainedModel) -> dict[int, int]:
-    """Bytes of the frozen weights that have an adapter, as codes of their schemes; by their ids."""
+    """Bytes of the weights that `pack_base` keeps as codes of their schemes, by their ids: all that are not shared."""
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     return {
         id(site.weight): int(site.weight.numel() * site.scheme.weight.format.bits_per_value(site.shape[1]) / 8)
         for site in quantized_sites(model)
-        if NAME in site.owner._modules
+        if uses[id(site.weight)] == 1
     }
 
 

@@ -12,10 +12,8 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
 from qat.files.manifest import problems
-from qat.processes import Signalled, end_by_parent_alone, name_of, status_of
+from qat.processes import Signalled, name_of, status_of
 
 from ..backends.writers import Writers
 from .checkpoint_weights import check_loaded, own_names
@@ -35,6 +33,7 @@ from .safeguards import StepGuard, check_weights
 from .sampling import EpochSampler, lengths_of
 from .steps import check_steps, check_trained
 from .uncalled import UncalledLayers
+from .workers import with_lasting_workers
 from .written import (
     check_saved_model,
     checkpoint_written_whole,
@@ -94,6 +93,11 @@ class FaultTolerantTrainer(Trainer):
         """Of a program whose training was interrupted: 143 after SIGTERM, 130 after Ctrl-C; otherwise 0."""
         return status_of(self._guard.signum) if self.was_interrupted else 0
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether checkpoints hold adapters in place of a model."""
+        return False
+
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -104,8 +108,10 @@ class FaultTolerantTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             model = self.accelerator.unwrap_model(self.model)
-            config, has_adapters = getattr(model, "qat_config", None), getattr(model, "lora_config", None) is not None
-            resume_from_checkpoint = find_checkpoint(self.args.output_dir, "True", config, self._writers, has_adapters)
+            config = getattr(model, "qat_config", None)
+            resume_from_checkpoint = find_checkpoint(
+                self.args.output_dir, "True", config, self._writers, self.has_adapters
+            )
         check_steps(self.args, self.train_dataset)
         self._ended, self._saved_step, self._evaluation_is_due = None, 0, False
         with self._guard.listening():
@@ -151,15 +157,15 @@ class FaultTolerantTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's own; its workers outlive a SIGTERM to all processes, so that the step can end."""
-        return _with_lasting_workers(super().get_train_dataloader())
+        return with_lasting_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Trainer's own; see `get_train_dataloader`."""
-        return _with_lasting_workers(super().get_eval_dataloader(eval_dataset))
+        return with_lasting_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         """Trainer's own; see `get_train_dataloader`."""
-        return _with_lasting_workers(super().get_test_dataloader(test_dataset))
+        return with_lasting_workers(super().get_test_dataloader(test_dataset))
 
     def _run_epoch(self, model, epoch, *args, **kwargs) -> None:
         self._evaluate_if_due(kwargs.get("trial"), kwargs.get("ignore_keys_for_eval"))
@@ -389,26 +395,6 @@ class FaultTolerantTrainer(Trainer):
             pickled = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
             pickled.unlink(missing_ok=True)
             pickled.with_suffix(".json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _LastingWorker:
-    """What a worker of a data loader does first: see `end_by_parent_alone`; then `initialize`."""
-
-    parent: int
-    initialize: Callable[[int], None] | None
-
-    def __call__(self, number: int) -> None:
-        end_by_parent_alone(self.parent)
-        if self.initialize is not None:
-            self.initialize(number)
-
-
-def _with_lasting_workers(loader: DataLoader) -> DataLoader:
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate 1.15 wraps the one that starts the workers
-    if inner.num_workers and not isinstance(inner.worker_init_fn, _LastingWorker):
-        inner.worker_init_fn = _LastingWorker(os.getpid(), inner.worker_init_fn)
-    return loader
 
 
 class _ProgressRestorer(TrainerCallback):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_llama, save_llama, write_conversations
+from helpers import make_llama, make_mixture, make_tokenizer, save_llama, write_conversations
 from safetensors.torch import load_file
 from tiny_families import logits_in_this_process
 
@@ -48,6 +48,16 @@ def train(workspace: Path, output: str, *flags: str, model: str = "model") -> di
         ]
     )  # fmt: skip
     return load_file(workspace / output / "model.safetensors")
+
+
+def test_experts_that_are_packed_have_the_adapters_that_are_asked_for(workspace):
+    make_mixture("qwen3_moe", layers=1).to(torch.bfloat16).save_pretrained(workspace / "mixture")
+    make_tokenizer().save_pretrained(workspace / "mixture")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    train(workspace, "experts", "--lora_target_parameters", *parameters, "--max_steps", "1", model="mixture")
+    factors = load_file(workspace / "experts" / "adapter" / WEIGHTS_NAME)
+    trained = [factor for name, factor in factors.items() if ".experts." in name and ".lora_B." in name]
+    assert len(trained) == 2 and all(factor.any() for factor in trained)
 
 
 def test_saved_weights_are_those_of_the_rounded_base_merged_under_the_names_and_dtypes_of_the_model(workspace):

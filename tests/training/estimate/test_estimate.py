@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from transformers.optimization import Adafactor
 
 import main
 from qat import prepare_qat
+from training.arguments.parse import parse_arguments
 from training.estimate import program
 from training.estimate.dry_run import BACKWARD, dry_run
 from training.estimate.optimizers import state_bytes, temporary_bytes
@@ -29,6 +31,7 @@ from training.estimate.total import (
     STATES,
     TEACHER,
     WORK,
+    Estimate,
     Estimator,
 )
 from training.losses.chunked import attach, find_head
@@ -311,7 +314,7 @@ def test_the_skeleton_is_not_changed(estimator):
 def test_each_remedy_lowers_the_peak_and_the_last_one_fits(estimator):
     plan = replace(PLAN, batch=4, teacher=COPY)
     before, limit = estimator.estimate(plan).total, 15 * COUNT
-    found = remedies(plan, Available(True, True, True), estimator.estimate, lambda e: e.total <= limit)
+    found = remedies(plan, Available(packed_base=True), estimator.estimate, lambda e: e.total <= limit)
     settings = [remedy.settings for remedy, _ in found]
     assert {"--per_device_train_batch_size 1", "--distill_teacher cache", "--activation_checkpointing True"} <= {
         *settings
@@ -324,6 +327,46 @@ def test_each_remedy_lowers_the_peak_and_the_last_one_fits(estimator):
 def test_settings_that_do_not_exist_are_not_proposed(estimator):
     found = remedies(replace(PLAN, lora_r=4), Available(False), estimator.estimate, lambda e: False)
     assert not any(word in remedy.settings for remedy, _ in found for word in ("base_in", "master", "checkpointing"))
+
+
+@pytest.mark.parametrize("change", [{}, {"teacher": SELF, "lora_r": 4}, {"in_backward": True}])
+@pytest.mark.parametrize("backend", [Backend(), Backend(FSDP2, 2)])
+def test_main_takes_what_is_proposed(monkeypatch, backend, change):
+    words = "--model_name_or_path m --dataset d --do_train True --output_dir o --quant_scheme MXFP4 --distill True"
+    words = [*words.split(), "--max_grad_norm", "0"]
+    own = {"lora_r": ["--lora_r", "4"], "in_backward": ["--optimizer_in_backward", "True"]}
+    words += [word for name in change for word in own.get(name, ())]
+    if backend.shards:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+    plan = replace(PLAN, **{"teacher": COPY, **change}, backend=backend)
+    totals = itertools.count(10**6, -1)
+    found = remedies(plan, Available(packed_base=True), lambda p: Estimate({"": next(totals)}, "", 0), lambda e: False)
+    assert len(found) > 3
+    for remedy, _ in found:
+        if not any(word in remedy.settings for word in ("torchao", "fsdp")):  # not always installed; of accelerate
+            parsed = parse_arguments([*words, *remedy.settings.split()])
+            assert parsed.lora.base_in_scheme == remedy.plan.base_in_scheme
+            assert parsed.distillation.distill_teacher == remedy.plan.teacher
+
+
+def test_moments_without_masters_have_the_dtype_that_is_asked_for(estimator):
+    narrow = replace(PLAN, master_dtype=torch.bfloat16)
+    wide = replace(narrow, moment_dtype=torch.float32)
+    assert [estimator.estimate(plan).rows[STATES] for plan in (narrow, wide)] == [4 * COUNT, 8 * COUNT]
+
+
+def test_muon_keeps_one_moment_of_hidden_matrices_and_adamw_two_of_the_rest(estimator):
+    norms = 2 * 2 * 64
+    states = estimator.estimate(replace(PLAN, optimizer="muon")).rows[STATES]
+    assert states == 4 * (2 * BLOCK - norms) + 8 * (REST + norms)
+
+
+def test_a_packed_base_has_all_quantized_weights_with_an_adapter_or_without(estimator):
+    linear = 2 * (BLOCK - 2 * 64)
+    plan = replace(PLAN, lora_r=4, lora_target="q_proj", base_in_scheme=True)
+    adapters = 4 * 2 * 4 * (64 + 64)
+    assert estimator.estimate(plan).rows[PARAMETERS] == 2 * (COUNT - linear) + linear * 4.25 / 8 + adapters
 
 
 def test_the_program_needs_config_json_alone_and_names_what_would_fit(tmp_path, capsys):
