@@ -257,7 +257,7 @@ def test_the_estimate_is_the_peak_of_a_real_step(scheme, distilled, checkpointin
 def test_two_parts_of_the_loss_have_the_peak_of_all(monkeypatch):
     plan = Plan(4, 1024, device="cpu", teacher=COPY)
     found = Estimator(skeleton(None)).estimate(plan)
-    monkeypatch.delattr(dry_run._EveryToken, "parts")
+    monkeypatch.delattr(_EveryToken, "parts")
     assert found.when == "loss" and found.total == pytest.approx(
         Estimator(skeleton(None)).estimate(plan).total, rel=1e-3
     )
