@@ -144,8 +144,8 @@ def adapter_error(name: str | Path, argument: str, adapter: dict[str, Any]) -> U
     whole = Path(name, CONFIG_NAME).is_file()
     ending = f"; if its weights are merged already, remove {ADAPTER_NAME}" if whole else ""
     return UserError(
-        f"{argument} {str(name)!r} is an adapter (it has {ADAPTER_NAME}) of the base model {base!r}; main.py takes "
-        f"--model_name_or_path {base or 'BASE'} --adapter_name_or_path {name}; elsewhere merge it first, "
+        f"{argument} {str(name)!r} is an adapter (it has {ADAPTER_NAME}) of the base model {base!r}; main.py takes it "
+        f"as --adapter_name_or_path beside --model_name_or_path {base or 'BASE'}; elsewhere merge it first, "
         'with peft installed: python -c "from peft import AutoPeftModelForCausalLM as M; '
         f"M.from_pretrained('{name}').merge_and_unload().save_pretrained('NEW_FOLDER')\", copy the tokenizer's files "
         f"there and give NEW_FOLDER{ending}"

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from qat.errors import UserError
 
-from .distillation import CHUNK, Objective, chunks, labelled_rows
+from .distillation import CHUNK, Objective, labelled_rows
 from .router_loss import NAME as ROUTER_LOSS
 from .router_loss import RouterLoss
 
@@ -199,10 +199,11 @@ class _ChunkedLoss(torch.autograd.Function):
         gradient = torch.zeros_like(rows) if needs_rows else None
         parts = []
         size = _chunk_size(objective.device_type or rows.device.type, rows.shape[-1]) if wanted else None
-        for part in chunks(len(rows), size):
+        for part in objective.parts(len(rows), size):
             with torch.set_grad_enabled(needs_rows or bool(wanted)):
                 inputs = rows[part].detach().requires_grad_(needs_rows)
-                losses = objective.token_losses(head(inputs), part)
+                # A view, no leaf: autocast would keep its BF16 copies of the leaves of all parts until it ends.
+                losses = objective.token_losses(head(inputs.view_as(inputs)), part)
                 parts.append(losses.detach())
                 if not losses.requires_grad:
                     continue

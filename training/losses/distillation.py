@@ -196,6 +196,10 @@ class Objective:
         self.mask = label_mask(self.labels)
         self.targets = self.labels[:, 1:][self.mask]
 
+    def parts(self, count: int, size: int | None) -> list[slice]:
+        """The tokens, all `count` of them, whose logits exist at a time; see `chunks`."""
+        return chunks(count, size)
+
     def token_losses(self, logits: torch.Tensor, rows: slice) -> torch.Tensor:
         """Logits [c, V] of `rows` among the n tokens -> [c, terms], one column for each of `weights`, unweighted."""
         terms = {"ce": self._cross_entropy, "kl": self._divergence}

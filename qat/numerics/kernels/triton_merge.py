@@ -25,7 +25,7 @@ from .triton_device import (
     tl,
     triton,
 )
-from .triton_kernels import _DTYPES, _rule, check_dtype, check_tensor, is_available, launch, triton_dtype
+from .triton_kernels import _DTYPES, _rule, check_dtype, check_tensor, interpreting, is_available, launch, triton_dtype
 
 SERVES = tuple(FORMATS)
 # Rows, columns and warps of a program, the fastest of some dozens on an H100: for ranks that come in sixteens, whose
@@ -77,6 +77,7 @@ def _merge(
     tile_rows, tile_columns, warps = _TILES[at_once]
     grid = (triton.cdiv(columns, tile_columns), triton.cdiv(rows, tile_rows), math.prod(stack))
     options |= {"STORED": triton_dtype(weight.dtype), "VIEW": triton_dtype(dtype)}
+    options["RANK"] = rank if interpreting() else None
     launch(
         merge_kernel, grid, (weight, a, b, out), rows, columns, rank, float(scaling), ROWS=tile_rows,
         COLUMNS=tile_columns, RANKS=at_once, BLOCK=BLOCK, num_warps=warps, **options,
@@ -105,6 +106,7 @@ def merge_kernel(
     MAX_NORMAL: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SEARCH: tl.constexpr,
+    RANK: tl.constexpr,
     STORED: tl.constexpr,
     VIEW: tl.constexpr,
 ):
@@ -116,15 +118,16 @@ def merge_kernel(
     a_row = a_ptr + one * rank * columns + ks
     b_column = b_ptr + (one * rows + ns) * rank
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # RANK is None on a GPU. An argument of the interpreter is an array [1], which range() refuses from NumPy 2.4 on.
     if RANKS == 1:
-        for r in range(rank):
+        for r in range(rank if RANK is None else RANK):
             a = tl.load(a_row + r * columns, mask=ks < columns, other=0.0)
             b = tl.load(b_column + r, mask=ns < rows, other=0.0)
             b_tile, a_tile = tl.broadcast_to(b[:, None], (ROWS, COLUMNS)), tl.broadcast_to(a[None, :], (ROWS, COLUMNS))
             product = tl.fma(b_tile, a_tile, product)
     else:
         some = tl.arange(0, RANKS)
-        for r in range(0, rank, RANKS):
+        for r in range(0, rank if RANK is None else RANK, RANKS):
             a = tl.load(a_row[None, :] + (r + some[:, None]) * columns, mask=(ks < columns)[None, :], other=0.0)
             b = tl.load(b_column[:, None] + r + some[None, :], mask=(ns < rows)[:, None], other=0.0)
             product = tl.dot(b, a, product, input_precision="ieee")

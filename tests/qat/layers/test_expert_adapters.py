@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from test_experts import CHOSEN, COUNT, HIDDEN, INNER, GptOss, Llama4TextExperts, Model, Plain, Transposed, Ungated
-from test_lora import Shapes
+from helpers import Shapes
+from tiny_experts import CHOSEN, COUNT, HIDDEN, INNER, GptOss, Llama4TextExperts, Model, Plain, Transposed, Ungated
 from torch import nn
 
 from qat import prepare_qat

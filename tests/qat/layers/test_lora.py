@@ -8,9 +8,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_llama
+from helpers import Shapes, make_llama
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -250,20 +249,6 @@ def test_backward_keeps_parameters_themselves_and_the_codes_of_the_input(scheme)
     else:
         quantized = ops.quantize(x.detach(), spec.format.name, spec.rule, x.dtype, layer.input_quantizer.divisor)
         assert sum(t.nbytes for t in others) == quantized.nbytes
-
-
-class Shapes(TorchDispatchMode):
-    """The shapes of all tensors that operators make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        self.seen |= {tuple(t.shape) for t in results if isinstance(t, torch.Tensor)}
-        return result
 
 
 def test_backward_makes_no_gradient_of_the_shape_of_the_weight():

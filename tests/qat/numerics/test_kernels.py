@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from same_bits import DTYPES, assert_same_bits, needs_cpu_kernels
 
 from qat.numerics import fp8, integer, mx, nvfp4
 from qat.numerics.formats import Quantized
@@ -30,7 +31,6 @@ from qat.numerics.kernels import (
 from qat.numerics.mx import FORMATS as MX
 from qat.numerics.rules import MX_RULES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MXFP4, MXFP8 = MX.values()
 FORMATS = pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda f: f.name)
 RULES = pytest.mark.parametrize("rule", MX_RULES)
@@ -39,19 +39,6 @@ FP8_RULES = pytest.mark.parametrize(("fmt", "rule"), FP8, ids=[f"{fmt.name}-{rul
 INT4 = [(fmt, rule) for fmt in integer.FORMATS.values() for rule in fmt.rules]
 INT4_RULES = pytest.mark.parametrize(("fmt", "rule"), INT4, ids=[f"{fmt.name}-{rule}" for fmt, rule in INT4])
 (NVFP4,) = nvfp4.FORMATS.values()
-needs_cpu_kernels = pytest.mark.skipif(not cpu.is_available(), reason="the CPU kernels need a C++ compiler")
-
-
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Same dtype, shape and bits; NaNs may carry any payload and sign."""
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    actual, expected = actual.cpu().contiguous(), expected.contiguous()
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
-    different = actual.view(integer) != expected.view(integer)
-    if actual.is_floating_point():
-        different &= ~(actual.isnan() & expected.isnan())
-    where = different.nonzero()
-    assert len(where) == 0, f"{len(where)} elements differ, first at {where[0].tolist()}"
 
 
 def hard_blocks(dtype: torch.dtype) -> torch.Tensor:

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
-from test_kernels import DTYPES, MX_RULES, assert_same_bits, needs_cpu_kernels
+from same_bits import DTYPES, assert_same_bits, needs_cpu_kernels
 
 from qat.numerics import low_rank, mx, ops
 from qat.numerics.families import family_of, formats, get_format
 from qat.numerics.kernels import cpu_merge, triton_merge
+from qat.numerics.rules import MX_RULES
 
 INF, NAN, SMALLEST = float("inf"), float("nan"), 2.0**-149
 HARD = [0.0, -0.0, 1.0, -1.5, 3e38, -3e38, 1e-38, SMALLEST, -SMALLEST, 1 + 2**-23, INF, -INF, NAN]
@@ -174,7 +175,8 @@ def compare_triton_with_reference(device: str, exact: bool) -> None:
         (torch.float32, torch.bfloat16),
         (torch.float16, torch.float16),
     ):
-        for shape, rank in (((5, 96), 1), ((2, 18, 160), 5)) if exact else (((130, 416), 16), ((3, 65, 160), 70)):
+        small, large = (((5, 96), 1), ((2, 18, 160), 5), ((5, 96), 32)), (((130, 416), 16), ((3, 65, 160), 70))
+        for shape, rank in small if exact else large:
             *stack, rows, columns = shape
             weight, a, b = hard_case(dtype, *shape, rank=rank)
             if exact:

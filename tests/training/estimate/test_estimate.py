@@ -18,7 +18,7 @@ import main
 from qat import prepare_qat
 from training.arguments.parse import parse_arguments
 from training.estimate import program
-from training.estimate.dry_run import BACKWARD, dry_run
+from training.estimate.dry_run import BACKWARD, _EveryToken, dry_run
 from training.estimate.optimizers import state_bytes, temporary_bytes
 from training.estimate.plan import CACHE, COPY, DDP, FSDP1, FSDP2, ONE, SELF, Backend, Plan
 from training.estimate.remedies import Available, remedies
@@ -255,6 +255,15 @@ def test_the_estimate_is_the_peak_of_a_real_step(scheme, distilled, checkpointin
     )
     total = Estimator(skeleton(scheme)).estimate(plan).total
     assert total == pytest.approx(peak_of_steps(scheme, distilled, checkpointing), rel=0.05)
+
+
+def test_two_parts_of_the_loss_have_the_peak_of_all(monkeypatch):
+    plan = Plan(4, 1024, device="cpu", teacher=COPY)
+    found = Estimator(skeleton(None)).estimate(plan)
+    monkeypatch.delattr(_EveryToken, "parts")
+    assert found.when == "loss" and found.total == pytest.approx(
+        Estimator(skeleton(None)).estimate(plan).total, rel=1e-3
+    )
 
 
 def test_accumulated_gradients_exist_while_activations_are_kept(estimator):

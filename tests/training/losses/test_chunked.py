@@ -205,3 +205,18 @@ def test_an_evaluation_computes_no_gradient_of_the_head():
     trained = chunked_loss(rows, objective, watched, [*head.parameters()])
     assert modes == [False, False, True, True]
     assert not evaluated["loss"].requires_grad and torch.equal(evaluated["loss"], trained["loss"])
+
+
+def test_autocast_keeps_no_copy_of_the_hidden_states_of_earlier_parts():
+    """It keeps those of leaves until it ends, for weights that are used again."""
+    head, labels = torch.nn.Linear(8, 50), make_labels(50)
+    rows = torch.randn(int((labels[:, 1:] != -100).sum()), 8, requires_grad=True)
+    inputs = []
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        inputs.append(hidden.is_leaf)
+        return head(hidden)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        chunked_loss(rows, Objective(labels), logits, list(head.parameters()))
+    assert len(inputs) > 2 and not any(inputs)
