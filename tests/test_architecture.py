@@ -39,7 +39,9 @@ ROOMS = {
         "qat/*", "data/*", "training/arguments", "training/backends", "training/losses", "training/monitoring",
         "training/start",
     },
-    "training/estimate": {"qat/*", "data/*", "training/arguments", "training/losses", "training/start"},
+    "training/estimate": {
+        "qat/*", "data/*", "training/adapters", "training/arguments", "training/losses", "training/start",
+    },
     "training/checks.py": {
         "qat/*", "data/*", "training/adapters", "training/arguments", "training/resume", "training/start",
         "training/teachers",

@@ -73,29 +73,27 @@ class Backend:
 class Plan:
     """What the memory of a run depends on, beside the model and its schemes.
 
-        Attributes:
-            batch: samples of a process that are computed at once.
-            length: tokens of each.
-            trains: False for an evaluation.
-            compute_dtype: of autocast; FP32 for none.
-            accumulates: gradients exist while the next batch is computed.
-            masked: attention gets a mask (padding, packed samples).
-            optimizer: --optim. optimizer_args: --optim_args.
-            master_dtype: in which parameters are trained.
-            in_backward: each gradient is freed as soon as the optimizer has used it.
-            checkpointing: arguments of activation checkpointing; None without it.
-            teacher: ALL_LINEAR = "all-linear"
-    _USUAL_RANK = 16
-    NO_TEACHER, COPY (a frozen model), CACHE or SELF.
-            teacher_tokens: of each distribution in the cache.
-            ce_weight: of cross-entropy beside the divergence.
-            lora_r: rank of adapters; 0 trains all parameters.
-            lora_target: see `fake_model.with_adapters`.
-            base_in_scheme: adapters are trained on a packed base.
-            gather_dtype: in which FSDP gathers parameters.
-            smooths_labels: the loss needs the logits of a whole batch.
-            compiled: by torch.compile.
-            device: "cuda" or "cpu".
+    Attributes:
+        batch: samples of a process that are computed at once.
+        length: tokens of each.
+        trains: False for an evaluation.
+        compute_dtype: of autocast; FP32 for none.
+        accumulates: gradients exist while the next batch is computed.
+        masked: attention gets a mask (padding, packed samples).
+        optimizer: --optim. optimizer_args: --optim_args.
+        master_dtype: in which parameters are trained.
+        in_backward: each gradient is freed as soon as the optimizer has used it.
+        checkpointing: arguments of activation checkpointing; None without it.
+        teacher: NO_TEACHER, COPY (a frozen model), CACHE or SELF.
+        teacher_tokens: of each distribution in the cache.
+        ce_weight: of cross-entropy beside the divergence.
+        lora_r: rank of adapters; 0 trains all parameters.
+        lora_target: see `fake_model.with_adapters`.
+        base_in_scheme: adapters are trained on a packed base.
+        gather_dtype: in which FSDP gathers parameters.
+        smooths_labels: the loss needs the logits of a whole batch.
+        compiled: by torch.compile.
+        device: "cuda" or "cpu".
     """
 
     batch: int

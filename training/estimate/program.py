@@ -14,7 +14,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,13 +27,16 @@ from qat.checkpoints.model_config import read_config
 from qat.command_line import OneLineParser, positive
 from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
+from qat.layers.lora import NAME
 
+from ..adapters.begin import Adapters, check_has_scheme, check_unpacked
+from ..arguments.lora import BASE_UNDER_FSDP, check_with_adapters
 from ..arguments.model import ModelArguments
 from ..arguments.parse import Arguments, parse_arguments
 from ..start.loading import without_weights
 from ..start.skeleton import check_autocast, check_length, skeleton_of
 from ..start.start import Start
-from .plan import BACKENDS, DDP, FSDP2, ONE, Backend, Plan, plan_of
+from .plan import BACKENDS, DDP, FSDP1, FSDP2, ONE, Backend, Plan, plan_of
 from .remedies import Available, remedies
 from .total import Estimate, Estimator
 
@@ -70,12 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     start.check(arguments.quantization, arguments.distillation)
     student = prepared(arguments, start)
     plan = plan_of(arguments, backend, device.kind)
+    check_backend(plan)
     estimator = estimator_of(arguments, student)
     estimate = estimator.estimate(plan)
     print("\n".join(table(student, plan, estimate, device)))
     if not device.fits(estimate):
         print("\nSettings that need less:")
-        found = remedies(plan, available(arguments, student), estimator.estimate, device.fits)
+        settings = available(arguments, student, lambda words: accepts(words, rest, start, student))
+        found = remedies(plan, settings, estimator.estimate, device.fits)
         for remedy, result in found:
             print(f"{_gib(result.total)}  {'fits' if device.fits(result) else '    '}  {remedy.settings}")
 
@@ -149,7 +154,48 @@ def prepared(arguments: Arguments, start: Start) -> PreTrainedModel:
     check_length(arguments.training.model_max_length, type(arguments.training).model_max_length, skeleton.config)
     with contextlib.redirect_stdout(io.StringIO()):
         start.quantize(skeleton, arguments.quantization)
+    if arguments.lora.is_on:
+        check_has_scheme(arguments.lora, skeleton, start.is_packed)
+        check_adapters(arguments, start, skeleton)
+        name = arguments.model.model_name_or_path
+        Adapters(arguments.lora, name, arguments.training.cache_dir).check(skeleton)
     return skeleton
+
+
+def check_adapters(arguments: Arguments, start: Start, student: PreTrainedModel) -> None:
+    """Refuse adapters of a packed model, and those whose teacher would be where they start.
+
+    Raises:
+        UserError: as described.
+    """
+    check_unpacked(arguments.model.model_name_or_path, start.is_packed and not arguments.lora.base_in_scheme)
+    if arguments.training.do_train and getattr(student, "qat_config", None) is None and not start.is_packed:
+        arguments.distillation.check_unquantized()
+
+
+def check_backend(plan: Plan) -> None:
+    """Refuse adapters on a backend that need not be here.
+
+    Raises:
+        UserError: FSDP does not shard what they are attached to.
+    """
+    if plan.lora_r and plan.backend.shards:
+        check_with_adapters(version=1 if plan.backend.name == FSDP1 else 2)
+        if plan.base_in_scheme:
+            raise UserError(BASE_UNDER_FSDP)
+
+
+def accepts(settings: str, words: list[str], start: Start, student: PreTrainedModel) -> bool:
+    """Whether main.py takes the settings of a remedy behind the words of a command; torchao need not be here."""
+    added = re.sub(r"--optim \w+ \(of torchao\)|fsdp_activation_checkpointing: true", "", settings).split()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            arguments = parse_arguments([*words, *added])
+        if arguments.lora.is_on:
+            check_adapters(arguments, start, student)
+    except (UserError, SystemExit):
+        return False
+    return True
 
 
 def estimator_of(arguments: Arguments, student: PreTrainedModel) -> Estimator:
@@ -164,7 +210,7 @@ def estimator_of(arguments: Arguments, student: PreTrainedModel) -> Estimator:
     return Estimator(student, without_weights(ModelArguments(name, trust_remote_code=trust), cache_dir))
 
 
-def available(arguments: Arguments, student: PreTrainedModel) -> Available:
+def available(arguments: Arguments, student: PreTrainedModel, accepted: Callable[[str], bool]) -> Available:
     """The settings of this version that need less memory and work for this model."""
     names = {field.name for field in fields(arguments.training)}
     quantized = getattr(student, "qat_config", None) is not None
@@ -172,6 +218,8 @@ def available(arguments: Arguments, student: PreTrainedModel) -> Available:
         checkpointing=student.supports_gradient_checkpointing,
         bfloat16_masters={"master_dtype", "optimizer_in_backward"} <= names,
         packed_base=quantized,
+        accepts=accepted,
+        clips=bool(arguments.training.max_grad_norm),
     )
 
 
@@ -193,7 +241,7 @@ def table(student: PreTrainedModel, plan: Plan, estimate: Estimate, device: Devi
 
 def title(student: PreTrainedModel, plan: Plan) -> str:
     """What is estimated, in one line."""
-    count = sum(p.numel() for p in student.parameters())
+    count = sum(p.numel() for name, p in student.named_parameters() if f".{NAME}." not in name)
     config = getattr(student, "qat_config", None)
     scheme = "no scheme" if config is None else ", ".join(dict.fromkeys(config.mapping.values()))
     who = "one process" if plan.backend.processes == 1 and plan.backend.name == ONE else (
