@@ -8,6 +8,7 @@ configuration, its choice of layers, its initialisations and its files.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from qat.layers.adapted import attach
 from qat.layers.conv1d import is_conv1d, is_quantconv1d
 from qat.layers.lora import NAME, adapters, weight_name
 from qat.layers.packed_weight import PackedWeight
-from qat.layers.share import percent
+from qat.layers.share import linear_weights, percent
 
 from ..arguments.lora import LoraArguments
 from .stacks import flatten_parameters, forget_routers
@@ -76,6 +77,7 @@ def add_adapters(
             _flatten(model, name, module)
     forget_routers(config, asked)
     _check_complete(model, targets, argument)
+    _check_parameters(model, asked, argument)
     for attribute in ("peft_config", "peft_type", "active_adapter"):
         vars(model).pop(attribute, None)
     for name, parameter in model.named_parameters():
@@ -102,6 +104,20 @@ def summary(model: nn.Module) -> str:
 
 def _coverage(model: nn.Module) -> tuple[float, str]:
     return coverage(model, {weight_name(name, module) for name, module in adapters(model).items()})
+
+
+def _check_parameters(model: nn.Module, asked: set[str], argument: str) -> None:
+    """PEFT passes over a parameter that is not there, if anything else matches."""
+    adapted = [weight_name(name, module) for name, module in adapters(model).items()]
+    for target in sorted(asked):
+        if any(name == target or name.endswith(f".{target}") for name in adapted):
+            continue
+        experts = {re.sub(r"^.*\.\d+\.", "", n) for n in linear_weights(model) if not n.endswith("weight")}
+        shown = f"experts of this model are called {', '.join(sorted(experts))}" if experts else (
+            "this model has no fused experts; leave it out"
+        )  # fmt: skip
+        argument = "--lora_target_parameters" if argument == ARGUMENT else argument
+        raise UserError(f"{argument} {target!r} matches no parameter of experts; {shown}")
 
 
 def _check_complete(model: nn.Module, targets: list[str], argument: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers.optimization import Adafactor
 
 import main
 from qat import prepare_qat
+from training.arguments.parse import parse_arguments
 from training.estimate import program
 from training.estimate.dry_run import BACKWARD, dry_run
 from training.estimate.optimizers import state_bytes, temporary_bytes
@@ -29,6 +31,7 @@ from training.estimate.total import (
     STATES,
     TEACHER,
     WORK,
+    Estimate,
     Estimator,
 )
 from training.losses.chunked import attach, find_head
@@ -324,6 +327,34 @@ def test_each_remedy_lowers_the_peak_and_the_last_one_fits(estimator):
 def test_settings_that_do_not_exist_are_not_proposed(estimator):
     found = remedies(replace(PLAN, lora_r=4), Available(False), estimator.estimate, lambda e: False)
     assert not any(word in remedy.settings for remedy, _ in found for word in ("base_in", "master", "checkpointing"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--quant_scheme MXFP4 --distill True", "--distill True", "--quant_scheme MXFP4 --optim muon --max_grad_norm 0",
+        "--quant_scheme MXFP4 --learn_exponent True", "--quant_scheme MXFP4 --lora_r 4 --distill True",
+        "--quant_scheme MXFP4 --teacher_model_name_or_path {model} --gradient_accumulation_steps 2",
+    ],
+)  # fmt: skip
+def test_main_takes_each_remedy_and_plans_what_was_estimated_for_it(words, tmp_path):
+    make_llama().config.save_pretrained(tmp_path / "model")
+    given = ["--model_name_or_path", str(tmp_path / "model"), "--dataset", "none.jsonl", "--do_train", "True"]
+    given += ["--output_dir", str(tmp_path / "out"), *words.format(model=tmp_path / "model").split()]
+    given += [] if "accumulation" in words else ["--gradient_accumulation_steps", "1"]
+    arguments = parse_arguments(given)
+    start = program.start_of(arguments.model, None)
+    student = program.prepared(arguments, start)
+    available = program.available(arguments, student, lambda settings: program.accepts(settings, given, start, student))
+    sizes = count(10**9, -1)  # each is smaller than those before
+    found = remedies(
+        program.plan_of(arguments, Backend(), "cuda"), available, lambda plan: Estimate({"all": next(sizes)}, "", 0),
+        lambda estimate: False,
+    )  # fmt: skip
+    proposed = [remedy for remedy, _ in found if not remedy.settings.endswith((" GPUs", "(of torchao)"))]
+    assert len(proposed) >= 5
+    for remedy in proposed:
+        assert program.plan_of(parse_arguments([*given, *remedy.settings.split()]), Backend(), "cuda") == remedy.plan
 
 
 def test_the_program_needs_config_json_alone_and_names_what_would_fit(tmp_path, capsys):
