@@ -136,11 +136,14 @@ def _check_together(arguments: Arguments) -> None:
             "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
             "out, or pack the folder with scripts/export.py"
         )
-    if training.optimizer_in_backward and not training.do_train:
-        raise UserError(
-            "--optimizer_in_backward True has no effect without --do_train True: an evaluation updates no weights; "
-            "leave it out"
-        )
+    for name, is_on in (
+        ("moment_dtype float32", training.moment_dtype != "bfloat16"),
+        ("optimizer_in_backward True", training.optimizer_in_backward),
+    ):
+        if is_on and not training.do_train:
+            raise UserError(
+                f"--{name} has no effect without --do_train True: an evaluation updates no weights; leave it out"
+            )
     if (every := arguments.quantization.input_scale_refresh) and not training.do_train:
         raise UserError(
             f"--input_scale_refresh {every} has no effect without --do_train True: "
