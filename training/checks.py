@@ -17,7 +17,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.tokenizer import load_tokenizer
-from qat import SCHEMES, QATConfig
+from qat import QATConfig
 from qat.checkpoints.exportable import check_exportable
 from qat.checkpoints.folder import CheckpointFolder
 from qat.checkpoints.load import TEACHER_ARGUMENT
@@ -26,9 +26,8 @@ from qat.errors import UserError
 from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, make_writable
 from qat.layers.restore import check_trainable
-from qat.layers.sites import quantized_sites
 
-from .adapters.begin import Adapters, check_unpacked
+from .adapters.begin import Adapters, check_has_scheme, check_unpacked
 from .adapters.files import check_same_adapters
 from .arguments.lora import LoraArguments
 from .arguments.parse import Arguments
@@ -106,11 +105,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             start.quantize(skeleton, quant_args)
         if args.do_train:
             check_trainable(skeleton)
-        if lora_args.base_in_scheme and not (quantized_sites(skeleton) or start.is_packed):
-            raise UserError(
-                "--base_in_scheme True needs a scheme to keep the weights in; give --quant_scheme (one of "
-                f"{', '.join(SCHEMES)}) or --quant_mapping, or omit it"
-            )
+        check_has_scheme(lora_args, skeleton, start.is_packed)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         if not (start.is_packed and config is None):  # which is known once it is unpacked
             check_calibration(skeleton, quant_args)

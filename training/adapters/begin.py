@@ -11,10 +11,12 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qat import SCHEMES
 from qat.errors import UserError
 from qat.layers.lora import FACTORS, NAME, adapters
 from qat.layers.names import original_name
 from qat.layers.packed_base import pack_base
+from qat.layers.sites import quantized_sites
 
 from ..arguments.lora import LoraArguments
 from ..backends.fingerprint import fingerprint
@@ -167,6 +169,19 @@ def _remember(model: nn.Module, factors: dict[str, torch.Tensor]) -> None:
         device = "cpu" if module.weight.is_meta else module.weight.device
         a, b = (factors[f"{original_name(name)}.{NAME}.{factor}"].to(device, copy=True) for factor in FACTORS)
         module.adapter.start_A, module.adapter.start_B = a, b
+
+
+def check_has_scheme(arguments: LoraArguments, skeleton: PreTrainedModel, is_packed: bool) -> None:
+    """Refuse a packed base of a model without a scheme.
+
+    Raises:
+        UserError: as described.
+    """
+    if arguments.base_in_scheme and not (quantized_sites(skeleton) or is_packed):
+        raise UserError(
+            "--base_in_scheme True needs a scheme to keep the weights in; give --quant_scheme (one of "
+            f"{', '.join(SCHEMES)}) or --quant_mapping, or omit it"
+        )
 
 
 def check_unpacked(name: str, is_packed: bool) -> None:

@@ -137,7 +137,7 @@ def _check_together(arguments: Arguments) -> None:
             "out, or pack the folder with scripts/export.py"
         )
     for name, is_on in (
-        ("master_dtype bfloat16", training.master_dtype == "bfloat16"),
+        ("moment_dtype float32", training.moment_dtype != "bfloat16"),
         ("optimizer_in_backward True", training.optimizer_in_backward),
     ):
         if is_on and not training.do_train:

@@ -163,5 +163,9 @@ def test_parameters_that_can_have_no_adapter_are_refused_by_name():
         UserError, match="--lora_target_parameters 'mlp.gate.weight' is no weight of experts.*gate_up_proj"
     ):
         make_model("qwen3_moe", torch.bfloat16, target_parameters=["mlp.gate.weight"])
+    with pytest.raises(
+        UserError, match="'mlp.experts.nosuch' matches no .* called mlp.experts.down_proj, mlp.experts.gate"
+    ):
+        make_model("qwen3_moe", torch.bfloat16, target_parameters=["mlp.experts.down_proj", "mlp.experts.nosuch"])
     with pytest.raises(UserError, match="keeps experts transposed, which PEFT does not know of"):
         make_model("llama4_text", torch.bfloat16, target_parameters=["feed_forward.experts.down_proj"])
