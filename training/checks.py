@@ -27,9 +27,8 @@ from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, make_writable
 from qat.layers.restore import check_trainable
 
-from .adapters.begin import Adapters, check_has_scheme, check_unpacked
+from .adapters.begin import Adapters
 from .adapters.files import check_same_adapters
-from .arguments.lora import LoraArguments
 from .arguments.parse import Arguments
 from .resume.output import OutputFolder
 from .resume.steps import check_steps
@@ -105,7 +104,6 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             start.quantize(skeleton, quant_args)
         if args.do_train:
             check_trainable(skeleton)
-        check_has_scheme(lora_args, skeleton, start.is_packed)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         if not (start.is_packed and config is None):  # which is known once it is unpacked
             check_calibration(skeleton, quant_args)
@@ -115,7 +113,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     if exports:
         output.check_packable(config)
     if lora_args.is_on:
-        _check_adapters(lora_args, start, skeleton)
+        with _silenced():
+            Adapters(lora_args, start).check(skeleton)
         if args.do_train and config is None:
             distill_args.check_unquantized()
     if args.do_train and not (start.is_packed and config is None):  # which is known once it is unpacked
@@ -123,13 +122,6 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         if checkpoint is not None and lora_args.is_on:
             check_same_adapters(checkpoint, skeleton)
     return skeleton
-
-
-def _check_adapters(lora_args: LoraArguments, start: Start, skeleton: PreTrainedModel) -> None:
-    name = start.model_args.model_name_or_path
-    check_unpacked(name, start.is_packed and not lora_args.base_in_scheme)
-    with _silenced():
-        Adapters(lora_args, start).check(skeleton)
 
 
 def _plain_folder(start: Start) -> CheckpointFolder | None:

@@ -71,8 +71,12 @@ class Adapters:
         """Attach them to a model without weights, and refuse what does not fit.
 
         Raises:
-            UserError: a layer cannot have an adapter, or an adapter that is read is of other layers or shapes.
+            UserError: the model is packed, or has no scheme that its weights could be kept in; a layer cannot have an
+                adapter; or an adapter that is read is of other layers or shapes.
         """
+        is_packed = self.start.is_packed
+        _check_unpacked(self.start.model_args.model_name_or_path, is_packed and not self.arguments.base_in_scheme)
+        _check_has_scheme(self.arguments, skeleton, is_packed)
         self.add(skeleton, seed=0)
         if self.folder is not None:
             check_factors(self.folder, skeleton, self._argument)
@@ -171,12 +175,8 @@ def _remember(model: nn.Module, factors: dict[str, torch.Tensor]) -> None:
         module.adapter.start_A, module.adapter.start_B = a, b
 
 
-def check_has_scheme(arguments: LoraArguments, skeleton: PreTrainedModel, is_packed: bool) -> None:
-    """Refuse a packed base of a model without a scheme.
-
-    Raises:
-        UserError: as described.
-    """
+def _check_has_scheme(arguments: LoraArguments, skeleton: PreTrainedModel, is_packed: bool) -> None:
+    """Refuse a packed base of a model without a scheme."""
     if arguments.base_in_scheme and not (quantized_sites(skeleton) or is_packed):
         raise UserError(
             "--base_in_scheme True needs a scheme to keep the weights in; give --quant_scheme (one of "
@@ -184,12 +184,8 @@ def check_has_scheme(arguments: LoraArguments, skeleton: PreTrainedModel, is_pac
         )
 
 
-def check_unpacked(name: str, is_packed: bool) -> None:
-    """Refuse adapters of a packed model.
-
-    Raises:
-        UserError: as described.
-    """
+def _check_unpacked(name: str, is_packed: bool) -> None:
+    """Refuse adapters of a packed model."""
     if is_packed:
         raise UserError(
             f"--model_name_or_path {name!r} is packed: its weights are quantized values, and adapters are merged into "

@@ -30,12 +30,13 @@ from qat.files.model_folder import check_model_folder
 
 from ..adapters.begin import Adapters
 from ..adapters.inject import config_of
+from ..arguments.lora import BASE_UNDER_FSDP, check_with_adapters
 from ..arguments.model import ModelArguments
 from ..arguments.parse import Arguments, parse_arguments
 from ..start.loading import without_weights
 from ..start.skeleton import check_autocast, check_length, skeleton_of
 from ..start.start import Start
-from .plan import BACKENDS, DDP, FSDP2, ONE, Backend, Plan, plan_of
+from .plan import BACKENDS, DDP, FSDP1, FSDP2, ONE, Backend, Plan, plan_of
 from .remedies import Available, remedies
 from .total import Estimate, Estimator
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start.check(arguments.quantization, arguments.distillation)
     student = prepared(arguments, start)
     plan = plan_of(arguments, backend, device.kind, _rank(student))
+    _check_backend(plan)
     estimator = estimator_of(arguments, student)
     estimate = estimator.estimate(plan)
     print("\n".join(table(student, plan, estimate, device)))
@@ -153,7 +155,17 @@ def prepared(arguments: Arguments, start: Start) -> PreTrainedModel:
         start.quantize(skeleton, arguments.quantization)
     if arguments.lora.is_on:
         Adapters(arguments.lora, start).check(skeleton)
+        if arguments.training.do_train and getattr(skeleton, "qat_config", None) is None:
+            arguments.distillation.check_unquantized()
     return skeleton
+
+
+def _check_backend(plan: Plan) -> None:
+    """Refuse adapters on a backend that need not be here, where FSDP does not shard what they are attached to."""
+    if plan.lora_r and plan.backend.shards:
+        check_with_adapters(version=1 if plan.backend.name == FSDP1 else 2)
+        if plan.base_in_scheme:
+            raise UserError(BASE_UNDER_FSDP)
 
 
 def _rank(student: PreTrainedModel) -> int:

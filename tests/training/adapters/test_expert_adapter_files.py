@@ -164,7 +164,7 @@ def test_parameters_that_can_have_no_adapter_are_refused_by_name():
     ):
         make_model("qwen3_moe", torch.bfloat16, target_parameters=["mlp.gate.weight"])
     with pytest.raises(
-        UserError, match="'mlp.experts.nosuch' matches no .* called mlp.experts.down_proj, mlp.experts.gate"
+        UserError, match="'mlp.experts.nosuch' is no weight of experts .* are mlp.experts.down_proj, mlp.experts.gate"
     ):
         make_model("qwen3_moe", torch.bfloat16, target_parameters=["mlp.experts.down_proj", "mlp.experts.nosuch"])
     with pytest.raises(UserError, match="keeps experts transposed, which PEFT does not know of"):
