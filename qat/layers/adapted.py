@@ -13,7 +13,7 @@ from ..numerics.low_rank import check_factors
 from .conv1d import is_conv1d
 from .experts import ExpertParameter, ExpertProjection, Experts, compute_in_autocast_dtype, layout_of
 from .linear_function import quantized_linear
-from .lora import NAME, LowRankAdapter, MergedRounding, adapter_of, merged
+from .lora import NAME, LowRankAdapter, MergedRounding, adapter_of, weight_with_adapter
 from .operands import Operands, compute_dtype
 from .quant_linear import is_falcon, is_linear
 from .swapped_class import swapped_class
@@ -32,8 +32,7 @@ class AdaptedLinear(nn.Module):
 
     def effective_weight(self) -> torch.Tensor:
         """The merged weight, in the layout of the parameter."""
-        adapter = adapter_of(self)
-        return self.weight if adapter is None else self.from_rows(merged(self.rows(self.weight), adapter))
+        return weight_with_adapter(self)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """See `Operands.rows`."""

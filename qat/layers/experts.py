@@ -19,7 +19,7 @@ from ..numerics import nvfp4, ops
 from ..schemes.spec import Scheme
 from . import expert_function
 from .expert_function import Routing, grouped_product
-from .lora import LowRankAdapter, MergedRounding, adapter_of, merged
+from .lora import LowRankAdapter, MergedRounding, adapter_of, weight_with_adapter
 from .operands import Operands, compute_dtype
 from .packed_weight import as_kept
 from .rounding import Rounding
@@ -197,8 +197,7 @@ class ExpertParameter(nn.Module):
 
     def effective_weight(self) -> torch.Tensor:
         """What is rounded and multiplied by, in the layout of the parameter: with an adapter, the merged weight."""
-        adapter = adapter_of(self)
-        return self.weight if adapter is None else self.from_rows(merged(self.rows(self.weight), adapter))
+        return weight_with_adapter(self)
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """See `Operands.rows`: [E, N, K]."""

@@ -15,6 +15,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -185,3 +186,13 @@ class _Merge(torch.autograd.Function):
 def merged(weight: torch.Tensor, adapter: LowRankAdapter) -> torch.Tensor:
     """A weight [..., N, K] with its adapter's product added, in its own dtype."""
     return _Merge.apply(weight, *adapter.factors, adapter.scaling)
+
+
+def weight_with_adapter(layer: Any) -> torch.Tensor:
+    """The weight of a layer in the layout of its parameter; with an adapter, the merged one.
+
+    Args:
+        layer: with `weight`, `rows` and `from_rows`, see `Operands`.
+    """
+    adapter = adapter_of(layer)
+    return layer.weight if adapter is None else layer.from_rows(merged(layer.rows(layer.weight), adapter))

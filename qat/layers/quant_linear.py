@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..numerics import ops
 from ..schemes.spec import Scheme
 from .linear_function import once_for, quantized_linear
-from .lora import LowRankAdapter, MergedRounding, adapter_of, merged
+from .lora import LowRankAdapter, MergedRounding, adapter_of, weight_with_adapter
 from .operands import Operands, compute_dtype, is_shard
 from .packed_weight import as_kept, packed_of
 from .rounding import Rounding
@@ -38,8 +38,7 @@ class LinearProduct(Operands):
 
     def effective_weight(self) -> torch.Tensor:
         """What is rounded and multiplied by, in the layout of the weight: with an adapter, the merged weight."""
-        adapter = adapter_of(self)
-        return self.weight if adapter is None else self.from_rows(merged(self.rows(self.weight), adapter))
+        return weight_with_adapter(self)
 
     def _parameter(self) -> torch.Tensor:
         return self.weight
