@@ -24,6 +24,7 @@ RUNS = {
     "copy": DISTILLED | {"distill_teacher": "copy"},
     "nvfp4": LORA | {"quant_scheme": "NVFP4", "input_scale_refresh": 2, "max_steps": 3},
 }
+OF_DDP = ("plain", "self")  # it shards nothing: adapters at the start and refreshed scales are as in one process
 BEST = LORA | {
     "load_best_model_at_end": True, "do_eval": True, "eval_strategy": "steps", "eval_steps": 3,
     "save_strategy": "steps", "save_steps": 3,
@@ -44,7 +45,8 @@ def workspace(tmp_path_factory) -> Workspace:
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def backend(request, workspace) -> str:
-    workspace.run(request.param, {f"{request.param}-{name}": flags for name, flags in RUNS.items()})
+    names = OF_DDP if request.param == "ddp" else RUNS
+    workspace.run(request.param, {f"{request.param}-{name}": RUNS[name] for name in names})
     return request.param
 
 
@@ -66,13 +68,14 @@ def assert_equal(workspace: Workspace, found: str, expected: str, tolerance: flo
         torch.testing.assert_close(weight, expected_weight, rtol=2**-7 if tolerance else 0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["plain", "self", "nvfp4"])
-def test_two_processes_train_the_adapters_of_one(workspace, backend, name):
-    assert_equal(workspace, f"{backend}-{name}", f"one-{name}", tolerance=1e-3)
+def test_two_processes_train_the_adapters_of_one(workspace, backend):
+    for name in OF_DDP if backend == "ddp" else ("plain", "self", "nvfp4"):
+        assert_equal(workspace, f"{backend}-{name}", f"one-{name}", tolerance=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["fsdp2"], indirect=True)
 def test_the_free_teacher_is_a_copy_bit_for_bit(workspace, backend):
-    assert_equal(workspace, f"{backend}-self", f"{backend}-copy")
+    assert_equal(workspace, "fsdp2-self", "fsdp2-copy")
 
 
 def test_a_checkpoint_holds_no_model_and_resumes_bit_for_bit(workspace, backend):
