@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qat import QATConfig
+from qat.checkpoints.fit import first_line
 from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.command_line import OneLineParser, positive
@@ -227,10 +228,13 @@ def title(student: PreTrainedModel, plan: Plan) -> str:
 
 
 def short_form(arguments: Arguments, student: PreTrainedModel) -> str:
-    """The estimate of a run of main.py in one line."""
+    """The estimate of a run of main.py in one line, or why there is none: it must not end a run that could go well."""
     device = device_here(arguments.training.use_cpu)
     plan = plan_of(arguments, Backend.of_environment(), device.kind, _rank(student))
-    estimate = estimator_of(arguments, student).estimate(plan)
+    try:
+        estimate = estimator_of(arguments, student).estimate(plan)
+    except Exception as error:  # code of models may do anything with tensors that have no values
+        return f"No estimate of the peak memory: {type(error).__name__}: {first_line(error)}"
     what = ", ".join(f"{name} {_short(size)}" for name, size in estimate.rows.items() if size)
     rougher = " (rougher than usual)" if estimate.rougher else ""
     line = f"Estimated peak memory of a process: {_short(estimate.total)}{rougher} of {_short(device.memory)}: {what}"

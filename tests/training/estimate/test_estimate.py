@@ -413,3 +413,13 @@ def test_main_logs_the_estimate_of_a_run(tmp_path, caplog):
 def test_the_phase_of_the_peak_is_named(estimator):
     assert estimator.estimate(replace(PLAN, batch=1, length=2)).when in (OPTIMIZER, BACKWARD)
     assert estimator.estimate(replace(PLAN, batch=8)).when == "loss"
+
+
+def test_main_trains_where_no_estimate_can_be_made(monkeypatch):
+    def fail(*args):
+        raise AttributeError("'Config' object has no attribute 'hidden_size'\nsecond line")
+
+    words = ["--model_name_or_path", "m", "--dataset", "d", "--do_train", "True", "--output_dir", "o"]
+    monkeypatch.setattr(program, "estimator_of", fail)
+    line = program.short_form(parse_arguments(words), make_llama())
+    assert line == "No estimate of the peak memory: AttributeError: 'Config' object has no attribute 'hidden_size'"
