@@ -78,7 +78,7 @@ class Workspace:
             "model_name_or_path": str(self.folder / "model"), "dataset": str(self.folder / "data.jsonl"),
             "eval_size": 6, "output_dir": str(self.folder / name), "do_train": True, "max_steps": 10,
             "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no",
-            "disable_tqdm": True, "report_to": "none", "export_format": "none", "ddp_timeout": 60,
+            "disable_tqdm": True, "report_to": "none", "report": False, "export_format": "none", "ddp_timeout": 60,
             "data_cache_dir": str(self.folder / "cache"),
         }  # fmt: skip
         path = self.folder / f"{name}.json"
