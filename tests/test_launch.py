@@ -43,7 +43,7 @@ def test_two_processes_distil_as_one_does(tmp_path):
     logs = []
     for processes in (1, 2):
         arguments = [
-            "--use_cpu", "True", "--bf16", "False", "--report_to", "none",
+            "--use_cpu", "True", "--bf16", "False", "--report_to", "none", "--report", "False",
             "--save_strategy", "no", "--eval_size", "6",
             "--model_name_or_path", str(tmp_path / "model"), "--dataset", str(tmp_path / "data.jsonl"),
             "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--distill_ce_weight", "0.2",

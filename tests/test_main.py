@@ -39,7 +39,7 @@ def run(workspace: Path, output: str, *flags: str, model: str = "model") -> dict
             "--model_name_or_path", str(workspace / model), "--dataset", str(workspace / "data.jsonl"),
             "--eval_size", "6", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
             "--output_dir", str(workspace / output), "--disable_tqdm", "True", "--report_to", "none",
-            "--logging_steps", "1", "--export_format", "none", *flags,
+            "--report", "False", "--logging_steps", "1", "--export_format", "none", *flags,
         ]
     )  # fmt: skip
     results = sorted((workspace / output).rglob("all_results.json"), key=lambda p: p.stat().st_mtime)
@@ -323,9 +323,9 @@ def test_a_run_from_a_cached_teacher_reads_it_again_and_ends_in_a_report(workspa
         "--quant_scheme",
         "MXFP4",
     )
-    first = run(workspace, "cached", *TRAIN, *flags, model="bf16")
+    first = run(workspace, "cached", *TRAIN, *flags, "--report", "True", model="bf16")
     folders = sorted((workspace / "teachers").glob("*/about.json"))
-    again = run(workspace, "cached-again", *TRAIN, *flags, "--report", "False", model="bf16")
+    again = run(workspace, "cached-again", *TRAIN, *flags, model="bf16")
     assert sorted((workspace / "teachers").glob("*/about.json")) == folders and len(folders) == 2
     assert again["eval_kl"] == first["eval_kl"] and again["train_loss"] == first["train_loss"]
     report = (workspace / "cached" / "report.md").read_text()

@@ -92,7 +92,7 @@ def run(folder, name: str, *flags: str) -> dict:
             "--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl"),
             "--data_cache_dir", str(folder / "cache"), "--output_dir", str(folder / name), "--eval_size", "6",
             "--quant_scheme", "MXFP4", "--do_train", "True", "--max_steps", "2", "--per_device_train_batch_size", "2",
-            "--save_strategy", "no", "--export_format", "none", "--report_to", "none", *flags,
+            "--save_strategy", "no", "--export_format", "none", "--report_to", "none", "--report", "False", *flags,
         ]
     )  # fmt: skip
     return json.loads((folder / name / "all_results.json").read_text())

@@ -58,7 +58,7 @@ def run(folder, output: str, *flags: str, model: str = "model") -> dict:
         [
             "--model_name_or_path", str(folder / model), "--dataset", str(folder / "data.jsonl"), "--eval_size", "6",
             "--per_device_train_batch_size", "4", "--output_dir", str(folder / output), "--disable_tqdm", "True",
-            "--report_to", "none", "--logging_steps", "1", "--export_format", "none", *flags,
+            "--report_to", "none", "--report", "False", "--logging_steps", "1", "--export_format", "none", *flags,
         ]
     )  # fmt: skip
     results = sorted((folder / output).rglob("all_results.json"), key=lambda p: p.stat().st_mtime)

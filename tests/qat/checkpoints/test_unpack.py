@@ -163,7 +163,8 @@ def run_main(model: Path, output: Path, *flags: str) -> dict:
     data = write_conversations(output.parent / "data.jsonl", 12)
     main.main(
         ["--model_name_or_path", str(model), "--dataset", str(data), "--eval_size", "4", "--output_dir", str(output),
-         "--report_to", "none", "--disable_tqdm", "True", "--per_device_train_batch_size", "4", *flags]
+         "--report_to", "none", "--report", "False", "--disable_tqdm", "True",
+         "--per_device_train_batch_size", "4", *flags]
     )  # fmt: skip
     return json.loads((output / "all_results.json").read_text())
 

@@ -41,7 +41,8 @@ def train(workspace: Path, output: str, *flags: str, model: str = "model") -> di
         [
             "--model_name_or_path", str(workspace / model), "--dataset", str(workspace / "data.jsonl"),
             "--eval_size", "6", "--per_device_train_batch_size", "2", "--learning_rate", "1e-1", "--disable_tqdm",
-            "True", "--report_to", "none", "--export_format", "none", "--output_dir", str(workspace / output),
+            "True", "--report_to", "none", "--report", "False", "--export_format", "none",
+            "--output_dir", str(workspace / output),
             "--do_train", "True", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--lora_r", "2",
             "--lora_target", "q_proj", "o_proj", "--base_in_scheme", "True", "--quant_scheme", "MXFP4",
             "--lr_scheduler_type", "constant", *flags,

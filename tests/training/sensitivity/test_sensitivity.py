@@ -255,7 +255,7 @@ def test_the_proposed_mapping_trains_exports_and_is_verified(tmp_path, capsys, c
     mapping, ignore = load_mapping(tmp_path / "out/mapping.json")
     assert set(mapping.values()) == {"MXFP4", "MXFP8"} and ignore == ("lm_head",)
     flags = ["--quant_mapping", str(tmp_path / "out/mapping.json"), "--weight_scale_rule", "search"]
-    flags += ["--do_train", "True", "--max_steps", "2", "--eval_size", "6", "--report_to", "none"]
+    flags += ["--do_train", "True", "--max_steps", "2", "--eval_size", "6", "--report_to", "none", "--report", "False"]
     main.main([*model, *flags, "--output_dir", str(tmp_path / "qat"), "--export_format", "none"])
     assert QATConfig.load(tmp_path / "qat").mapping == mapping
     assert "measured with the scale rules {'weight': 'floor', 'input': 'floor'} of MXFP4" in caplog.text

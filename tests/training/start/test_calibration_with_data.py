@@ -81,8 +81,9 @@ def run(folder: Path, output: str, *flags: str) -> None:
         [
             "--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl"), "--eval_size", "6",
             "--per_device_train_batch_size", "2", "--learning_rate", "1e-2", "--output_dir", str(folder / output),
-            "--disable_tqdm", "True", "--report_to", "none", "--export_format", "none", "--do_train", "True",
-            "--max_steps", "4", "--quant_scheme", "NVFP4", "--input_scale_refresh", "3", "--save_steps", "2", *flags,
+            "--disable_tqdm", "True", "--report_to", "none", "--report", "False", "--export_format", "none",
+            "--do_train", "True", "--max_steps", "4", "--quant_scheme", "NVFP4",
+            "--input_scale_refresh", "3", "--save_steps", "2", *flags,
         ]
     )  # fmt: skip
 

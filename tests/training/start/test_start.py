@@ -88,7 +88,7 @@ def run(folders: Path, start: str, output: str, *flags: str) -> dict:
     main.main(
         [
             "--model_name_or_path", str(folders / start), "--dataset", str(folders / "data.jsonl"), "--eval_size", "4",
-            "--output_dir", str(folders / output), "--disable_tqdm", "True", "--report_to", "none",
+            "--output_dir", str(folders / output), "--disable_tqdm", "True", "--report_to", "none", "--report", "False",
             "--do_eval", "True", *flags,
         ]
     )  # fmt: skip
