@@ -66,7 +66,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 PACKED = ("MXFP4", "MXFP8A16", "MXFP4FP8_G128", "NVFP4", "INT4_G32", "FP8")  # one of each format
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+# Other scale rules and blocks make no difference here; tests/qat/layers/test_lora.py computes with every scheme.
+TRAINED = sorted({*SCHEMES} - {"MXFP4_RCEIL", "MXFP8_RCEIL", "INT4_G128", "MXFP8"})
+
+
+@pytest.mark.parametrize("scheme", TRAINED)
 def test_the_trained_model_is_the_merged_one_that_is_saved_and_packed(scheme, data, tmp_path):
     trained = train(tmp_path, wide_llama(), data, scheme)
     assert torch.equal(logits(trained), logits(saved(tmp_path)))
