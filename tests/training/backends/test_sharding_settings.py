@@ -13,6 +13,7 @@ from torch.distributed.fsdp import StateDictType
 
 from qat import prepare_qat
 from qat.layers.names import original_name
+from training.adapters.checkpoints import AdapterTrainer
 from training.backends.sharding import full_state_dict, initialize_state, round_parameters, set_precision
 from training.trainer import QATTrainer
 
@@ -61,7 +62,7 @@ def test_the_state_dict_type_is_back_after_saving_failed(name, kind, monkeypatch
         seen.append(plugin.state_dict_type)
         raise OSError("disk full")
 
-    monkeypatch.setattr(QATTrainer.__base__, "save_model", fail)
+    monkeypatch.setattr(AdapterTrainer, "save_model", fail)
     trainer = object.__new__(QATTrainer)
     trainer.is_fsdp_enabled, trainer._keep_masters = True, False
     trainer.model = make_llama()
