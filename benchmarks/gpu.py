@@ -15,8 +15,6 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,15 +25,18 @@ from benchmarks.fake_quant import divisor_of, kernels_for  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
-from qat.layers import linear_function  # noqa: E402
+from qat.numerics import e4m3_rows, ops  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
+from qat.numerics.kernels import triton_rows  # noqa: E402
 from qat.numerics.mx import FORMATS  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 
+MXFP4 = FORMATS["mxfp4"]
 SHAPES = ((8192, 8192), (4096, 14336))
 SCHEMES = ("MXFP4", "MXFP8", "FP8", "MXFP4A16", "MXFP8A16", "MXFP4FP8", "MXFP4FP8_G128", "MXFP4MXFP8", "NVFP4",
            "NVFP4A16", "INT4_G32", "INT4_G128")  # fmt: skip
+IN_BF16 = " in BF16 products"  # behind the name of a scheme
 AT_A_TIME = 3  # schemes whose models, with their optimizers, are there at a time, beside BF16
 
 
@@ -44,6 +45,13 @@ def device_seconds(run: Callable[[], object], milliseconds: int = 100) -> float:
     from triton.testing import do_bench
 
     return do_bench(run, warmup=20, rep=milliseconds, return_mode="median") / 1e3
+
+
+def graph_seconds(run: Callable[[], object]) -> float:
+    """Median time of `run` on the device alone: recorded as a graph, without the processor's part."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(run, rep=50, return_mode="median") / 1e3
 
 
 def check_kernels(report: Report) -> None:
@@ -120,8 +128,7 @@ def time_kernels(report: Report) -> None:
 
 def fake_mxfp4(x: torch.Tensor) -> torch.Tensor:
     """By the kernel."""
-    fmt = FORMATS["mxfp4"]
-    return kernels_for(x, fmt).fake_quantize(x, fmt, "floor")
+    return kernels_for(x, MXFP4).fake_quantize(x, MXFP4, "floor")
 
 
 def time_others(report: Report) -> None:
@@ -166,7 +173,8 @@ def time_steps(
     steps, peaks = {}, {}
     for scheme in (None, *schemes):
         free_memory()
-        model = make_model(shape, scheme, layers, "cuda", checkpointing)
+        name, in_bf16 = (scheme or "").removesuffix(IN_BF16), (scheme or "").endswith(IN_BF16)
+        model = make_model(shape, name or None, layers, "cuda", checkpointing, fp8_matmul="off" if in_bf16 else "auto")
         step = TrainingStep(model, make_batch(model, *batch), compiled)
         for _ in range(3):
             step()
@@ -190,7 +198,6 @@ def time_steps(
         forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, repeats, "cuda")
         report.add("MXFP4 forward without gradients over BF16", forward["MXFP4"] / forward[None], "1.15")
         time_distillation(report, steps, make_model(shape, None, layers, "cuda"), repeats)
-        time_fp8_step(report, steps, repeats)
 
 
 def time_distillation(
@@ -210,52 +217,91 @@ def time_distillation(
     report.add("BF16 step, loss in chunks over whole logits", seconds["BF16"] / seconds["whole"])
 
 
+def check_rows(report: Report) -> None:
+    """E4M3 rows against their specification on the CPU, and products with lost rows against sums in FP64."""
+    differ = 0
+    for rule in MXFP4.rules:
+        for x in (random_rows(512, 1056).bfloat16(), random_rows(512, 4096), random_rows(64, 20000)):
+            with torch.no_grad():
+                (rows, codes), (expected, codes_expected) = (
+                    ops.to_rows(y, MXFP4.name, rule, torch.bfloat16, with_codes=True) for y in (x.cuda(), x)
+                )
+            holds = expected.lost == 0
+            pairs = [(rows.values.cpu()[holds], expected.values[holds]), (rows.scale.cpu(), expected.scale)]
+            pairs += [(rows.lost.cpu(), expected.lost)]
+            pairs += [(a.cpu(), b) for a, b in zip(codes.tensors, codes_expected.tensors, strict=True)]
+            differ += sum(count_different(a, b) for a, b in pairs)
+    report.add("E4M3 rows, elements that differ from plain PyTorch", differ, "0")
+
+
+def random_rows(rows: int, columns: int) -> torch.Tensor:
+    """FP32, with blocks of many magnitudes, zeros, a NaN, an infinity, tiny and huge rows."""
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.randint(-9, 9, (rows, columns // 32), generator=generator).float()
+    x = torch.randn(rows, columns, generator=generator) * torch.exp2(exponents).repeat_interleave(32, 1)
+    x[3], x[4, :32], x[5, 7], x[6, 70] = 0, 0, torch.nan, torch.inf
+    x[7] *= 1e-38
+    x[8] *= 1e36
+    return x
+
+
+@torch.no_grad()
 def time_fp8_forward(report: Report) -> None:
-    """The MXFP4 forward product in FP8: values times power-of-two scales are exact in E4M3 within a row's range."""
-    tokens, features, outputs = 8192, 4096, 14336
-    x, w = (torch.randn(n, features, device="cuda").bfloat16() for n in (tokens, outputs))
-    xq, wq = (fake_mxfp4(t) for t in (x, w))
-    (x8, sx), (w8, sw) = to_fp8(xq), to_fp8(wq)
-    exact = [float((v.float() * s == q.float()).float().mean()) for v, s, q in ((x8, sx, xq), (w8, sw, wq))]
-    bf16_seconds, fp8_seconds = device_seconds(lambda: xq @ wq.t()), device_seconds(lambda: fp8_product(x8, sx, w8, sw))
-    expected = xq.double() @ wq.double().t()
-    errors = [
-        float((y.double() - expected).norm() / expected.norm()) for y in (xq @ wq.t(), fp8_product(x8, sx, w8, sw))
-    ]
-    report.add("FP8 forward product over BF16, time", fp8_seconds / bf16_seconds)
-    report.add("share of values exact in E4M3", min(exact))
-    report.note(f"relative error of the product: BF16 {errors[0]:.2e}, FP8 {errors[1]:.2e}")
+    """Forward products in FP8 with all that belongs to them, and in BF16; E4M3 rows as a fraction of a copy's rate."""
+    check_rows(report)
+    for tokens, features, outputs in ((8192, 4096, 14336), (8192, 14336, 4096), (8192, 4096, 4096)):
+        size = f"{tokens}x{features}x{outputs}"
+        x, w = torch.randn(tokens, features, device="cuda").bfloat16(), torch.randn(outputs, features, device="cuda")
+        time_rows(report, x, w)
+        rows = [ops.to_rows(t, MXFP4.name, rule, torch.bfloat16)[0] for t, rule in ((x, "even"), (w, "search"))]
+        values = [e4m3_rows.rounded(r) for r in rows]
+        bf16 = graph_seconds(lambda v=values: v[0] @ v[1].t())
+        report.add(
+            f"FP8 product over BF16, time, {size}", graph_seconds(lambda r=rows: ops.rows_product(*r, None)) / bf16
+        )
+        report.add(f"looking for lost rows over the BF16 product, {size}", repair_seconds(rows) / bf16)
+        for lost in (4, tokens // 16):
+            rows[0].lost.fill_(0)
+            rows[0].lost[:: tokens // lost] = 1
+            report.add(f"repairing {lost} lost rows over the BF16 product, {size}", repair_seconds(rows) / bf16)
+        for outliers in (False, True):
+            errors_of_products(report, x, w, outliers, size)
 
 
-def to_fp8(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """MXFP4 values [n, K] -> E4M3 [n, K], and FP32 [n, 1] powers of two: the row's largest becomes 256 or 384."""
-    field = q.abs().amax(-1, keepdim=True).float().view(torch.int32) >> 23
-    scale = (field.clamp(min=9) - 8 << 23).view(torch.float32)
-    return (q.float() / scale).to(torch.float8_e4m3fn), scale
+def repair_seconds(rows: list) -> float:
+    out = torch.empty(rows[0].values.shape[0], rows[1].values.shape[0], dtype=torch.bfloat16, device="cuda")
+    return graph_seconds(lambda: triton_rows.repair(out, *rows, None))
 
 
-def fp8_product(x8: torch.Tensor, sx: torch.Tensor, w8: torch.Tensor, sw: torch.Tensor) -> torch.Tensor:
-    """[n, K] and [m, K] with a scale a row each -> [n, m] in BF16."""
-    return torch._scaled_mm(x8, w8.t(), scale_a=sx, scale_b=sw.t(), out_dtype=torch.bfloat16, use_fast_accum=False)
+def time_rows(report: Report, x: torch.Tensor, w: torch.Tensor) -> None:
+    """The conversion of inputs, BF16, with codes and without, and of weights, FP32."""
+    target = torch.empty_like(x)
+    copy_rate = 2 * x.nbytes / graph_seconds(lambda: target.copy_(x))
+    for tensor, rule, with_codes in ((x, "even", True), (x, "even", False), (w, "floor", False), (w, "search", False)):
+        moved = tensor.nbytes + tensor.numel() * (1 + (0.5 + 1 / 32) * with_codes)
+        seconds = graph_seconds(lambda t=tensor, r=rule, c=with_codes: ops.to_rows(t, MXFP4.name, r, torch.bfloat16, c))
+        what = f"{tensor.shape[0]}x{tensor.shape[1]} {str(tensor.dtype).removeprefix('torch.')}"
+        report.add(f"E4M3 rows{', codes' * with_codes}, {what}, {rule}", moved / seconds / copy_rate, "0.85")
 
 
-def time_fp8_step(report: Report, steps: dict[str | None, TrainingStep], repeats: int) -> None:
-    """The MXFP4 step with forward products in FP8, made from the rounded BF16 values by compiled code. An experiment:
-    a row whose values span more than E4M3's range would lose its smallest ones.
-    """
-    convert = torch.compile(to_fp8, dynamic=False)
-
-    def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = fp8_product(*convert(x.flatten(0, -2)), *convert(w)).unflatten(0, x.shape[:-1])
-        return y if bias is None else y + bias
-
-    def step() -> None:
-        with patch.object(linear_function, "F", SimpleNamespace(linear=linear)):
-            steps["MXFP4"]()
-
-    seconds = median_seconds({"BF16": steps[None], "MXFP4": steps["MXFP4"], "FP8": step}, repeats, "cuda")
-    report.add("MXFP4 step with FP8 forward products over BF16, eager", seconds["FP8"] / seconds["BF16"], "1.00")
-    report.add("the same over the MXFP4 step", seconds["FP8"] / seconds["MXFP4"])
+def errors_of_products(report: Report, x: torch.Tensor, w: torch.Tensor, outliers: bool, size: str) -> None:
+    """The relative error of products in BF16 and FP8, both rounded to BF16 at the end; with fast accumulation too."""
+    x, w = x[:2048].clone(), w[:2048] * 0.02
+    if outliers:
+        x[:, ::97] *= 60
+        x[:, 5] *= 1000
+        w[:, ::53] *= 8
+    rows = [ops.to_rows(t, MXFP4.name, rule, torch.bfloat16)[0] for t, rule in ((x, "even"), (w, "search"))]
+    values = [e4m3_rows.rounded(r) for r in rows]
+    exact = values[0].double() @ values[1].double().t()
+    fast = torch._scaled_mm(
+        rows[0].values, rows[1].values.t(), scale_a=rows[0].scale, scale_b=rows[1].scale.t(),
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    products = {"BF16": values[0] @ values[1].t(), "FP8": ops.rows_product(*rows, None), "FP8, fast accumulation": fast}
+    for name, product in products.items():
+        error = float((product.double() - exact).norm() / exact.norm())
+        report.add(f"relative error in 1/1000, {name}, {size}{', outliers' * outliers}", error * 1e3)
 
 
 def saved_bytes(report: Report) -> None:

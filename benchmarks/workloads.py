@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import prepare_qat
 from qat.layers.calibration import calibrate_inputs
+from qat.layers.fp8_matmul import use_fp8_matmul
 from training.losses.chunked import attach, find_head
 from training.losses.distillation import Objective
 
@@ -47,12 +48,15 @@ def make_model(
     device: str = "cpu",
     checkpointing: bool = False,
     calibrated: bool = True,
+    fp8_matmul: str = "auto",
 ) -> LlamaForCausalLM:
     """A random Llama in FP32, prepared for `scheme` unless it is None; `layers` overrides the shape's depth."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(llama_config(shape, layers))
-    return prepare(model, scheme, checkpointing, calibrated)
+    prepare(model, scheme, checkpointing, calibrated)
+    use_fp8_matmul(model, fp8_matmul, model.device)
+    return model
 
 
 def prepare(

@@ -46,6 +46,11 @@ class BakedValues(Rounding):
         """The values as they are."""
         return weight.to(dtype)
 
+    @property
+    def gives_rows(self) -> bool:
+        """See `Rounding.gives_rows`."""
+        return False
+
     def fake_quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
     ) -> torch.Tensor:

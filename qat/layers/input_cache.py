@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..numerics import ops
+from ..numerics.e4m3_rows import Rows
 from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
 
@@ -25,6 +26,7 @@ class _Entry:
     key: tuple
     quantized: Quantized | None = None
     values: torch.Tensor | None = None
+    rows: Rows | None = None
 
 
 @dataclass
@@ -78,6 +80,18 @@ class InputCache(threading.local):
         if entry.values is None:
             entry.values = _values(x, spec, dtype, divisor)
         return entry.values
+
+    def rows(
+        self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, with_codes: bool
+    ) -> tuple[Rows, Quantized | None]:
+        """`ops.to_rows(x)`, computed once; without codes None takes their place."""
+        entry = self._find(x, spec, dtype, None)
+        if entry is None:
+            return ops.to_rows(x, spec.format.name, spec.rule, dtype, with_codes)
+        if entry.rows is None or (with_codes and entry.quantized is None):
+            entry.rows, quantized = ops.to_rows(x, spec.format.name, spec.rule, dtype, with_codes)
+            entry.quantized = quantized or entry.quantized
+        return entry.rows, entry.quantized if with_codes else None
 
     def once(self, x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`make()`, called once for the layers that share x and `name`."""

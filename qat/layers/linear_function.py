@@ -10,6 +10,9 @@ is deterministic, so the gradients are those of the plain composition of fake-qu
 that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. With a low-rank adapter the weight is
 merged before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and kept, as its
 codes: see packed_weight.py.
+
+On GPUs that multiply in FP8, forward products of formats whose rounded values E4M3 holds may be computed in it: see
+numerics/e4m3_rows.py. The products of the backward pass are in BF16, since gradients are not on a grid.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ..numerics import ops
+from ..numerics.e4m3_rows import Rows
 from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
 from .input_cache import InputCache
@@ -38,6 +42,7 @@ class _Settings:
     dtype: torch.dtype
     kept: int  # tensors that are saved of a quantized input: its codes and scales
     divisor: torch.Tensor | None  # of the weight, in formats with a tensor scale
+    row_tensors: int = 0  # beside the values, where the input is given as E4M3 rows: their scale, and lost rows
 
 
 def quantized_linear(
@@ -51,6 +56,7 @@ def quantized_linear(
     divisor: torch.Tensor | None = None,
     input_divisor: torch.Tensor | None = None,
     group: Hashable = None,
+    in_fp8: bool = False,
 ) -> torch.Tensor:
     """x [..., K] and weight [N, K], both rounded to their grids as seen in `dtype` -> [..., N] in `dtype`.
 
@@ -61,18 +67,27 @@ def quantized_linear(
         rounding: of the weight; `learned` are its parameters.
         divisor, input_divisor: of weight and input, FP32 [1], in formats with a tensor scale.
         group: the same for layers that have the same `input_divisor`.
+        in_fp8: multiply in FP8 where the rounding gives E4M3 rows; the formats are those of `e4m3_rows`, without a
+            tensor scale, and `dtype` is BF16.
     """
     needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
     if torch.is_grad_enabled() and weight.requires_grad:
         rounding.check_trainable()
     kept: list[torch.Tensor] = []
+    of_rows: list[torch.Tensor] = []
     with torch.no_grad():
-        if needs_input and input_spec is not None:
-            kept = _inputs.quantized(x, input_spec, dtype, input_divisor, group).tensors
-        values = _inputs.values(x, input_spec, dtype, input_divisor, group)
-    settings = _Settings(input_spec, rounding, dtype, len(kept), divisor)
+        if in_fp8:
+            assert input_spec is not None
+            rows, quantized = _inputs.rows(x, input_spec, dtype, needs_input)
+            kept = [] if quantized is None else quantized.tensors
+            values, of_rows = rows.values, [tensor for tensor in (rows.scale, rows.lost) if tensor is not None]
+        else:
+            if needs_input and input_spec is not None:
+                kept = _inputs.quantized(x, input_spec, dtype, input_divisor, group).tensors
+            values = _inputs.values(x, input_spec, dtype, input_divisor, group)
+    settings = _Settings(input_spec, rounding, dtype, len(kept), divisor, len(of_rows))
     # torch.compile takes no tensor twice.
-    return _QuantizedLinear.apply(x, weight, bias, None if values is x else values, settings, *kept, *learned)
+    return _QuantizedLinear.apply(x, weight, bias, None if values is x else values, settings, *kept, *learned, *of_rows)
 
 
 def once_for(x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -83,7 +98,8 @@ def once_for(x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, values, settings, *tensors):
-        kept, learned = tensors[: settings.kept], tensors[settings.kept :]
+        tensors, of_rows = _split(tensors, len(tensors) - settings.row_tensors)
+        kept, learned = _split(tensors, settings.kept)
         values = x if values is None else values
         ctx.settings = settings
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
@@ -92,8 +108,14 @@ class _QuantizedLinear(torch.autograd.Function):
         kept_for_backward = kept if needs_values else [None] * len(kept)
         plain = values if needs_values and settings.input_spec is None else None
         ctx.save_for_backward(weight if needs_weight else None, plain, *kept_for_backward, *learned)
-        quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
-        output = F.linear(values, quantized, None if bias is None else bias.to(settings.dtype))
+        bias = None if bias is None else bias.to(settings.dtype)
+        if of_rows:
+            rows = _rows(x, values, of_rows, settings)
+            output = ops.rows_product(rows, settings.rounding.rows(weight, settings.dtype, *learned), bias)
+            output = output.view(*x.shape[:-1], -1)
+        else:
+            quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
+            output = F.linear(values, quantized, bias)
         # Of an input with three dimensions it is a view, which autograd would not let a model change in place.
         return torch.ops.aten._unsafe_view(output, output.shape)
 
@@ -126,7 +148,19 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_weight = grad_weight.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, *[None] * settings.kept, *learned_grads
+        nothing = [None] * settings.kept, [None] * settings.row_tensors
+        return grad_x, grad_weight, grad_bias, None, None, *nothing[0], *learned_grads, *nothing[1]
+
+
+def _split(tensors: tuple[torch.Tensor, ...], first: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    return tensors[:first], tensors[first:]
+
+
+def _rows(x: torch.Tensor, values: torch.Tensor, others: tuple[torch.Tensor, ...], settings: _Settings) -> Rows:
+    """The E4M3 rows of x [..., K] from their tensors."""
+    spec, lost = settings.input_spec, others[1] if len(others) > 1 else None
+    assert spec is not None
+    return Rows(values, others[0], lost, x.detach().reshape(values.shape), spec.format.name, spec.rule)
 
 
 def _kept_values(kept: list[torch.Tensor], settings: _Settings) -> torch.Tensor:

@@ -130,6 +130,15 @@ class MergedRounding(LearnedRounding):
             weight, a, b, self.scaling, self.spec.format.name, self.spec.rule, dtype, divisor
         )
 
+    @property
+    def gives_rows(self) -> bool:
+        """See `Rounding.gives_rows`."""
+        return self.spec is not None
+
+    def rounded_from(self, weight: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
+        """See `Rounding.rounded_from`: the merged weight."""
+        return ops.merge(weight.detach(), *learned, self.scaling)
+
     def quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
     ) -> Quantized:

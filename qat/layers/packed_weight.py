@@ -127,6 +127,15 @@ class PackedRounding(Rounding):
         values = unpacked(self.format, weight, *learned)
         return values.to(dtype) if self.spec is None else super().values(values, dtype, divisor=divisor)
 
+    @property
+    def gives_rows(self) -> bool:
+        """See `Rounding.gives_rows`."""
+        return self.spec is not None
+
+    def rounded_from(self, weight: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
+        """See `Rounding.rounded_from`."""
+        return unpacked(self.format, weight, *learned)
+
 
 @dataclass(frozen=True)
 class PackedMergedRounding(MergedRounding):
@@ -149,6 +158,11 @@ class PackedMergedRounding(MergedRounding):
         """As `MergedRounding.values`, of the weight that the codes stand for."""
         a, b, *kept = learned
         return super().values(unpacked(self.format, weight, *kept), dtype, a, b, divisor=divisor)
+
+    def rounded_from(self, weight: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
+        """See `Rounding.rounded_from`."""
+        a, b, *kept = learned
+        return super().rounded_from(unpacked(self.format, weight, *kept), a, b)
 
     def gradients(
         self, grad: torch.Tensor, values: torch.Tensor, *learned: torch.Tensor

@@ -29,12 +29,14 @@ class LinearProduct(Operands):
 
     Attributes:
         adds_bias_apart: the product is rounded to the dtype of the matmul before the bias is added, too.
+        in_fp8: forward products are computed in FP8 where they can, see fp8_matmul.py.
     """
 
     weight: torch.Tensor
     bias: nn.Parameter  # or None
     fused_with: tuple[LinearProduct, ...]
     adds_bias_apart = False
+    in_fp8 = False
 
     def effective_weight(self) -> torch.Tensor:
         """What is rounded and multiplied by, in the layout of the weight: with an adapter, the merged weight."""
@@ -67,6 +69,7 @@ class LinearProduct(Operands):
             output = quantized_linear(
                 input, kept, bias, spec, rounding, dtype, learned, divisor,
                 self.input_divisor(input.device), id(self.fused_with),
+                self.in_fp8 and spec is not None and dtype == torch.bfloat16 and rounding.gives_rows,
             )  # fmt: skip
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None

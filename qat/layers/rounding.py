@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..numerics import ops
+from ..numerics.e4m3_rows import Rows
 from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
 
@@ -22,6 +23,11 @@ class Rounding:
 
     spec: TensorSpec
     is_packed = False  # whether a weight is given as its codes, see packed_weight.py
+
+    @property
+    def gives_rows(self) -> bool:
+        """Whether the rule alone decides about the values, so that `rows` gives them as E4M3 rows."""
+        return True
 
     def shape_of(self, weight: torch.Tensor) -> torch.Size:
         """The shape of the weight that `weight` stands for."""
@@ -38,6 +44,15 @@ class Rounding:
     ) -> torch.Tensor:
         """The quantized values [N, K] in `dtype`, without a gradient."""
         return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype, divisor)
+
+    def rounded_from(self, weight: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
+        """What the rule rounds, [N, K], without a gradient; where `gives_rows`."""
+        return weight.detach()
+
+    def rows(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> Rows:
+        """The quantized values as E4M3 rows; where `gives_rows`."""
+        source = self.rounded_from(weight, *learned)
+        return ops.to_rows(source, self.spec.format.name, self.spec.rule, dtype)[0]
 
     def fake_quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
@@ -62,6 +77,11 @@ class Rounding:
 
 class LearnedRounding(Rounding):
     """A rounding with parameters: subclasses define `quantize` and `learned_gradients`."""
+
+    @property
+    def gives_rows(self) -> bool:
+        """See `Rounding.gives_rows`."""
+        return False
 
     def values(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None

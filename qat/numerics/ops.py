@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from . import fp8, low_rank
+from . import e4m3_rows, fp8, low_rank
+from .e4m3_rows import Rows
 from .families import family_of, get_format
 from .formats import Format, Quantized
-from .kernels import KERNELS, MERGING
+from .kernels import E4M3_ROWS, KERNELS, MERGING
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -266,3 +267,103 @@ def quantize_to_scale(
 @quantize_to_scale.register_fake
 def _(x, scale, fmt, dtype, divisor=None):
     return x.new_empty(get_format(fmt).code_shape(x.shape), dtype=torch.uint8)
+
+
+# ---- Products in FP8, see e4m3_rows.py ----
+
+_lost: dict[torch.device, torch.Tensor] = {}
+
+
+def lost_rows(device: torch.device) -> torch.Tensor:
+    """How many rows `to_rows` has found on a device that E4M3 does not hold; int64 [1], counted without a wait."""
+    if device not in _lost:
+        _lost[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    return _lost[device]
+
+
+def to_rows(
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool = False
+) -> tuple[Rows, Quantized | None]:
+    """x [..., K], seen in `dtype` -> its nearest values in the format as E4M3 rows; and what `quantize` gives.
+
+    Args:
+        fmt: of `e4m3_rows.MX_FORMATS` or `FP8_FORMATS`.
+        with_codes: False gives None for the latter.
+    """
+    matrix = x.detach().reshape(-1, x.shape[-1])
+    if fmt in e4m3_rows.FP8_FORMATS:
+        quantized = quantize(x, fmt, rule, dtype)
+        return Rows(*e4m3_rows.from_fp8(quantized), None, matrix, fmt, rule), quantized if with_codes else None
+    values, scale, lost, *rest = _to_rows(matrix, fmt, rule, dtype, with_codes)
+    kept = [tensor.view(*x.shape[:-1], tensor.shape[-1]) for tensor in rest]
+    return Rows(values, scale, lost, matrix, fmt, rule), Quantized(kept[0], (kept[1],)) if with_codes else None
+
+
+@_operator("to_rows")
+def _to_rows(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool) -> list[torch.Tensor]:
+    format_, count = get_format(fmt), lost_rows(x.device)
+    kernels = E4M3_ROWS.get(x.device.type)
+    if kernels is not None and kernels.is_available():
+        rows, quantized = kernels.to_rows(x, format_, rule, dtype, with_codes, count)
+    else:
+        quantized = _function("quantize", x, format_)(x, format_, rule, dtype)
+        rows = e4m3_rows.from_mx(x.to(dtype), quantized, format_)
+        count += rows[2].sum()
+    return [*rows, *(quantized.tensors if with_codes and quantized is not None else ())]
+
+
+@_to_rows.register_fake
+def _(x, fmt, rule, dtype, with_codes):
+    rows = x.shape[0]
+    tensors = [
+        x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+        x.new_empty((rows, 1), dtype=torch.float32),
+        x.new_empty((rows,), dtype=torch.uint8),
+    ]
+    if with_codes:
+        shapes = get_format(fmt).code_shape(x.shape), get_format(fmt).scale_shape(x.shape)
+        tensors += [x.new_empty(shape, dtype=torch.uint8) for shape in shapes]
+    return tensors
+
+
+def rows_product(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [R, K] times weight [N, K] transposed, and the bias [N], in BF16 [R, N], from E4M3 values and FP32 sums.
+
+    What a lost row takes part in is computed from BF16 values in place of E4M3's.
+    """
+    given = [tensor for rows in (x, weight) for tensor in (rows.values, rows.scale, rows.lost, rows.source)]
+    return _rows_product(*given, x.fmt, x.rule, weight.fmt, weight.rule, bias)
+
+
+@_operator("rows_product")
+def _rows_product(
+    x_values: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_lost: torch.Tensor | None,
+    x_source: torch.Tensor,
+    weight_values: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_lost: torch.Tensor | None,
+    weight_source: torch.Tensor,
+    x_fmt: str,
+    x_rule: str,
+    weight_fmt: str,
+    weight_rule: str,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    x = Rows(x_values, x_scale, x_lost, x_source, x_fmt, x_rule)
+    weight = Rows(weight_values, weight_scale, weight_lost, weight_source, weight_fmt, weight_rule)
+    kernels = E4M3_ROWS.get(x_values.device.type)
+    if kernels is None or not kernels.is_available():
+        return e4m3_rows.product(x, weight, bias)
+    out = torch._scaled_mm(  # fast accumulation adds an error of its own where values differ much in size
+        x.values, weight.values.t(), scale_a=x.scale, scale_b=weight.scale.t(), bias=bias, out_dtype=torch.bfloat16,
+        use_fast_accum=False,
+    )  # fmt: skip
+    kernels.repair(out, x, weight, bias)
+    return out
+
+
+@_rows_product.register_fake
+def _(x_values, x_scale, x_lost, x_source, weight_values, *others):
+    return x_values.new_empty((x_values.shape[0], weight_values.shape[0]), dtype=torch.bfloat16)

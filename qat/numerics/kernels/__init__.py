@@ -15,6 +15,7 @@ from . import (
     triton_kernels,
     triton_merge,
     triton_nvfp4,
+    triton_rows,
 )
 
 KERNELS = {
@@ -22,8 +23,10 @@ KERNELS = {
     "cuda": (triton_kernels, triton_fp8, triton_int4, triton_nvfp4),
 }
 MERGING = {"cpu": cpu_merge, "cuda": triton_merge}  # of low-rank adapters, see ../low_rank.py
+E4M3_ROWS = {"cuda": triton_rows}  # see ../e4m3_rows.py
 
 __all__ = [
+    "E4M3_ROWS",
     "KERNELS",
     "MERGING",
     "cpu",
@@ -36,4 +39,5 @@ __all__ = [
     "triton_kernels",
     "triton_merge",
     "triton_nvfp4",
+    "triton_rows",
 ]
