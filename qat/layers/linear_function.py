@@ -33,6 +33,7 @@ from .lora import MergedRounding
 from .rounding import Rounding
 
 _inputs = InputCache()
+_KEEP = _DW32 = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ class _QuantizedLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(settings.dtype)
         if of_rows:
             rows = _rows(x, values, of_rows, settings)
-            output = ops.rows_product(rows, settings.rounding.rows(weight, settings.dtype, *learned), bias)
+            wrows = settings.rounding.rows(weight, settings.dtype, *learned)
+            if _KEEP:
+                ctx.wrows = wrows
+            output = ops.rows_product(rows, wrows, bias)
             output = output.view(*x.shape[:-1], -1)
         else:
             quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
@@ -131,7 +135,9 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if ctx.needs_input_grad[0]:
-            grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
+            wrows = getattr(ctx, "wrows", None)
+            wv = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor) if wrows is None else ops.rows_values(wrows)
+            grad_x = grad_rows @ wv
             grad_x = grad_x.reshape(*grad.shape[:-1], grad_x.shape[-1]).to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
@@ -140,7 +146,10 @@ class _QuantizedLinear(torch.autograd.Function):
             learned_grads = settings.rounding.gradients(grad_rows, values, *learned)
             needs_learned = False
         if ctx.needs_input_grad[1] or needs_learned:
-            grad_weight = grad_rows.t() @ values
+            if _DW32:
+                grad_weight = torch.mm(grad_rows.t(), values, out_dtype=torch.float32)
+            else:
+                grad_weight = grad_rows.t() @ values
             if needs_learned:
                 learned_grads = settings.rounding.learned_gradients(
                     grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor

@@ -11,6 +11,8 @@ it ends at once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..e4m3_rows import LARGEST_EXPONENT, LARGEST_GAP, SMALLEST_FIELD, Rows
@@ -72,20 +74,62 @@ def repair(out: torch.Tensor, x: Rows, weight: Rows, bias: torch.Tensor | None) 
     if x.lost is None and weight.lost is None:
         return
     check_tensor(out, (torch.bfloat16,))
-    (rows, columns), depth, tensors, options = out.shape, x.values.shape[1], [], {}
+    (rows, columns), depth = out.shape, x.values.shape[1]
+    tensors: list[torch.Tensor] = []
+    options: dict[str, Any] = {}
     for name, operand in (("X", x), ("W", weight)):
-        values = operand.values.view(torch.uint8)
-        is_mx = operand.lost is not None
-        of_rule = _rule(FORMATS[operand.fmt].element, operand.rule) if is_mx else {"THRESHOLD": 0, "SEARCH": False}
-        tensors += [operand.source.contiguous() if is_mx else values, values, operand.scale]
-        tensors += [operand.lost if is_mx else values]
-        options |= {f"{name}_IS_MX": is_mx, **{f"{name}_{key}": of_rule[key] for key in ("THRESHOLD", "SEARCH")}}
+        values, source, lost = operand.values.view(torch.uint8), operand.source, operand.lost
+        of_rule: dict[str, Any] = {"THRESHOLD": 0, "SEARCH": False}
+        if lost is not None:
+            of_rule = _rule(FORMATS[operand.fmt].element, operand.rule)
+            source = source.contiguous()
+        tensors += [values if lost is None else source, values, operand.scale, values if lost is None else lost]
+        options |= {f"{name}_IS_MX": lost is not None, f"{name}_THRESHOLD": of_rule["THRESHOLD"]}
+        options |= {f"{name}_SEARCH": of_rule["SEARCH"]}
     programs = triton.cdiv(columns, _TILE) + triton.cdiv(rows, _TILE)
     launch(
         repair_kernel, (programs,), (*tensors, out if bias is None else bias, out), rows, columns, depth,
         BIAS=bias is not None, TILE=_TILE, DEPTH=_DEPTH, FLAGS=_FLAGS, COUNTED=_COUNTED, VIEW=triton_dtype(out.dtype),
         IS_INTERPRETED=interpreting(), ALL=(rows, columns, depth) if interpreting() else None, num_warps=4, **options,
     )  # fmt: skip
+
+
+def values_of(rows: Rows) -> torch.Tensor:
+    """The values of MXFP4 rows in BF16, [R, K]; those of lost rows are rounded again."""
+    assert rows.lost is not None
+    out = torch.empty(rows.values.shape, dtype=torch.bfloat16, device=rows.values.device)
+    count, columns = rows.values.shape
+    at_a_time = min(triton.next_power_of_2(columns), _COLUMNS)
+    of_rule = _rule(FORMATS[rows.fmt].element, rows.rule)
+    if count:
+        launch(
+            values_kernel, (count,), (rows.values.view(torch.uint8), rows.scale, rows.lost, rows.source.contiguous(), out), columns,
+            COLUMNS=at_a_time, TILES=triton.cdiv(columns, at_a_time), THRESHOLD=of_rule["THRESHOLD"],
+            SEARCH=of_rule["SEARCH"], VIEW=triton_dtype(out.dtype), num_warps=max(1, at_a_time // _PER_WARP),
+        )  # fmt: skip
+    return out
+
+
+@_jit
+def values_kernel(
+    values_ptr, scale_ptr, lost_ptr, source_ptr, out_ptr, columns, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    THRESHOLD: tl.constexpr, SEARCH: tl.constexpr, VIEW: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = COLUMNS // 32
+    offsets = tl.arange(0, blocks)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    scale, is_lost = tl.load(scale_ptr + row), tl.load(lost_ptr + row) > 0
+    for tile in tl.static_range(TILES):
+        at = tile * COLUMNS + offsets
+        exists = at < columns
+        if is_lost:
+            x = _to_fp32(tl.load(source_ptr + row * columns + at, mask=exists, other=0))
+            code, elements = _rounded(_viewed(x, source_ptr.dtype.element_ty, VIEW), blocks, THRESHOLD, SEARCH)
+            out = elements * _scale_value(code)[:, None]
+        else:
+            out = tl.load(values_ptr + row * columns + at, mask=exists, other=0).to(tl.float8e4nv, bitcast=True)
+            out = out.to(tl.float32) * scale
+        tl.store(out_ptr + row * columns + at, _to_view(out, VIEW), mask=exists)
 
 
 @_jit
