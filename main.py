@@ -19,6 +19,7 @@ import torch
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
+from qat.layers.fp8_matmul import log_fp8_matmul, use_fp8_matmul
 from training.adapters.begin import Adapters
 from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
@@ -65,6 +66,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
         check_packing(model)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
     start.quantize(model, quant_args)
+    log_fp8_matmul(model, use_fp8_matmul(model, quant_args.fp8_matmul, args.device), quant_args.fp8_matmul, args.device)
     stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)
     teacher = cached_where_asked(teacher, distill_args, args, data)

@@ -25,6 +25,7 @@ from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
 from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, make_writable
+from qat.layers.fp8_matmul import use_fp8_matmul
 from qat.layers.restore import check_trainable
 
 from .adapters.begin import Adapters
@@ -102,6 +103,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     with _mapping_named(quant_args.quant_mapping):
         with _silenced():  # that of the model itself is printed
             start.quantize(skeleton, quant_args)
+        use_fp8_matmul(skeleton, quant_args.fp8_matmul, args.device)
         if args.do_train:
             check_trainable(skeleton)
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))

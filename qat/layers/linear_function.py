@@ -33,7 +33,6 @@ from .lora import MergedRounding
 from .rounding import Rounding
 
 _inputs = InputCache()
-_KEEP = _DW32 = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class _Settings:
     dtype: torch.dtype
     kept: int  # tensors that are saved of a quantized input: its codes and scales
     divisor: torch.Tensor | None  # of the weight, in formats with a tensor scale
-    row_tensors: int = 0  # beside the values, where the input is given as E4M3 rows: their scale, and lost rows
+    of_rows: int = 0  # what is given beside the values where the input is E4M3 rows: scale, lost rows and source
 
 
 def quantized_linear(
@@ -75,17 +74,19 @@ def quantized_linear(
     if torch.is_grad_enabled() and weight.requires_grad:
         rounding.check_trainable()
     kept: list[torch.Tensor] = []
-    of_rows: list[torch.Tensor] = []
+    of_rows: list[torch.Tensor | None] = []
     with torch.no_grad():
+        # A compiler casts where the input is made, so that half as many bytes are written and read.
+        seen = x.to(dtype) if torch.compiler.is_compiling() and input_spec is not None else x
         if in_fp8:
             assert input_spec is not None
-            rows, quantized = _inputs.rows(x, input_spec, dtype, needs_input)
+            rows, quantized = _inputs.rows(seen, input_spec, dtype, needs_input)
             kept = [] if quantized is None else quantized.tensors
-            values, of_rows = rows.values, [tensor for tensor in (rows.scale, rows.lost) if tensor is not None]
+            values, of_rows = rows.values, [rows.scale, rows.lost, None if seen is x else seen]
         else:
             if needs_input and input_spec is not None:
-                kept = _inputs.quantized(x, input_spec, dtype, input_divisor, group).tensors
-            values = _inputs.values(x, input_spec, dtype, input_divisor, group)
+                kept = _inputs.quantized(seen, input_spec, dtype, input_divisor, group).tensors
+            values = _inputs.values(seen, input_spec, dtype, input_divisor, group)
     settings = _Settings(input_spec, rounding, dtype, len(kept), divisor, len(of_rows))
     # torch.compile takes no tensor twice.
     return _QuantizedLinear.apply(x, weight, bias, None if values is x else values, settings, *kept, *learned, *of_rows)
@@ -99,7 +100,7 @@ def once_for(x: torch.Tensor, name: Hashable, make: Callable[[], torch.Tensor]) 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, values, settings, *tensors):
-        tensors, of_rows = _split(tensors, len(tensors) - settings.row_tensors)
+        tensors, of_rows = _split(tensors, len(tensors) - settings.of_rows)
         kept, learned = _split(tensors, settings.kept)
         values = x if values is None else values
         ctx.settings = settings
@@ -112,10 +113,7 @@ class _QuantizedLinear(torch.autograd.Function):
         bias = None if bias is None else bias.to(settings.dtype)
         if of_rows:
             rows = _rows(x, values, of_rows, settings)
-            wrows = settings.rounding.rows(weight, settings.dtype, *learned)
-            if _KEEP:
-                ctx.wrows = wrows
-            output = ops.rows_product(rows, wrows, bias)
+            output = ops.rows_product(rows, settings.rounding.rows(weight, settings.dtype, *learned), bias)
             output = output.view(*x.shape[:-1], -1)
         else:
             quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
@@ -135,9 +133,7 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if ctx.needs_input_grad[0]:
-            wrows = getattr(ctx, "wrows", None)
-            wv = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor) if wrows is None else ops.rows_values(wrows)
-            grad_x = grad_rows @ wv
+            grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
             grad_x = grad_x.reshape(*grad.shape[:-1], grad_x.shape[-1]).to(x_dtype)
         if ctx.needs_input_grad[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
@@ -146,18 +142,14 @@ class _QuantizedLinear(torch.autograd.Function):
             learned_grads = settings.rounding.gradients(grad_rows, values, *learned)
             needs_learned = False
         if ctx.needs_input_grad[1] or needs_learned:
-            if _DW32:
-                grad_weight = torch.mm(grad_rows.t(), values, out_dtype=torch.float32)
-            else:
-                grad_weight = grad_rows.t() @ values
+            grad_weight = _weight_gradient(grad_rows, values, weight_dtype)
             if needs_learned:
                 learned_grads = settings.rounding.learned_gradients(
                     grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor
                 )
-            grad_weight = grad_weight.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad_rows.sum(0).to(bias_dtype)
-        nothing = [None] * settings.kept, [None] * settings.row_tensors
+        nothing = [None] * settings.kept, [None] * settings.of_rows
         return grad_x, grad_weight, grad_bias, None, None, *nothing[0], *learned_grads, *nothing[1]
 
 
@@ -167,9 +159,20 @@ def _split(tensors: tuple[torch.Tensor, ...], first: int) -> tuple[tuple[torch.T
 
 def _rows(x: torch.Tensor, values: torch.Tensor, others: tuple[torch.Tensor, ...], settings: _Settings) -> Rows:
     """The E4M3 rows of x [..., K] from their tensors."""
-    spec, lost = settings.input_spec, others[1] if len(others) > 1 else None
+    (scale, lost, source), spec = others, settings.input_spec
     assert spec is not None
-    return Rows(values, others[0], lost, x.detach().reshape(values.shape), spec.format.name, spec.rule)
+    source = (x if source is None else source).detach().reshape(values.shape)
+    return Rows(values, scale, lost, source, spec.format.name, spec.rule)
+
+
+def _weight_gradient(grad: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """grad [T, N] transposed times values [T, K] -> [N, K] in the dtype of the weight.
+
+    GPUs write the FP32 sums of a product of BF16 values themselves, with one pass less over the gradient.
+    """
+    if grad.is_cuda and grad.dtype == values.dtype == torch.bfloat16 and dtype == torch.float32:
+        return torch.mm(grad.t(), values, out_dtype=dtype)
+    return (grad.t() @ values).to(dtype)
 
 
 def _kept_values(kept: list[torch.Tensor], settings: _Settings) -> torch.Tensor:

@@ -367,23 +367,3 @@ def _rows_product(
 @_rows_product.register_fake
 def _(x_values, x_scale, x_lost, x_source, weight_values, *others):
     return x_values.new_empty((x_values.shape[0], weight_values.shape[0]), dtype=torch.bfloat16)
-
-
-def rows_values(rows: Rows) -> torch.Tensor:
-    """The values of MXFP4 rows in BF16, [R, K], those of lost rows too: `fake_quantize` of what they were made of."""
-    assert rows.lost is not None
-    return _rows_values(rows.values, rows.scale, rows.lost, rows.source, rows.fmt, rows.rule)
-
-
-@_operator("rows_values")
-def _rows_values(
-    values: torch.Tensor, scale: torch.Tensor, lost: torch.Tensor, source: torch.Tensor, fmt: str, rule: str
-) -> torch.Tensor:
-    rows, kernels = Rows(values, scale, lost, source, fmt, rule), E4M3_ROWS.get(values.device.type)
-    has_kernels = kernels is not None and kernels.is_available()
-    return kernels.values_of(rows) if has_kernels else e4m3_rows.rounded(rows)
-
-
-@_rows_values.register_fake
-def _(values, scale, lost, source, fmt, rule):
-    return values.new_empty(values.shape, dtype=torch.bfloat16)

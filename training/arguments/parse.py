@@ -149,6 +149,11 @@ def _check_together(arguments: Arguments) -> None:
             f"--input_scale_refresh {every} has no effect without --do_train True: "
             "scales are calibrated again while weights train; leave it out"
         )
+    if arguments.quantization.fp8_matmul == "on" and not training.bf16:
+        raise UserError(
+            "--fp8_matmul on: products in FP8 give BF16, which is not what --bf16 False or --fp16 True computes in; "
+            "give --bf16 True, or leave --fp8_matmul out"
+        )
     for name in (name for name, on in arguments.quantization.learned.items() if on and not training.bf16):
         raise UserError(
             f"--{name} True: weights are saved as they are quantized in bfloat16, which is not what --bf16 False or "

@@ -11,6 +11,7 @@ from qat import SCHEMES, get_scheme
 from qat.checkpoints.dialects import AUTO, EXPORT_FORMATS, get_dialect, resolved_format
 from qat.checkpoints.dialects.mxfp4 import experts_only
 from qat.errors import UserError
+from qat.layers.fp8_matmul import MODES
 from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement, with_patterns
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 _RATES = ("exponent_learning_rate", "scale_learning_rate")  # of what SETTINGS let layers learn
+
+
+_YAML_WORDS = {"True": "on", "False": "off"}  # what YAML makes of on and off
 
 
 def check_smooth_alpha(alpha: float) -> None:
@@ -119,6 +123,13 @@ class QuantizationArguments:
         default=True,
         metadata={"help": "Log how many codes flip and oscillate and how many values saturate, by group of layers."},
     )
+    fp8_matmul: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute forward products in FP8, from the same quantized values: auto, where the GPU can and the "
+            "values of the scheme fit (MXFP4, FP8, MXFP4FP8); on, or an error; off."
+        },
+    )
     export_format: str = field(
         default=AUTO,
         metadata={
@@ -133,6 +144,9 @@ class QuantizationArguments:
             raise UserError(
                 f"--export_format {self.export_format!r} is unknown; choose one of {', '.join(EXPORT_FORMATS)}, none"
             )
+        self.fp8_matmul = _YAML_WORDS.get(self.fp8_matmul, self.fp8_matmul)
+        if self.fp8_matmul not in MODES:
+            raise UserError(f"--fp8_matmul {self.fp8_matmul!r} is unknown; choose one of {', '.join(MODES)}")
         check_smooth_alpha(self.smooth_alpha)
         self._check_cache()
         self._check_ignore()
@@ -261,7 +275,7 @@ class QuantizationArguments:
 
     def check_unused(self) -> None:
         """Raise a UserError for a setting that has no effect where nothing is quantized."""
-        for name in (*SETTINGS, "smooth_alpha", "calibration_samples", "input_scale_refresh"):
+        for name in (*SETTINGS, "smooth_alpha", "calibration_samples", "input_scale_refresh", "fp8_matmul"):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise UserError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "

@@ -100,9 +100,15 @@ class QuantizationMonitor(TrainerCallback):
         self.inputs = {group: _distinct_inputs(sites) if watch_inputs else [] for group, sites in self.groups.items()}
         self.input_fractions: dict[str, list[torch.Tensor]] = {}
         self.hooks: list = []
+        self.device: torch.device | None = None  # of products in FP8
+        self.lost_rows = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Choose the weights; only now are they where they will be while training."""
+        modules = [site.module for sites in self.groups.values() for site in sites.values()]
+        if any(getattr(module, "in_fp8", False) for module in modules):
+            self.device = args.device
+            self.lost_rows = int(ops.lost_rows(self.device))
         self.samples = {group: _samples(list(sites.values()), self.dtype) for group, sites in self.groups.items()}
         if not any(self.samples.values()):
             logger.warning(
@@ -133,7 +139,8 @@ class QuantizationMonitor(TrainerCallback):
         """Fractions since the last call, as "KIND/GROUP".
 
         flips: of quantized weights that changed in a step; oscillation: of weights that oscillate; saturation_weights
-        and saturation_inputs: of values beyond the largest element of their block.
+        and saturation_inputs: of values beyond the largest element of their block. Where products are computed in FP8,
+        fp8_lost_rows is the number of rows since the last call whose products were computed in BF16 all the same.
         """
         fractions: dict[str, torch.Tensor] = {}
         for group, samples in self.samples.items():
@@ -148,7 +155,13 @@ class QuantizationMonitor(TrainerCallback):
         for group, seen in self.input_fractions.items():
             fractions[f"saturation_inputs/{group}"] = torch.stack(seen).mean()
         self.input_fractions = {}
-        return {name: round(fraction.item(), 6) for name, fraction in sorted(fractions.items())}
+        return {name: round(fraction.item(), 6) for name, fraction in sorted(fractions.items())} | self._lost_rows()
+
+    def _lost_rows(self) -> dict[str, float]:
+        if self.device is None:
+            return {}
+        before, self.lost_rows = self.lost_rows, int(ops.lost_rows(self.device))
+        return {"fp8_lost_rows": self.lost_rows - before}
 
     def _all_samples(self) -> list[WeightSample]:
         return [sample for samples in self.samples.values() for sample in samples]

@@ -94,44 +94,6 @@ def repair(out: torch.Tensor, x: Rows, weight: Rows, bias: torch.Tensor | None) 
     )  # fmt: skip
 
 
-def values_of(rows: Rows) -> torch.Tensor:
-    """The values of MXFP4 rows in BF16, [R, K]; those of lost rows are rounded again."""
-    assert rows.lost is not None
-    out = torch.empty(rows.values.shape, dtype=torch.bfloat16, device=rows.values.device)
-    count, columns = rows.values.shape
-    at_a_time = min(triton.next_power_of_2(columns), _COLUMNS)
-    of_rule = _rule(FORMATS[rows.fmt].element, rows.rule)
-    if count:
-        launch(
-            values_kernel, (count,), (rows.values.view(torch.uint8), rows.scale, rows.lost, rows.source.contiguous(), out), columns,
-            COLUMNS=at_a_time, TILES=triton.cdiv(columns, at_a_time), THRESHOLD=of_rule["THRESHOLD"],
-            SEARCH=of_rule["SEARCH"], VIEW=triton_dtype(out.dtype), num_warps=max(1, at_a_time // _PER_WARP),
-        )  # fmt: skip
-    return out
-
-
-@_jit
-def values_kernel(
-    values_ptr, scale_ptr, lost_ptr, source_ptr, out_ptr, columns, COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    THRESHOLD: tl.constexpr, SEARCH: tl.constexpr, VIEW: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    blocks: tl.constexpr = COLUMNS // 32
-    offsets = tl.arange(0, blocks)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    scale, is_lost = tl.load(scale_ptr + row), tl.load(lost_ptr + row) > 0
-    for tile in tl.static_range(TILES):
-        at = tile * COLUMNS + offsets
-        exists = at < columns
-        if is_lost:
-            x = _to_fp32(tl.load(source_ptr + row * columns + at, mask=exists, other=0))
-            code, elements = _rounded(_viewed(x, source_ptr.dtype.element_ty, VIEW), blocks, THRESHOLD, SEARCH)
-            out = elements * _scale_value(code)[:, None]
-        else:
-            out = tl.load(values_ptr + row * columns + at, mask=exists, other=0).to(tl.float8e4nv, bitcast=True)
-            out = out.to(tl.float32) * scale
-        tl.store(out_ptr + row * columns + at, _to_view(out, VIEW), mask=exists)
-
-
 @_jit
 def _viewed(x, STORED: tl.constexpr, VIEW: tl.constexpr):
     """x (FP32), which is stored in one dtype, as seen in another (FP32)."""
