@@ -23,7 +23,8 @@ import torch  # noqa: E402
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.fake_quant import divisor_of, kernels_for  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from benchmarks.workloads import TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
+from benchmarks.variants import BF16, Variants  # noqa: E402
+from benchmarks.workloads import make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.numerics import e4m3_rows, ops  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
@@ -36,8 +37,6 @@ MXFP4 = FORMATS["mxfp4"]
 SHAPES = ((8192, 8192), (4096, 14336))
 SCHEMES = ("MXFP4", "MXFP8", "FP8", "MXFP4A16", "MXFP8A16", "MXFP4FP8", "MXFP4FP8_G128", "MXFP4MXFP8", "NVFP4",
            "NVFP4A16", "INT4_G32", "INT4_G128")  # fmt: skip
-IN_BF16 = " in BF16 products"  # behind the name of a scheme
-AT_A_TIME = 3  # schemes whose models, with their optimizers, are there at a time, beside BF16
 
 
 def device_seconds(run: Callable[[], object], milliseconds: int = 100) -> float:
@@ -165,56 +164,46 @@ def time_steps(
     batch: tuple[int, int],
     checkpointing: bool,
     compiled: bool,
-    schemes: tuple[str, ...],
+    scheme: str,
     repeats: int = 7,
 ) -> None:
-    """QAT step over BF16 step, alternating; peak memory of each, from a run of its own."""
+    """QAT step over BF16 step, alternating, and peak memory of each."""
     label = f"{'compiled' if compiled else 'eager'}{', checkpointing' if checkpointing else ''}"
-    steps, peaks = {}, {}
-    for scheme in (None, *schemes):
-        free_memory()
-        name, in_bf16 = (scheme or "").removesuffix(IN_BF16), (scheme or "").endswith(IN_BF16)
-        model = make_model(shape, name or None, layers, "cuda", checkpointing, fp8_matmul="off" if in_bf16 else "auto")
-        step = TrainingStep(model, make_batch(model, *batch), compiled)
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        others = before - sum(p.nbytes * 3 for p in model.parameters())  # models of the schemes before this one
-        peaks[scheme] = torch.cuda.max_memory_allocated() - others
-        steps[scheme] = step
-        del model, step
-    seconds = median_seconds(steps, repeats, "cuda")
-    report.add(f"BF16 step, {label}", seconds[None] * 1e3, unit="ms")
-    for scheme in schemes:
-        report.add(f"{scheme} step over BF16, {label}", seconds[scheme] / seconds[None], "1.10")
-        report.add(
-            f"{scheme} peak memory over BF16, {label}", peaks[scheme] / peaks[None], "" if checkpointing else "0.90"
-        )
-    report.add(f"BF16 peak memory, {label}", peaks[None] / 2**30, unit="GiB")
-    if not compiled and not checkpointing and "MXFP4" in schemes:
-        forward = median_seconds({scheme: step.evaluate for scheme, step in steps.items()}, repeats, "cuda")
-        report.add("MXFP4 forward without gradients over BF16", forward["MXFP4"] / forward[None], "1.15")
-        time_distillation(report, steps, make_model(shape, None, layers, "cuda"), repeats)
+    model = make_model(shape, scheme, layers, "cuda", checkpointing)
+    variants = Variants(model, scheme, make_batch(model, *batch), compiled)
+    if not compiled and not checkpointing and scheme == "MXFP4":
+        teacher = FrozenTeacher(load_teacher(make_model(shape, None, layers, "cuda"), None), model.device)
+        variants.add("distilled", teacher=teacher)
+        variants.add("whole", whole_logits=True)
+    runs = {name: variants.run(name) for name in variants.names}
+    others = {"distilled": scheme, "whole": BF16}
+    runs |= {name: variants.run(name, of) for name, of in others.items() if name in variants.steps}
+    peaks = {name: peak_of(run) for name, run in runs.items()}
+    lost = int(ops.lost_rows(model.device))
+    seconds = median_seconds(runs, repeats, "cuda")
+    report.add(f"BF16 step, {label}", seconds[BF16] * 1e3, unit="ms")
+    report.add(f"BF16 peak memory, {label}", peaks[BF16] / 2**30, unit="GiB")
+    for name in variants.names[1:]:
+        report.add(f"{name} step over BF16, {label}", seconds[name] / seconds[BF16], "0.95")
+        report.add(f"{name} peak memory over BF16, {label}", peaks[name] / peaks[BF16])
+    report.add(f"{scheme}, lost rows in these steps, {label}", int(ops.lost_rows(model.device)) - lost)
+    if "distilled" in runs:
+        report.add("distillation step over BF16, eager", seconds["distilled"] / seconds[BF16], "1.20")
+        report.add("BF16 step, loss in chunks over whole logits", seconds[BF16] / seconds["whole"])
+        forward = median_seconds({name: variants.forward(name) for name in variants.names}, repeats, "cuda")
+        for name in variants.names[1:]:
+            report.add(f"{name} forward without gradients over BF16", forward[name] / forward[BF16])
 
 
-def time_distillation(
-    report: Report, steps: dict[str | None, TrainingStep], model: torch.nn.Module, repeats: int
-) -> None:
-    """A distillation step (a BF16 copy of `model` as teacher) over the BF16 step, and what chunks cost."""
-    student = steps["MXFP4"]
-    teacher = FrozenTeacher(load_teacher(model, None), student.model.device)
-    candidates = {
-        "BF16": steps[None],
-        "distilled": TrainingStep(student.model, student.batch, teacher=teacher),
-        "whole": TrainingStep(steps[None].model, student.batch, whole_logits=True),
-    }
-    candidates["distilled"].optimizer, candidates["whole"].optimizer = student.optimizer, steps[None].optimizer
-    seconds = median_seconds(candidates, repeats, "cuda")
-    report.add("distillation step over BF16, eager", seconds["distilled"] / seconds["BF16"], "1.45")
-    report.add("BF16 step, loss in chunks over whole logits", seconds["BF16"] / seconds["whole"])
+def peak_of(run: Callable[[], None]) -> int:
+    """The peak of allocated memory in a step, after two others."""
+    run()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def check_rows(report: Report) -> None:
@@ -255,10 +244,9 @@ def time_fp8_forward(report: Report) -> None:
         time_rows(report, x, w)
         rows = [ops.to_rows(t, MXFP4.name, rule, torch.bfloat16)[0] for t, rule in ((x, "even"), (w, "search"))]
         values = [e4m3_rows.rounded(r) for r in rows]
-        bf16 = graph_seconds(lambda v=values: v[0] @ v[1].t())
-        report.add(
-            f"FP8 product over BF16, time, {size}", graph_seconds(lambda r=rows: ops.rows_product(*r, None)) / bf16
-        )
+        bf16 = device_seconds(lambda v=values: v[0] @ v[1].t())
+        fp8 = device_seconds(lambda r=rows: ops.rows_product(*r, None))
+        report.add(f"FP8 product over BF16, time, {size}", fp8 / bf16)
         report.add(f"looking for lost rows over the BF16 product, {size}", repair_seconds(rows) / bf16)
         for lost in (4, tokens // 16):
             rows[0].lost.fill_(0)
@@ -326,22 +314,17 @@ def main() -> None:
     """Run every section; one that fails is reported and does not stop the others."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where gpu.csv goes")
-    parser.add_argument(
-        "--layers", type=int, help="decoder layers of the 8B-shaped model; default: 6, or 2 below 100 GB"
-    )
+    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the 8B-shaped model")
     parser.add_argument("--sections", default="check,kernels,others,saved,fp8,eager,checkpointing,compiled")
-    parser.add_argument("--schemes", default=",".join(SCHEMES), help=f"of the steps, {AT_A_TIME} at a time")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="of the steps")
     args = parser.parse_args()
     report = Report("gpu", device="cuda")
-    if args.layers is None:
-        args.layers = 6 if torch.cuda.get_device_properties(0).total_memory > 100e9 else 2
     report.add("decoder layers", args.layers)
-    schemes = args.schemes.split(",")
 
     def steps(checkpointing: bool, compiled: bool) -> None:
-        for first in range(0, len(schemes), AT_A_TIME):
-            some = tuple(schemes[first : first + AT_A_TIME])
-            time_steps(report, "llama-8b", args.layers, (4, 2048), checkpointing, compiled, some)
+        for scheme in args.schemes.split(","):
+            time_steps(report, "llama-8b", args.layers, (4, 2048), checkpointing, compiled, scheme)
+            torch._dynamo.reset()
             free_memory()
 
     sections = {
