@@ -171,7 +171,7 @@ def _weight_gradient(grad: torch.Tensor, values: torch.Tensor, dtype: torch.dtyp
     GPUs write the FP32 sums of a product of BF16 values themselves, with one pass less over the gradient.
     """
     if grad.is_cuda and grad.dtype == values.dtype == torch.bfloat16 and dtype == torch.float32:
-        return torch.mm(grad.t(), values, out_dtype=dtype)
+        return ops.product_in_fp32(grad.t(), values)
     return (grad.t() @ values).to(dtype)
 
 

@@ -269,6 +269,17 @@ def _(x, scale, fmt, dtype, divisor=None):
     return x.new_empty(get_format(fmt).code_shape(x.shape), dtype=torch.uint8)
 
 
+@_operator("product_in_fp32")
+def product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [M, T] times b [T, N], both BF16 on a GPU, with its FP32 sums as they are: [M, N]. Without a gradient."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+@product_in_fp32.register_fake
+def _(a, b):
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+
+
 # ---- Products in FP8, see e4m3_rows.py ----
 
 _lost: dict[torch.device, torch.Tensor] = {}
