@@ -31,4 +31,4 @@ def tie_fused(model: nn.Module) -> None:
         for spec in {layers[name].weight_quantizer.spec.format.name for name in names}:
             alike = tuple(layers[name] for name in names if layers[name].weight_quantizer.spec.format.name == spec)
             for layer in alike:
-                layer.__dict__["fused_with"] = alike
+                layer.fuse_with(alike)

@@ -18,6 +18,7 @@ class Operands(nn.Module):
 
     Attributes:
         fused_with: modules, itself among them, that engines fuse into one matrix.
+        fused_id: the same number for all of them.
     """
 
     weight_quantizer: TensorQuantizer
@@ -25,14 +26,20 @@ class Operands(nn.Module):
     output_quantizer: TensorQuantizer
     scheme_name: str
     fused_with: tuple[Operands, ...]
+    fused_id: int
 
     def add_quantizers(self, scheme: Scheme) -> None:
         """Give the module the quantizers of a scheme."""
         self.weight_quantizer = TensorQuantizer.of(scheme.weight)
         self.input_quantizer = TensorQuantizer.of(scheme.input or scheme.weight)
         self.output_quantizer = TensorQuantizer.of(scheme.weight, if_quant=False)
-        self.__dict__["fused_with"] = (self,)  # past nn.Module, which would make it a submodule of itself
+        self.fuse_with((self,))
         self.set_scheme(scheme)
+
+    def fuse_with(self, modules: tuple[Operands, ...]) -> None:
+        """Remember the modules that engines fuse with this one, itself among them."""
+        # Past nn.Module, which would make them submodules. The number is kept since torch.compile knows no id().
+        self.__dict__ |= {"fused_with": modules, "fused_id": id(modules)}
 
     @property
     def scheme(self) -> Scheme:

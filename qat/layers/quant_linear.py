@@ -68,7 +68,7 @@ class LinearProduct(Operands):
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
             output = quantized_linear(
                 input, kept, bias, spec, rounding, dtype, learned, divisor,
-                self.input_divisor(input.device), id(self.fused_with),
+                self.input_divisor(input.device), self.fused_id,
                 self.in_fp8 and spec is not None and dtype == torch.bfloat16 and rounding.gives_rows,
             )  # fmt: skip
         else:
