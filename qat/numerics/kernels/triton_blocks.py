@@ -33,12 +33,6 @@ def _largest_bits(x):
 
 
 @_jit
-def _pack(codes, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Codes of 4 bits (int32 [ROWS, 8 * WORDS]) -> words [ROWS, WORDS], the first code in the lowest bits."""
-    return tl.sum(tl.reshape(codes, (ROWS, WORDS, 8)) << (tl.arange(0, 8) * 4)[None, None, :], axis=2)
-
-
-@_jit
 def _unpack(packed_ptr, rows, exists, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """The codes of 4 bits (int32 [ROWS, SIZE]) of blocks of SIZE values."""
     offsets = rows[:, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]

@@ -116,13 +116,19 @@ def _round(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_NORMAL: 
 
 
 @_jit
-def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr):
-    """Codes of the nearest elements, in the highest BITS bits (uint32)."""
-    rounded = _round_magnitude(tl.abs(scaled), 2.0**EMIN, MANTISSA_BITS)
+def _code(magnitude, sign, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr):
+    """Codes, in the highest BITS bits (uint32), of elements' magnitudes (FP32) and sign bits."""
     # Multiplied so that the smallest normal element becomes FP32's own, an element has its code for exponent and
     # mantissa; the bits below are zero.
-    code = tl.minimum(_bits(rounded * 2.0 ** (-126 - EMIN)), MAX_CODE << (23 - MANTISSA_BITS))
-    return ((code << (9 + MANTISSA_BITS - BITS)) | _sign(scaled)).to(tl.uint32, bitcast=True)
+    code = _bits(magnitude * 2.0 ** (-126 - EMIN)) << (9 + MANTISSA_BITS - BITS)
+    return (code | sign).to(tl.uint32, bitcast=True)
+
+
+@_jit
+def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_NORMAL: tl.constexpr):
+    """Codes, in the highest BITS bits (uint32), of the nearest elements."""
+    rounded = tl.minimum(_round_magnitude(tl.abs(scaled), 2.0**EMIN, MANTISSA_BITS), MAX_NORMAL)
+    return _code(rounded, _sign(scaled), EMIN, MANTISSA_BITS, BITS)
 
 
 @_jit
@@ -228,7 +234,6 @@ def quantize_kernel(
     THRESHOLD: tl.constexpr,
     SEARCH: tl.constexpr,
     BITS: tl.constexpr,
-    MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
@@ -237,7 +242,7 @@ def quantize_kernel(
         x = _to_fp32(_to_view(x, VIEW))
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
-    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
+    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_NORMAL)
     _store_words(packed_ptr, codes, code, rows, exists, ROWS, BITS)
 
 
@@ -252,7 +257,6 @@ def quantize_to_scale_kernel(
     MANTISSA_BITS: tl.constexpr,
     MAX_NORMAL: tl.constexpr,
     BITS: tl.constexpr,
-    MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
@@ -264,7 +268,7 @@ def quantize_to_scale_kernel(
     to_scaled = tl.where(code == 254, _scale_value(code * 0), _to_scaled_units(code))
     scaled = x * to_scaled[:, None]
     scaled = tl.minimum(tl.maximum(scaled, -MAX_NORMAL), MAX_NORMAL)
-    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_CODE)
+    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_NORMAL)
     _store_words(packed_ptr, codes, code, rows, exists, ROWS, BITS)
 
 

@@ -8,8 +8,23 @@ import torch
 
 from ..formats import Format, Quantized
 from ..nvfp4 import BLOCK, FORMATS, tensor_divisor
-from .triton_blocks import _divide, _largest_bits, _pack, _sum_of_squares, _unpack
-from .triton_device import _bits, _float, _jit, _offsets, _round, _round_to_code, _tile, _to_fp32, _to_view, tl, triton
+from .triton_blocks import _divide, _largest_bits, _sum_of_squares, _unpack
+from .triton_device import (
+    _as_words,
+    _bits,
+    _code,
+    _float,
+    _jit,
+    _offsets,
+    _round_magnitude,
+    _round_to_code,
+    _sign,
+    _tile,
+    _to_fp32,
+    _to_view,
+    tl,
+    triton,
+)
 from .triton_fp8 import _fp8_code, _fp8_element
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
@@ -95,14 +110,6 @@ def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, options
 
 
 @_jit
-def _scaled(x, effective, ROWS: tl.constexpr):
-    """x over its scales, at most the largest element of either sign."""
-    scaled = _divide(x, effective, ROWS, 16)
-    magnitude = tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x40C00000)  # 6
-    return _float(magnitude | (_bits(scaled) & -0x80000000))
-
-
-@_jit
 def _divisors(divisor_ptr, rows, exists, ROWS: tl.constexpr, EACH: tl.constexpr):
     """Of each block: that of the tensor, or of the EACH blocks that it is one of."""
     if EACH:
@@ -111,13 +118,71 @@ def _divisors(divisor_ptr, rows, exists, ROWS: tl.constexpr, EACH: tl.constexpr)
 
 
 @_jit
-def _effective(scale, divisor):
-    return tl.math.div_rn(scale, divisor)
+def _effective(code, divisor):
+    return tl.math.div_rn(_fp8_element(code), divisor)
 
 
 @_jit
-def _error(x, effective, ROWS: tl.constexpr):
-    return _sum_of_squares(x - _round(_scaled(x, effective, ROWS), 0, 1, 6.0) * effective[:, None], ROWS, 16)
+def _round_over(magnitude, effective, ROWS: tl.constexpr, DIVIDES: tl.constexpr):
+    """Elements (FP32) nearest to magnitudes [ROWS, 16] over the scales [ROWS] of their blocks; see `_is_plain`."""
+    if DIVIDES:
+        quotient = _divide(magnitude, effective, ROWS, 16)
+    else:
+        reciprocal = tl.broadcast_to((1.0 / effective)[:, None], (ROWS, 16))
+        quotient = magnitude * reciprocal
+        rest = tl.fma(quotient, tl.broadcast_to((-effective)[:, None], (ROWS, 16)), magnitude)
+        quotient = tl.fma(rest, reciprocal, quotient)
+    return _round_magnitude(tl.minimum(quotient, 6.0), 1.0, 1)
+
+
+@_jit
+def _is_plain(effective, amax, LARGEST: tl.constexpr):
+    """Blocks whose values may be divided by multiplying with r, about 1 / s, and correcting the product once.
+
+    What the correction gives is q + r (x - q s), rounded, with q = x r and an exact x - q s. Its error before rounding
+    is that of r, relative to at most 5 units of the last place: less than 2^-22 * 5 units. Elements depend on it only
+    where x / s is that close to one of the numbers m, half a unit above or below a limit h between two elements, at
+    which division rounds to h or beside it. Let S be s as an integer of 24 bits. h having 3 bits, x - m s is a multiple
+    of 2^22 plus or minus S, in units in which it would have to be less than 80; it is not 0, since m has 25 bits and x
+    at most 24. So S modulo 2^22 is another number than 0 and within 80 of a multiple of 2^22, or all is well.
+    Scales and values are to be such that nothing overflows and no quotient that counts, nor rest, is subnormal.
+    """
+    bits = _bits(effective)
+    rest = bits & 0x3FFFFF
+    is_close = (rest != 0) & (((bits + 96) & 0x3FFFFF) <= 192)
+    return (effective >= 5.421010862427522e-20) & (effective <= LARGEST) & (amax < 0x5D800000) & (is_close == 0)
+
+
+@_jit
+def _error(magnitude, elements, effective, ROWS: tl.constexpr):
+    return _sum_of_squares(magnitude - elements * effective[:, None], ROWS, 16)
+
+
+@_jit
+def _neighbour(code, step):
+    return tl.minimum(tl.maximum(code + step, 1), 0x7E)
+
+
+@_jit
+def _round_blocks(
+    magnitude, code, above, below, effective, effective_above, effective_below, ROWS: tl.constexpr,
+    SEARCH: tl.constexpr, DIVIDES: tl.constexpr,
+):  # fmt: skip
+    """Elements' magnitudes [ROWS, 16] and codes of the scales [ROWS]; in a search the best of three."""
+    elements = _round_over(magnitude, effective, ROWS, DIVIDES)
+    if SEARCH:
+        least = _error(magnitude, elements, effective, ROWS)
+        others = _round_over(magnitude, effective_above, ROWS, DIVIDES)
+        error = _error(magnitude, others, effective_above, ROWS)
+        is_better = error < least
+        least = tl.where(is_better, error, least)
+        code, effective = tl.where(is_better, above, code), tl.where(is_better, effective_above, effective)
+        elements = tl.where(is_better[:, None], others, elements)
+        others = _round_over(magnitude, effective_below, ROWS, DIVIDES)
+        is_better = _error(magnitude, others, effective_below, ROWS) < least
+        code, effective = tl.where(is_better, below, code), tl.where(is_better, effective_below, effective)
+        elements = tl.where(is_better[:, None], others, elements)
+    return elements, code, effective
 
 
 @_jit
@@ -144,28 +209,32 @@ def quantize_kernel(
         sixth = _to_fp32(_to_view(sixth, VIEW))
     code = _fp8_code(tl.minimum(_bits(sixth * divisor) & 0x7FFFFFFF, 0x43E00000))  # 448
     code = tl.where(code == 0, 0x20, code)  # 0.125
-    effective = _effective(_fp8_element(code), divisor)
+    above, below = _neighbour(code, 1), _neighbour(code, -1)
+    effective = _effective(code, divisor)
+    effective_above, effective_below = effective, effective
+    # A scale so small that no quotient of numbers of this kind underflows to zero, whose sign would be lost.
+    largest: tl.constexpr = 1.0 if tl.float32 == VIEW else 32768.0
+    is_plain = _is_plain(effective, amax, largest)
     if SEARCH:
-        least = _error(x, effective, ROWS)
-        first = code
-        for step in tl.static_range(1, -2, -2):
-            other = tl.minimum(tl.maximum(first + step, 1), 0x7E)
-            other_effective = _effective(_fp8_element(other), divisor)
-            error = _error(x, other_effective, ROWS)
-            better = error < least
-            least = tl.where(better, error, least)
-            code = tl.where(better, other, code)
-        effective = _effective(_fp8_element(code), divisor)
+        effective_above, effective_below = _effective(above, divisor), _effective(below, divisor)
+        is_plain = is_plain & _is_plain(effective_above, amax, largest) & _is_plain(effective_below, amax, largest)
+    if tl.min(is_plain.to(tl.int32), axis=0) > 0:
+        elements, code, effective = _round_blocks(
+            tl.abs(x), code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, False
+        )
+        sign = _sign(x)
+    else:
+        elements, code, effective = _round_blocks(
+            tl.abs(x), code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, True
+        )
+        sign = _sign(_divide(x, effective, ROWS, 16))
     broken = amax >= 0x7F800000
-    effective = tl.where(broken, float("nan"), effective)
-    scaled = _scaled(x, effective, ROWS)
     if TO_CODES:
         tl.store(scale_ptr + rows, tl.where(broken, 0x7F, code).to(tl.uint8), mask=exists)
-        codes = tl.where(broken[:, None], 0, _round_to_code(scaled, 0, 1, 4, 7))
-        words = tl.arange(0, 2)
-        tl.store(out_ptr + rows[:, None] * 2 + words[None, :], _pack(codes, ROWS, 2), mask=exists[:, None])
+        words = tl.where(broken[:, None], 0, _as_words(_code(elements, sign, 0, 1, 4), ROWS, 2, 4))
+        tl.store(out_ptr + _offsets(rows, 2), words, mask=exists[:, None])
     else:
-        value = _round(scaled, 0, 1, 6.0) * effective[:, None]
+        value = _float(_bits(elements) | sign) * tl.where(broken, float("nan"), effective)[:, None]
         tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])
 
 
@@ -182,11 +251,10 @@ def to_scale_kernel(
     rows, exists = _tile(blocks, ROWS)
     x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + _offsets(rows, 16), mask=exists[:, None], other=0)), VIEW))
     divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
-    effective = _effective(_given_scale(scale_ptr, rows, exists), divisor)
-    codes = _round_to_code(_scaled(x, effective, ROWS), 0, 1, 4, 7)
-    codes = tl.where((effective != effective)[:, None], 0, codes)  # of a block with the NaN scale
-    words = tl.arange(0, 2)
-    tl.store(out_ptr + rows[:, None] * 2 + words[None, :], _pack(codes, ROWS, 2), mask=exists[:, None])
+    effective = tl.math.div_rn(_given_scale(scale_ptr, rows, exists), divisor)
+    codes = _round_to_code(tl.clamp(_divide(x, effective, ROWS, 16), -6.0, 6.0), 0, 1, 4, 6.0)
+    words = tl.where((effective == effective)[:, None], _as_words(codes, ROWS, 2, 4), 0)
+    tl.store(out_ptr + _offsets(rows, 2), words, mask=exists[:, None])
 
 
 @_jit
@@ -199,5 +267,5 @@ def dequantize_kernel(
     element = _float((codes & 7) << 22) * 85070591730234615865843651857942052864.0  # 2^126
     value = _float(_bits(element) | (codes >> 3) << 31)
     divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
-    effective = _effective(_given_scale(scale_ptr, rows, exists), divisor)
+    effective = tl.math.div_rn(_given_scale(scale_ptr, rows, exists), divisor)
     tl.store(out_ptr + _offsets(rows, 16), _to_view(value * effective[:, None], VIEW), mask=exists[:, None])
