@@ -80,10 +80,18 @@ def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, fmt: Fo
 
 
 @_jit
-def _scale(amax_bits, DIVISOR: tl.constexpr, BF16: tl.constexpr):
-    quotient = tl.math.div_rn(_float(amax_bits), tl.zeros_like(_float(amax_bits)) + DIVISOR)
-    scale = tl.maximum(_to_fp32(_to_view(quotient, BF16)), 1.1754943508222875e-38)
-    return tl.where(amax_bits >= 0x7F800000, float("nan"), scale)
+def _scale(amax_bits, DIVISOR: tl.constexpr, DIVIDES: tl.constexpr, BF16: tl.constexpr):
+    """Scales (FP32) without regard to NaN and infinity. Unless it DIVIDES, maxima have at most 11 bits."""
+    amax = _float(amax_bits)
+    if DIVIDES:
+        quotient = tl.math.div_rn(amax, tl.zeros_like(amax) + DIVISOR)
+    else:
+        # A product with the reciprocal, corrected once. It is exact where amax / d has 9 bits, as numbers halfway
+        # between two of BF16 have; another amax / d is at least 2^-13 from those, relative to itself.
+        quotient = amax * (1.0 / DIVISOR)
+        rest = tl.fma(quotient, tl.full(amax.shape, -DIVISOR, tl.float32), amax)
+        quotient = tl.fma(rest, tl.full(amax.shape, 1.0 / DIVISOR, tl.float32), quotient)
+    return tl.maximum(_to_fp32(_to_view(quotient, BF16)), 1.1754943508222875e-38)
 
 
 @_jit
@@ -140,17 +148,18 @@ def quantize_kernel(
     else:
         amax = _largest_bits(x)
         if SEARCH:
-            scale = _scale(amax, 8.0, BF16)
+            scale = _scale(amax, 8.0, divides, BF16)
             least = _error(x, scale, ROWS, SIZE, divides)
-            other = _scale(amax, 7.5, BF16)
+            other = _scale(amax, 7.5, divides, BF16)
             error = _error(x, other, ROWS, SIZE, divides)
             scale = tl.where(error < least, other, scale)
             least = tl.where(error < least, error, least)
-            other = _scale(amax, 7.0, BF16)
+            other = _scale(amax, 7.0, divides, BF16)
             error = _error(x, other, ROWS, SIZE, divides)
             scale = tl.where(error < least, other, scale)
         else:
-            scale = _scale(amax, 7.5, BF16)
+            scale = _scale(amax, 7.5, divides, BF16)
+        scale = tl.where(amax >= 0x7F800000, float("nan"), scale)
     elements = _elements(x, scale, ROWS, SIZE, divides)
     if TO_CODES:
         if not GIVEN:

@@ -118,8 +118,45 @@ def _divisors(divisor_ptr, rows, exists, ROWS: tl.constexpr, EACH: tl.constexpr)
 
 
 @_jit
-def _effective(code, divisor):
-    return tl.math.div_rn(_fp8_element(code), divisor)
+def _reciprocals(divisor_ptr, divisor, ROWS: tl.constexpr, EACH: tl.constexpr):
+    """1 over the divisors, rounded as in IEEE 754."""
+    if EACH:
+        return tl.math.div_rn(tl.full((ROWS,), 1.0, tl.float32), divisor)
+    return tl.zeros((ROWS,), tl.float32) + tl.math.div_rn(1.0, tl.load(divisor_ptr))
+
+
+@_jit
+def _scale_code(amax, sixth, divisor, NATIVE: tl.constexpr, VIEW: tl.constexpr):
+    """Codes of the blocks' scales from their largest magnitudes and these over 6."""
+    if NATIVE:
+        sixth = _to_fp32(_to_view(sixth, VIEW))
+    code = _fp8_code(tl.minimum(_bits(sixth * divisor) & 0x7FFFFFFF, 0x43E00000))  # 448
+    return tl.where(code == 0, 0x20, code)  # 0.125
+
+
+@_jit
+def _sixth(amax, DIVIDES: tl.constexpr):
+    """Magnitudes (FP32 bits) over 6; by a product that is corrected once if they are not tiny."""
+    amax = _float(amax)
+    six = tl.full(amax.shape, 6.0, tl.float32)
+    if DIVIDES:
+        return tl.math.div_rn(amax, six)
+    quotient = amax * (1.0 / 6.0)
+    return tl.fma(tl.fma(quotient, -6.0 + tl.zeros_like(amax), amax), 1.0 / 6.0 + tl.zeros_like(amax), quotient)
+
+
+@_jit
+def _effective(code, divisor, reciprocal, DIVIDES: tl.constexpr):
+    """Scales (FP32) over the divisor; by a product with its reciprocal, rounded, that is corrected twice.
+
+    The first correction leaves less than a unit of the last place, from where another one rounds correctly (Markstein).
+    """
+    scale = _fp8_element(code)
+    if DIVIDES:
+        return tl.math.div_rn(scale, divisor)
+    quotient = scale * reciprocal
+    quotient = tl.fma(tl.fma(quotient, -divisor, scale), reciprocal, quotient)
+    return tl.fma(tl.fma(quotient, -divisor, scale), reciprocal, quotient)
 
 
 @_jit
@@ -136,7 +173,13 @@ def _round_over(magnitude, effective, ROWS: tl.constexpr, DIVIDES: tl.constexpr)
 
 
 @_jit
-def _is_plain(effective, amax, LARGEST: tl.constexpr):
+def _is_close(effective):
+    bits = _bits(effective)
+    return ((bits & 0x3FFFFF) != 0) & (((bits + 96) & 0x3FFFFF) <= 192)
+
+
+@_jit
+def _is_plain(smallest, largest, is_close, amax, divisor, LARGEST: tl.constexpr):
     """Blocks whose values may be divided by multiplying with r, about 1 / s, and correcting the product once.
 
     What the correction gives is q + r (x - q s), rounded, with q = x r and an exact x - q s. Its error before rounding
@@ -145,12 +188,12 @@ def _is_plain(effective, amax, LARGEST: tl.constexpr):
     which division rounds to h or beside it. Let S be s as an integer of 24 bits. h having 3 bits, x - m s is a multiple
     of 2^22 plus or minus S, in units in which it would have to be less than 80; it is not 0, since m has 25 bits and x
     at most 24. So S modulo 2^22 is another number than 0 and within 80 of a multiple of 2^22, or all is well.
-    Scales and values are to be such that nothing overflows and no quotient that counts, nor rest, is subnormal.
+
+    The other conditions: nothing overflows, no rest of a quotient that counts is subnormal, and no quotient underflows
+    to zero, whose sign would be lost.
     """
-    bits = _bits(effective)
-    rest = bits & 0x3FFFFF
-    is_close = (rest != 0) & (((bits + 96) & 0x3FFFFF) <= 192)
-    return (effective >= 5.421010862427522e-20) & (effective <= LARGEST) & (amax < 0x5D800000) & (is_close == 0)
+    in_range = (smallest >= 5.421010862427522e-20) & (largest <= LARGEST) & (amax < 0x5D800000)  # 2^-64, 2^60
+    return in_range & (divisor >= 5.421010862427522e-20) & (divisor <= 18446744073709551616.0) & (is_close == 0)
 
 
 @_jit
@@ -204,26 +247,28 @@ def quantize_kernel(
     x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0)), VIEW))
     divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
     amax = _largest_bits(x)
-    sixth = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 6.0)
-    if NATIVE:
-        sixth = _to_fp32(_to_view(sixth, VIEW))
-    code = _fp8_code(tl.minimum(_bits(sixth * divisor) & 0x7FFFFFFF, 0x43E00000))  # 448
-    code = tl.where(code == 0, 0x20, code)  # 0.125
+    reciprocal = _reciprocals(divisor_ptr, divisor, ROWS, EACH)
+    code = _scale_code(amax, _sixth(amax, False), divisor, NATIVE, VIEW)
     above, below = _neighbour(code, 1), _neighbour(code, -1)
-    effective = _effective(code, divisor)
-    effective_above, effective_below = effective, effective
-    # A scale so small that no quotient of numbers of this kind underflows to zero, whose sign would be lost.
-    largest: tl.constexpr = 1.0 if tl.float32 == VIEW else 32768.0
-    is_plain = _is_plain(effective, amax, largest)
+    effective = _effective(code, divisor, reciprocal, False)
+    effective_above, effective_below, is_close = effective, effective, _is_close(effective)
     if SEARCH:
-        effective_above, effective_below = _effective(above, divisor), _effective(below, divisor)
-        is_plain = is_plain & _is_plain(effective_above, amax, largest) & _is_plain(effective_below, amax, largest)
+        effective_above = _effective(above, divisor, reciprocal, False)
+        effective_below = _effective(below, divisor, reciprocal, False)
+        is_close |= _is_close(effective_above) | _is_close(effective_below)
+    largest: tl.constexpr = 1.0 if tl.float32 == VIEW else 32768.0
+    is_plain = _is_plain(effective_below, effective_above, is_close, amax, divisor, largest)
     if tl.min(is_plain.to(tl.int32), axis=0) > 0:
         elements, code, effective = _round_blocks(
             tl.abs(x), code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, False
         )
         sign = _sign(x)
     else:
+        code = _scale_code(amax, _sixth(amax, True), divisor, NATIVE, VIEW)
+        above, below = _neighbour(code, 1), _neighbour(code, -1)
+        effective = _effective(code, divisor, reciprocal, True)
+        effective_above = _effective(above, divisor, reciprocal, True)
+        effective_below = _effective(below, divisor, reciprocal, True)
         elements, code, effective = _round_blocks(
             tl.abs(x), code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, True
         )
