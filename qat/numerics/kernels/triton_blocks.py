@@ -12,6 +12,18 @@ def _divide(x, scale, ROWS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @_jit
+def _corrected(x, scale, reciprocal):
+    """x / scale, rounded as in IEEE 754, by products (arguments of one shape); the reciprocal is rounded that way too.
+
+    Two corrections: the first leaves less than a unit of the last place, from where the second rounds correctly
+    (Markstein 1990). Quotients and rests that count must be normal numbers.
+    """
+    quotient = x * reciprocal
+    quotient = tl.fma(tl.fma(quotient, -scale, x), reciprocal, quotient)
+    return tl.fma(tl.fma(quotient, -scale, x), reciprocal, quotient)
+
+
+@_jit
 def _sum_of_squares(difference, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """[ROWS, SIZE] -> [ROWS]; neighbours are added in pairs, as in the plain functions."""
     total = difference * difference

@@ -1,8 +1,8 @@
 """The FP8 formats on the GPU. With a scale a row, one program takes a row: it holds up to 4096 values in registers and
 reads longer rows twice, once for their maximum and once to round them. With a scale a block, one takes several blocks.
 
-Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (`div_rn`; Triton's `/` is an approximation), products are
-not fused, and BF16 scales and quotients are rounded to nearest even.
+Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (`div_rn` or `_corrected`; Triton's `/` is an approximation),
+products are not fused where that would change bits, and BF16 scales and quotients are rounded to nearest even.
 """
 
 from __future__ import annotations
@@ -13,8 +13,20 @@ import torch
 
 from ..formats import BF16, Format, Quantized
 from ..fp8 import FORMATS, SMALLEST_INPUT_SCALE, SMALLEST_WEIGHT_SCALE
-from .triton_blocks import _divide, _largest_bits
-from .triton_device import _bits, _float, _jit, _offsets, _tile, _to_fp32, _to_view, tl, triton
+from .triton_blocks import _corrected, _largest_bits
+from .triton_device import (
+    _bits,
+    _code,
+    _float,
+    _jit,
+    _offsets,
+    _round_magnitude,
+    _tile,
+    _to_fp32,
+    _to_view,
+    tl,
+    triton,
+)
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
@@ -131,11 +143,22 @@ def _scale(
 
 
 @_jit
-def _code_of(scaled, NATIVE: tl.constexpr, VIEW: tl.constexpr):
-    """Codes (int32), without signs, of magnitudes over their scales."""
+def _round_over(magnitude, scale, NATIVE: tl.constexpr, VIEW: tl.constexpr, DIVIDES: tl.constexpr):
+    """Elements (FP32) nearest to magnitudes over their scales (a number, or [ROWS, 1])."""
+    if DIVIDES:
+        scaled = tl.math.div_rn(magnitude, tl.zeros_like(magnitude) + scale)
+    else:
+        reciprocal = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
+        scaled = _corrected(magnitude, tl.zeros_like(magnitude) + scale, tl.zeros_like(magnitude) + reciprocal)
     if NATIVE:
         scaled = _to_fp32(_to_view(scaled, VIEW))
-    return _fp8_code(tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x43E00000))  # 448
+    return _round_magnitude(tl.minimum(scaled, 448.0), 0.015625, 3)  # the smallest normal element is 2^-6
+
+
+@_jit
+def _is_moderate(scale):
+    """Scales of which quotients may be computed by `_corrected`: those that count are 2^-11 and more."""
+    return (scale >= 5.421010862427522e-20) & (scale <= 18446744073709551616.0)  # 2^-64, 2^64
 
 
 @_jit
@@ -171,14 +194,16 @@ def quantize_row_kernel(
         here = tile * COLUMNS + offsets
         if TILES > 1:
             x = _load_row(x_ptr, here, columns, VIEW)
-        scaled = tl.math.div_rn(_float(_bits(x) & 0x7FFFFFFF), tl.zeros((COLUMNS,), tl.float32) + scale)
-        code = _code_of(scaled, NATIVE, VIEW)
+        if _is_moderate(scale):
+            element = _round_over(tl.abs(x), scale, NATIVE, VIEW, False)
+        else:
+            element = _round_over(tl.abs(x), scale, NATIVE, VIEW, True)
         sign = _bits(x) & -0x80000000
         if TO_CODES:
-            code = tl.where(broken, 0, code | ((sign >> 24) & 0x80))
+            code = tl.where(broken, 0, _code(element, sign, -6, 3, 8) >> 24)
             tl.store(out_ptr + here, code.to(tl.uint8), mask=here < columns)
         else:
-            value = _float(_bits(_fp8_element(code) * scale) | sign)
+            value = _float(_bits(element * scale) | sign)
             tl.store(out_ptr + here, _to_view(value, VIEW), mask=here < columns)
 
 
@@ -203,14 +228,17 @@ def quantize_block_kernel(
     amax = _largest_bits(x)
     quotient = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 448.0)
     scale = _scale(amax, quotient, NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
-    code = _code_of(_divide(_float(_bits(x) & 0x7FFFFFFF), scale, ROWS, SIZE), NATIVE, VIEW)
+    if tl.min(_is_moderate(scale).to(tl.int32), axis=0) > 0:
+        element = _round_over(tl.abs(x), scale[:, None], NATIVE, VIEW, False)
+    else:
+        element = _round_over(tl.abs(x), scale[:, None], NATIVE, VIEW, True)
     sign = _bits(x) & -0x80000000
     if TO_CODES:
         tl.store(scale_ptr + rows, scale, mask=exists)
-        code = tl.where((amax >= 0x7F800000)[:, None], 0, code | ((sign >> 24) & 0x80))
+        code = tl.where((amax >= 0x7F800000)[:, None], 0, _code(element, sign, -6, 3, 8) >> 24)
         tl.store(out_ptr + offsets, code.to(tl.uint8), mask=exists[:, None])
     else:
-        value = _float(_bits(_fp8_element(code) * scale[:, None]) | sign)
+        value = _float(_bits(element * scale[:, None]) | sign)
         tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])
 
 

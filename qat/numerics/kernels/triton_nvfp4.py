@@ -8,7 +8,7 @@ import torch
 
 from ..formats import Format, Quantized
 from ..nvfp4 import BLOCK, FORMATS, tensor_divisor
-from .triton_blocks import _divide, _largest_bits, _sum_of_squares, _unpack
+from .triton_blocks import _corrected, _divide, _largest_bits, _sum_of_squares, _unpack
 from .triton_device import (
     _as_words,
     _bits,
@@ -147,16 +147,9 @@ def _sixth(amax, DIVIDES: tl.constexpr):
 
 @_jit
 def _effective(code, divisor, reciprocal, DIVIDES: tl.constexpr):
-    """Scales (FP32) over the divisor; by a product with its reciprocal, rounded, that is corrected twice.
-
-    The first correction leaves less than a unit of the last place, from where another one rounds correctly (Markstein).
-    """
+    """Scales (FP32) over the divisor."""
     scale = _fp8_element(code)
-    if DIVIDES:
-        return tl.math.div_rn(scale, divisor)
-    quotient = scale * reciprocal
-    quotient = tl.fma(tl.fma(quotient, -divisor, scale), reciprocal, quotient)
-    return tl.fma(tl.fma(quotient, -divisor, scale), reciprocal, quotient)
+    return tl.math.div_rn(scale, divisor) if DIVIDES else _corrected(scale, divisor, reciprocal)
 
 
 @_jit
