@@ -13,7 +13,8 @@ from .triton_device import _as_words, _bits, _float, _jit, _offsets, _tile, _to_
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
-_VALUES, _WARPS = 512, 2  # of a program: the fastest of 512 to 2048 values and 1 to 4 warps on an H100, as is search
+# Values and warps of a program: the fastest of 512 to 4096 values and 1 to 4 warps on an H100.
+_TILES = {"fake_quantize": (512, 2), "search": (512, 2), "quantize": (2048, 2), "dequantize": (2048, 2)}
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 
@@ -26,8 +27,9 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     """
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    options = {"SEARCH": rule == "search", "GIVEN": False, "TO_CODES": False, "VIEW": triton_dtype(dtype)}
-    _launch(quantize_kernel, (x, out, out), x.numel(), fmt, options)
+    search = rule == "search"
+    options = {"SEARCH": search, "GIVEN": False, "TO_CODES": False, **_dtypes(dtype)}
+    _launch("search" if search else "fake_quantize", quantize_kernel, (x, out, out), x.numel(), fmt, options)
     return out
 
 
@@ -58,24 +60,29 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale.contiguous().view(torch.int16), out)
-    _launch(dequantize_kernel, tensors, out.numel(), fmt, {"VIEW": triton_dtype(dtype)})
+    _launch("dequantize", dequantize_kernel, tensors, out.numel(), fmt, {"VIEW": triton_dtype(dtype)})
     return out
 
 
 def _codes(x: torch.Tensor, scale: torch.Tensor, fmt: Format, dtype: torch.dtype, options: dict) -> torch.Tensor:
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
-    options |= {"TO_CODES": True, "VIEW": triton_dtype(dtype)}
-    _launch(quantize_kernel, (x, codes.view(torch.int32), scale.view(torch.int16)), x.numel(), fmt, options)
+    options |= {"TO_CODES": True, **_dtypes(dtype)}
+    _launch("quantize", quantize_kernel, (x, codes.view(torch.int32), scale.view(torch.int16)), x.numel(), fmt, options)
     return codes
 
 
-def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, fmt: Format, options: dict) -> None:
+def _dtypes(dtype: torch.dtype) -> dict:
+    return {"VIEW": triton_dtype(dtype), "BF16": triton_dtype(torch.bfloat16)}
+
+
+def _launch(
+    name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, fmt: Format, options: dict
+) -> None:
     assert fmt.block is not None, fmt.name
     if blocks := values // fmt.block:
-        rows = _VALUES // fmt.block
-        options |= {"ROWS": rows, "SIZE": fmt.block, "num_warps": _WARPS}
-        if kernel is quantize_kernel:
-            options["BF16"] = triton_dtype(torch.bfloat16)
+        tile, warps = _TILES[name]
+        rows = tile // fmt.block
+        options |= {"ROWS": rows, "SIZE": fmt.block, "num_warps": warps}
         launch(kernel, (triton.cdiv(blocks, rows),), tensors, blocks, **options)
 
 

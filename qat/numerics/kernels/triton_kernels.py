@@ -32,7 +32,9 @@ from .triton_device import (
 
 SERVES = tuple(FORMATS)
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
-_TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "quantize_to_scale": (64, 1)}
+_TILES = {
+    "fake_quantize": (32, 2), "search": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "quantize_to_scale": (64, 1),
+}  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +62,8 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     options = {**_rule(fmt.element, rule), "VIEW": triton_dtype(dtype)}
-    _launch("fake_quantize", fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
+    name = "search" if rule == "search" else "fake_quantize"
+    _launch(name, fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
     return out
 
 

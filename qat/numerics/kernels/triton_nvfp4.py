@@ -29,7 +29,8 @@ from .triton_fp8 import _fp8_code, _fp8_element
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
-_ROWS, _WARPS = 64, 4  # blocks of a program: the best for all rules of 16 to 128 blocks and 1 to 4 warps on an H100
+# Values and warps of a program: the fastest of 512 to 4096 values and 1 to 4 warps on an H100.
+_TILES = {"fake_quantize": (1024, 1), "search": (1024, 1), "quantize": (1024, 1), "dequantize": (1024, 4)}
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 
@@ -45,7 +46,8 @@ def fake_quantize(
     x, dtype = prepare(x, fmt, dtype)
     divisor = _of(x, dtype) if divisor is None else divisor
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch(quantize_kernel, (x, out, out, divisor), x.numel(), _options(rule, dtype, to_codes=False))
+    name = "search" if rule == "search" else "fake_quantize"
+    _launch(name, quantize_kernel, (x, out, out, divisor), x.numel(), _options(rule, dtype, to_codes=False))
     return out
 
 
@@ -58,7 +60,7 @@ def quantize(
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
     scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)
     tensors = (x, codes.view(torch.int32), scale, divisor)
-    _launch(quantize_kernel, tensors, x.numel(), _options(rule, dtype, to_codes=True))
+    _launch("quantize", quantize_kernel, tensors, x.numel(), _options(rule, dtype, to_codes=True))
     return Quantized(codes, (scale.view(torch.float8_e4m3fn), divisor))
 
 
@@ -76,7 +78,7 @@ def quantize_to_scale(
     divisor = _of(x, dtype) if divisor is None else divisor
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
     tensors = (x, codes.view(torch.int32), scale.contiguous().view(torch.uint8), divisor)
-    _launch(to_scale_kernel, tensors, x.numel(), {"VIEW": triton_dtype(dtype)})
+    _launch("quantize", to_scale_kernel, tensors, x.numel(), {"VIEW": triton_dtype(dtype)})
     return codes
 
 
@@ -90,7 +92,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale.contiguous().view(torch.uint8), out, divisor)
-    _launch(dequantize_kernel, tensors, out.numel(), {"VIEW": triton_dtype(dtype)})
+    _launch("dequantize", dequantize_kernel, tensors, out.numel(), {"VIEW": triton_dtype(dtype)})
     return out
 
 
@@ -103,10 +105,12 @@ def _options(rule: str, dtype: torch.dtype, to_codes: bool) -> dict:
     return {"NATIVE": native, "SEARCH": search, "TO_CODES": to_codes, "VIEW": triton_dtype(dtype)}
 
 
-def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, options: dict) -> None:
+def _launch(name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, options: dict) -> None:
     if blocks := values // BLOCK:
         options["EACH"] = 0 if tensors[3].numel() == 1 else blocks // tensors[3].numel()
-        launch(kernel, (triton.cdiv(blocks, _ROWS),), tensors, blocks, ROWS=_ROWS, num_warps=_WARPS, **options)
+        tile, warps = _TILES[name]
+        rows = tile // BLOCK
+        launch(kernel, (triton.cdiv(blocks, rows),), tensors, blocks, ROWS=rows, num_warps=warps, **options)
 
 
 @_jit
