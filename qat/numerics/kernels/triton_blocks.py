@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .triton_device import _add_neighbours, _bits, _jit, tl
+from .triton_device import _add_neighbours, _bits, _float, _jit, tl
 
 
 @_jit
@@ -36,6 +36,12 @@ def _sum_of_squares(difference, ROWS: tl.constexpr, SIZE: tl.constexpr):
     total = _add_neighbours(total, ROWS, 4)
     total = _add_neighbours(total, ROWS, 2)
     return tl.sum(total, axis=1)
+
+
+@_jit
+def _magnitude(x):
+    """|x|, by its bits: those of |x| as a BF16 number would be converted to FP32 once more."""
+    return _float(_bits(x) & 0x7FFFFFFF)
 
 
 @_jit

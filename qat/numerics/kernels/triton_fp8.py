@@ -13,7 +13,7 @@ import torch
 
 from ..formats import BF16, Format, Quantized
 from ..fp8 import FORMATS, SMALLEST_INPUT_SCALE, SMALLEST_WEIGHT_SCALE
-from .triton_blocks import _corrected, _largest_bits
+from .triton_blocks import _corrected, _largest_bits, _magnitude
 from .triton_device import (
     _bits,
     _code,
@@ -195,9 +195,9 @@ def quantize_row_kernel(
         if TILES > 1:
             x = _load_row(x_ptr, here, columns, VIEW)
         if _is_moderate(scale):
-            element = _round_over(tl.abs(x), scale, NATIVE, VIEW, False)
+            element = _round_over(_magnitude(x), scale, NATIVE, VIEW, False)
         else:
-            element = _round_over(tl.abs(x), scale, NATIVE, VIEW, True)
+            element = _round_over(_magnitude(x), scale, NATIVE, VIEW, True)
         sign = _bits(x) & -0x80000000
         if TO_CODES:
             code = tl.where(broken, 0, _code(element, sign, -6, 3, 8) >> 24)
@@ -229,9 +229,9 @@ def quantize_block_kernel(
     quotient = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 448.0)
     scale = _scale(amax, quotient, NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
     if tl.min(_is_moderate(scale).to(tl.int32), axis=0) > 0:
-        element = _round_over(tl.abs(x), scale[:, None], NATIVE, VIEW, False)
+        element = _round_over(_magnitude(x), scale[:, None], NATIVE, VIEW, False)
     else:
-        element = _round_over(tl.abs(x), scale[:, None], NATIVE, VIEW, True)
+        element = _round_over(_magnitude(x), scale[:, None], NATIVE, VIEW, True)
     sign = _bits(x) & -0x80000000
     if TO_CODES:
         tl.store(scale_ptr + rows, scale, mask=exists)

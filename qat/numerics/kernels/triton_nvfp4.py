@@ -8,7 +8,7 @@ import torch
 
 from ..formats import Format, Quantized
 from ..nvfp4 import BLOCK, FORMATS, tensor_divisor
-from .triton_blocks import _corrected, _divide, _largest_bits, _sum_of_squares, _unpack
+from .triton_blocks import _corrected, _divide, _magnitude, _sum_of_squares, _unpack
 from .triton_device import (
     _as_words,
     _bits,
@@ -243,7 +243,8 @@ def quantize_kernel(
     offsets = _offsets(rows, 16)
     x = _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0)), VIEW))
     divisor = _divisors(divisor_ptr, rows, exists, ROWS, EACH)
-    amax = _largest_bits(x)
+    magnitude = _magnitude(x)
+    amax = tl.max(_bits(magnitude), axis=1)  # compared as integers, NaN and infinity come out on top
     reciprocal = _reciprocals(divisor_ptr, divisor, ROWS, EACH)
     code = _scale_code(amax, _sixth(amax, False), divisor, NATIVE, VIEW)
     above, below = _neighbour(code, 1), _neighbour(code, -1)
@@ -257,7 +258,7 @@ def quantize_kernel(
     is_plain = _is_plain(effective_below, effective_above, is_close, amax, divisor, largest)
     if tl.min(is_plain.to(tl.int32), axis=0) > 0:
         elements, code, effective = _round_blocks(
-            tl.abs(x), code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, False
+            magnitude, code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, False
         )
         sign = _sign(x)
     else:
@@ -267,7 +268,7 @@ def quantize_kernel(
         effective_above = _effective(above, divisor, reciprocal, True)
         effective_below = _effective(below, divisor, reciprocal, True)
         elements, code, effective = _round_blocks(
-            tl.abs(x), code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, True
+            magnitude, code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, True
         )
         sign = _sign(_divide(x, effective, ROWS, 16))
     broken = amax >= 0x7F800000
