@@ -52,9 +52,9 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     """Codes and scales; same arguments and bytes as `fp8.quantize`; raises like `fake_quantize`."""
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.float32, device=x.device)
-    _launch(_QUANTIZE, (x, codes, scale), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
-    return Quantized(codes, (scale.to(fmt.scale.storage),))  # exact: the kernel has rounded it
+    scale = torch.empty(fmt.scale_shape(x.shape), dtype=fmt.scale.storage, device=x.device)
+    _launch(_QUANTIZE, (x, codes, _as_bits(scale)), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
+    return Quantized(codes, (scale,))
 
 
 def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
@@ -65,9 +65,14 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     fmt.check_scales(codes.shape, scale)
     check_dtype(dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    tensors = (codes.contiguous(), scale.float().contiguous(), out)
+    tensors = (codes.contiguous(), _as_bits(scale.contiguous()), out)
     _launch(_DEQUANTIZE, tensors, codes, fmt, {"VIEW": triton_dtype(dtype)})
     return out
+
+
+def _as_bits(scale: torch.Tensor) -> torch.Tensor:
+    """BF16 scales as integers."""
+    return scale.view(torch.int16) if scale.dtype == torch.bfloat16 else scale
 
 
 def _rule(fmt: Format, rule: str, dtype: torch.dtype) -> dict:
@@ -112,6 +117,15 @@ def _fp8_element(code):
     # An exact product makes up for the biases; subnormal elements are subnormal FP32 numbers until then.
     value = _float(code << 20) * 1329227995784915872903807060280344576.0  # 2^120
     return tl.where(code > 0x7E, float("nan"), value)
+
+
+@_jit
+def _store_scale(scale_ptr, scale, exists):
+    """Store FP32 scales, or the upper halves of those that are BF16 numbers."""
+    if scale_ptr.dtype.element_ty == tl.int16:
+        tl.store(scale_ptr, (_bits(scale) >> 16).to(tl.int16), mask=exists)
+    else:
+        tl.store(scale_ptr, scale, mask=exists)
 
 
 @_jit
@@ -189,7 +203,7 @@ def quantize_row_kernel(
     scale = _scale(amax, tl.math.div_rn(_float(amax), 448.0), NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
     broken = amax >= 0x7F800000
     if TO_CODES:
-        tl.store(scale_ptr + row, scale)
+        _store_scale(scale_ptr + row, scale, True)
     for tile in tl.static_range(TILES):
         here = tile * COLUMNS + offsets
         if TILES > 1:
@@ -234,7 +248,7 @@ def quantize_block_kernel(
         element = _round_over(_magnitude(x), scale[:, None], NATIVE, VIEW, True)
     sign = _bits(x) & -0x80000000
     if TO_CODES:
-        tl.store(scale_ptr + rows, scale, mask=exists)
+        _store_scale(scale_ptr + rows, scale, exists)
         code = tl.where((amax >= 0x7F800000)[:, None], 0, _code(element, sign, -6, 3, 8) >> 24)
         tl.store(out_ptr + offsets, code.to(tl.uint8), mask=exists[:, None])
     else:
@@ -247,7 +261,7 @@ def dequantize_row_kernel(
     codes_ptr, scale_ptr, out_ptr, columns, COLUMNS: tl.constexpr, TILES: tl.constexpr, VIEW: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scale_ptr + row)
+    scale = _to_fp32(tl.load(scale_ptr + row))
     for tile in tl.static_range(TILES):
         offsets = tile * COLUMNS + tl.arange(0, COLUMNS)
         exists = offsets < columns
@@ -262,7 +276,7 @@ def dequantize_block_kernel(
 ):
     rows, exists = _tile(blocks, ROWS)
     offsets = _offsets(rows, SIZE)
-    scale = tl.load(scale_ptr + rows, mask=exists, other=0)
+    scale = _to_fp32(tl.load(scale_ptr + rows, mask=exists, other=0))
     codes = tl.load(codes_ptr + offsets, mask=exists[:, None], other=0).to(tl.int32)
     value = _float(_bits(_fp8_element(codes & 0x7F)) | ((codes & 0x80) << 24)) * scale[:, None]
     tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])

@@ -157,7 +157,7 @@ def _effective(code, divisor, reciprocal, DIVIDES: tl.constexpr):
 
 
 @_jit
-def _round_over(magnitude, effective, ROWS: tl.constexpr, DIVIDES: tl.constexpr):
+def _round_over(magnitude, effective, ROWS: tl.constexpr, SATURATES: tl.constexpr, DIVIDES: tl.constexpr):
     """Elements (FP32) nearest to magnitudes [ROWS, 16] over the scales [ROWS] of their blocks; see `_is_plain`."""
     if DIVIDES:
         quotient = _divide(magnitude, effective, ROWS, 16)
@@ -166,7 +166,9 @@ def _round_over(magnitude, effective, ROWS: tl.constexpr, DIVIDES: tl.constexpr)
         quotient = magnitude * reciprocal
         rest = tl.fma(quotient, tl.broadcast_to((-effective)[:, None], (ROWS, 16)), magnitude)
         quotient = tl.fma(rest, reciprocal, quotient)
-    return _round_magnitude(tl.minimum(quotient, 6.0), 1.0, 1)
+    if SATURATES:
+        quotient = tl.minimum(quotient, 6.0)
+    return _round_magnitude(quotient, 1.0, 1)
 
 
 @_jit
@@ -176,7 +178,7 @@ def _is_close(effective):
 
 
 @_jit
-def _is_plain(smallest, largest, is_close, amax, divisor, LARGEST: tl.constexpr):
+def _is_plain(smallest, effective, largest, is_close, amax, divisor, LARGEST: tl.constexpr):
     """Blocks whose values may be divided by multiplying with r, about 1 / s, and correcting the product once.
 
     What the correction gives is q + r (x - q s), rounded, with q = x r and an exact x - q s. Its error before rounding
@@ -186,11 +188,12 @@ def _is_plain(smallest, largest, is_close, amax, divisor, LARGEST: tl.constexpr)
     of 2^22 plus or minus S, in units in which it would have to be less than 80; it is not 0, since m has 25 bits and x
     at most 24. So S modulo 2^22 is another number than 0 and within 80 of a multiple of 2^22, or all is well.
 
-    The other conditions: nothing overflows, no rest of a quotient that counts is subnormal, and no quotient underflows
-    to zero, whose sign would be lost.
+    The other conditions: nothing overflows, no rest of a quotient that counts is subnormal, no quotient underflows to
+    zero, whose sign would be lost, and no value is rounded to more than 6 under the block's own scale.
     """
+    saturates = _float(amax) > 6.875 * effective
     in_range = (smallest >= 5.421010862427522e-20) & (largest <= LARGEST) & (amax < 0x5D800000)  # 2^-64, 2^60
-    return in_range & (divisor >= 5.421010862427522e-20) & (divisor <= 18446744073709551616.0) & (is_close == 0)
+    return in_range & (divisor >= 5.421010862427522e-20) & (divisor <= 18446744073709551616.0) & (is_close == 0) & (saturates == 0)
 
 
 @_jit
@@ -209,16 +212,16 @@ def _round_blocks(
     SEARCH: tl.constexpr, DIVIDES: tl.constexpr,
 ):  # fmt: skip
     """Elements' magnitudes [ROWS, 16] and codes of the scales [ROWS]; in a search the best of three."""
-    elements = _round_over(magnitude, effective, ROWS, DIVIDES)
+    elements = _round_over(magnitude, effective, ROWS, DIVIDES, DIVIDES)
     if SEARCH:
         least = _error(magnitude, elements, effective, ROWS)
-        others = _round_over(magnitude, effective_above, ROWS, DIVIDES)
+        others = _round_over(magnitude, effective_above, ROWS, DIVIDES, DIVIDES)
         error = _error(magnitude, others, effective_above, ROWS)
         is_better = error < least
         least = tl.where(is_better, error, least)
         code, effective = tl.where(is_better, above, code), tl.where(is_better, effective_above, effective)
         elements = tl.where(is_better[:, None], others, elements)
-        others = _round_over(magnitude, effective_below, ROWS, DIVIDES)
+        others = _round_over(magnitude, effective_below, ROWS, True, DIVIDES)
         is_better = _error(magnitude, others, effective_below, ROWS) < least
         code, effective = tl.where(is_better, below, code), tl.where(is_better, effective_below, effective)
         elements = tl.where(is_better[:, None], others, elements)
@@ -255,7 +258,7 @@ def quantize_kernel(
         effective_below = _effective(below, divisor, reciprocal, False)
         is_close |= _is_close(effective_above) | _is_close(effective_below)
     largest: tl.constexpr = 1.0 if tl.float32 == VIEW else 32768.0
-    is_plain = _is_plain(effective_below, effective_above, is_close, amax, divisor, largest)
+    is_plain = _is_plain(effective_below, effective, effective_above, is_close, amax, divisor, largest)
     if tl.min(is_plain.to(tl.int32), axis=0) > 0:
         elements, code, effective = _round_blocks(
             magnitude, code, above, below, effective, effective_above, effective_below, ROWS, SEARCH, False
