@@ -125,7 +125,9 @@ def _code(magnitude, sign, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS
 
 
 @_jit
-def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_NORMAL: tl.constexpr):
+def _round_to_code(
+    scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_NORMAL: tl.constexpr
+):
     """Codes, in the highest BITS bits (uint32), of the nearest elements."""
     rounded = tl.minimum(_round_magnitude(tl.abs(scaled), 2.0**EMIN, MANTISSA_BITS), MAX_NORMAL)
     return _code(rounded, _sign(scaled), EMIN, MANTISSA_BITS, BITS)

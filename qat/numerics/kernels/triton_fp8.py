@@ -1,8 +1,9 @@
 """The FP8 formats on the GPU. With a scale a row, one program takes a row: it holds up to 4096 values in registers and
 reads longer rows twice, once for their maximum and once to round them. With a scale a block, one takes several blocks.
 
-Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (`div_rn` or `_corrected`; Triton's `/` is an approximation),
-products are not fused where that would change bits, and BF16 scales and quotients are rounded to nearest even.
+Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (by `div_rn` or `_corrected`; Triton's `/` is an
+approximation), products are not fused where that would change bits, and BF16 scales and quotients are rounded to
+nearest even.
 """
 
 from __future__ import annotations

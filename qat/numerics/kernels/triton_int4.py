@@ -75,9 +75,7 @@ def _dtypes(dtype: torch.dtype) -> dict:
     return {"VIEW": triton_dtype(dtype), "BF16": triton_dtype(torch.bfloat16)}
 
 
-def _launch(
-    name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, fmt: Format, options: dict
-) -> None:
+def _launch(name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], values: int, fmt: Format, options: dict) -> None:
     assert fmt.block is not None, fmt.name
     if blocks := values // fmt.block:
         tile, warps = _TILES[name]
@@ -105,10 +103,10 @@ def _scale(amax_bits, DIVISOR: tl.constexpr, DIVIDES: tl.constexpr, BF16: tl.con
 def _elements(x, scale, ROWS: tl.constexpr, SIZE: tl.constexpr, DIVIDES: tl.constexpr):
     """-8 to 7 (FP32), ties to even. Unless it DIVIDES, x has at most 11 bits and the scales come from its maxima.
 
-    Then no quotient is needed. x / s is either halfway between two integers or at least 2^-13 from there: h s, with h
-    half an integer, is a multiple of half a unit of s, and x of a unit of its own, so that |x - h s| is at least
-    s / 512 or |x| / 2^11. x times an approximation of 1 / s is off by less than 2^-18; rounded to multiples of 2^-16, by
-    adding 192, it is a half exactly where x / s is one, and else on the same side of it.
+    Then no quotient is needed. x / s is either halfway between two integers or at least 2^-13 from there: with h half
+    an integer, h s is a multiple of half the last place of s, and x of its own last place, so that |x - h s| is 0 or
+    at least s / 512 or |x| / 2^11. x times an approximation of 1 / s is off by less than 2^-18. Rounded to multiples of
+    2^-16, by adding 192, it is exactly h where x / s is, and else on the same side of h.
     """
     if DIVIDES:
         quotient = tl.maximum(_divide(x, scale, ROWS, SIZE), -8.0)

@@ -33,8 +33,12 @@ from .triton_device import (
 SERVES = tuple(FORMATS)
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
 _TILES = {
-    "fake_quantize": (32, 2), "search": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "quantize_to_scale": (64, 1),
-}  # fmt: skip
+    "fake_quantize": (32, 2),
+    "search": (32, 2),
+    "quantize": (64, 1),
+    "dequantize": (32, 1),
+    "quantize_to_scale": (64, 1),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -88,8 +92,9 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale_e8m0_biased.contiguous(), out)
-    options: dict[str, Any] = {"MANTISSA_BITS": fmt.element.mantissa_bits, "BITS": fmt.element.bits}
-    options |= {"MAX_CODE": fmt.element.largest_code, "BIAS_FACTOR": 2.0 ** (126 + fmt.element.emin), "VIEW": triton_dtype(dtype)}
+    element = fmt.element
+    options: dict[str, Any] = {"MANTISSA_BITS": element.mantissa_bits, "BIAS_FACTOR": 2.0 ** (126 + element.emin)}
+    options |= {"BITS": element.bits, "MAX_CODE": element.largest_code, "VIEW": triton_dtype(dtype)}
     _launch("dequantize", dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
 

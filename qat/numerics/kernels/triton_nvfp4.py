@@ -191,9 +191,9 @@ def _is_plain(smallest, effective, largest, is_close, amax, divisor, LARGEST: tl
     The other conditions: nothing overflows, no rest of a quotient that counts is subnormal, no quotient underflows to
     zero, whose sign would be lost, and no value is rounded to more than 6 under the block's own scale.
     """
-    saturates = _float(amax) > 6.875 * effective
     in_range = (smallest >= 5.421010862427522e-20) & (largest <= LARGEST) & (amax < 0x5D800000)  # 2^-64, 2^60
-    return in_range & (divisor >= 5.421010862427522e-20) & (divisor <= 18446744073709551616.0) & (is_close == 0) & (saturates == 0)
+    in_range &= (divisor >= 5.421010862427522e-20) & (divisor <= 18446744073709551616.0)  # 2^-64, 2^64
+    return in_range & (_float(amax) <= 6.875 * effective) & (is_close == 0)
 
 
 @_jit
