@@ -29,8 +29,8 @@ from .triton_fp8 import _fp8_code, _fp8_element
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
-# Values and warps of a program: the fastest of 512 to 4096 values and 1 to 4 warps on an H100.
-_TILES = {"fake_quantize": (1024, 1), "search": (1024, 1), "quantize": (1024, 1), "dequantize": (1024, 4)}
+# Values and warps of a program. One warp decides without shared memory whether it divides, see `_is_plain`.
+_TILES = {"fake_quantize": (512, 1), "search": (512, 1), "quantize": (1024, 1), "dequantize": (1024, 4)}
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 
