@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from .triton_device import _add_neighbours, _bits, _jit, tl
+from .triton_device import _add_neighbours, _bits, _float, _jit, tl
 
 
 @_jit
 def _divide(x, scale, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """x [ROWS, SIZE] over the scales [ROWS] of its rows, rounded as in IEEE 754."""
     return tl.math.div_rn(x, tl.zeros((ROWS, SIZE), tl.float32) + scale[:, None])
+
+
+@_jit
+def _corrected(x, scale, reciprocal):
+    """x / scale, rounded as in IEEE 754, by products (arguments of one shape); the reciprocal is rounded that way too.
+
+    Two corrections: the first leaves less than a unit of the last place, from where the second rounds correctly
+    (Markstein 1990). Quotients and rests that count must be normal numbers.
+    """
+    quotient = x * reciprocal
+    quotient = tl.fma(tl.fma(quotient, -scale, x), reciprocal, quotient)
+    return tl.fma(tl.fma(quotient, -scale, x), reciprocal, quotient)
 
 
 @_jit
@@ -27,15 +39,15 @@ def _sum_of_squares(difference, ROWS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @_jit
-def _largest_bits(x):
-    """The largest magnitudes [ROWS] of rows, as FP32 bits; compared as integers, NaN and infinity come out on top."""
-    return tl.max(_bits(x) & 0x7FFFFFFF, axis=1)
+def _magnitude(x):
+    """|x|, by its bits: those of |x| as a BF16 number would be converted to FP32 once more."""
+    return _float(_bits(x) & 0x7FFFFFFF)
 
 
 @_jit
-def _pack(codes, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Codes of 4 bits (int32 [ROWS, 8 * WORDS]) -> words [ROWS, WORDS], the first code in the lowest bits."""
-    return tl.sum(tl.reshape(codes, (ROWS, WORDS, 8)) << (tl.arange(0, 8) * 4)[None, None, :], axis=2)
+def _largest_bits(x):
+    """The largest magnitudes [ROWS] of rows, as FP32 bits; compared as integers, NaN and infinity come out on top."""
+    return tl.max(_bits(x) & 0x7FFFFFFF, axis=1)
 
 
 @_jit

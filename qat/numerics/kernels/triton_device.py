@@ -5,8 +5,8 @@ kernel reads its input once and writes its output once. A program takes a tile o
 block: memory is contiguous, so a thread loads 16 bytes at a time, and four threads share a block and find its largest
 magnitude by exchanging registers.
 
-The arithmetic is that of mx.py, which explains it: FP32, exact multiplications by powers of two, and rounding by
-adding and subtracting 1.5 * 2^(23 + k). Exponents are handled as FP32 bit patterns.
+The arithmetic is that of mx.py: FP32 and exact multiplications by powers of two. A GPU does half as many operations on
+bits as on FP32 numbers, maxima included; so elements are rounded by additions alone (`_round_magnitude`).
 
 Without Triton, `triton` and `tl` are None and the kernels plain functions that cannot be launched.
 """
@@ -87,13 +87,19 @@ def _shared_exponent(x, EMAX: tl.constexpr, THRESHOLD: tl.constexpr):
 
 
 @_jit
-def _magic(magnitude_bits, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr):
-    """1.5 * 2^(23 + k) as FP32 bits, with 2^k the step of the element format at these magnitudes (scaled units).
+def _round_magnitude(magnitude, SMALLEST_NORMAL: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """Magnitudes (FP32, not negative) to the nearest numbers of MANTISSA_BITS, ties to even, without an upper limit.
 
-    No magnitude reaches 2^(emax + 1), because the scale comes from the block's maximum.
+    With e the exponent of a, or the smallest one if that is larger, elements near a are multiples of 2^(e - M). So are
+    all FP32 numbers in the binade of t = 2^(23 - M) max(a, 1.5 * 2^emin). t itself is an even multiple where a is
+    halfway between two, hence a - t is rounded as a should be; t plus that is exact. Where t - a falls into the binade
+    below, whose numbers are closer together, a is so close to 2^e that it becomes 2^e there too. The products are
+    exact, so it does not matter that they are fused.
     """
-    field = tl.maximum(magnitude_bits, (127 + EMIN) << 23) & 0x7F800000
-    return field + (((23 - MANTISSA_BITS) << 23) + (1 << 22))
+    at_least = tl.maximum(magnitude, 1.5 * SMALLEST_NORMAL)
+    up = tl.full(magnitude.shape, 2.0 ** (23 - MANTISSA_BITS), tl.float32)
+    down = tl.full(magnitude.shape, -(2.0 ** (23 - MANTISSA_BITS)), tl.float32)
+    return tl.fma(at_least, up, tl.fma(at_least, down, magnitude))
 
 
 @_jit
@@ -105,26 +111,26 @@ def _sign(scaled):
 @_jit
 def _round(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_NORMAL: tl.constexpr):
     """Nearest elements, in scaled units."""
-    magnitude = _bits(scaled) & 0x7FFFFFFF
-    magic = _float(_magic(magnitude, EMIN, MANTISSA_BITS))
-    rounded = tl.minimum((_float(magnitude) + magic) - magic, MAX_NORMAL)
+    rounded = tl.minimum(_round_magnitude(tl.abs(scaled), 2.0**EMIN, MANTISSA_BITS), MAX_NORMAL)
     return _float(_bits(rounded) | _sign(scaled))
 
 
 @_jit
-def _round_to_code(scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_CODE: tl.constexpr):
-    """Codes of the nearest elements (int32).
+def _code(magnitude, sign, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr):
+    """Codes, in the highest BITS bits (uint32), of elements' magnitudes (FP32) and sign bits."""
+    # Multiplied so that the smallest normal element becomes FP32's own, an element has its code for exponent and
+    # mantissa; the bits below are zero.
+    code = _bits(magnitude * 2.0 ** (-126 - EMIN)) << (9 + MANTISSA_BITS - BITS)
+    return (code | sign).to(tl.uint32, bitcast=True)
 
-    The low bits of the sum with the magic number count steps from zero; each binade above the smallest starts one
-    mantissa's range later.
-    """
-    magnitude = _bits(scaled) & 0x7FFFFFFF
-    magic = _magic(magnitude, EMIN, MANTISSA_BITS)
-    steps = _bits(_float(magnitude) + _float(magic)) - magic
-    first_magic = ((127 + EMIN + 23 - MANTISSA_BITS) << 23) + (1 << 22)
-    binade = (magic - first_magic) >> (23 - MANTISSA_BITS)
-    sign = (_bits(scaled + 0.0) >> 31) & (1 << (BITS - 1))  # an arithmetic shift: all ones where negative
-    return tl.minimum(steps + binade, MAX_CODE) | sign
+
+@_jit
+def _round_to_code(
+    scaled, EMIN: tl.constexpr, MANTISSA_BITS: tl.constexpr, BITS: tl.constexpr, MAX_NORMAL: tl.constexpr
+):
+    """Codes, in the highest BITS bits (uint32), of the nearest elements."""
+    rounded = tl.minimum(_round_magnitude(tl.abs(scaled), 2.0**EMIN, MANTISSA_BITS), MAX_NORMAL)
+    return _code(rounded, _sign(scaled), EMIN, MANTISSA_BITS, BITS)
 
 
 @_jit
@@ -156,22 +162,40 @@ def _find_scale(
     """Biased exponents [ROWS] under the scale rule."""
     code = _shared_exponent(x, EMAX, THRESHOLD)
     if SEARCH:
-        code_up = tl.where(code < 254, code + 1, code)
-        scaled = x * _to_scaled_units(code)[:, None]
-        scaled_up = x * _to_scaled_units(code_up)[:, None]
-        error = _block_error(scaled - _round(scaled, EMIN, MANTISSA_BITS, MAX_NORMAL), ROWS)
-        error_up = _block_error(scaled - 2.0 * _round(scaled_up, EMIN, MANTISSA_BITS, MAX_NORMAL), ROWS)
-        code = tl.where(error_up < error, code_up, code)
+        # Without signs, which squares do not need, and in units of the smaller scale: the larger one's elements are
+        # those of twice the size. None of them is too large for a value, and no code is 254 (only that of NaN is 255).
+        scaled = tl.abs(x * _to_scaled_units(code)[:, None])
+        rounded = tl.minimum(_round_magnitude(scaled, 2.0**EMIN, MANTISSA_BITS), MAX_NORMAL)
+        rounded_up = _round_magnitude(scaled, 2.0 ** (EMIN + 1), MANTISSA_BITS)
+        is_better = _block_error(scaled - rounded_up, ROWS) < _block_error(scaled - rounded, ROWS)
+        code = tl.where(is_better & (code < 254), code + 1, code)
     return code
 
 
 @_jit
-def _store_codes(packed_ptr, codes, scale_code, rows, exists, ROWS: tl.constexpr, BITS: tl.constexpr):
-    codes = tl.where(scale_code[:, None] == 255, 0, codes)
-    # Four bytes at a time: the codes of a word lie in one thread, so putting them together moves no data.
+def _as_words(codes, ROWS: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """Codes in the highest BITS bits (uint32 [ROWS, n * WORDS]) -> words [ROWS, WORDS], the first code lowest.
+
+    Four bytes at a time: the codes of a word lie in one thread, so putting them together moves no data.
+    """
     in_word: tl.constexpr = 32 // BITS
-    words = tl.sum(tl.reshape(codes, (ROWS, BITS, in_word)) << (tl.arange(0, in_word) * BITS)[None, None, :], axis=2)
+    down = 32 - BITS - tl.arange(0, in_word) * BITS
+    words = tl.sum(tl.reshape(codes, (ROWS, WORDS, in_word)) >> down.to(tl.uint32)[None, None, :], axis=2)
+    return words.to(tl.int32, bitcast=True)
+
+
+@_jit
+def _store_words(packed_ptr, codes, scale_code, rows, exists, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """Store what `_round_to_code` returned; zeros under the NaN scale."""
+    words = tl.where(scale_code[:, None] == 255, 0, _as_words(codes, ROWS, BITS, BITS))
     tl.store(packed_ptr + _offsets(rows, BITS), words, mask=exists[:, None])
+
+
+@_jit
+def _store_codes(packed_ptr, codes, scale_code, rows, exists, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """Store codes in the lowest BITS bits (int32 [ROWS, 32])."""
+    at_top = (codes << (32 - BITS)).to(tl.uint32, bitcast=True)
+    _store_words(packed_ptr, at_top, scale_code, rows, exists, ROWS, BITS)
 
 
 @_jit
@@ -212,7 +236,6 @@ def quantize_kernel(
     THRESHOLD: tl.constexpr,
     SEARCH: tl.constexpr,
     BITS: tl.constexpr,
-    MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
@@ -221,8 +244,8 @@ def quantize_kernel(
         x = _to_fp32(_to_view(x, VIEW))
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
-    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_CODE)
-    _store_codes(packed_ptr, codes, code, rows, exists, ROWS, BITS)
+    codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_NORMAL)
+    _store_words(packed_ptr, codes, code, rows, exists, ROWS, BITS)
 
 
 @_jit
@@ -236,7 +259,6 @@ def quantize_to_scale_kernel(
     MANTISSA_BITS: tl.constexpr,
     MAX_NORMAL: tl.constexpr,
     BITS: tl.constexpr,
-    MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
@@ -248,8 +270,8 @@ def quantize_to_scale_kernel(
     to_scaled = tl.where(code == 254, _scale_value(code * 0), _to_scaled_units(code))
     scaled = x * to_scaled[:, None]
     scaled = tl.minimum(tl.maximum(scaled, -MAX_NORMAL), MAX_NORMAL)
-    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_CODE)
-    _store_codes(packed_ptr, codes, code, rows, exists, ROWS, BITS)
+    codes = _round_to_code(scaled, EMIN, MANTISSA_BITS, BITS, MAX_NORMAL)
+    _store_words(packed_ptr, codes, code, rows, exists, ROWS, BITS)
 
 
 @_jit

@@ -1,8 +1,9 @@
 """The FP8 formats on the GPU. With a scale a row, one program takes a row: it holds up to 4096 values in registers and
 reads longer rows twice, once for their maximum and once to round them. With a scale a block, one takes several blocks.
 
-Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (`div_rn`; Triton's `/` is an approximation), products are
-not fused, and BF16 scales and quotients are rounded to nearest even.
+Bit-equal to `fp8.py`: quotients are rounded as in IEEE 754 (by `div_rn` or `_corrected`; Triton's `/` is an
+approximation), products are not fused where that would change bits, and BF16 scales and quotients are rounded to
+nearest even.
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ import torch
 
 from ..formats import BF16, Format, Quantized
 from ..fp8 import FORMATS, SMALLEST_INPUT_SCALE, SMALLEST_WEIGHT_SCALE
-from .triton_blocks import _divide, _largest_bits
-from .triton_device import _bits, _float, _jit, _offsets, _tile, _to_fp32, _to_view, tl, triton
+from .triton_blocks import _corrected, _largest_bits, _magnitude
+from .triton_device import (
+    _bits,
+    _code,
+    _float,
+    _jit,
+    _offsets,
+    _round_magnitude,
+    _tile,
+    _to_fp32,
+    _to_view,
+    tl,
+    triton,
+)
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
@@ -40,9 +53,9 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     """Codes and scales; same arguments and bytes as `fp8.quantize`; raises like `fake_quantize`."""
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.float32, device=x.device)
-    _launch(_QUANTIZE, (x, codes, scale), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
-    return Quantized(codes, (scale.to(fmt.scale.storage),))  # exact: the kernel has rounded it
+    scale = torch.empty(fmt.scale_shape(x.shape), dtype=fmt.scale.storage, device=x.device)
+    _launch(_QUANTIZE, (x, codes, _as_bits(scale)), x, fmt, {**_rule(fmt, rule, dtype), "TO_CODES": True})
+    return Quantized(codes, (scale,))
 
 
 def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
@@ -53,9 +66,14 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     fmt.check_scales(codes.shape, scale)
     check_dtype(dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    tensors = (codes.contiguous(), scale.float().contiguous(), out)
+    tensors = (codes.contiguous(), _as_bits(scale.contiguous()), out)
     _launch(_DEQUANTIZE, tensors, codes, fmt, {"VIEW": triton_dtype(dtype)})
     return out
+
+
+def _as_bits(scale: torch.Tensor) -> torch.Tensor:
+    """BF16 scales as integers."""
+    return scale.view(torch.int16) if scale.dtype == torch.bfloat16 else scale
 
 
 def _rule(fmt: Format, rule: str, dtype: torch.dtype) -> dict:
@@ -103,6 +121,15 @@ def _fp8_element(code):
 
 
 @_jit
+def _store_scale(scale_ptr, scale, exists):
+    """Store FP32 scales, or the upper halves of those that are BF16 numbers."""
+    if scale_ptr.dtype.element_ty == tl.int16:
+        tl.store(scale_ptr, (_bits(scale) >> 16).to(tl.int16), mask=exists)
+    else:
+        tl.store(scale_ptr, scale, mask=exists)
+
+
+@_jit
 def _load_row(x_ptr, offsets, columns, VIEW: tl.constexpr):
     """Values (FP32) of a tile of the row at `x_ptr`, as seen in VIEW; zero beyond its end."""
     return _to_fp32(_to_view(_to_fp32(tl.load(x_ptr + offsets, mask=offsets < columns, other=0)), VIEW))
@@ -131,11 +158,22 @@ def _scale(
 
 
 @_jit
-def _code_of(scaled, NATIVE: tl.constexpr, VIEW: tl.constexpr):
-    """Codes (int32), without signs, of magnitudes over their scales."""
+def _round_over(magnitude, scale, NATIVE: tl.constexpr, VIEW: tl.constexpr, DIVIDES: tl.constexpr):
+    """Elements (FP32) nearest to magnitudes over their scales (a number, or [ROWS, 1])."""
+    if DIVIDES:
+        scaled = tl.math.div_rn(magnitude, tl.zeros_like(magnitude) + scale)
+    else:
+        reciprocal = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
+        scaled = _corrected(magnitude, tl.zeros_like(magnitude) + scale, tl.zeros_like(magnitude) + reciprocal)
     if NATIVE:
         scaled = _to_fp32(_to_view(scaled, VIEW))
-    return _fp8_code(tl.minimum(_bits(scaled) & 0x7FFFFFFF, 0x43E00000))  # 448
+    return _round_magnitude(tl.minimum(scaled, 448.0), 0.015625, 3)  # the smallest normal element is 2^-6
+
+
+@_jit
+def _is_moderate(scale):
+    """Scales of which quotients may be computed by `_corrected`: those that count are 2^-11 and more."""
+    return (scale >= 5.421010862427522e-20) & (scale <= 18446744073709551616.0)  # 2^-64, 2^64
 
 
 @_jit
@@ -166,19 +204,21 @@ def quantize_row_kernel(
     scale = _scale(amax, tl.math.div_rn(_float(amax), 448.0), NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
     broken = amax >= 0x7F800000
     if TO_CODES:
-        tl.store(scale_ptr + row, scale)
+        _store_scale(scale_ptr + row, scale, True)
     for tile in tl.static_range(TILES):
         here = tile * COLUMNS + offsets
         if TILES > 1:
             x = _load_row(x_ptr, here, columns, VIEW)
-        scaled = tl.math.div_rn(_float(_bits(x) & 0x7FFFFFFF), tl.zeros((COLUMNS,), tl.float32) + scale)
-        code = _code_of(scaled, NATIVE, VIEW)
+        if _is_moderate(scale):
+            element = _round_over(_magnitude(x), scale, NATIVE, VIEW, False)
+        else:
+            element = _round_over(_magnitude(x), scale, NATIVE, VIEW, True)
         sign = _bits(x) & -0x80000000
         if TO_CODES:
-            code = tl.where(broken, 0, code | ((sign >> 24) & 0x80))
+            code = tl.where(broken, 0, _code(element, sign, -6, 3, 8) >> 24)
             tl.store(out_ptr + here, code.to(tl.uint8), mask=here < columns)
         else:
-            value = _float(_bits(_fp8_element(code) * scale) | sign)
+            value = _float(_bits(element * scale) | sign)
             tl.store(out_ptr + here, _to_view(value, VIEW), mask=here < columns)
 
 
@@ -203,14 +243,17 @@ def quantize_block_kernel(
     amax = _largest_bits(x)
     quotient = tl.math.div_rn(_float(amax), tl.zeros((ROWS,), tl.float32) + 448.0)
     scale = _scale(amax, quotient, NATIVE, BF16_SCALE, SMALLEST, VIEW, BF16)
-    code = _code_of(_divide(_float(_bits(x) & 0x7FFFFFFF), scale, ROWS, SIZE), NATIVE, VIEW)
+    if tl.min(_is_moderate(scale).to(tl.int32), axis=0) > 0:
+        element = _round_over(_magnitude(x), scale[:, None], NATIVE, VIEW, False)
+    else:
+        element = _round_over(_magnitude(x), scale[:, None], NATIVE, VIEW, True)
     sign = _bits(x) & -0x80000000
     if TO_CODES:
-        tl.store(scale_ptr + rows, scale, mask=exists)
-        code = tl.where((amax >= 0x7F800000)[:, None], 0, code | ((sign >> 24) & 0x80))
+        _store_scale(scale_ptr + rows, scale, exists)
+        code = tl.where((amax >= 0x7F800000)[:, None], 0, _code(element, sign, -6, 3, 8) >> 24)
         tl.store(out_ptr + offsets, code.to(tl.uint8), mask=exists[:, None])
     else:
-        value = _float(_bits(_fp8_element(code) * scale[:, None]) | sign)
+        value = _float(_bits(element * scale[:, None]) | sign)
         tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])
 
 
@@ -219,7 +262,7 @@ def dequantize_row_kernel(
     codes_ptr, scale_ptr, out_ptr, columns, COLUMNS: tl.constexpr, TILES: tl.constexpr, VIEW: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scale_ptr + row)
+    scale = _to_fp32(tl.load(scale_ptr + row))
     for tile in tl.static_range(TILES):
         offsets = tile * COLUMNS + tl.arange(0, COLUMNS)
         exists = offsets < columns
@@ -234,7 +277,7 @@ def dequantize_block_kernel(
 ):
     rows, exists = _tile(blocks, ROWS)
     offsets = _offsets(rows, SIZE)
-    scale = tl.load(scale_ptr + rows, mask=exists, other=0)
+    scale = _to_fp32(tl.load(scale_ptr + rows, mask=exists, other=0))
     codes = tl.load(codes_ptr + offsets, mask=exists[:, None], other=0).to(tl.int32)
     value = _float(_bits(_fp8_element(codes & 0x7F)) | ((codes & 0x80) << 24)) * scale[:, None]
     tl.store(out_ptr + offsets, _to_view(value, VIEW), mask=exists[:, None])

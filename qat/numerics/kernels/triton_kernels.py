@@ -32,7 +32,13 @@ from .triton_device import (
 
 SERVES = tuple(FORMATS)
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
-_TILES = {"fake_quantize": (32, 2), "quantize": (64, 1), "dequantize": (32, 1), "quantize_to_scale": (64, 1)}
+_TILES = {
+    "fake_quantize": (32, 2),
+    "search": (32, 2),
+    "quantize": (64, 1),
+    "dequantize": (32, 1),
+    "quantize_to_scale": (64, 1),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,7 +66,8 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     options = {**_rule(fmt.element, rule), "VIEW": triton_dtype(dtype)}
-    _launch("fake_quantize", fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
+    name = "search" if rule == "search" else "fake_quantize"
+    _launch(name, fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
     return out
 
 
@@ -69,7 +76,7 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
     scale_e8m0_biased = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)
-    options = {**_rule(fmt.element, rule), **_codes(fmt.element), "VIEW": triton_dtype(dtype)}
+    options = {**_rule(fmt.element, rule), "BITS": fmt.element.bits, "VIEW": triton_dtype(dtype)}
     tensors = (x, codes.view(torch.int32), scale_e8m0_biased)
     _launch("quantize", quantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return Quantized(codes, (scale_e8m0_biased,))
@@ -85,8 +92,9 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale_e8m0_biased.contiguous(), out)
-    options: dict[str, Any] = {"MANTISSA_BITS": fmt.element.mantissa_bits, **_codes(fmt.element)}
-    options |= {"BIAS_FACTOR": 2.0 ** (126 + fmt.element.emin), "VIEW": triton_dtype(dtype)}
+    element = fmt.element
+    options: dict[str, Any] = {"MANTISSA_BITS": element.mantissa_bits, "BIAS_FACTOR": 2.0 ** (126 + element.emin)}
+    options |= {"BITS": element.bits, "MAX_CODE": element.largest_code, "VIEW": triton_dtype(dtype)}
     _launch("dequantize", dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
 
@@ -99,7 +107,7 @@ def quantize_to_scale(
     check_tensor(scale_e8m0_biased, (torch.uint8,))
     fmt.check_scales(x.shape, scale_e8m0_biased)
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
-    options = _rule(fmt.element, "floor") | _codes(fmt.element) | {"VIEW": triton_dtype(dtype)}
+    options = _rule(fmt.element, "floor") | {"BITS": fmt.element.bits, "VIEW": triton_dtype(dtype)}
     del options["EMAX"], options["THRESHOLD"], options["SEARCH"]
     tensors = (x, scale_e8m0_biased.contiguous(), codes.view(torch.int32))
     _launch("quantize_to_scale", quantize_to_scale_kernel, tensors, scale_e8m0_biased.numel(), options)
@@ -175,10 +183,6 @@ def _rule(element: Element, rule: str) -> dict[str, int | float | bool]:
         "THRESHOLD": mantissa_threshold(element, rule),
         "SEARCH": rule == "search",
     }
-
-
-def _codes(element: Element) -> dict[str, int]:
-    return {"BITS": element.bits, "MAX_CODE": element.largest_code}
 
 
 def _launch(name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], blocks: int, options: dict) -> None:

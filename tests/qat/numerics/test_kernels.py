@@ -68,6 +68,38 @@ def hard_rows(dtype: torch.dtype, columns: int = 96) -> torch.Tensor:
     return blocks[: len(blocks) // columns * columns].view(-1, columns)
 
 
+def halfway_rows(dtype: torch.dtype, scale: torch.Tensor, halves: tuple[float, ...]) -> torch.Tensor:
+    """Rows [N, 128] with values at, and a few units of the last place beside, `halves` times the scales [N, n]."""
+    generator = torch.Generator().manual_seed(6)
+
+    def pick(choices: torch.Tensor) -> torch.Tensor:
+        return choices[torch.randint(len(choices), (len(scale), 128), generator=generator)]
+
+    of_value = scale.gather(1, torch.randint(scale.shape[1], (len(scale), 128), generator=generator))
+    x = (pick(torch.tensor(halves)) * of_value).to(dtype)
+    bits = x.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    near = (bits + pick(torch.tensor([-2, -1, 0, 0, 1, 2])).to(bits.dtype)).view(dtype)
+    return near * pick(torch.tensor([-1, 1])).to(dtype)
+
+
+def halfway_nvfp4(dtype: torch.dtype, divisor: float) -> torch.Tensor:
+    """Rows [32, 128] of blocks with values between two elements under the scale of their maxima and its neighbours."""
+    codes = torch.arange(40, 72)[:, None] + torch.tensor([0, 1, -1])
+    scale = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() / torch.tensor(divisor)
+    x = halfway_rows(dtype, scale, (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    x[:, ::16] = (6 * scale[:, :1]).to(dtype)
+    return x
+
+
+def halfway_int4(dtype: torch.dtype) -> torch.Tensor:
+    """Rows [128, 128] of blocks with values between two elements under one of the scales of a search."""
+    divisors = torch.tensor([8.0, 7.5, 7.0])
+    amax = torch.arange(128, 256)[:, None].to(dtype)
+    x = halfway_rows(dtype, (amax.float() / divisors).bfloat16().float(), tuple(n + 0.5 for n in range(-7, 7)))
+    x[:, ::32] = amax
+    return x
+
+
 def assert_equals_plain(plain, kernels, x: torch.Tensor, fmt, rule: str, dtype: torch.dtype | None = None) -> None:
     """All functions of a family, on the CPU or on x's GPU."""
     host = x.cpu()
@@ -326,6 +358,14 @@ def compare_triton_with_reference(device: str, blocks: int) -> None:
         for rule in NVFP4.rules:
             for divisor in (1.0, 896.0, 1e30):
                 assert_nvfp4(triton_nvfp4, x.to(device), rule, view, torch.tensor([divisor]))
+    # Scales that are powers of two, 1.5 times that, about that, and neither.
+    divisors = 1.0, 2.0 / 3.0, 1.0 + 2.0**-23, 2.0 / 3.0 + 2.0**-20, 1.1, 37.7
+    for dtype, divisor in zip(3 * (torch.bfloat16, torch.float32), divisors, strict=True):
+        x = halfway_nvfp4(dtype, divisor)[:blocks]
+        assert_nvfp4(triton_nvfp4, x.to(device), "search", None, torch.tensor([divisor]))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = halfway_int4(dtype)[: blocks // 4]
+        assert_equals_plain(integer, triton_int4, x.to(device), *INT4[1])
     long = torch.randn(2, 40000, generator=generator).bfloat16()  # in several tiles
     assert_equals_plain(fp8, triton_fp8, long.to(device), *FP8[1])
 
