@@ -8,7 +8,12 @@ evaluate.
 The same file runs under `accelerate launch` on one device or many, see accelerate_config/.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import gc
+
+gc.disable()  # imports make a million objects and no garbage, and each collection would look at all of them
 
 import logging
 import sys
@@ -32,6 +37,9 @@ from training.start.smoothing import smooth_with_data
 from training.start.start import Start
 from training.teachers.choose import cached_where_asked, choose_teacher
 from utils import QATTrainer, make_supervised_data_module
+
+gc.enable()
+gc.freeze()  # what was imported stays to the end: neither collections nor the program's exit look at it again
 
 logger = logging.getLogger("main")
 
