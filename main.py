@@ -32,6 +32,7 @@ from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
 from training.start.calibration import ScaleRefresh, calibrate_with_data
 from training.start.end_tokens import stop_where_answers_end
+from training.start.loading import device_of_weights
 from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
 from training.start.start import Start
@@ -61,6 +62,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     start.is_frozen = lora_args.is_on
     start.check(quant_args, distill_args)
     start.master_dtype = getattr(torch, args.master_dtype)
+    start.device = device_of_weights(args, packs_base=lora_args.base_in_scheme)
     start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)

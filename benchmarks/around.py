@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -178,9 +179,9 @@ def table(rows: list[dict]) -> str:
     """Phases as rows, shapes as columns."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     found = {(row["phase"], row["shape"]): row["seconds"] for row in rows}
-    lines = [f"{'seconds':<26}" + "".join(f"{shape:>10}" for shape in shapes)]
+    lines = [f"{'seconds':<26}" + "".join(f"{shape:>12}" for shape in shapes)]
     for phase in (*PHASES, "in all"):
-        lines.append(f"{phase:<26}" + "".join(f"{found.get((phase, shape), 0):>10.2f}" for shape in shapes))
+        lines.append(f"{phase:<26}" + "".join(f"{found.get((phase, shape), 0):>12.2f}" for shape in shapes))
     return "\n".join(lines)
 
 
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--work", type=Path, help="where models and runs are written; default: a temporary folder")
     parser.add_argument("--against", type=Path, help="another copy of the repository, whose runs alternate with ours")
-    parser.add_argument("--flags", nargs="*", default=[], metavar="FLAG", help="more of main.py: --flags=--x --flags=1")
+    parser.add_argument("--flags", type=shlex.split, default=[], help='more of main.py: "--export_format none"')
     args = parser.parse_args()
     if unknown := [shape for shape in args.shapes.split(",") if shape not in SHAPES]:
         parser.error(f"--shapes {unknown[0]}: choose from {', '.join(SHAPES)}")

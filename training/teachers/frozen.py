@@ -40,11 +40,13 @@ class FrozenTeacher:
         model.requires_grad_(False).eval()
         self.device = device
         self.autocasts = needs_autocast(model, accelerator)
+        is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.FSDP
+        if not is_sharded:
+            model.to(device)  # first: the head is found by two forward passes
         with self._precision():
             self.head = agreed_head(model, accelerator)
         body = model if self.head is None else model.base_model
-        if accelerator is None or accelerator.distributed_type != DistributedType.FSDP:
-            model.to(device)
+        if not is_sharded:
             self.body = body
             return
         if self.head is not None:
