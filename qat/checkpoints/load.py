@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
@@ -71,7 +73,7 @@ def load_plain(
         ),
         where,
     )  # fmt: skip
-    model.to(device)
+    cast(nn.Module, model).to(device)  # transformers' wrapper of `to` has lost its types
     check_finite(model.named_parameters(), where)
     forget_format(model)
     log_left_out(config, model, where)
