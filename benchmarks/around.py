@@ -80,11 +80,11 @@ def write_model(shape: str, folder: Path) -> int:
         index.update(dict.fromkeys(shards[-1], name))
         shards[-1].clear()
 
-    for name, parameter in model.named_parameters():
+    for number, (name, parameter) in enumerate(model.named_parameters()):
         if sum(t.nbytes for t in shards[-1].values()) + 2 * parameter.numel() > SHARD_BYTES and shards[-1]:
             flush()
             shards.append({})
-        shards[-1][name] = _values(parameter, pool, 7919 * len(index))
+        shards[-1][name] = _values(parameter, pool, 7919 * number)
         written += parameter.numel()
     flush()
     text = json.dumps({"metadata": {"total_size": 2 * written}, "weight_map": index})

@@ -96,7 +96,7 @@ def follow(clock: Clock) -> None:
     for phase, names in FUNCTIONS.items():
         for name in names:
             owner, attribute = owner_of(name)
-            setattr(owner, attribute, _counted(clock, phase, getattr_static(owner, attribute, None), owner, attribute))
+            setattr(owner, attribute, _counted(clock, phase, getattr_static(owner, attribute)))
     handler, steps = import_module("transformers.trainer_callback").CallbackHandler, iter([FIRST_STEP])
     begin, end = handler.on_step_begin, handler.on_step_end
 
@@ -127,9 +127,9 @@ def owner_of(name: str) -> tuple[Any, str]:
     return owner, attribute
 
 
-def _counted(clock: Clock, phase: str, function: Any, owner: Any, attribute: str) -> Any:
+def _counted(clock: Clock, phase: str, function: Any) -> Any:
     if isinstance(function, classmethod):
-        return classmethod(_counted(clock, phase, function.__func__, owner, attribute))
+        return classmethod(_counted(clock, phase, function.__func__))
     plain: Callable = function
 
     @wraps(plain)
