@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
+from qat.layers.sites import quantizers_off
+
 from ..losses.chunked import Head, UnknownHead, find_head, head_with
 from ..losses.distillation import HiddenRows, labelled_rows
 from .precision import needs_autocast
@@ -85,7 +87,8 @@ def agreed_head(model: PreTrainedModel, accelerator: Accelerator | None) -> Head
     found: list[str | None] = ["", None]
     if accelerator is None or accelerator.is_main_process:
         try:
-            found = [find_head(model).transform, None]
+            with quantizers_off(model):  # under FSDP the weights are on the CPU, which rounds them slowly
+                found = [find_head(model).transform, None]
         except UnknownHead as error:
             found = ["", str(error)]
             logger.warning("%s: the logits of a whole batch will be held in memory", error)
