@@ -8,7 +8,12 @@ evaluate.
 The same file runs under `accelerate launch` on one device or many, see accelerate_config/.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import gc
+
+gc.disable()  # imports make a million objects and no garbage, and each collection would look at all of them
 
 import logging
 import sys
@@ -28,11 +33,15 @@ from training.monitoring.report import report_run
 from training.resume.output import OutputFolder
 from training.start.calibration import ScaleRefresh, calibrate_with_data
 from training.start.end_tokens import stop_where_answers_end
+from training.start.loading import device_of_weights
 from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
 from training.start.start import Start
 from training.teachers.choose import cached_where_asked, choose_teacher
 from utils import QATTrainer, make_supervised_data_module
+
+gc.enable()
+gc.freeze()  # what was imported stays to the end: neither collections nor the program's exit look at it again
 
 logger = logging.getLogger("main")
 
@@ -54,6 +63,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     start.is_frozen = lora_args.is_on
     start.check(quant_args, distill_args)
     start.master_dtype = getattr(torch, args.master_dtype)
+    start.device = device_of_weights(args, packs_base=lora_args.base_in_scheme)
     start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)

@@ -141,3 +141,13 @@ def test_the_core_knows_no_trainer_and_loads_models_in_one_room_only():
     assert not {"accelerate", "auto_round", "datasets", "data", "training", "utils", "main"} & set(users)
     assert users["transformers"] == {LOADS_MODELS}
     assert "qat/numerics" not in set().union(*(rooms for name, rooms in users.items() if name in ("numpy", "tqdm")))
+
+
+def test_slow_libraries_are_imported_where_they_are_used():
+    slow = {"auto_round", "compressed_tensors", "matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "triton"}
+    for name in files():
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for node in tree.body:  # not those inside functions and conditions
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            assert not slow & {imported.split(".")[0] for imported in names}, name

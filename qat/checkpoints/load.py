@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
@@ -47,12 +49,15 @@ def load_plain(
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The unquantized model in a local folder or of a hub id, on the CPU; one in gpt-oss's native format dequantized.
+    """The unquantized model in a local folder or of a hub id; one in gpt-oss's native format is dequantized.
 
     Args:
         argument: by which argument the user named it, for messages.
         dtype: of its weights; "auto" for the one that they are stored in.
+        device: of its weights. They are read on the CPU, where buffers are computed, so that these do not depend on the
+            device; values are checked on it.
 
     Raises:
         UserError: there is no such model, it is quantized, its weights are not those of the model that its config.json
@@ -68,6 +73,7 @@ def load_plain(
         ),
         where,
     )  # fmt: skip
+    cast(nn.Module, model).to(device)  # transformers' wrapper of `to` has lost its types
     check_finite(model.named_parameters(), where)
     forget_format(model)
     log_left_out(config, model, where)

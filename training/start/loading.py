@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -12,18 +14,39 @@ from qat.checkpoints.load import load_plain
 from qat.checkpoints.model_config import read_config
 
 from ..arguments.model import ModelArguments
+from ..arguments.training import TrainingArguments
+
+_CPU = torch.device("cpu")
 
 
-def load_unquantized(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:
-    """Load an unquantized model in its own dtype, or a GGUF file, which is dequantized.
+def device_of_weights(args: TrainingArguments, packs_base: bool) -> torch.device:
+    """Where weights are converted, compared and quantized once they are read: where they are going to be trained.
+
+    That is the CPU for weights that need not fit a device as they are read: those that FSDP or DeepSpeed shards, that
+    are rounded before they get there, and those of a base that is packed (`packs_base`).
+    """
+    switches = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    shards = any(os.environ.get(switch, "").lower() in ("true", "1") for switch in switches)
+    narrows = not args.do_train and (args.bf16_full_eval or args.fp16_full_eval)
+    return _CPU if shards or narrows or packs_base else args.device
+
+
+def load_unquantized(
+    model_args: ModelArguments, cache_dir: str | None = None, device: torch.device = _CPU
+) -> PreTrainedModel:
+    """Load an unquantized model in its own dtype, or a GGUF file, which is dequantized, on the CPU.
+
+    Args:
+        device: of the weights of a model that is no GGUF file.
 
     Raises:
         UserError: see `load_plain`; or the GGUF file cannot be read.
     """
     if model_args.gguf_file is None:
         return load_plain(
-            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code, cache_dir=cache_dir
-        )
+            model_args.model_name_or_path, trust_remote_code=model_args.trust_remote_code, cache_dir=cache_dir,
+            device=device,
+        )  # fmt: skip
     where = f"--gguf_file {model_args.gguf_file!r} in --model_name_or_path {model_args.model_name_or_path!r}"
     model = load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(

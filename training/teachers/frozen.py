@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
+from qat.layers.sites import quantizers_off
+
 from ..losses.chunked import Head, UnknownHead, find_head, head_with
 from ..losses.distillation import HiddenRows, labelled_rows
 from .precision import needs_autocast
@@ -40,11 +42,13 @@ class FrozenTeacher:
         model.requires_grad_(False).eval()
         self.device = device
         self.autocasts = needs_autocast(model, accelerator)
+        is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.FSDP
+        if not is_sharded:
+            model.to(device)  # first: the head is found by two forward passes
         with self._precision():
             self.head = agreed_head(model, accelerator)
         body = model if self.head is None else model.base_model
-        if accelerator is None or accelerator.distributed_type != DistributedType.FSDP:
-            model.to(device)
+        if not is_sharded:
             self.body = body
             return
         if self.head is not None:
@@ -83,7 +87,8 @@ def agreed_head(model: PreTrainedModel, accelerator: Accelerator | None) -> Head
     found: list[str | None] = ["", None]
     if accelerator is None or accelerator.is_main_process:
         try:
-            found = [find_head(model).transform, None]
+            with quantizers_off(model):  # under FSDP the weights are on the CPU, which rounds them slowly
+                found = [find_head(model).transform, None]
         except UnknownHead as error:
             found = ["", str(error)]
             logger.warning("%s: the logits of a whole batch will be held in memory", error)

@@ -1,0 +1,60 @@
+"""benchmarks/around.py measures phases that are there, on checkpoints that are whole."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import around, phases
+
+
+def test_all_functions_that_begin_a_phase_exist():
+    for names in phases.FUNCTIONS.values():
+        for name in names:
+            owner, attribute = phases.owner_of(name)
+            assert callable(getattr(owner, attribute))
+
+
+def test_a_phase_inside_another_one_is_not_counted_twice():
+    began = time.time()
+    clock = phases.Clock(began)
+    with clock.phase("outer"):
+        time.sleep(0.02)
+        with clock.phase("inner"):
+            time.sleep(0.05)
+        time.sleep(0.02)
+    clock.begin("end")
+    assert 0.04 <= clock.seconds["outer"] < 0.05 <= clock.seconds["inner"]
+    assert abs(sum(clock.seconds.values()) - (time.time() - began)) < 0.005
+
+
+def test_a_replaced_function_still_gives_what_it_gave():
+    class Thing:
+        @classmethod
+        def made(cls, x: int) -> tuple:
+            return cls, x
+
+    clock = phases.Clock(time.time())
+    Thing.made = phases._counted(clock, "made", Thing.__dict__["made"])
+    assert Thing.made(3) == (Thing, 3)
+    assert "made" in clock.seconds
+
+
+def test_the_model_is_a_whole_checkpoint_with_finite_random_weights_and_a_tokenizer_of_its_vocabulary(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(around.SHAPES, "small", (64, 96, 2, 2, 1, 32, 600, False))
+    monkeypatch.setattr(around, "SHARD_BYTES", 50_000)
+    count = around.write_model("small", tmp_path / "model")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.dtype == torch.bfloat16 and sum(p.numel() for p in model.parameters()) == count
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    assert all(0.01 < float(p.detach().float().std()) < 0.03 for p in weights)
+    assert len({p.flatten()[:8].sum().item() for p in weights}) == len(weights)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(tokenizer) == 600
+    assert tokenizer.decode(tokenizer("What is 2 plus 3?")["input_ids"]) == "What is 2 plus 3?"
