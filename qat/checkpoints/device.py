@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -80,3 +81,17 @@ def _values(checkpoint: CheckpointFolder, stored: str, held: list[Matrix]) -> in
     """Values of the largest matrix in a stored tensor, and a part of the tensor's for itself."""
     values = torch.Size(checkpoint.stored[stored].shape).numel()
     return values // len(held) + values // 8
+
+
+def free_host_bytes() -> int:
+    """Bytes of memory that this machine can still give, within the limit of a container; 0 where nobody says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
+    limit, used, counts = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current", "stat"))
+    if all(path.is_file() for path in (limit, used, counts)) and (most := limit.read_text().strip()) != "max":
+        cached = dict(line.split() for line in counts.read_text().splitlines()).get("inactive_file", 0)
+        free = min(free, int(most) - int(used.read_text()) + int(cached))
+    return free

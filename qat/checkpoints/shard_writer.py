@@ -56,7 +56,7 @@ class ShardWriter:
         begin, dtype, shape = self.places.pop(name)
         assert (tensor.dtype, tensor.shape) == (dtype, shape), (name, tensor.dtype, tensor.shape, dtype, shape)
         values = tensor.detach().contiguous().flatten().view(torch.uint8)
-        self._write(memoryview(values.numpy()), self.begin + begin)
+        self._write(values.numpy().data, self.begin + begin)
         with self._lock:
             self._left -= 1
             self._unflushed += values.numel()

@@ -1,7 +1,7 @@
 """Logits of one model in a process of its own: `python -m qat.checkpoints.verify_logits packed|fake-quantized ...`.
 
-`verify.py` starts it twice, once for the packed folder as transformers loads it and once for the fake-quantized model,
-and compares what they write. Nothing of the exporting process can leak into either.
+`logits_proof.py` starts it twice, once for the packed folder as transformers loads it and once for the fake-quantized
+model, and compares what they write. Nothing of the exporting process can leak into either.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
 from .model_config import read_config
 from .native_mxfp4 import loading_options
+from .pipeline import CPU
 
 logger = logging.getLogger(__name__)
 
@@ -45,78 +48,106 @@ class NotLoadableError(VerificationError):
     """transformers cannot load a packed checkpoint."""
 
 
-def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
-    """What transformers computes with a packed checkpoint, on the CPU, in a fresh process.
+@dataclass(frozen=True)
+class Expected:
+    """What the fake-quantized model computes.
+
+    Attributes:
+        logits: BF16 [batch, time, vocabulary], with activations under the engine's rule.
+        as_trained: the same under the rule of the training.
+        reads_matrices: whether a layer with one scale for each token read a matrix without a batch: compressed-tensors
+            takes one scale for the whole of it.
+    """
+
+    logits: torch.Tensor
+    as_trained: torch.Tensor
+    reads_matrices: bool
+
+
+def begin_packed(
+    stack: ExitStack, folder: Path, input_ids: torch.Tensor, device: torch.device, trust_remote_code: bool = False
+) -> Callable[[], torch.Tensor]:
+    """Begin to compute the logits of a packed checkpoint, as transformers loads it, in a fresh process.
 
     Args:
+        stack: ends the process, if it still runs, when it is closed.
         folder: the packed checkpoint.
         input_ids: int64 [batch, time].
+        device: that computes.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
-        BF16 [batch, time, vocabulary].
-
-    Raises:
-        NotLoadableError: transformers cannot load it.
+        What waits for the process and gives BF16 [batch, time, vocabulary], on the CPU; it raises NotLoadableError
+        where transformers cannot load the checkpoint.
     """
-    return _in_fresh_process(["packed", "--folder", str(folder), *_trusted(trust_remote_code)], input_ids)["logits"]
+    arguments = ["packed", "--folder", str(folder), "--device", str(device), *_trusted(trust_remote_code)]
+    finish = _begin(stack, arguments, input_ids)
+    return lambda: finish()["logits"]
 
 
-def fake_quantized_logits(
+def begin_fake_quantized(
+    stack: ExitStack,
     source: Path,
     qat_config_folder: Path,
     input_ids: torch.Tensor,
     engine_rules: dict[str, str | None],
+    device: torch.device,
     trust_remote_code: bool = False,
     experts_as_linear: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """What the fake-quantized model computes, on the CPU, in a fresh process.
+) -> Callable[[], Expected]:
+    """Begin to compute the logits of the fake-quantized model in a fresh process; see `begin_packed`.
 
     Args:
         source: the BF16 checkpoint.
         qat_config_folder: where the `qat_config.json` in force lies.
-        input_ids: int64 [batch, time].
         engine_rules: by scheme, the rule under which the engine quantizes activations; None: it does not.
-        trust_remote_code: run Python code that comes with the checkpoint.
         experts_as_linear: whether these rules hold for experts as well; else the engine leaves their inputs alone.
 
     Returns:
-        BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training; and
-        whether a layer with one scale for each token read a matrix without a batch: compressed-tensors takes one scale
-        for the whole of it.
+        What waits for the process and gives its logits, on the CPU; it raises a VerificationError where they cannot be
+        computed.
     """
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
-    command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
-    command += ["--experts_as_linear"] if experts_as_linear else []
-    result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
-    return result["logits"], result["logits_as_trained"], bool(result["reads_matrices"])
+    arguments = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
+    arguments += ["--experts_as_linear"] if experts_as_linear else []
+    finish = _begin(stack, [*arguments, "--device", str(device), *_trusted(trust_remote_code)], input_ids)
+
+    def expected() -> Expected:
+        result = finish()
+        return Expected(result["logits"], result["logits_as_trained"], bool(result["reads_matrices"]))
+
+    return expected
 
 
-def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
-        save_file({"input_ids": input_ids}, inputs)
-        environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-        root = str(Path(__file__).resolve().parents[2])
-        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))}
-        command = [
-            sys.executable,
-            "-m",
-            "qat.checkpoints.verify_logits",
-            *arguments,
-            "--inputs",
-            str(inputs),
-            "--outputs",
-            str(outputs),
-            "--parent",
-            str(os.getpid()),
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            logger.debug("%s failed:\n%s", " ".join(command), done.stderr)
+def _begin(stack: ExitStack, arguments: list[str], input_ids: torch.Tensor) -> Callable[[], Mapping[str, torch.Tensor]]:
+    """Start this module as a program; returns what waits for it and gives what it wrote."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    inputs, outputs, errors = folder / "inputs.safetensors", folder / "outputs.safetensors", folder / "errors.txt"
+    save_file({"input_ids": input_ids}, inputs)
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+    root = str(Path(__file__).resolve().parents[2])
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))}
+    command = [sys.executable, "-m", "qat.checkpoints.verify_logits", *arguments, "--inputs", str(inputs),
+               "--outputs", str(outputs), "--parent", str(os.getpid())]  # fmt: skip
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+    stack.callback(_end, process)
+
+    def finish() -> Mapping[str, torch.Tensor]:
+        if status := process.wait():
+            said = errors.read_text(encoding="utf-8", errors="replace")
+            logger.debug("%s failed:\n%s", " ".join(command), said)
             kind = NotLoadableError if arguments[0] == "packed" else VerificationError
-            raise kind(_failure(arguments, done.returncode, done.stderr))
+            raise kind(_failure(arguments, status, said))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
+
+    return finish
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
 
 
 def _trusted(trust_remote_code: bool) -> list[str]:
@@ -142,14 +173,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="*", default=())
     parser.add_argument("--experts_as_linear", action="store_true")
     parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
     parser.add_argument("--parent", type=int, help="the process whose end ends this one")
     args = parser.parse_args(argv)
     if args.parent is not None:
         start_worker(args.parent)
-    model = load_for_logits(args.folder, args.trust_remote_code).eval()
-    input_ids = load_file(args.inputs)["input_ids"]
+    model = load_for_logits(args.folder, args.trust_remote_code, args.device).eval()
+    input_ids = load_file(args.inputs)["input_ids"].to(args.device)
     if args.what == "fake-quantized":
         config = QATConfig.load(args.qat_config)
         assert config is not None, args.qat_config
@@ -166,17 +198,20 @@ def main(argv: list[str] | None = None) -> None:
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
 
 
-def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+def load_for_logits(folder: str, trust_remote_code: bool, device: torch.device = CPU) -> PreTrainedModel:
     """The model in `folder`, plain or packed, as transformers loads it in BF16; an error where weights do not fit."""
     config = read_config(folder, folder, trust_remote_code, local_files_only=True)
-    return load_checked(
+    # Straight to a GPU; transformers asks for accelerate to do that.
+    place = {"device_map": {"": device}} if device != CPU and find_spec("accelerate") else {}
+    model = load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
-            **loading_options(config),
+            **loading_options(config), **place,
         ),
         folder,
     )  # fmt: skip
+    return model if device == CPU else model.to(device)  # type: ignore[arg-type]
 
 
 def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str], experts_as_linear: bool = False) -> None:
@@ -211,7 +246,7 @@ def _matrices_noticed(model: PreTrainedModel, experts_as_linear: bool) -> Iterat
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids, use_cache=False).logits.contiguous()
+    return model(input_ids, use_cache=False).logits.contiguous().cpu()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import torch
 from helpers import ROOT, write_conversations
@@ -93,7 +94,7 @@ def _attempt(result: Result, path: Path, flags: tuple[str, ...]) -> None:
 
     from .models import save_tiny
 
-    verify_logits.subprocess = SimpleNamespace(run=_run_in_fork)
+    verify_logits.subprocess = SimpleNamespace(Popen=_run_in_fork, DEVNULL=subprocess.DEVNULL)
     save_tiny(result.entry, path / "model")
     if result.entry in BESIDE:
         _extract_text_model(path / "model")
@@ -199,15 +200,16 @@ def _log_to(path: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
 
 
-def _run_in_fork(command: list[str], **_settings) -> subprocess.CompletedProcess:
-    """`subprocess.run` of `python -m MODULE ...`, by a fork that has imported everything."""
+def _run_in_fork(command: list[str], stderr: TextIO, **_settings) -> SimpleNamespace:
+    """`subprocess.Popen` of `python -m MODULE ...`, by a fork that has imported everything; it has ended."""
     module, arguments = command[2], command[3:]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "stderr")
         process = multiprocessing.get_context("fork").Process(target=_run_module, args=(module, arguments, log))
         process.start()
         process.join()
-        return subprocess.CompletedProcess(command, process.exitcode or 0, "", log.read_text(errors="replace"))
+        stderr.write(log.read_text(errors="replace"))
+    return SimpleNamespace(wait=lambda: process.exitcode or 0, poll=lambda: process.exitcode or 0)
 
 
 def _run_module(module: str, arguments: list[str], log: Path) -> None:
