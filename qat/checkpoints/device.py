@@ -53,7 +53,7 @@ def named_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     choices = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if name not in choices:
-        raise UserError(f"--device {name!r} is not a device of this machine; choose one of {', '.join(choices)}")
+        raise UserError(f"--device {name!r} is no device of this machine; choose one of {', '.join(choices)}")
     device = torch.device(name)
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 

@@ -7,6 +7,7 @@ the two models; logits that differ there are computed again on the CPU, which de
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 EXPERTS_IN = "experts in "
 _PROCESS_BYTES = 3 << 29  # of libraries, kernels and activations
 _HOST_BYTES = 1 << 30  # of libraries
+_CORES = 4  # on fewer, two models and the comparison of weights only take turns
 _Both = tuple[Callable[[], torch.Tensor], Callable[[], Expected]]
 
 
@@ -64,7 +66,7 @@ class LogitsProof:
     _begun: Callable[[], tuple[torch.Tensor, Expected]] | None = field(init=False, default=None)
 
     def begin(self, stack: ExitStack, device: str | None = None, beside_bytes: int = 0) -> None:
-        """Start the two processes, at once where there is memory for both, else one after the other.
+        """Start the two processes where there are memory and cores for both; else `finish` runs one after the other.
 
         Args:
             stack: ends what still runs when it is closed.
@@ -79,7 +81,8 @@ class LogitsProof:
         one = self._bytes_of_one() + _PROCESS_BYTES
         self.device = choose_device(device, one + beside_bytes, "computing logits")
         if self.device == CPU:
-            at_once = free_host_bytes() >= 2 * (self._bytes_of_one() + _HOST_BYTES)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            at_once = cores >= _CORES and free_host_bytes() >= 2 * (self._bytes_of_one() + _HOST_BYTES)
         else:
             at_once = free_bytes(self.device) >= 2 * one + beside_bytes
         logger.info(
@@ -111,7 +114,7 @@ class LogitsProof:
         return self._compared(*self._compute(CPU, at_once=False)()) | {"not_bit_equal_on": not_equal_on}
 
     def _compute(self, device: torch.device, at_once: bool) -> Callable[[], tuple[torch.Tensor, Expected]]:
-        """Start both processes, or with `at_once` False the second when the first has ended; returns what waits."""
+        """Start both processes at once, or have what is returned run one after the other; that gives their logits."""
 
         def begin_second() -> Callable[[], Expected]:
             return begin_fake_quantized(
@@ -119,14 +122,13 @@ class LogitsProof:
                 self.trust_remote_code, any(self._rules_of_experts.values()),
             )  # fmt: skip
 
-        first = begin_packed(self._stack, self.packed.path, self.input_ids, device, self.trust_remote_code)
-        second = begin_second() if at_once else None
+        def begin_first() -> Callable[[], torch.Tensor]:
+            return begin_packed(self._stack, self.packed.path, self.input_ids, device, self.trust_remote_code)
 
-        def finish() -> tuple[torch.Tensor, Expected]:
-            served = first()
-            return served, (second or begin_second())()
-
-        return finish
+        if not at_once:
+            return lambda: (begin_first()(), begin_second()())
+        first, second = begin_first(), begin_second()
+        return lambda: (first(), second())
 
     def _compared(self, served: torch.Tensor, expected: Expected) -> dict[str, Any]:
         schemes, rules, experts = self._schemes, self._engine_rules, self._rules_of_experts

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
 from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
@@ -129,6 +130,14 @@ class OutputFolder:
         )
         verify(target, self.path, trust_remote_code=trust_remote_code)
         return target
+
+
+def release(trainer: Trainer) -> None:
+    """Let go of what a finished training holds beside its weights, so that a GPU has room for the proof."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
 
 
 def unused_folder(folder: str | Path) -> Path:
