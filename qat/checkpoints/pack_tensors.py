@@ -24,7 +24,7 @@ from .dialects import Dialect
 from .fit import check_finite
 from .folder import INDEX_NAME, CheckpointFolder
 from .matrices import Matrix
-from .pipeline import CPU, in_parallel
+from .pipeline import CPU, in_parallel, one_at_a_time
 from .shard_writer import ShardWriter
 from .tensor_scales import calibrated_tensors, weight_divisors
 
@@ -118,7 +118,8 @@ class Packing:
 
     def _quantize(self, matrix: Matrix, weight: torch.Tensor) -> Quantized:
         fmt, rounding = matrix.spec.format, matrix.site.module.weight_quantizer.rounding
-        quantized = pack_weight(weight.contiguous(), matrix.spec, self._divisors.get(matrix.name), rounding)
+        with one_at_a_time(self.device):
+            quantized = pack_weight(weight.contiguous(), matrix.spec, self._divisors.get(matrix.name), rounding)
         if broken := int(family_of(fmt).broken_blocks(quantized, fmt)):
             raise UserError(
                 f"{matrix.name}{_WEIGHT} holds NaN or infinity in {broken} blocks; did the training diverge?"

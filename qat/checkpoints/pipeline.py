@@ -8,9 +8,11 @@ size of a file.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -19,12 +21,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CPU = torch.device("cpu")
+_STARTING = threading.Lock()
 _THREADS = {"cpu": 2, "cuda": 6}  # on a CPU the kernels have threads of their own
 
 
 def threads_for(device: torch.device) -> int:
     """How many tensors are on their way at once."""
     return max(1, min(_THREADS[device.type], os.cpu_count() or 1))
+
+
+def one_at_a_time(device: torch.device) -> AbstractContextManager:
+    """Let one thread at a time start kernels of ours on a GPU: Triton compiles and tunes one when it first meets it."""
+    return nullcontext() if device.type == "cpu" else _STARTING
 
 
 def in_parallel(

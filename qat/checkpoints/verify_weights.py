@@ -19,7 +19,7 @@ from .dialects.compressed_tensors import WEIGHT_DIVISOR, WEIGHT_SHAPE
 from .folder import CheckpointFolder, Reader
 from .matrices import Matrix
 from .pack_tensors import exported_dtype
-from .pipeline import CPU, in_parallel
+from .pipeline import CPU, in_parallel, one_at_a_time
 from .tensor_scales import calibrated_tensors, weight_divisors
 
 
@@ -143,7 +143,8 @@ def _compare_matrix(
 ) -> Iterator[_Compared]:
     spec, divisor = matrix.spec, divisors.get(matrix.name)
     rounding = matrix.site.module.weight_quantizer.rounding
-    expected = rounding.values(source.contiguous(), VIEW_DTYPE, divisor=divisor)
+    with one_at_a_time(source.device):
+        expected = rounding.values(source.contiguous(), VIEW_DTYPE, divisor=divisor)
     held = [tensor.to(source.device) for tensor in tensors]
     for name, tensor in zip(dialect.tensor_names(matrix.name, spec), held, strict=True):
         if name.endswith(WEIGHT_DIVISOR):  # engines that fuse layers need the very same one
