@@ -86,19 +86,21 @@ def measure(folder: Path, shape: str, scheme: str, device: str | None, report) -
     from benchmarks.export import copy_raw
     from qat.checkpoints.pack import export_checkpoint
     from qat.checkpoints.verify import verify
+    from qat.checkpoints.verify_logits import FreshProcesses
 
     source, packed = folder / "source", folder / "packed"
     parameters = make_checkpoint(source, shape)
-    with clocked_parts() as parts:
+    with clocked_parts() as parts, FreshProcesses() as processes:
         start = time.perf_counter()
+        processes.prepare_beside_gpu(device)  # as main.py and scripts/export.py do
         export_checkpoint(source, packed, scheme=scheme, device=device)
         export_s = time.perf_counter() - start
+        start = time.perf_counter()
+        verdict = verify(packed, source, _TOKENS, device=device, processes=processes)
+        proof_s = time.perf_counter() - start
     start = time.perf_counter()
     weights = verify(packed, source, _TOKENS, with_logits=False, device=device)
     weights_s = time.perf_counter() - start
-    start = time.perf_counter()
-    verdict = verify(packed, source, _TOKENS, device=device)
-    proof_s = time.perf_counter() - start
     assert verdict["verified"] and verdict["logits"]["bit_equal"] and weights["verified"]
     written = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
     copy_s = min(copy_raw(source, folder / "copy", written) for _ in range(2))

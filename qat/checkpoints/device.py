@@ -44,6 +44,13 @@ def choose_device(wanted: str | None, needed_bytes: int, what: str) -> torch.dev
     return CPU
 
 
+def likely_device(wanted: str | None) -> torch.device:
+    """The device that `choose_device` gives where there is memory."""
+    if wanted is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+    return named_device(wanted)
+
+
 def named_device(name: str) -> torch.device:
     """The device called `name`: "cpu", "cuda" or "cuda:N".
 

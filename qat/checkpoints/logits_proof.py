@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ from .fit import first_line
 from .folder import CheckpointFolder
 from .loadable import runs_as_linear
 from .pipeline import CPU
-from .verify_logits import Expected, VerificationError, begin_fake_quantized, begin_packed
+from .verify_logits import Expected, FreshProcesses, VerificationError, begin_fake_quantized, begin_packed
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +64,18 @@ class LogitsProof:
     trust_remote_code: bool = False
     _begun: Callable[[], tuple[torch.Tensor, Expected]] | None = field(init=False, default=None)
 
-    def begin(self, stack: ExitStack, device: str | None = None, beside_bytes: int = 0) -> None:
+    def begin(self, processes: FreshProcesses, device: str | None = None, beside_bytes: int = 0) -> None:
         """Start the two processes where there are memory and cores for both; else `finish` runs one after the other.
 
         Args:
-            stack: ends what still runs when it is closed.
+            processes: those that are started are of them.
             device: as in `verify`.
             beside_bytes: of GPU memory that are needed beside them.
 
         Raises:
             UserError: the tokenizer cannot be read, or there is no such device.
         """
-        self._stack = stack
+        self._processes = processes
         self.text_name, self.input_ids = _real_text(self.packed, self.tokens, self.trust_remote_code)
         one = self._bytes_of_one() + _PROCESS_BYTES
         self.device = choose_device(device, one + beside_bytes, "computing logits")
@@ -118,12 +117,12 @@ class LogitsProof:
 
         def begin_second() -> Callable[[], Expected]:
             return begin_fake_quantized(
-                self._stack, self.checkpoint.path, self.packed.path, self.input_ids, self._engine_rules, device,
+                self._processes, self.checkpoint.path, self.packed.path, self.input_ids, self._engine_rules, device,
                 self.trust_remote_code, any(self._rules_of_experts.values()),
             )  # fmt: skip
 
         def begin_first() -> Callable[[], torch.Tensor]:
-            return begin_packed(self._stack, self.packed.path, self.input_ids, device, self.trust_remote_code)
+            return begin_packed(self._processes, self.packed.path, self.input_ids, device, self.trust_remote_code)
 
         if not at_once:
             return lambda: (begin_first()(), begin_second()())

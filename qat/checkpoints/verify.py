@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from .logits_proof import EXPERTS_IN, LogitsProof
 from .matrices import matrices_of
 from .skeleton import prepared_skeleton
 from .tensor_scales import stored_scales
-from .verify_logits import NotLoadableError, VerificationError
+from .verify_logits import FreshProcesses, NotLoadableError, VerificationError
 from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ def verify(
     with_logits: bool = True,
     trust_remote_code: bool = False,
     device: str | None = None,
+    processes: FreshProcesses | None = None,
 ) -> dict:
     """Compare the packed checkpoint in `folder` with the BF16 one in `source`; write the verdict into `folder`.
 
@@ -61,6 +61,7 @@ def verify(
         trust_remote_code: run Python code that comes with the two folders.
         device: that compares, such as "cpu" or "cuda:1"; default: a GPU with enough free memory, else the CPU. Logits
             that are not bit-equal on a GPU are computed again on the CPU, which decides.
+        processes: for the logits; they end here. Default: new ones.
 
     Returns:
         The verdict, as in `verification.json`. Where transformers cannot load a folder for a cause in its loader (see
@@ -85,9 +86,9 @@ def verify(
     logits_proof = LogitsProof(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
     place = choose_device(device, most_bytes(checkpoint, matrices), "comparing weights")
     logger.info("Comparing weights on %s", in_words(place))
-    with ExitStack() as stack:
+    with processes or FreshProcesses() as begun:
         if with_logits:
-            logits_proof.begin(stack, device, most_bytes(checkpoint, matrices))
+            logits_proof.begin(begun, device, most_bytes(checkpoint, matrices))
         count = compare_weights(packed, checkpoint, matrices, dialect, scales, place)
         verdict = _about_weights(packed, checkpoint, model, config, dialect, count)
         if with_logits and verdict["verified"]:

@@ -1,4 +1,4 @@
-"""Logits of one model in a process of its own: `python -m qat.checkpoints.verify_logits packed|fake-quantized ...`.
+"""Logits of one model in a process of its own, which gets its task, the arguments of `main`, through standard input.
 
 `logits_proof.py` starts it twice, once for the packed folder as transformers loads it and once for the fake-quantized
 model, and compares what they write. Nothing of the exporting process can leak into either.
@@ -7,6 +7,7 @@ model, and compares what they write. Nothing of the exporting process can leak i
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..layers.restore import prepare_as_saved, set_scale_rules
 from ..layers.sites import EXPERTS, quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
+from .device import likely_device
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
 from .model_config import read_config
@@ -37,6 +39,7 @@ from .pipeline import CPU
 
 logger = logging.getLogger(__name__)
 
+_WAIT = "--wait-for-task"
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -65,12 +68,16 @@ class Expected:
 
 
 def begin_packed(
-    stack: ExitStack, folder: Path, input_ids: torch.Tensor, device: torch.device, trust_remote_code: bool = False
+    processes: FreshProcesses,
+    folder: Path,
+    input_ids: torch.Tensor,
+    device: torch.device,
+    trust_remote_code: bool = False,
 ) -> Callable[[], torch.Tensor]:
     """Begin to compute the logits of a packed checkpoint, as transformers loads it, in a fresh process.
 
     Args:
-        stack: ends the process, if it still runs, when it is closed.
+        processes: the process is one of them.
         folder: the packed checkpoint.
         input_ids: int64 [batch, time].
         device: that computes.
@@ -81,12 +88,12 @@ def begin_packed(
         where transformers cannot load the checkpoint.
     """
     arguments = ["packed", "--folder", str(folder), "--device", str(device), *_trusted(trust_remote_code)]
-    finish = _begin(stack, arguments, input_ids)
+    finish = _begin(processes, arguments, input_ids)
     return lambda: finish()["logits"]
 
 
 def begin_fake_quantized(
-    stack: ExitStack,
+    processes: FreshProcesses,
     source: Path,
     qat_config_folder: Path,
     input_ids: torch.Tensor,
@@ -110,7 +117,7 @@ def begin_fake_quantized(
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
     arguments = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
     arguments += ["--experts_as_linear"] if experts_as_linear else []
-    finish = _begin(stack, [*arguments, "--device", str(device), *_trusted(trust_remote_code)], input_ids)
+    finish = _begin(processes, [*arguments, "--device", str(device), *_trusted(trust_remote_code)], input_ids)
 
     def expected() -> Expected:
         result = finish()
@@ -119,35 +126,92 @@ def begin_fake_quantized(
     return expected
 
 
-def _begin(stack: ExitStack, arguments: list[str], input_ids: torch.Tensor) -> Callable[[], Mapping[str, torch.Tensor]]:
-    """Start this module as a program; returns what waits for it and gives what it wrote."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    inputs, outputs, errors = folder / "inputs.safetensors", folder / "outputs.safetensors", folder / "errors.txt"
+class FreshProcesses(ExitStack):
+    """The processes of a proof; those that still run end with the block, and their files go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[_Process] = []
+
+    def prepare_beside_gpu(self, device: str | None = None) -> None:
+        """`prepare` where `verify` is likely to compute on a GPU; on a CPU they would take its cores from the packing.
+
+        Args:
+            device: as in `verify`.
+        """
+        if (likely := likely_device(device)) != CPU:
+            self.prepare(likely)
+
+    def prepare(self, device: torch.device) -> None:
+        """Start two processes that get ready to compute on `device` while the folder is packed, and then wait."""
+        self._waiting = [_Process(self, device), _Process(self, device)]
+
+    def take(self) -> _Process:
+        """A process that waits, else a new one."""
+        return self._waiting.pop() if self._waiting else _Process(self)
+
+
+class _Process:
+    """This module as a program that has no task yet.
+
+    Args:
+        device: to get ready for.
+    """
+
+    def __init__(self, stack: ExitStack, device: torch.device = CPU) -> None:
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.errors = self.folder / "errors.txt"
+        environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+        root = str(Path(__file__).resolve().parents[2])
+        environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))}
+        command = [sys.executable, "-m", "qat.checkpoints.verify_logits", _WAIT, str(os.getpid()), str(device)]
+        with self.errors.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=file, text=True
+            )
+        stack.callback(self.end)
+
+    def begin(self, arguments: list[str]) -> None:
+        """Give it the task: the arguments of `main`."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(arguments) + "\n")
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has ended, and `status` says how
+
+    def status(self) -> int:
+        """The status that it ends with."""
+        return self.process.wait()
+
+    def end(self) -> None:
+        """End it, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+
+def _begin(
+    processes: FreshProcesses, arguments: list[str], input_ids: torch.Tensor
+) -> Callable[[], Mapping[str, torch.Tensor]]:
+    """Run this module as a program in a process; returns what waits for it and gives what it wrote."""
+    process = processes.take()
+    inputs, outputs = process.folder / "inputs.safetensors", process.folder / "outputs.safetensors"
     save_file({"input_ids": input_ids}, inputs)
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-    root = str(Path(__file__).resolve().parents[2])
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))}
-    command = [sys.executable, "-m", "qat.checkpoints.verify_logits", *arguments, "--inputs", str(inputs),
-               "--outputs", str(outputs), "--parent", str(os.getpid())]  # fmt: skip
-    with errors.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
-    stack.callback(_end, process)
+    process.begin([*arguments, "--inputs", str(inputs), "--outputs", str(outputs)])
 
     def finish() -> Mapping[str, torch.Tensor]:
-        if status := process.wait():
-            said = errors.read_text(encoding="utf-8", errors="replace")
-            logger.debug("%s failed:\n%s", " ".join(command), said)
+        if status := process.status():
+            said = process.errors.read_text(encoding="utf-8", errors="replace")
+            logger.debug("%s failed:\n%s", " ".join(arguments), said)
             kind = NotLoadableError if arguments[0] == "packed" else VerificationError
             raise kind(_failure(arguments, status, said))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
 
     return finish
-
-
-def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        process.kill()
-        process.wait()
 
 
 def _trusted(trust_remote_code: bool) -> list[str]:
@@ -176,10 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
-    parser.add_argument("--parent", type=int, help="the process whose end ends this one")
     args = parser.parse_args(argv)
-    if args.parent is not None:
-        start_worker(args.parent)
     model = load_for_logits(args.folder, args.trust_remote_code, args.device).eval()
     input_ids = load_file(args.inputs)["input_ids"].to(args.device)
     if args.what == "fake-quantized":
@@ -249,5 +310,20 @@ def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids, use_cache=False).logits.contiguous().cpu()
 
 
+def wait_for_task(parent: int, device: torch.device) -> list[str]:
+    """The arguments for `main`, a line of standard input, once this process is ready to compute on `device`.
+
+    Args:
+        parent: the process whose end ends this one.
+    """
+    start_worker(parent)
+    if device != CPU:
+        torch.empty(1, device=device)  # starts its driver
+    if not (line := sys.stdin.readline()):
+        sys.exit(1)
+    return json.loads(line)
+
+
 if __name__ == "__main__":
-    main()
+    assert sys.argv[1] == _WAIT, sys.argv
+    main(wait_for_task(int(sys.argv[2]), torch.device(sys.argv[3])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -100,12 +99,24 @@ def test_logits_that_a_gpu_cannot_compute_are_computed_on_the_cpu(a_gpu, pair, c
 def test_a_process_that_still_computes_ends_with_the_proof(tmp_path):
     from qat.checkpoints import verify_logits
 
-    with ExitStack() as stack:
-        verify_logits.begin_packed(stack, tmp_path, torch.arange(8)[None], CPU)
+    with verify_logits.FreshProcesses() as processes:
+        verify_logits.begin_packed(processes, tmp_path, torch.arange(8)[None], CPU)
         (child,) = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
         os.kill(child, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_processes_that_were_prepared_are_taken_and_do_the_task(pair, tmp_path):
+    from qat.checkpoints import verify_logits
+
+    with verify_logits.FreshProcesses() as processes:
+        processes.prepare(CPU)
+        waiting = list(processes._waiting)
+        verdict = verify(pair[1], pair[0], tokens=8, device="cpu", processes=processes)
+        assert verdict["logits"]["bit_equal"] and not processes._waiting
+        assert [process.process.returncode for process in waiting] == [0, 0]
+    assert not any(process.folder.exists() for process in waiting)
 
 
 def test_memory_of_the_host_is_known_on_linux():

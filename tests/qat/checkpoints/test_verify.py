@@ -7,7 +7,6 @@ import shutil
 import traceback
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,15 +186,16 @@ def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
 
 
 def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path, monkeypatch):
-    def run(command, stderr, **_):
-        status = 0
+    def begin(process, arguments):
+        process.errors, process.found = tmp_path / "errors.txt", 0
         try:
-            logits.main(command[3 : command.index("--parent")])  # which ends with its parent
+            logits.main(arguments)
         except UserError:
-            status = stderr.write(traceback.format_exc())
-        return SimpleNamespace(wait=lambda: status, poll=lambda: status)
+            process.found = process.errors.write_text(traceback.format_exc())
 
-    monkeypatch.setattr(logits.subprocess, "Popen", run)
+    monkeypatch.setattr(logits._Process, "__init__", lambda process, stack: setattr(process, "folder", tmp_path))
+    monkeypatch.setattr(logits._Process, "begin", begin)
+    monkeypatch.setattr(logits._Process, "status", lambda process: process.found)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 260}
