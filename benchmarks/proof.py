@@ -110,14 +110,14 @@ def measure(folder: Path, shape: str, scheme: str, device: str | None, report) -
     for name, seconds in parts.items():
         report.add(f"{shape}: export, {name}, all threads", seconds, unit="s")
     report.add(f"{shape}: comparing weights", weights_s, unit="s")
-    for what in ("packed", "fake-quantized"):
-        command = logits_command(what, source, packed, verdict, device)
-        for name, seconds in zip(_PARTS, run_clocked(command), strict=True):
-            report.add(f"{shape}: logits, {what}: {name}", seconds, unit="s")
     report.add(f"{shape}: proof, weights and logits at once", proof_s, unit="s")
     report.add(f"{shape}: export and proof", export_s + proof_s, unit="s")
     report.add(f"{shape}: export and proof over reading and writing", (export_s + proof_s) / copy_s, "4")
     report.add(f"{shape}: logits on a GPU", float("cuda" in verdict["logits"]["device"]))
+    for what in ("packed", "fake-quantized"):
+        command = logits_command(what, source, packed, verdict, device)
+        for name, seconds in zip(_PARTS, run_clocked(command), strict=True):
+            report.add(f"{shape}: logits, {what}: {name}", seconds, unit="s")
     for path in (*source.iterdir(), *packed.iterdir()):
         path.unlink()
     return {"parameters": parameters, "copy": copy_s, "export": export_s, "proof": proof_s}
@@ -218,7 +218,8 @@ def run_clocked(arguments: list[str]) -> list[float]:
         save_file({"input_ids": torch.arange(_TOKENS)[None]}, folder / "in.safetensors")
         files = ["--inputs", str(folder / "in.safetensors"), "--outputs", str(folder / "out.safetensors")]
         command = [sys.executable, "-c", _CLOCKED, str(time.time()), *arguments, *files]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return [float(word) for word in done.stdout.split()[-3:]]
 
