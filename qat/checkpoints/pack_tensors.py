@@ -26,6 +26,7 @@ from .folder import INDEX_NAME, CheckpointFolder
 from .matrices import Matrix
 from .pipeline import CPU, in_parallel, one_at_a_time
 from .shard_writer import ShardWriter
+from .staging import to_device
 from .tensor_scales import calibrated_tensors, weight_divisors
 
 _SLAB_VALUES = 1 << 22  # quantized at a time where there are no kernels; bounds the FP32 temporaries
@@ -109,11 +110,11 @@ class Packing:
             check_finite([(name, tensor)], self.checkpoint.path)
             writer.put(name, tensor.to(exported_dtype(tensor, self.checkpoint.config)))
             return tensor.nbytes
-        held = tensor.to(self.device)
+        held = to_device(tensor, self.device)
         for matrix in self.matrices[name]:
             quantized = self._quantize(matrix, matrix.values(held))
             for own, packed in self._tensors(matrix, quantized).items():
-                writer.put(own, packed.cpu())
+                writer.put(own, packed)
         return tensor.nbytes
 
     def _quantize(self, matrix: Matrix, weight: torch.Tensor) -> Quantized:

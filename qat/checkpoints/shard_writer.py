@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from .staging import pieces
+
 _METADATA = {"format": "pt"}
 _ALIGNMENT = 8
 _FLUSH_BYTES = 1 << 28
@@ -46,20 +48,23 @@ class ShardWriter:
         text += b" " * (-len(text) % _ALIGNMENT)
         self.begin, self.nbytes = 8 + len(text), end
         self._lock, self._left, self._unflushed = threading.Lock(), len(names), 0
+        self._flushing = threading.Lock()
         self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._write(memoryview(len(text).to_bytes(8, "little") + text), 0)
         if not names:
             self._flush(closes=True)
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor on the CPU; the last one flushes and closes the file."""
+        """Write a tensor; the last one flushes and closes the file."""
         begin, dtype, shape = self.places.pop(name)
         assert (tensor.dtype, tensor.shape) == (dtype, shape), (name, tensor.dtype, tensor.shape, dtype, shape)
-        values = tensor.detach().contiguous().flatten().view(torch.uint8)
-        self._write(values.numpy().data, self.begin + begin)
+        offset = self.begin + begin
+        for values in pieces(tensor):
+            self._write(values, offset)
+            offset += len(values)
         with self._lock:
             self._left -= 1
-            self._unflushed += values.numel()
+            self._unflushed += tensor.nbytes
             is_last, is_due = self._left == 0, self._unflushed >= _FLUSH_BYTES
             if is_due:
                 self._unflushed = 0
@@ -73,10 +78,11 @@ class ShardWriter:
             self._descriptor = None
 
     def _flush(self, closes: bool) -> None:
-        assert self._descriptor is not None
-        os.fsync(self._descriptor)
-        if closes:
-            self.abandon()
+        with self._flushing:
+            if self._descriptor is not None:  # else the last one has flushed all
+                os.fsync(self._descriptor)
+            if closes:
+                self.abandon()
 
     def _write(self, values: memoryview, offset: int) -> None:
         assert self._descriptor is not None

@@ -19,6 +19,7 @@ from ..schemes.spec import VIEW_DTYPE
 from .folder import CheckpointFolder
 from .matrices import Matrix, by_divisor
 from .pipeline import CPU, in_parallel
+from .staging import to_device
 from .stored_names import StoredNames
 
 
@@ -39,7 +40,7 @@ def weight_divisors(
         stored = ([read(matrix.stored) for matrix in group] for group in groups)
 
         def divisor_of(job: tuple[list[Matrix], list[torch.Tensor]]) -> torch.Tensor:
-            values = [matrix.values(tensor).to(device) for matrix, tensor in zip(*job, strict=True)]
+            values = [matrix.values(to_device(tensor, device)) for matrix, tensor in zip(*job, strict=True)]
             return ops.tensor_divisor(values, job[0][0].spec.format.name, VIEW_DTYPE)
 
         found = in_parallel(divisor_of, zip(groups, stored, strict=True), device)

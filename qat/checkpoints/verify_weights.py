@@ -20,6 +20,7 @@ from .folder import CheckpointFolder, Reader
 from .matrices import Matrix
 from .pack_tensors import exported_dtype
 from .pipeline import CPU, in_parallel, one_at_a_time
+from .staging import to_device
 from .tensor_scales import calibrated_tensors, weight_divisors
 
 
@@ -83,9 +84,9 @@ def compare_weights(
 
     def compare(job: _Job) -> list[_Compared]:
         if job.plain is not None:
-            expected = job.source.to(exported_dtype(job.source, checkpoint.config))
-            return [_Compared(job.name, _different(job.plain, expected))]
-        source = job.source.to(device) if job.matrices else job.source
+            expected = to_device(job.source, device).to(exported_dtype(job.source, checkpoint.config))
+            return [_Compared(job.name, _different(to_device(job.plain, device), expected))]
+        source = to_device(job.source, device) if job.matrices else job.source
         return [
             compared
             for matrix in job.matrices
@@ -145,7 +146,7 @@ def _compare_matrix(
     rounding = matrix.site.module.weight_quantizer.rounding
     with one_at_a_time(source.device):
         expected = rounding.values(source.contiguous(), VIEW_DTYPE, divisor=divisor)
-    held = [tensor.to(source.device) for tensor in tensors]
+    held = [to_device(tensor, source.device) for tensor in tensors]
     for name, tensor in zip(dialect.tensor_names(matrix.name, spec), held, strict=True):
         if name.endswith(WEIGHT_DIVISOR):  # engines that fuse layers need the very same one
             yield _Compared(name, _different(tensor, cast(torch.Tensor, divisor)))
