@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 _CONTEXT_BYTES = 1 << 30  # of kernels and libraries in a process that begins to use a GPU
 # For a value of a matrix: itself in FP32 and BF16, its codes, and what a library makes of these to decompress them.
 _BYTES_PER_VALUE = 24
+_BYTES_COMPARED = 9  # for a value of a tensor that is not packed: twice in FP32, and whether they differ
 
 
 def choose_device(wanted: str | None, needed_bytes: int, what: str) -> torch.device:
@@ -76,7 +77,8 @@ def free_bytes(device: torch.device) -> int:
 def most_bytes(checkpoint: CheckpointFolder, matrices: Mapping[str, list[Matrix]]) -> int:
     """Bytes of GPU memory that packing or comparing takes at most: for one large matrix in each thread."""
     largest = max((_values(checkpoint, stored, held) for stored, held in matrices.items()), default=0)
-    return _CONTEXT_BYTES + threads_for(torch.device("cuda")) * largest * _BYTES_PER_VALUE
+    whole = max((torch.Size(stored.shape).numel() for stored in checkpoint.stored.values()), default=0)
+    return _CONTEXT_BYTES + threads_for(torch.device("cuda")) * largest * _BYTES_PER_VALUE + whole * _BYTES_COMPARED
 
 
 def in_words(device: torch.device) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import save_qat
+from helpers import save_llama, save_qat
+from safetensors.torch import load_file
 
 from qat.checkpoints import device as devices
 from qat.checkpoints import logits_proof
@@ -121,3 +122,17 @@ def test_processes_that_were_prepared_are_taken_and_do_the_task(pair, tmp_path):
 
 def test_memory_of_the_host_is_known_on_linux():
     assert 0 < devices.free_host_bytes() < 2**50
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "NVFP4A16", "INT4_G32", "FP8"])
+def test_a_gpu_packs_the_bytes_of_the_cpu_and_proves_them(tmp_path, scheme):
+    source = save_llama(tmp_path / "source")
+    for device in ("cpu", "cuda"):
+        export_checkpoint(source, tmp_path / device, scheme=scheme, device=device)
+    packed, reference = (load_file(tmp_path / device / "model.safetensors") for device in ("cuda", "cpu"))
+    assert set(packed) == set(reference)
+    assert all(torch.equal(packed[n].view(torch.uint8), reference[n].view(torch.uint8)) for n in packed)
+    verdict = verify(tmp_path / "cuda", source, tokens=32, device="cuda")
+    assert verdict["logits"]["bit_equal"] and verdict["logits"]["not_bit_equal_on"] is None
+    assert "cuda" in verdict["logits"]["device"]
