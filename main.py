@@ -30,7 +30,7 @@ from training.arguments.parse import Arguments, parse_arguments
 from training.checks import check_data, check_model, check_paths
 from training.estimate.program import short_form
 from training.monitoring.report import report_run
-from training.resume.output import OutputFolder
+from training.resume.output import OutputFolder, release
 from training.start.calibration import ScaleRefresh, calibrate_with_data
 from training.start.end_tokens import stop_where_answers_end
 from training.start.loading import device_of_weights
@@ -136,6 +136,7 @@ def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> Non
     if arguments.training.report:
         report_run(output.path, trainer, arguments)
     if trainer.qat_config is not None and arguments.quantization.export_format != "none":
+        release(trainer)
         packed = output.pack(
             trainer.qat_config, arguments.quantization.export_format, arguments.facts, arguments.model.trust_remote_code
         )

@@ -16,12 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qat import SCHEMES, QATConfig, get_scheme  # noqa: E402
+from qat.checkpoints.device import named_device  # noqa: E402
 from qat.checkpoints.dialects import EXPORT_FORMATS  # noqa: E402
 from qat.checkpoints.engines import table_of_folder  # noqa: E402
 from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
+from qat.checkpoints.verify_logits import FreshProcesses  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.errors import RunFault, UserError, report, reported_in_one_line  # noqa: E402
 from qat.files.atomic import check_target  # noqa: E402
@@ -44,18 +46,23 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("qat").setLevel(logging.INFO)
     try:
-        if args.verify is None:
-            scales = calibrated(args)
-            dataset = args.dataset if scales is None else None  # the model was not trained on what calibrates it
-            export_checkpoint(
-                args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
-                CardFacts(args.base_model, dataset), args.trust_remote_code, scales, args.kv_cache_scheme,
-            )  # fmt: skip
-        if args.verify is not None or not args.no_verify:
-            verify(
-                args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
-                trust_remote_code=args.trust_remote_code,
-            )  # fmt: skip
+        proves = args.verify is not None or not args.no_verify
+        with FreshProcesses() as processes:
+            if args.verify is None:
+                if proves and not args.weights_only:
+                    processes.prepare_beside_gpu(args.device)
+                scales = calibrated(args)
+                dataset = args.dataset if scales is None else None  # the model was not trained on what calibrates it
+                export_checkpoint(
+                    args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
+                    CardFacts(args.base_model, dataset), args.trust_remote_code, scales, args.kv_cache_scheme,
+                    args.device,
+                )  # fmt: skip
+            if proves:
+                verify(
+                    args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
+                    trust_remote_code=args.trust_remote_code, device=args.device, processes=processes,
+                )  # fmt: skip
         if args.verify is None:
             print(table_of_folder(args.target, args.trust_remote_code))
     except VerificationError as error:
@@ -99,6 +106,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source", metavar="SRC", help="with --verify: the source, where it is not recorded in DIR")
     parser.add_argument("--weights_only", action="store_true", help="verify weights, load no model for logits")
     parser.add_argument("--no_verify", action="store_true", help="export without verifying")
+    parser.add_argument(
+        "--device",
+        help="that packs and proves: cpu, cuda or cuda:N; default: a GPU with enough free memory, else the CPU",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with SRC")
     args = parser.parse_args(argv)
     try:
@@ -133,6 +144,8 @@ def _check_together(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} has no effect with --verify, which only compares; leave it out")
     if args.source is not None and args.verify is None:
         raise UserError(f"--source {args.source} has no effect without --verify; the source is the first word: SRC DST")
+    if args.device is not None:
+        named_device(args.device)
     if args.no_verify and args.weights_only:
         raise UserError("--weights_only has no effect with --no_verify; give one of the two")
     if args.ignore is not None and args.quant_scheme is None and args.verify is None:

@@ -18,23 +18,33 @@ from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .folder import CheckpointFolder
 from .matrices import Matrix, by_divisor
+from .pipeline import CPU, in_parallel
+from .staging import to_device
 from .stored_names import StoredNames
 
 
-def weight_divisors(checkpoint: CheckpointFolder, matrices: Mapping[str, list[Matrix]]) -> dict[str, torch.Tensor]:
+def weight_divisors(
+    checkpoint: CheckpointFolder,
+    matrices: Mapping[str, list[Matrix]],
+    device: torch.device = CPU,
+) -> dict[str, torch.Tensor]:
     """The divisors of weights in formats with a tensor scale, FP32 [1], by the names of the matrices.
 
     Layers that engines fuse share one, and gate and up of one expert; each expert has its own.
+
+    Args:
+        device: that computes them, and that they are on.
     """
-    divisors: dict[str, torch.Tensor] = {}
+    groups = [group for group in by_divisor(matrices) if group[0].spec.format.tensor_scale is not None]
     with checkpoint.reading() as read:
-        for together in by_divisor(matrices):
-            fmt = together[0].spec.format
-            if fmt.tensor_scale is not None:
-                values = [matrix.values(read(matrix.stored)) for matrix in together]
-                divisor = ops.tensor_divisor(values, fmt.name, VIEW_DTYPE)
-                divisors |= {matrix.name: divisor.clone() for matrix in together}  # safetensors refuses shared memory
-    return divisors
+        stored = ([read(matrix.stored) for matrix in group] for group in groups)
+
+        def divisor_of(job: tuple[list[Matrix], list[torch.Tensor]]) -> torch.Tensor:
+            values = [matrix.values(to_device(tensor, device)) for matrix, tensor in zip(*job, strict=True)]
+            return ops.tensor_divisor(values, job[0][0].spec.format.name, VIEW_DTYPE)
+
+        found = in_parallel(divisor_of, zip(groups, stored, strict=True), device)
+        return {matrix.name: divisor for group, divisor in zip(groups, found, strict=True) for matrix in group}
 
 
 def check_calibrated(sites: list[Site]) -> None:

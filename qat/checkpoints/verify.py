@@ -5,7 +5,7 @@ Two proofs, both with code that took no part in packing:
 * every packed weight, decompressed by the compressed-tensors library, against the weight that the forward pass computes
   with, element by element; every calibrated scale; and every other tensor against its source;
 * the logits of the folder as transformers loads it, in a fresh process, against those of the fake-quantized model, bit
-  by bit, both in BF16 on the CPU and with activations under the rule that this engine applies. Where it does not
+  by bit, both in BF16 on one device and with activations under the rule that this engine applies. Where it does not
   quantize activations, or computes in another way, the verdict says so.
 """
 
@@ -19,30 +19,27 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..files.json_file import read_object
 from ..layers.share import describe_left, left_unquantized, quantized_share
-from ..layers.sites import EXPERTS, LINEAR, Site, quantized_sites
+from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
-from ..schemes.presets import get_kv_cache_scheme
 from ..version import VERSION
+from .device import choose_device, in_words, most_bytes
 from .dialects import Dialect, dialect_of
-from .dialects.compressed_tensors import CACHE_RULE, CompressedTensors
-from .fit import first_line
 from .folder import CONFIG_NAME, CheckpointFolder
 from .in_transformers import VERDICT_NAME
-from .loadable import runs_as_linear, why_not_loadable
+from .loadable import why_not_loadable
+from .logits_proof import EXPERTS_IN, LogitsProof
 from .matrices import matrices_of
 from .skeleton import prepared_skeleton
 from .tensor_scales import stored_scales
-from .verify_logits import NotLoadableError, VerificationError, fake_quantized_logits, packed_logits
+from .verify_logits import FreshProcesses, NotLoadableError, VerificationError
 from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
-
-_EXPERTS_IN = "experts in "
 
 
 def verify(
@@ -51,6 +48,8 @@ def verify(
     tokens: int = 128,
     with_logits: bool = True,
     trust_remote_code: bool = False,
+    device: str | None = None,
+    processes: FreshProcesses | None = None,
 ) -> dict:
     """Compare the packed checkpoint in `folder` with the BF16 one in `source`; write the verdict into `folder`.
 
@@ -60,6 +59,9 @@ def verify(
         tokens: length of the text whose logits are compared.
         with_logits: False compares weights only (no model is loaded), which the verdict then states.
         trust_remote_code: run Python code that comes with the two folders.
+        device: that compares, such as "cpu" or "cuda:1"; default: a GPU with enough free memory, else the CPU. Logits
+            that are not bit-equal on a GPU are computed again on the CPU, which decides.
+        processes: for the logits; they end here. Default: new ones.
 
     Returns:
         The verdict, as in `verification.json`. Where transformers cannot load a folder for a cause in its loader (see
@@ -81,97 +83,63 @@ def verify(
     sites = quantized_sites(model)
     matrices = matrices_of(names, sites, checkpoint.path, dialect.packs_fused)
     scales = stored_scales(config.calibrated_scales, matrices, names)
-    count = compare_weights(packed, checkpoint, matrices, dialect, scales)
-    verdict: dict[str, Any] = {
-        "verified": count.elements_that_differ == 0,
-        "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
-        "export_format": dialect.name,
-        "quantized_share": quantized_share(model),
-        "left_unquantized": describe_left(model, left_unquantized(model, config)),
-        "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(sites, count)},
-        "logits": None,
-        "why_no_logits": None,
-        "versions": _versions(),
-    }
-    if with_logits and verdict["verified"]:
-        why = why_not_loadable(model, names, packed.quantization_config or {})
-        try:
-            logits = compare_logits(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
-            agrees = logits["bit_equal"] or logits["why_not_bit_equal"] is not None
-        except NotLoadableError:
-            if why is None:
-                raise
-            logits, agrees = None, False
-        if why is None or agrees:
-            verdict |= {"logits": logits, "verified": agrees}
-        elif logits is None:  # a cause in transformers' loader
-            verdict["why_no_logits"] = f"transformers cannot load the folder: {why}"
-        else:
-            moved = f"its logits differ by up to {logits['largest_difference']}"
-            verdict["why_no_logits"] = f"transformers does not load the folder as it is packed ({moved}): {why}"
+    logits_proof = LogitsProof(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
+    place = choose_device(device, most_bytes(checkpoint, matrices), "comparing weights")
+    logger.info("Comparing weights on %s", in_words(place))
+    with processes or FreshProcesses() as begun:
+        if with_logits:
+            logits_proof.begin(begun, device, most_bytes(checkpoint, matrices))
+        count = compare_weights(packed, checkpoint, matrices, dialect, scales, place)
+        verdict = _about_weights(packed, checkpoint, model, config, dialect, count)
+        if with_logits and verdict["verified"]:
+            verdict |= _about_logits_of(logits_proof, why_not_loadable(model, names, packed.quantization_config or {}))
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict
 
 
-def compare_logits(
+def _about_weights(
     packed: CheckpointFolder,
     checkpoint: CheckpointFolder,
-    sites: list[Site],
+    model: PreTrainedModel,
+    config: QATConfig,
     dialect: Dialect,
-    tokens: int = 128,
-    trust_remote_code: bool = False,
-) -> dict:
-    """The logits part of the verdict: transformers on the packed folder against the fake-quantized model.
-
-    Where the file cannot hold the format of the activations, transformers leaves them as they are, and so does the
-    model that it is compared with; `activations_not_quantized_by_engine` names such schemes. So it is with all experts
-    that transformers keeps in fused parameters. `why_not_bit_equal` is the
-    reason where a library computes a scheme in another way; the logits are then reported and prove nothing.
-    """
-    text_name, input_ids = _real_text(packed, tokens, trust_remote_code)
-    schemes = {site.scheme.name: site.scheme for site in sites}
-    engine_rules = {name: dialect.input_rule(scheme) for name, scheme in schemes.items()}
-    experts = {s.scheme.name: engine_rules[s.scheme.name] if runs_as_linear(s.owner, dialect.quant_method) else None
-               for s in sites if s.kind == EXPERTS.name}  # fmt: skip
-    served = packed_logits(packed.path, input_ids, trust_remote_code)
-    expected, as_trained, reads_matrices = fake_quantized_logits(
-        checkpoint.path, packed.path, input_ids, engine_rules, trust_remote_code, any(experts.values())
-    )
-    linear = {site.scheme.name for site in sites if site.kind == LINEAR.name}
-    plain = [n for n in schemes if n in linear and engine_rules[n] is None and schemes[n].input is not None]
-    plain += [f"{_EXPERTS_IN}{n}" for n, rule in experts.items() if rule is None and schemes[n].input is not None]
-    differ = [f"{n}: {reason}" for n, scheme in schemes.items() if (reason := dialect.logits_differ(scheme))]
-    if reads_matrices and dialect.quant_method == CompressedTensors.quant_method:
-        differ.append("compressed-tensors takes one scale for all tokens where an input has no batch dimension")
-    finite = bool(served.isfinite().all() and expected.isfinite().all())
-    bit_equal = finite and torch.equal(served, expected)
+    count: WeightCount,
+) -> dict[str, Any]:
+    """The verdict before there are logits."""
     return {
-        "text": text_name,
-        "tokens": input_ids.numel(),
-        "engine": f"transformers, {dialect.name}",
-        "key_value_cache": _about_cache(packed),
-        "engine_activation_rules": engine_rules,
-        "engine_activation_rules_of_experts": experts,
-        "trained_activation_rules": {name: scheme.rules["input"] for name, scheme in schemes.items()},
-        "activations_not_quantized_by_engine": plain,
-        "bit_equal": bit_equal,
-        "why_not_bit_equal": "; ".join(differ) if differ and finite and not bit_equal else None,
-        "largest_difference": float((served.float() - expected.float()).abs().max()),
-        "mean_log_probability_difference_to_trained_rule": _log_probability_difference(served, as_trained, input_ids),
+        "verified": count.elements_that_differ == 0,
+        "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
+        "export_format": dialect.name,
+        "quantized_share": quantized_share(model),
+        "left_unquantized": describe_left(model, left_unquantized(model, config)),
+        "weights": {**vars(count), "bytes_over_nominal": _bytes_over_nominal(quantized_sites(model), count)},
+        "logits": None,
+        "why_no_logits": None,
+        "versions": _versions(),
     }
 
 
-def _about_cache(packed: CheckpointFolder) -> dict[str, str] | None:
-    """How keys and values were quantized on both sides, and in the training; None where they are not.
+def _about_logits_of(proof: LogitsProof, why: str | None) -> dict[str, Any]:
+    """What the logits change in the verdict.
 
-    transformers quantizes them in each attention layer, whether it generates or computes the logits of a text at once.
+    Args:
+        why: a known cause for which transformers cannot load the folder.
+
+    Raises:
+        NotLoadableError: it cannot, and there is no such cause.
     """
-    config = QATConfig.load(packed.path)
-    if config is None or config.kv_cache_scheme is None:
-        return None
-    scheme, spec = get_kv_cache_scheme(config.kv_cache_scheme)
-    return {"scheme": scheme, "engine_rule": CACHE_RULE, "trained_rule": spec.rule}
+    try:
+        logits = proof.finish()
+    except NotLoadableError:
+        if why is None:
+            raise
+        return {"why_no_logits": f"transformers cannot load the folder: {why}"}
+    agrees = logits["bit_equal"] or logits["why_not_bit_equal"] is not None
+    if why is None or agrees:
+        return {"logits": logits, "verified": agrees}
+    moved = f"its logits differ by up to {logits['largest_difference']}"
+    return {"why_no_logits": f"transformers does not load the folder as it is packed ({moved}): {why}"}
 
 
 def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:
@@ -189,33 +157,6 @@ def _recorded_source(folder: Path) -> Path:
             return recorded.resolve()
         raise UserError(f"{path} names {recorded} as the source, which is not there; give --source")
     raise UserError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")
-
-
-def _real_text(packed: CheckpointFolder, tokens: int, trust_remote_code: bool) -> tuple[str, torch.Tensor]:
-    """`tokens` token ids [1, tokens] of Python's language reference; its bytes where there is no tokenizer."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name].strip() for name in sorted(topics))[: 32 * tokens]
-    if (packed.path / "tokenizer_config.json").is_file():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                packed.path, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # the tokenizers library raises bare ones
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"{packed.path} is not proven: its tokenizer cannot be read ({reason})") from error
-        ids = tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
-        return "Python's language reference", torch.tensor([ids])
-    vocabulary = packed.config.get("vocab_size", 256)
-    ids = [byte % vocabulary for byte in text.encode()]
-    return "bytes of Python's language reference (there is no tokenizer)", torch.tensor([ids[:tokens]])
-
-
-def _log_probability_difference(a: torch.Tensor, b: torch.Tensor, input_ids: torch.Tensor) -> float:
-    """Mean absolute difference (nats) of the log-probabilities of the text's own tokens."""
-    targets = input_ids[:, 1:, None]
-    own = [logits[:, :-1].float().log_softmax(-1).gather(-1, targets) for logits in (a, b)]
-    return float((own[0] - own[1]).abs().mean())
 
 
 def _versions() -> dict[str, str]:
@@ -248,7 +189,7 @@ def _raise_unless_verified(verdict: dict, folder: Path, source: Path) -> None:
     if reason := verdict["why_no_logits"]:
         logger.warning("%s: the weights are proven, the logits are not: %s", folder, reason)
     for scheme in logits["activations_not_quantized_by_engine"] if logits else ():
-        of_experts = scheme.startswith(_EXPERTS_IN)
+        of_experts = scheme.startswith(EXPERTS_IN)
         why = "" if of_experts else ", since the file cannot hold their format"
         logger.warning(
             "%s: %s leaves the activations of %s unquantized%s; the logits are those of its weights alone, %.4f nats a "

@@ -1,12 +1,13 @@
-"""Logits of one model in a process of its own: `python -m qat.checkpoints.verify_logits packed|fake-quantized ...`.
+"""Logits of one model in a process of its own, which gets its task, the arguments of `main`, through standard input.
 
-`verify.py` starts it twice, once for the packed folder as transformers loads it and once for the fake-quantized model,
-and compares what they write. Nothing of the exporting process can leak into either.
+`logits_proof.py` starts it twice, once for the packed folder as transformers loads it and once for the fake-quantized
+model, and compares what they write. Nothing of the exporting process can leak into either.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,13 +30,16 @@ from ..layers.restore import prepare_as_saved, set_scale_rules
 from ..layers.sites import EXPERTS, quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
+from .device import likely_device
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
 from .model_config import read_config
 from .native_mxfp4 import loading_options
+from .pipeline import CPU
 
 logger = logging.getLogger(__name__)
 
+_WAIT = "--wait-for-task"
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,78 +51,167 @@ class NotLoadableError(VerificationError):
     """transformers cannot load a packed checkpoint."""
 
 
-def packed_logits(folder: Path, input_ids: torch.Tensor, trust_remote_code: bool = False) -> torch.Tensor:
-    """What transformers computes with a packed checkpoint, on the CPU, in a fresh process.
+@dataclass(frozen=True)
+class Expected:
+    """What the fake-quantized model computes.
+
+    Attributes:
+        logits: BF16 [batch, time, vocabulary], with activations under the engine's rule.
+        as_trained: the same under the rule of the training.
+        reads_matrices: whether a layer with one scale for each token read a matrix without a batch: compressed-tensors
+            takes one scale for the whole of it.
+    """
+
+    logits: torch.Tensor
+    as_trained: torch.Tensor
+    reads_matrices: bool
+
+
+def begin_packed(
+    processes: FreshProcesses,
+    folder: Path,
+    input_ids: torch.Tensor,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> Callable[[], torch.Tensor]:
+    """Begin to compute the logits of a packed checkpoint, as transformers loads it, in a fresh process.
 
     Args:
+        processes: the process is one of them.
         folder: the packed checkpoint.
         input_ids: int64 [batch, time].
+        device: that computes.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Returns:
-        BF16 [batch, time, vocabulary].
-
-    Raises:
-        NotLoadableError: transformers cannot load it.
+        What waits for the process and gives BF16 [batch, time, vocabulary], on the CPU; it raises NotLoadableError
+        where transformers cannot load the checkpoint.
     """
-    return _in_fresh_process(["packed", "--folder", str(folder), *_trusted(trust_remote_code)], input_ids)["logits"]
+    arguments = ["packed", "--folder", str(folder), "--device", str(device), *_trusted(trust_remote_code)]
+    finish = _begin(processes, arguments, input_ids)
+    return lambda: finish()["logits"]
 
 
-def fake_quantized_logits(
+def begin_fake_quantized(
+    processes: FreshProcesses,
     source: Path,
     qat_config_folder: Path,
     input_ids: torch.Tensor,
     engine_rules: dict[str, str | None],
+    device: torch.device,
     trust_remote_code: bool = False,
     experts_as_linear: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """What the fake-quantized model computes, on the CPU, in a fresh process.
+) -> Callable[[], Expected]:
+    """Begin to compute the logits of the fake-quantized model in a fresh process; see `begin_packed`.
 
     Args:
         source: the BF16 checkpoint.
         qat_config_folder: where the `qat_config.json` in force lies.
-        input_ids: int64 [batch, time].
         engine_rules: by scheme, the rule under which the engine quantizes activations; None: it does not.
-        trust_remote_code: run Python code that comes with the checkpoint.
         experts_as_linear: whether these rules hold for experts as well; else the engine leaves their inputs alone.
 
     Returns:
-        BF16 [batch, time, vocabulary], with activations under the engine's rule and under that of the training; and
-        whether a layer with one scale for each token read a matrix without a batch: compressed-tensors takes one scale
-        for the whole of it.
+        What waits for the process and gives its logits, on the CPU; it raises a VerificationError where they cannot be
+        computed.
     """
     rules = [f"{scheme}={rule or ''}" for scheme, rule in engine_rules.items()]
-    command = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
-    command += ["--experts_as_linear"] if experts_as_linear else []
-    result = _in_fresh_process([*command, *_trusted(trust_remote_code)], input_ids)
-    return result["logits"], result["logits_as_trained"], bool(result["reads_matrices"])
+    arguments = ["fake-quantized", "--folder", str(source), "--qat_config", str(qat_config_folder), "--rules", *rules]
+    arguments += ["--experts_as_linear"] if experts_as_linear else []
+    finish = _begin(processes, [*arguments, "--device", str(device), *_trusted(trust_remote_code)], input_ids)
+
+    def expected() -> Expected:
+        result = finish()
+        return Expected(result["logits"], result["logits_as_trained"], bool(result["reads_matrices"]))
+
+    return expected
 
 
-def _in_fresh_process(arguments: list[str], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
-        save_file({"input_ids": input_ids}, inputs)
+class FreshProcesses(ExitStack):
+    """The processes of a proof; those that still run end with the block, and their files go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[_Process] = []
+
+    def prepare_beside_gpu(self, device: str | None = None) -> None:
+        """`prepare` where `verify` is likely to compute on a GPU; on a CPU they would take its cores from the packing.
+
+        Args:
+            device: as in `verify`.
+        """
+        if (likely := likely_device(device)) != CPU:
+            self.prepare(likely)
+
+    def prepare(self, device: torch.device) -> None:
+        """Start two processes that get ready to compute on `device` while the folder is packed, and then wait."""
+        self._waiting = [_Process(self, device), _Process(self, device)]
+
+    def take(self) -> _Process:
+        """A process that waits, else a new one."""
+        return self._waiting.pop() if self._waiting else _Process(self)
+
+
+class _Process:
+    """This module as a program that has no task yet.
+
+    Args:
+        device: to get ready for.
+    """
+
+    def __init__(self, stack: ExitStack, device: torch.device = CPU) -> None:
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.errors = self.folder / "errors.txt"
         environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
         root = str(Path(__file__).resolve().parents[2])
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))}
-        command = [
-            sys.executable,
-            "-m",
-            "qat.checkpoints.verify_logits",
-            *arguments,
-            "--inputs",
-            str(inputs),
-            "--outputs",
-            str(outputs),
-            "--parent",
-            str(os.getpid()),
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            logger.debug("%s failed:\n%s", " ".join(command), done.stderr)
+        command = [sys.executable, "-m", "qat.checkpoints.verify_logits", _WAIT, str(os.getpid()), str(device)]
+        with self.errors.open("w") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=file, text=True
+            )
+        stack.callback(self.end)
+
+    def begin(self, arguments: list[str]) -> None:
+        """Give it the task: the arguments of `main`."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(arguments) + "\n")
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass  # it has ended, and `status` says how
+
+    def status(self) -> int:
+        """The status that it ends with."""
+        return self.process.wait()
+
+    def end(self) -> None:
+        """End it, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
+
+
+def _begin(
+    processes: FreshProcesses, arguments: list[str], input_ids: torch.Tensor
+) -> Callable[[], Mapping[str, torch.Tensor]]:
+    """Run this module as a program in a process; returns what waits for it and gives what it wrote."""
+    process = processes.take()
+    inputs, outputs = process.folder / "inputs.safetensors", process.folder / "outputs.safetensors"
+    save_file({"input_ids": input_ids}, inputs)
+    process.begin([*arguments, "--inputs", str(inputs), "--outputs", str(outputs)])
+
+    def finish() -> Mapping[str, torch.Tensor]:
+        if status := process.status():
+            said = process.errors.read_text(encoding="utf-8", errors="replace")
+            logger.debug("%s failed:\n%s", " ".join(arguments), said)
             kind = NotLoadableError if arguments[0] == "packed" else VerificationError
-            raise kind(_failure(arguments, done.returncode, done.stderr))
+            raise kind(_failure(arguments, status, said))
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
+
+    return finish
 
 
 def _trusted(trust_remote_code: bool) -> list[str]:
@@ -142,14 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="*", default=())
     parser.add_argument("--experts_as_linear", action="store_true")
     parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--inputs", required=True)
     parser.add_argument("--outputs", required=True)
-    parser.add_argument("--parent", type=int, help="the process whose end ends this one")
     args = parser.parse_args(argv)
-    if args.parent is not None:
-        start_worker(args.parent)
-    model = load_for_logits(args.folder, args.trust_remote_code).eval()
-    input_ids = load_file(args.inputs)["input_ids"]
+    model = load_for_logits(args.folder, args.trust_remote_code, args.device).eval()
+    input_ids = load_file(args.inputs)["input_ids"].to(args.device)
     if args.what == "fake-quantized":
         config = QATConfig.load(args.qat_config)
         assert config is not None, args.qat_config
@@ -166,17 +259,20 @@ def main(argv: list[str] | None = None) -> None:
     save_file(result | {"logits": _logits(model, input_ids)}, args.outputs)
 
 
-def load_for_logits(folder: str, trust_remote_code: bool) -> PreTrainedModel:
+def load_for_logits(folder: str, trust_remote_code: bool, device: torch.device = CPU) -> PreTrainedModel:
     """The model in `folder`, plain or packed, as transformers loads it in BF16; an error where weights do not fit."""
     config = read_config(folder, folder, trust_remote_code, local_files_only=True)
-    return load_checked(
+    # Straight to a GPU; transformers asks for accelerate to do that.
+    place = {"device_map": {"": device}} if device != CPU and find_spec("accelerate") else {}
+    model = load_checked(
         lambda: AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
-            **loading_options(config),
+            **loading_options(config), **place,
         ),
         folder,
     )  # fmt: skip
+    return model if device == CPU else model.to(device)  # type: ignore[arg-type]
 
 
 def compute_as_engine(model: PreTrainedModel, rules: Mapping[str, str], experts_as_linear: bool = False) -> None:
@@ -211,8 +307,23 @@ def _matrices_noticed(model: PreTrainedModel, experts_as_linear: bool) -> Iterat
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids, use_cache=False).logits.contiguous()
+    return model(input_ids, use_cache=False).logits.contiguous().cpu()
+
+
+def wait_for_task(parent: int, device: torch.device) -> list[str]:
+    """The arguments for `main`, a line of standard input, once this process is ready to compute on `device`.
+
+    Args:
+        parent: the process whose end ends this one.
+    """
+    start_worker(parent)
+    if device != CPU:
+        torch.empty(1, device=device)  # starts its driver
+    if not (line := sys.stdin.readline()):
+        sys.exit(1)
+    return json.loads(line)
 
 
 if __name__ == "__main__":
-    main()
+    assert sys.argv[1] == _WAIT, sys.argv
+    main(wait_for_task(int(sys.argv[2]), torch.device(sys.argv[3])))

@@ -10,14 +10,13 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from helpers import ROOT, write_conversations
@@ -93,7 +92,7 @@ def _attempt(result: Result, path: Path, flags: tuple[str, ...]) -> None:
 
     from .models import save_tiny
 
-    verify_logits.subprocess = SimpleNamespace(run=_run_in_fork)
+    verify_logits._Process = _Fork
     save_tiny(result.entry, path / "model")
     if result.entry in BESIDE:
         _extract_text_model(path / "model")
@@ -199,15 +198,21 @@ def _log_to(path: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
 
 
-def _run_in_fork(command: list[str], **_settings) -> subprocess.CompletedProcess:
-    """`subprocess.run` of `python -m MODULE ...`, by a fork that has imported everything."""
-    module, arguments = command[2], command[3:]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "stderr")
-        process = multiprocessing.get_context("fork").Process(target=_run_module, args=(module, arguments, log))
-        process.start()
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode or 0, "", log.read_text(errors="replace"))
+class _Fork:
+    """A process for logits, by a fork that has imported everything; it has ended when `begin` returns."""
+
+    def __init__(self, stack: ExitStack, device: torch.device | None = None) -> None:
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.errors = self.folder / "errors.txt"
+
+    def begin(self, arguments: list[str]) -> None:
+        given = ("qat.checkpoints.verify_logits", arguments, self.errors)
+        self.process = multiprocessing.get_context("fork").Process(target=_run_module, args=given)
+        self.process.start()
+        self.process.join()
+
+    def status(self) -> int:
+        return self.process.exitcode or 0
 
 
 def _run_module(module: str, arguments: list[str], log: Path) -> None:

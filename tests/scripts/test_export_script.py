@@ -65,7 +65,7 @@ def test_a_mistake_is_an_error_of_the_user_and_a_failed_proof_is_exit_status_1(s
 def test_a_terminated_export_removes_what_it_had_written(script, tmp_path, monkeypatch):
     source = str(save_llama(tmp_path / "source"))
     monkeypatch.setattr("qat.processes._CLEAN_UP_S", 3600.0)  # after which the process would be ended
-    monkeypatch.setattr("qat.checkpoints.pack.save_file", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("qat.checkpoints.shard_writer.ShardWriter.put", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stopped, ended_by_signals():
         script.main([source, str(tmp_path / "deep" / "packed"), "--quant_scheme", "mxfp4"])
     assert stopped.value.code == 143 and [path.name for path in tmp_path.iterdir()] == ["source"]

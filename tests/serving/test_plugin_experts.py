@@ -12,7 +12,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from qat.checkpoints.dialects.compressed_tensors import CompressedTensors, packed_tensors
-from qat.checkpoints.pack import pack_weight
+from qat.checkpoints.pack_tensors import pack_weight
 from qat.schemes.presets import PRESETS
 
 sys.path.insert(0, str(ROOT / "serving"))

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments
 
 from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
+from qat.checkpoints.verify_logits import FreshProcesses
 from qat.errors import DiskFullError, UserError
 from qat.files.atomic import check_target, clear_leftovers, means_full
 from qat.files.lock import LOCK_NAME, locked
@@ -124,11 +126,21 @@ class OutputFolder:
     ) -> Path:
         """Pack the model of this folder into a folder named after its scheme, and prove that it is the same model."""
         target = self._packed(qat_config)
-        export_checkpoint(
-            self.path, target, export_format, overwrite=True, facts=facts, trust_remote_code=trust_remote_code
-        )
-        verify(target, self.path, trust_remote_code=trust_remote_code)
+        with FreshProcesses() as processes:
+            processes.prepare_beside_gpu()
+            export_checkpoint(
+                self.path, target, export_format, overwrite=True, facts=facts, trust_remote_code=trust_remote_code
+            )
+            verify(target, self.path, trust_remote_code=trust_remote_code, processes=processes)
         return target
+
+
+def release(trainer: Trainer) -> None:
+    """Let go of what a finished training holds beside its weights, so that a GPU has room for the proof."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
 
 
 def unused_folder(folder: str | Path) -> Path:

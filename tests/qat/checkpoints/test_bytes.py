@@ -7,7 +7,7 @@ import torch
 
 from qat import get_scheme
 from qat.checkpoints.dialects.compressed_tensors import CompressedTensors, packed_tensors, quantization_args
-from qat.checkpoints.pack import pack_weight
+from qat.checkpoints.pack_tensors import pack_weight
 from qat.numerics.families import get_format
 from qat.schemes.spec import TensorSpec
 
@@ -124,7 +124,7 @@ def _scheme_of(fmt: str) -> str:
 @pytest.mark.parametrize(("fmt", "rule"), ROWS)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_slabs_change_nothing(monkeypatch, fmt, rule, rows):
-    from qat.checkpoints import pack
+    from qat.checkpoints import pack_tensors as pack
 
     spec = TensorSpec(get_format(fmt), rule)
     whole = pack_weight(weights(), spec)

@@ -163,7 +163,7 @@ def test_a_folder_that_loads_in_spite_of_a_known_cause_is_not_said_not_to_load(t
     monkeypatch.setattr("qat.checkpoints.verify.why_not_loadable", lambda *args: "a cause")
     assert verify(packed, source, tokens=8)["logits"]["bit_equal"]
     other = {"bit_equal": False, "why_not_bit_equal": None, "largest_difference": 0.5}
-    monkeypatch.setattr("qat.checkpoints.verify.compare_logits", lambda *args: other)
+    monkeypatch.setattr("qat.checkpoints.verify.LogitsProof.finish", lambda *args: other)
     said = "transformers does not load the folder as it is packed (its logits differ by up to 0.5): a cause"
     assert verify(packed, source, tokens=8)["why_no_logits"] == said
 

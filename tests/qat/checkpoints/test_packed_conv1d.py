@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 
 from qat import get_scheme, prepare_qat
 from qat.checkpoints import verify_logits as logits
-from qat.checkpoints.pack import export_checkpoint, pack_weight
+from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.pack_tensors import pack_weight
 from qat.checkpoints.verify import verify
 from qat.errors import UserError
 
@@ -35,7 +37,7 @@ def same_process(monkeypatch, tmp_path):
             raise logits.NotLoadableError(str(error)) from error
         return load_file("outputs.safetensors")
 
-    monkeypatch.setattr(logits, "_in_fresh_process", run)
+    monkeypatch.setattr(logits, "_begin", lambda stack, *given: partial(run, *given))
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:

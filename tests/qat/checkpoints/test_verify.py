@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
+from functools import partial
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from qat import prepare_qat
-from qat.checkpoints import verify
+from qat.checkpoints import logits_proof, verify
 from qat.checkpoints import verify_logits as logits
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import VerificationError
@@ -49,7 +49,7 @@ def same_process(monkeypatch, tmp_path):
         logits.main([*arguments, "--inputs", "inputs.safetensors", "--outputs", "outputs.safetensors"])
         return load_file("outputs.safetensors")
 
-    monkeypatch.setattr(logits, "_in_fresh_process", run)
+    monkeypatch.setattr(logits, "_begin", lambda stack, *given: partial(run, *given))
 
 
 def test_a_packed_model_equals_the_fake_quantized_one_and_the_verdict_says_by_how_much(pair, same_process):
@@ -186,14 +186,16 @@ def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
 
 
 def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path, monkeypatch):
-    def run(command, **_):
+    def begin(process, arguments):
+        process.errors, process.found = tmp_path / "errors.txt", 0
         try:
-            logits.main(command[3 : command.index("--parent")])  # which ends with its parent
+            logits.main(arguments)
         except UserError:
-            return CompletedProcess(command, 1, "", traceback.format_exc())
-        return CompletedProcess(command, 0, "", "")
+            process.found = process.errors.write_text(traceback.format_exc())
 
-    monkeypatch.setattr(logits.subprocess, "run", run)
+    monkeypatch.setattr(logits._Process, "__init__", lambda process, stack: setattr(process, "folder", tmp_path))
+    monkeypatch.setattr(logits._Process, "begin", begin)
+    monkeypatch.setattr(logits._Process, "status", lambda process: process.found)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 260}
@@ -212,8 +214,10 @@ def test_wrong_logits_are_an_error_though_all_weights_agree(pair, monkeypatch, t
     changed = Path(shutil.copytree(packed, tmp_path / "changed"))
     served, expected = torch.zeros(1, 8, 260), torch.zeros(1, 8, 260)
     served[0, 3, 5] = 2.0**-20
-    monkeypatch.setattr(verify, "packed_logits", lambda *_: served)
-    monkeypatch.setattr(verify, "fake_quantized_logits", lambda *_: (expected, expected, False))
+    monkeypatch.setattr(logits_proof, "begin_packed", lambda *_: lambda: served)
+    monkeypatch.setattr(
+        logits_proof, "begin_fake_quantized", lambda *_: lambda: logits.Expected(expected, expected, False)
+    )
     with pytest.raises(VerificationError, match="all weights are equal, but the logits of transformers"):
         verify.verify(changed, source, tokens=8)
 

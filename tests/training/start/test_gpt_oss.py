@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def same_process(monkeypatch, tmp_path):
         verify_logits.main([*arguments, *files])
         return load_file(tmp_path / "out.safetensors")
 
-    monkeypatch.setattr(verify_logits, "_in_fresh_process", run_here)
+    monkeypatch.setattr(verify_logits, "_begin", lambda stack, *given: partial(run_here, *given))
 
 
 def test_qat_of_published_experts_is_packed_in_the_native_format_and_proven(workspace, same_process, caplog):
