@@ -7,11 +7,10 @@ step begins when all of them are on disk and the folder has its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.utils.serialization import config
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
@@ -27,6 +26,10 @@ from .written import (
     delete_older_checkpoints,
     model_written_whole,
 )
+
+# The manifest has a checksum of the whole file, and `torch.load` does not look at those of its tensors. A GPU copies to
+# pinned memory many times as fast; what is pinned stays so, as much as one tensor of each size takes.
+_SAVE = {"save.compute_crc32": False, "save.use_pinned_memory_for_d2h": True}
 
 
 class CheckpointingTrainer(Trainer):
@@ -75,8 +78,8 @@ class CheckpointingTrainer(Trainer):
         self._content.beside(write_completely, self._content)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Trainer's own; the manifest has a checksum of the whole file, so it needs none of each tensor."""
-        with _without_crc32():
+        """Trainer's own, with `torch.save` as below."""
+        with config.patch(_SAVE):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _get_output_dir(self, trial) -> str:
@@ -120,14 +123,3 @@ class CheckpointingTrainer(Trainer):
             pickled = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
             pickled.unlink(missing_ok=True)
             pickled.with_suffix(".json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    """Have `torch.save` leave out the CRC32 of each tensor, which `torch.load` does not look at."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
