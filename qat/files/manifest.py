@@ -14,15 +14,26 @@ import xxhash
 
 MANIFEST_NAME = "manifest.json"
 _FORMAT_VERSION = 1
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 20
 _LARGEST_BYTES = 1 << 26  # of a manifest: some hundred thousand files
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 def describe(folder: Path, index: int = 0, count: int = 1) -> dict[str, dict]:
     """Every `count`-th file of `folder` from the `index`-th on: its name -> {"bytes", "xxh3_128"}."""
-    names = sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob("*") if p.is_file())
-    return {name: _entry(folder / name) for name in names[index::count] if name != MANIFEST_NAME}
+    return {name: entry_of(folder / name) for name in names_in(folder)[index::count]}
+
+
+def names_in(folder: Path) -> list[str]:
+    """The files that a manifest of `folder` lists, in an order that is the same on all processes."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in names if name != MANIFEST_NAME]
+
+
+def entry_of(path: Path) -> dict:
+    """What a manifest says of one file, which is read to its end."""
+    checksum, size = _read_through(path)
+    return {"bytes": size, "xxh3_128": checksum}
 
 
 def write_manifest(folder: Path, files: dict[str, dict]) -> None:
@@ -99,20 +110,18 @@ def _problem(path: Path, name: str, entry: dict) -> str | None:
         size = path.stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size} bytes instead of {entry['bytes']}"
-        if _checksum(path) != entry["xxh3_128"]:
+        if _read_through(path) != (entry["xxh3_128"], size):
             return f"{name} has changed (its checksum is another)"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     return None
 
 
-def _entry(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _read_through(path: Path) -> tuple[str, int]:
+    """The checksum of a file and the number of bytes that it is of."""
+    digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_BYTES)), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):  # into the same memory each time, which stays in the CPU's cache
+            digest.update(buffer[:count])
+            size += count
+    return digest.hexdigest(), size

@@ -49,7 +49,7 @@ class AdapterTrainer(FaultTolerantTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """FaultTolerantTrainer's own; in a checkpoint, the adapters in place of a model."""
-        if self._partial is None or not self.has_adapters:
+        if self._content is None or not self.has_adapters:
             super().save_model(output_dir, _internal_call)
             return
         factors = factors_of(self._own_model)

@@ -1,7 +1,7 @@
 """FaultTolerantTrainer: a Trainer that loses at most the steps since the last checkpoint in any fault.
 
-* Checkpoints and the final model appear whole or not at all (qat/files/atomic.py, written.py); a run resumes from
-  the newest complete one.
+* Checkpoints and the final model appear whole or not at all (checkpointing.py); a run resumes from the newest complete
+  one.
 * A resumed run has the same samples, losses, learning rates and weights as one that was never interrupted:
   the order of samples depends on seed and epoch alone (sampling.py), evaluation does not use the random numbers
   of training, and sums not yet logged are kept. Settings that would break this are refused (run_record.py).
@@ -13,39 +13,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from qat.files.manifest import problems
 from qat.processes import Signalled, name_of, status_of
 
-from ..backends.writers import Writers
-from .checkpoint_weights import check_loaded, own_names
+from .checkpoint_weights import check_loaded
+from .checkpointing import CheckpointingTrainer
 from .checkpoints import find_checkpoint
 from .run_record import RunRecord, model_settings
-from .safeguards import StepGuard, check_weights
+from .safeguards import StepGuard
 from .sampling import EpochSampler, lengths_of
 from .steps import check_steps, check_trained
 from .uncalled import UncalledLayers
 from .workers import with_lasting_workers
-from .written import (
-    check_saved_model,
-    checkpoint_written_whole,
-    checkpoints_in,
-    delete_older_checkpoints,
-    model_written_whole,
-)
+from .written import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
 
-class FaultTolerantTrainer(Trainer):
+class FaultTolerantTrainer(CheckpointingTrainer):
     """A Trainer that can be killed at any moment; arguments are Trainer's own.
 
     Args:
@@ -68,12 +61,7 @@ class FaultTolerantTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._settings = {"data": data_settings, "learning": {**(learning_settings or {}), **self._given_optimizer()}}
         self._start_fingerprint, self._adapters_fingerprint = start_fingerprint, adapters_fingerprint
-        self._writers = Writers.of(self.args)
-        self._partial: Path | None = None  # where a checkpoint is being written
-        self._record: RunRecord | None = None
         self._progress: dict = {}  # of the checkpoint that is resumed
-        self._ended: dict | None = None  # the progress at the end of a training in this process
-        self._saved_step = 0
         self._evaluation_is_due = False
         self._train_sampler: Sampler | None = None
         self._guard = StepGuard(
@@ -92,11 +80,6 @@ class FaultTolerantTrainer(Trainer):
     def exit_status(self) -> int:
         """Of a program whose training was interrupted: 143 after SIGTERM, 130 after Ctrl-C; otherwise 0."""
         return status_of(self._guard.signum) if self.was_interrupted else 0
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether checkpoints hold adapters in place of a model."""
-        return False
 
     # ---- Training ----
 
@@ -331,54 +314,6 @@ class FaultTolerantTrainer(Trainer):
         finally:
             self.args.save_total_limit = limit
 
-    # ---- Saving ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model to `output_dir` (default: `args.output_dir`), whole or not at all."""
-        if self._partial is not None:  # into a checkpoint, which is itself written to a temporary folder
-            super().save_model(output_dir, _internal_call)
-            return
-        with model_written_whole(output_dir or self.args.output_dir, self.args.should_save) as partial:
-            super().save_model(str(partial), _internal_call=True)
-            if self.args.should_save:
-                check_saved_model(partial)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        check_weights(self.model, self.args)
-        target = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        best = self._best_of(target)
-        progress = self._progress_now() if self._ended is None else self._ended
-        with checkpoint_written_whole(target, self._writers) as partial:
-            self._partial = partial
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._partial = None
-            self.state.best_model_checkpoint = None if best is None else str(best)
-            if self.args.should_save:
-                self.state.save_to_json(str(partial / target.name / TRAINER_STATE_NAME))
-                if self._record is not None:
-                    self._record.save(partial / target.name, progress)
-        self._saved_step = self.state.global_step
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(target))
-        if self._writers.leads:
-            delete_older_checkpoints(target.parent, self.args.save_total_limit, {target} | ({best} if best else set()))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._partial is None:  # else it is called again once the folder has its name
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _best_of(self, target: Path) -> Path | None:
-        """The best checkpoint once `target` is there."""
-        best = target.with_name(f"checkpoint-{self.state.best_global_step}")
-        return best if best == target or best in checkpoints_in(target.parent) else None
-
     def _progress_now(self) -> dict:
         """Sums that the log has not shown yet, and counts."""
         return {
@@ -386,15 +321,6 @@ class FaultTolerantTrainer(Trainer):
             "last_logged_step": self._globalstep_last_logged, "nan_steps": self._guard.nan_steps,
             "max_steps": self.state.max_steps, "evaluation_is_due": self._evaluation_is_due,
         }  # fmt: skip
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's own; a checkpoint has the model's own names, and the arguments are written as JSON, not pickled."""
-        with own_names(self.model) if self._partial is not None else nullcontext():
-            super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            pickled = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
-            pickled.unlink(missing_ok=True)
-            pickled.with_suffix(".json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
 
 class _ProgressRestorer(TrainerCallback):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from qat.checkpoints.folder import CONFIG_NAME, CheckpointFolder
 from qat.checkpoints.skeleton import load_skeleton
 from qat.errors import UserError
 from qat.files.atomic import clear_leftovers, disk_full_reported, flush_path, flush_to_disk, partial_of, put_in_place
-from qat.files.manifest import describe, write_manifest
+from qat.files.manifest import MANIFEST_NAME, names_in, write_manifest
+from qat.files.sealing import Sealing
 from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
@@ -45,8 +47,33 @@ def step_of(checkpoint: str | Path) -> int:
     return int(match[1]) if match else -1
 
 
+class Content:
+    """A checkpoint that is being written.
+
+    Attributes:
+        folder: what takes the place of the output folder meanwhile; the checkpoint is its subfolder.
+    """
+
+    def __init__(self, folder: Path, sealing: Sealing, threads: ThreadPoolExecutor) -> None:
+        self.folder, self._sealing, self._threads = folder, sealing, threads
+        self._beside: list[Future] = []
+
+    def beside(self, write: Callable[..., object], *args) -> None:
+        """Call `write(*args)` on a thread; what it raises is raised when the checkpoint is finished."""
+        self._beside.append(self._threads.submit(write, *args))
+
+    def complete(self, pattern: str) -> None:
+        """No file that matches `pattern` is written to any more: its checksum and its flush may begin."""
+        self._sealing.begin(path.name for path in self._sealing.folder.glob(pattern))
+
+    def wait(self) -> None:
+        """Wait for what was begun by `beside`."""
+        for each in self._beside:
+            each.result()
+
+
 @contextmanager
-def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
+def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Content]:
     """Yield a folder in which all processes fill a subfolder of `target`'s name; it becomes `target` on success.
 
     Raises:
@@ -65,15 +92,15 @@ def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
                     f"{content} was made by the main process and is not seen by process {writers.index}: --output_dir "
                     "must lie on storage that all machines share, or give --save_on_each_node True"
                 )
-            yield partial
-            writers.wait()
-            files = describe(content, writers.index, writers.count)
-            for name in files:
-                flush_path(content / name)
-            parts = writers.gather(files)
+            with Sealing(content, writers.index, writers.count) as sealing, ThreadPoolExecutor(1) as threads:
+                files = Content(partial, sealing, threads)
+                yield files
+                files.wait()
+                writers.wait()
+                parts = writers.gather(sealing.entries(names_in(content)[writers.index :: writers.count]))
             if writers.leads:
                 write_manifest(content, {name: entry for part in parts for name, entry in part.items()})
-                flush_to_disk(content) if writers.count == 1 else _flush_names(content)
+                _flush_names(content)
                 put_in_place(content, target)
                 partial.rmdir()
             writers.wait()
@@ -85,8 +112,9 @@ def checkpoint_written_whole(target: Path, writers: Writers) -> Iterator[Path]:
 
 def _flush_names(folder: Path) -> None:
     """Flush what no process has flushed yet: the manifest and the folders."""
-    for path in folder.iterdir():
-        if path.is_dir() or path.suffix == ".json":
+    flush_path(folder / MANIFEST_NAME)
+    for path in folder.rglob("*"):
+        if path.is_dir():
             flush_path(path)
     flush_path(folder)
 
