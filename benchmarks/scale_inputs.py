@@ -22,6 +22,7 @@ from qat.errors import UserError
 SHARD_BYTES = 4e9
 SPECIAL = ("<s>", "</s>")
 ATTENTIONS = ("sdpa", "flex_attention")
+TURN_ENDS = 3  # tokens of a conversation that are not its answer: one of the question, and what texts begin and end with
 _LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256,
@@ -157,9 +158,9 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def write_data(path: Path, vocabulary: int, rows: int, tokens: int, samples: int = 1) -> Path:
-    """Conversations of random words; `samples` of them fill a row of `tokens`, but for the ends of their turns."""
+    """Conversations of random words; `samples` of them fill a row of `tokens`."""
     draw = random.Random(0)
-    words = tokens // samples - 8  # room for what a turn begins and ends with
+    words = tokens // samples - TURN_ENDS
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows * samples):
             text = " ".join(f"w{draw.randrange(len(SPECIAL), vocabulary)}" for _ in range(words))
