@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from data.sets.packed_attention import attend_within_samples
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
@@ -63,6 +64,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     model = start.load_model()
     if data_args.packing:
         check_packing(model)
+        if not args.torch_compile:  # whose graph would end at the borders of samples
+            attend_within_samples(model)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
     start.quantize(model, quant_args)
     stop_where_answers_end(model, tokenizer, data)

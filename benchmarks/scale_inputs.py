@@ -22,7 +22,9 @@ from qat.errors import UserError
 SHARD_BYTES = 4e9
 SPECIAL = ("<s>", "</s>")
 ATTENTIONS = ("sdpa", "flex_attention")
-TURN_ENDS = 3  # tokens of a conversation that are not its answer: one of the question, and what texts begin and end with
+TURN_ENDS = (
+    3  # tokens of a conversation that are not its answer: one of the question, and what texts begin and end with
+)
 _LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256,
