@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+_ERROR = re.compile(r"^error: |\b\w+Error: ")
 
 
 def launcher(backend: str, processes: int, port: int) -> list[str]:
@@ -63,13 +65,7 @@ def kill_with_children(process: subprocess.Popen) -> None:
 
 
 def last_error(log: Path) -> str:
-    """The first line of a log that names an error, else its last line."""
+    """The first line of a log that is an exception or an error of main.py, else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if is_error(line)]
+    errors = [line for line in lines if _ERROR.search(line) and "ChildFailedError" not in line]
     return (errors[0] if errors else (lines or ["no output"])[-1])[:300]
-
-
-def is_error(line: str) -> bool:
-    """Whether a line of output names an error of the program, and not of the launcher that reports it."""
-    of_program = "Error" in line or line.startswith("error: ")
-    return of_program and "ChildFailedError" not in line and "error_file" not in line

@@ -6,9 +6,10 @@
     python benchmarks/scale.py --device cpu --shape tiny --runs 2:BF16:64,4:MXFP4:64:resume
 
 A run is words joined by colons: how many GPUs, the stage (BF16, MXFP4 or distilled: MXFP4 with a BF16 copy as teacher),
-and in any order the tokens of a row (2048; one sample fills it), a shape, an attention of transformers (sdpa,
-flex_attention), `samplesN` for N samples in each row, `resume`, which writes a checkpoint and resumes from it, and
-`export`, which saves the model, packs it and proves it. Without these two a run ends once it has trained.
+and in any order the tokens of a row (2048; one sample fills it), `rowsN` for N rows of a batch on each GPU (2),
+`samplesN` for N samples in each row, a shape, an attention of transformers (sdpa, flex_attention), `resume`, which
+writes a checkpoint and resumes from it, and `export`, which saves the model, packs it and proves it. Without these two
+a run ends once it has trained.
 
 The weights are random and kept in --work. Each run is a row of scale.csv as soon as it has ended; a failed one is a row
 with its error. Runs that --minutes leaves no time for are skipped, and the program says which.
@@ -23,9 +24,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from threading import Condition
@@ -37,7 +39,7 @@ import transformers  # noqa: E402
 
 from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
-from benchmarks.scale_inputs import ATTENTIONS, SHAPES, with_attention, write_data, write_model  # noqa: E402
+from benchmarks.scale_inputs import ATTENTIONS, SHAPES, check_same, with_attention, write_data, write_model  # noqa: E402
 from benchmarks.timed_main import TRAINS_ONLY  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
@@ -46,6 +48,7 @@ MXFP4 = ("--quant_scheme", "MXFP4")
 STAGES = {"BF16": (), "MXFP4": MXFP4, "distilled": (*MXFP4, "--distill", "True")}
 WARM_UP = 3  # steps that are not counted
 RESUMED_STEPS = 2
+ROWS_OF_DATA = 32  # which a run reads several times
 COLUMNS = (
     "run", "gpus", "stage", "shape", "layers", "row_tokens", "rows_a_gpu", "samples_a_row", "attention", "step_s",
     "tokens_s_gpu", "peak_gb", "reserved_gb", "loss_first", "loss_last", "start_s", "import_s", "data_s", "load_s",
@@ -61,7 +64,7 @@ class Run:
 
     Attributes:
         name: the words.
-        tokens: of a row. samples: in a row.
+        tokens: of a row. samples: in a row. rows: of a batch on a GPU.
         resumes, exports: whether a checkpoint is written and resumed from; whether the model is saved and packed.
     """
 
@@ -71,6 +74,7 @@ class Run:
     tokens: int
     shape: str
     attention: str = "sdpa"
+    rows: int = 2
     samples: int = 1
     resumes: bool = False
     exports: bool = False
@@ -101,14 +105,21 @@ class Run:
             return {"shape": word}
         if word in ATTENTIONS:
             return {"attention": word}
-        if word.startswith("samples") and word[7:].isdecimal() and int(word[7:]):
-            return {"samples": int(word[7:])}
+        for what in ("rows", "samples"):
+            if word.startswith(what) and word.removeprefix(what).isdecimal() and int(word.removeprefix(what)):
+                return {what: int(word.removeprefix(what))}
         if word in ("resume", "export"):
             return {f"{word}s": True}
         raise UserError(
             f"--runs {name!r}: {word!r} is unknown; choose from a number of tokens, {', '.join(SHAPES)}, "
-            f"{', '.join(ATTENTIONS)}, samplesN, resume, export"
+            f"{', '.join(ATTENTIONS)}, rowsN, samplesN, resume, export"
         )
+
+
+def apart(function: Callable, *args):
+    """Call `function` in a process of its own, which leaves no CUDA context on the GPUs that runs are going to fill."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 class Bench:
@@ -125,11 +136,14 @@ class Bench:
     def inputs(self, run: Run) -> tuple[Path, Path]:
         """Folder of the model and file of the data; made where they are not there yet."""
         config = SHAPES[run.shape].config(self.args.layers, self.args.vocabulary)
-        model = write_model(self.args.work / run.shape, config, self.args.device)
+        model = self.args.work / run.shape
+        if not model.is_dir():
+            apart(write_model, model, config, self.args.device)
+        check_same(model, config)
         model = with_attention(model, run.attention) if run.attention != "sdpa" else model
         data = self.args.work / f"{run.shape}-{run.tokens}-{run.samples}.jsonl"
         if not data.exists():
-            write_data(data, config.vocab_size, 8 * self.args.rows, run.tokens, run.samples)
+            write_data(data, config.vocab_size, ROWS_OF_DATA, run.tokens, run.samples)
         return model, data
 
     def command(self, run: Run, folder: Path, times: Path, steps: int, saves: bool) -> list[str]:
@@ -142,7 +156,7 @@ class Bench:
             "--model_name_or_path", str(model), "--dataset", str(data), "--eval_dataset", "none",
             "--data_cache_dir", str(self.args.work / "cache"), "--output_dir", str(folder), "--do_train", "True",
             "--packing", "True", "--model_max_length", str(run.tokens), "--max_steps", str(steps), *saving,
-            "--per_device_train_batch_size", str(self.args.rows), "--activation_checkpointing", "True",
+            "--per_device_train_batch_size", str(run.rows), "--activation_checkpointing", "True",
             "--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--logging_steps", "1",
             "--report_to", "none", "--report", "False", "--disable_tqdm", "True",
             *(() if run.exports else ("--export_format", "none")), *STAGES[run.stage], *self.args.flags,
@@ -176,14 +190,14 @@ class Bench:
         """The row of one run; one that fails says why, and has what was measured before."""
         begin, steps, name = time.time(), self.args.steps, run.name.replace(":", "-")
         row = dict.fromkeys(COLUMNS, "") | {
-            "run": run.name, "gpus": run.gpus, "stage": run.stage, "shape": run.shape, "rows_a_gpu": self.args.rows,
+            "run": run.name, "gpus": run.gpus, "stage": run.stage, "shape": run.shape, "rows_a_gpu": run.rows,
             "layers": SHAPES[run.shape].config(self.args.layers).num_hidden_layers, "row_tokens": run.tokens,
             "samples_a_row": run.samples, "attention": run.attention, "beside": beside,
         }  # fmt: skip
         shutil.rmtree(self.folder_of(run), ignore_errors=True)
         try:
             goes_on = run.exports and not run.resumes
-            row |= figures(self.launch(run, devices, name, steps, run.resumes, goes_on), self.args.rows, begin)
+            row |= figures(self.launch(run, devices, name, steps, run.resumes, goes_on), run.rows, begin)
             if run.resumes:
                 checkpoint = self.folder_of(run) / f"checkpoint-{steps}"
                 row["checkpoint_gb"] = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file()) / 1e9
@@ -351,7 +365,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="8b", choices=SHAPES, help="of runs that name none")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 for all of the shape")
     parser.add_argument("--vocabulary", type=int, default=0, help="tokens; 0 for those of the shape")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a batch on each GPU")
     parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_UP} are not counted")
     parser.add_argument("--parallel", action="store_true", help="let runs share the machine while GPUs are free")
     parser.add_argument("--minutes", type=float, default=8, help="after that no run begins, and one that runs is ended")
@@ -380,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
     bench, begin = Bench(args, args.runs), time.time()
-    table = Table(args.out / "scale.csv", environment(args.device))
+    table = Table(args.out / "scale.csv", apart(environment, args.device))
     for run in args.runs:
         bench.inputs(run)
     print(f"models and data: {time.time() - begin:.0f} s")

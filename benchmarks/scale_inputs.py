@@ -90,16 +90,11 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...
 
 
 def write_model(folder: Path, config, device: str = "cpu") -> Path:
-    """Write random BF16 weights of `config` with a tokenizer into `folder`; one that lies there already stays.
+    """Write random BF16 weights of `config` with a tokenizer into `folder`, which appears once it is whole.
 
     Matrices are normal with standard deviation 0.02, norms are 1.
-
-    Raises:
-        UserError: another model lies there.
     """
-    if (folder / "config.json").is_file():
-        check_same(folder, config)
-        return folder
+    whole, folder = folder, folder.with_name(f".{folder.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(0)
     names, shard, held, total, index = [], {}, 0, 0, {}
@@ -124,12 +119,12 @@ def write_model(folder: Path, config, device: str = "cpu") -> Path:
     described = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(described))
     make_tokenizer(config.vocab_size).save_pretrained(folder)
-    config.save_pretrained(folder)  # last: a folder that has it is whole
-    return folder
+    config.save_pretrained(folder)
+    return folder.rename(whole)
 
 
 def check_same(folder: Path, config) -> None:
-    """Raise a UserError if the model in `folder` has other sizes than `config`."""
+    """Raise a UserError if the model in `folder` has other whole numbers in its config.json than `config`."""
     there = json.loads((folder / "config.json").read_text())
     for name, value in config.to_dict().items():
         if isinstance(value, int) and there.get(name, value) != value:
