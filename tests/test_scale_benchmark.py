@@ -114,7 +114,13 @@ def test_samples_fill_their_rows_to_the_last_token(tmp_path, samples):
     model = load_plain(write_model(tmp_path / "tiny", SHAPES["tiny"].config()))
     model.config.use_cache = False
     data = make_supervised_data_module(
-        str(path), tokenizer, packing=True, model=model, eval_dataset="none", data_cache_dir=str(tmp_path / "cache")
+        str(path),
+        tokenizer,
+        packing=True,
+        model=model,
+        evaluate=False,
+        eval_dataset="none",
+        data_cache_dir=str(tmp_path / "cache"),
     )
     rows = list(data["train_dataset"])
     assert [len(row["input_ids"]) for row in rows] == [64] * 3
