@@ -64,9 +64,10 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     model = start.load_model()
     if data_args.packing:
         check_packing(model)
-        if not args.torch_compile:  # whose graph would end at the borders of samples
-            attend_within_samples(model)
+        attend_within_samples(model, args.torch_compile)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
+    if data_args.packing:
+        attend_within_samples(teacher, args.torch_compile)
     start.quantize(model, quant_args)
     stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)

@@ -153,11 +153,18 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, packed_mask)
 
 
-def attend_within_samples(model: PreTrainedModel) -> bool:
+def attend_within_samples(model: PreTrainedModel | object, compiles: bool = False) -> bool:
     """Switch a model from `sdpa` to `packed_sdpa` if both compute the same for a packed row; whether it did.
 
     Under FSDP the first process decides, which has the weights; all of them must call it.
+
+    Args:
+        model: what is not a model of transformers stays as it is.
+        compiles: whether torch.compile is going to compile it. Then it keeps `sdpa`: the graph would end wherever the
+            borders of samples are read.
     """
+    if compiles or not isinstance(model, PreTrainedModel):
+        return False
     decided = [False]
     if not any(parameter.is_meta for parameter in model.parameters()):
         decided = [model.config._attn_implementation == "sdpa" and _computes_the_same(model)]
