@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -116,6 +116,12 @@ class Run:
         )
 
 
+def checkpointing_flag() -> str:
+    """The name of activation checkpointing, as the installed transformers has it; older ones know the second."""
+    names = {field.name for field in fields(transformers.TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
 def apart(function: Callable, *args):
     """Call `function` in a process of its own, which leaves no CUDA context on the GPUs that runs are going to fill."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -156,7 +162,7 @@ class Bench:
             "--model_name_or_path", str(model), "--dataset", str(data), "--eval_dataset", "none",
             "--data_cache_dir", str(self.args.work / "cache"), "--output_dir", str(folder), "--do_train", "True",
             "--packing", "True", "--model_max_length", str(run.tokens), "--max_steps", str(steps), *saving,
-            "--per_device_train_batch_size", str(run.rows), "--activation_checkpointing", "True",
+            "--per_device_train_batch_size", str(run.rows), f"--{checkpointing_flag()}", "True",
             "--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--logging_steps", "1",
             "--report_to", "none", "--report", "False", "--disable_tqdm", "True",
             *(() if run.exports else ("--export_format", "none")), *STAGES[run.stage], *self.args.flags,
