@@ -21,6 +21,7 @@ from functools import partial
 
 import torch
 
+from data.sets.packed_attention import attend_within_samples
 from data.sets.packing import check_packing
 from qat.checkpoints.engines import table_of_folder
 from qat.errors import reported_in_one_line
@@ -74,7 +75,10 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     model = start.load_model()
     if data_args.packing:
         check_packing(model)
+        attend_within_samples(model, args.torch_compile)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
+    if data_args.packing:
+        attend_within_samples(teacher, args.torch_compile)
     start.quantize(model, quant_args)
     log_fp8_matmul(model, use_fp8_matmul(model, quant_args.fp8_matmul, args.device), quant_args.fp8_matmul, args.device)
     stop_where_answers_end(model, tokenizer, data)

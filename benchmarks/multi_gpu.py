@@ -17,7 +17,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from benchmarks.accuracy_rows import ROWS  # noqa: E402
+from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 
@@ -80,11 +80,7 @@ class Runs:
             return [sys.executable, "main.py"]
         self.port += 1
         on_cpu = self.args.device == "cpu" and backend.startswith("fsdp")
-        return [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_config/{backend}.yaml",
-            "--num_processes", str(self.args.processes), "--main_process_port", str(self.port),
-            "tests/fsdp_on_cpu.py" if on_cpu else "main.py",
-        ]  # fmt: skip
+        return [*launcher(backend, self.args.processes, self.port), "tests/fsdp_on_cpu.py" if on_cpu else "main.py"]
 
     def run(self, stage: str, backend: str, name: str, *flags: str) -> tuple[Path, list[float], float]:
         """One run into a folder of its own -> folder, loss of each step, seconds.
@@ -104,30 +100,12 @@ class Runs:
             "--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True", "--export_format", "none",
             "--ddp_timeout", "120", *STAGES[stage], *self.args.flags, *flags,
         ]  # fmt: skip
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        env.setdefault("OMP_NUM_THREADS", "1")
+        environment_of_run = offline()
         if one and self.args.device == "cuda":
-            env["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            environment_of_run["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         start = time.perf_counter()
-        log = self.work / f"{name}.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
-            try:
-                code = process.wait(self.args.timeout)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
-                code = "timeout"
-        if code != 0:
-            raise RuntimeError(f"exit {code}: {last_error(log)}")
+        run_logged(command, self.work / f"{name}.log", environment_of_run, self.args.timeout)
         return folder, losses(folder), time.perf_counter() - start
-
-
-def last_error(log: Path) -> str:
-    """The line with the error, else the last one."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and "ChildFailedError" not in line and "error_file" not in line]
-    return (errors or lines or ["no output"])[-1 if not errors else 0][:300]
 
 
 def losses(folder: Path) -> list[float]:

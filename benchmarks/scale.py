@@ -1,0 +1,418 @@
+"""Measure whole runs of main.py on several GPUs: an 8B-shaped Llama, and a mixture of experts, under FSDP2.
+
+    python benchmarks/scale.py --runs 4:BF16,4:MXFP4,4:distilled
+    python benchmarks/scale.py --runs 2:BF16,2:MXFP4 --parallel               # both at once, on four GPUs
+    python benchmarks/scale.py --runs 4:MXFP4:resume:export                   # checkpoint, resumed run, packed model
+    python benchmarks/scale.py --device cpu --shape tiny --runs 2:BF16:64,4:MXFP4:64:resume
+
+A run is words joined by colons: how many GPUs, the stage (BF16, MXFP4 or distilled: MXFP4 with a BF16 copy as teacher),
+and in any order the tokens of a row (2048; one sample fills it), `rowsN` for N rows of a batch on each GPU (2),
+`samplesN` for N samples in each row, a shape, an attention of transformers (sdpa, flex_attention), `resume`, which
+writes a checkpoint and resumes from it, and `export`, which saves the model, packs it and proves it. Without these two
+a run ends once it has trained.
+
+The weights are random and kept in --work. Each run is a row of scale.csv as soon as it has ended; a failed one is a row
+with its error. Runs that --minutes leaves no time for are skipped, and the program says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from threading import Condition
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
+from benchmarks.report import environment  # noqa: E402
+from benchmarks.scale_inputs import ATTENTIONS, SHAPES, check_same, with_attention, write_data, write_model  # noqa: E402
+from benchmarks.timed_main import TRAINS_ONLY  # noqa: E402
+from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
+
+MXFP4 = ("--quant_scheme", "MXFP4")
+STAGES = {"BF16": (), "MXFP4": MXFP4, "distilled": (*MXFP4, "--distill", "True")}
+WARM_UP = 3  # steps that are not counted
+RESUMED_STEPS = 2
+ROWS_OF_DATA = 32  # which a run reads several times
+COLUMNS = (
+    "run", "gpus", "stage", "shape", "layers", "row_tokens", "rows_a_gpu", "samples_a_row", "attention", "step_s",
+    "tokens_s_gpu", "peak_gb", "reserved_gb", "loss_first", "loss_last", "start_s", "import_s", "data_s", "load_s",
+    "prepare_s", "first_step_s", "save_s", "checkpoint_gb", "resume_s", "check_s", "restore_s", "model_s", "export_s",
+    "total_s", "beside", "error",
+)  # fmt: skip
+_SHOWN = ("run", "tokens_s_gpu", "step_s", "peak_gb", "loss_last", "start_s", "save_s", "resume_s", "export_s", "error")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as --runs names it.
+
+    Attributes:
+        name: the words.
+        tokens: of a row. samples: in a row. rows: of a batch on a GPU.
+        resumes, exports: whether a checkpoint is written and resumed from; whether the model is saved and packed.
+    """
+
+    name: str
+    gpus: int
+    stage: str
+    tokens: int
+    shape: str
+    attention: str = "sdpa"
+    rows: int = 2
+    samples: int = 1
+    resumes: bool = False
+    exports: bool = False
+
+    @classmethod
+    def parse(cls, name: str, shape: str, tokens: int = 2048) -> Run:
+        """A run by its words, with `shape` and `tokens` where they name none.
+
+        Raises:
+            UserError: a word is unknown.
+        """
+        gpus, _, rest = name.partition(":")
+        stage, *words = rest.split(":")
+        if not gpus.isdecimal() or int(gpus) < 1 or stage not in STAGES:
+            raise UserError(f"--runs {name!r}: begin with the number of GPUs and one of {', '.join(STAGES)}: 2:BF16")
+        values: dict = {"tokens": tokens, "shape": shape}
+        for word in words:
+            values |= cls._value_of(word, name)
+        if values["tokens"] < 16 * values.get("samples", 1):
+            raise UserError(f"--runs {name!r}: samples are shorter than 16 tokens; give fewer, or more tokens a row")
+        return cls(name, int(gpus), stage, **values)
+
+    @staticmethod
+    def _value_of(word: str, name: str) -> dict:
+        if word.isdecimal():
+            return {"tokens": int(word)}
+        if word in SHAPES:
+            return {"shape": word}
+        if word in ATTENTIONS:
+            return {"attention": word}
+        for what in ("rows", "samples"):
+            if word.startswith(what) and word.removeprefix(what).isdecimal() and int(word.removeprefix(what)):
+                return {what: int(word.removeprefix(what))}
+        if word in ("resume", "export"):
+            return {f"{word}s": True}
+        raise UserError(
+            f"--runs {name!r}: {word!r} is unknown; choose from a number of tokens, {', '.join(SHAPES)}, "
+            f"{', '.join(ATTENTIONS)}, rowsN, samplesN, resume, export"
+        )
+
+
+def checkpointing_flag() -> str:
+    """The name of activation checkpointing, as the installed transformers has it; older ones know the second."""
+    names = {field.name for field in fields(transformers.TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
+def apart(function: Callable, *args):
+    """Call `function` in a process of its own, which leaves no CUDA context on the GPUs that runs are going to fill."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+class Bench:
+    """Runs main.py under FSDP2 with the same settings and reads its times."""
+
+    def __init__(self, args: argparse.Namespace, runs: list[Run]) -> None:
+        self.args = args
+        self.end = time.time() + 60 * args.minutes
+        self.port = 20000 + os.getpid() * 16 % 20000
+        self.threads = max(1, (os.cpu_count() or 1) // max(run.gpus for run in runs))
+
+    # ---- What a run reads ----
+
+    def inputs(self, run: Run) -> tuple[Path, Path]:
+        """Folder of the model and file of the data; made where they are not there yet."""
+        config = SHAPES[run.shape].config(self.args.layers, self.args.vocabulary)
+        model = self.args.work / run.shape
+        if not model.is_dir():
+            apart(write_model, model, config, self.args.device)
+        check_same(model, config)
+        model = with_attention(model, run.attention) if run.attention != "sdpa" else model
+        data = self.args.work / f"{run.shape}-{run.tokens}-{run.samples}.jsonl"
+        if not data.exists():
+            write_data(data, config.vocab_size, ROWS_OF_DATA, run.tokens, run.samples)
+        return model, data
+
+    def command(self, run: Run, folder: Path, times: Path, steps: int, saves: bool) -> list[str]:
+        """The command line of main.py with a clock."""
+        model, data = self.inputs(run)
+        self.port += 1
+        saving = ("--save_steps", str(steps)) if saves else ("--save_strategy", "no")
+        return [
+            *launcher("fsdp2", run.gpus, self.port), "benchmarks/timed_main.py", str(times),
+            "--model_name_or_path", str(model), "--dataset", str(data), "--eval_dataset", "none",
+            "--data_cache_dir", str(self.args.work / "cache"), "--output_dir", str(folder), "--do_train", "True",
+            "--packing", "True", "--model_max_length", str(run.tokens), "--max_steps", str(steps), *saving,
+            "--per_device_train_batch_size", str(run.rows), f"--{checkpointing_flag()}", "True",
+            "--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--logging_steps", "1",
+            "--report_to", "none", "--report", "False", "--disable_tqdm", "True",
+            *(() if run.exports else ("--export_format", "none")), *STAGES[run.stage], *self.args.flags,
+        ]  # fmt: skip
+
+    # ---- One run ----
+
+    def launch(self, run: Run, devices: list[str], name: str, steps: int, saves: bool, goes_on: bool) -> list[dict]:
+        """Run main.py in the folder of `run`; the times of each process.
+
+        Raises:
+            RuntimeError: it failed, or took too long.
+        """
+        folder, times = self.folder_of(run), self.args.work / "times" / name
+        shutil.rmtree(times, ignore_errors=True)
+        environment = offline(self.threads) | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        if self.args.device == "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        if not goes_on:
+            environment[TRAINS_ONLY] = "1"
+        log = self.args.work / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = self.command(run, folder, times, steps, saves)
+        run_logged(command, log, environment, max(1, min(self.args.timeout, self.end + 20 - time.time())))
+        return [json.loads(path.read_text()) for path in sorted(times.glob("process-*.json"))]
+
+    def folder_of(self, run: Run) -> Path:
+        return self.args.work / "out" / run.name.replace(":", "-")
+
+    def measure(self, run: Run, devices: list[str], beside: int = 0) -> dict:
+        """The row of one run; one that fails says why, and has what was measured before."""
+        begin, steps, name = time.time(), self.args.steps, run.name.replace(":", "-")
+        row = dict.fromkeys(COLUMNS, "") | {
+            "run": run.name, "gpus": run.gpus, "stage": run.stage, "shape": run.shape, "rows_a_gpu": run.rows,
+            "layers": SHAPES[run.shape].config(self.args.layers).num_hidden_layers, "row_tokens": run.tokens,
+            "samples_a_row": run.samples, "attention": run.attention, "beside": beside,
+        }  # fmt: skip
+        shutil.rmtree(self.folder_of(run), ignore_errors=True)
+        try:
+            goes_on = run.exports and not run.resumes
+            row |= figures(self.launch(run, devices, name, steps, run.resumes, goes_on), run.rows, begin)
+            if run.resumes:
+                checkpoint = self.folder_of(run) / f"checkpoint-{steps}"
+                row["checkpoint_gb"] = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file()) / 1e9
+                begin_again, steps = time.time(), steps + RESUMED_STEPS
+                found = self.launch(run, devices, f"{name}-resumed", steps, False, run.exports)
+                row |= figures_resumed(found, begin_again)
+        except RuntimeError as error:
+            row["error"] = str(error)
+        if not self.args.keep:
+            shutil.rmtree(self.folder_of(run), ignore_errors=True)
+        return row | {"total_s": time.time() - begin}
+
+
+def seconds(times: dict, part: str) -> float | str:
+    """How long a part of a run took; "" where it did not happen."""
+    begin, end = times["parts"].get(part, (0, 0))
+    return end - begin if end else ""
+
+
+def figures(found: list[dict], rows: int, begin: float) -> dict:
+    """The figures of a run from the times of its processes, the first process's clock.
+
+    Args:
+        rows: of a batch on a GPU.
+        begin: when the launcher was started.
+    """
+    first = found[0]
+    counted = [step[1] - step[0] for step in first["steps"][WARM_UP:]]
+    between = [b[0] - a[0] for a, b in zip(first["steps"][WARM_UP:], first["steps"][WARM_UP + 1 :], strict=False)]
+    step = median(between or counted)
+    memory = {name: max(p["memory"].get(name, 0) for p in found) / 1e9 for name in ("allocated", "reserved")}
+    loads = [seconds(first, part) or 0 for part in ("load", "check packing", "teacher", "quantize")]
+    return {
+        "row_tokens": first["row_tokens"], "step_s": step, "tokens_s_gpu": rows * first["row_tokens"] / step,
+        "peak_gb": memory["allocated"], "reserved_gb": memory["reserved"], "loss_first": first["losses"][0],
+        "loss_last": first["losses"][-1], "start_s": first["steps"][0][0] - begin,
+        "import_s": first["parts"]["import"][1] - begin, "data_s": seconds(first, "data"), "load_s": sum(loads),
+        "prepare_s": first["parts"]["train begins"][0] - last_before_train(first),
+        "first_step_s": first["steps"][0][1] - first["steps"][0][0], "save_s": seconds(first, "save checkpoint"),
+        "model_s": seconds(first, "save model"), "export_s": seconds(first, "export"),
+    }  # fmt: skip
+
+
+def last_before_train(times: dict) -> float:
+    """When the checkpoint was looked for, the last part before the trainer is made and the model is sharded."""
+    return times["parts"]["find checkpoint"][1]
+
+
+def figures_resumed(found: list[dict], begin: float) -> dict:
+    """The figures of a resumed run: start until its first step, the check of the checkpoint's files, reading them."""
+    first = found[0]
+    return {
+        "resume_s": first["steps"][0][0] - begin, "check_s": seconds(first, "find checkpoint"),
+        "restore_s": first["parts"]["train begins"][0] - last_before_train(first),
+        "loss_last": first["losses"][-1], "model_s": seconds(first, "save model"), "export_s": seconds(first, "export"),
+    }  # fmt: skip
+
+
+# ---- Several runs ----
+
+
+class Devices:
+    """GPUs that runs take and give back; without `parallel` one run has them all."""
+
+    def __init__(self, names: list[str], parallel: bool) -> None:
+        self.free, self.parallel, self.running, self.changed = list(names), parallel, 0, Condition()
+
+    def take(self, count: int) -> tuple[list[str], int]:
+        """Wait for `count` of them; with how many other runs they compute at the same time now."""
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.free) >= count and (self.parallel or not self.running))
+            taken, self.free = self.free[:count], self.free[count:]
+            self.running += 1
+            return taken, self.running - 1
+
+    def give(self, taken: list[str]) -> None:
+        with self.changed:
+            self.free += taken
+            self.running -= 1
+            self.changed.notify_all()
+
+
+def measure_all(bench: Bench, runs: list[Run], devices: Devices, keep_row) -> list[str]:
+    """Measure `runs` in their order; the names of those that were skipped for want of time."""
+    skipped, begun = [], []
+    with ThreadPoolExecutor(len(runs)) as pool:
+        for run in runs:
+            taken, beside = devices.take(run.gpus)
+            if bench.end - time.time() < bench.args.least:
+                devices.give(taken)
+                skipped.append(run.name)
+                continue
+            begun.append(pool.submit(_measure_and_give, bench, run, devices, taken, beside, keep_row))
+    for future in begun:
+        future.result()
+    return skipped
+
+
+def _measure_and_give(bench: Bench, run: Run, devices: Devices, taken: list[str], beside: int, keep_row) -> None:
+    try:
+        keep_row(bench.measure(run, taken, beside))
+    finally:
+        devices.give(taken)
+
+
+class Table:
+    """The rows of scale.csv, appended one by one."""
+
+    def __init__(self, path: Path, about: dict[str, str]) -> None:
+        self.path, self.about = path, about
+        self.columns = [*COLUMNS, *about]
+        self.rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+        if self.rows and list(self.rows[0]) != self.columns:
+            raise UserError(f"--out: {path} has other columns than this program writes; move it away")
+
+    def add(self, row: dict) -> None:
+        """Show a row, and append it to the file."""
+        row = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in (row | self.about).items()}
+        self.rows.append(row)
+        show(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=self.columns, lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def show(row: dict) -> None:
+    """Print the most important columns of a row."""
+    print(f"{row['run']:<34}" + "".join(f"{row[name]:>13}" for name in _SHOWN[1:-1]) + f"  {row['error']}", flush=True)
+
+
+def ratios(rows: Iterable[dict]) -> dict[str, float]:
+    """Tokens a second of a GPU: 4 GPUs over 2, MXFP4 and distillation over BF16, of rows that differ in that alone.
+
+    A row replaces an earlier one of the same settings.
+    """
+    alike = ("shape", "layers", "row_tokens", "rows_a_gpu", "samples_a_row", "attention", "device")
+    speed = {
+        (int(row["gpus"]), row["stage"], *(row[name] for name in alike)): float(row["tokens_s_gpu"])
+        for row in rows
+        if row["tokens_s_gpu"]
+    }
+    found = {}
+    for (gpus, stage, *rest), value in speed.items():
+        what = f"{rest[0]}, {rest[1]} layers, {rest[2]} tokens x {rest[3]}, {rest[4]} in a row, {rest[5]}"
+        if gpus == 4 and (2, stage, *rest) in speed:
+            found[f"{stage}, 4 GPUs over 2 ({what})"] = value / speed[2, stage, *rest]
+        if stage != "BF16" and (gpus, "BF16", *rest) in speed:
+            found[f"{stage} over BF16, {gpus} GPUs ({what})"] = value / speed[gpus, "BF16", *rest]
+    return found
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `runs` is a list of Run.
+
+    Raises:
+        UserError: a run is not understood, or needs more GPUs than there are.
+    """
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", required=True, help="RUN,RUN,... such as 2:BF16,4:MXFP4:16384")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--shape", default="8b", choices=SHAPES, help="of runs that name none")
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 for all of the shape")
+    parser.add_argument("--vocabulary", type=int, default=0, help="tokens; 0 for those of the shape")
+    parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_UP} are not counted")
+    parser.add_argument("--parallel", action="store_true", help="let runs share the machine while GPUs are free")
+    parser.add_argument("--minutes", type=float, default=8, help="after that no run begins, and one that runs is ended")
+    parser.add_argument("--least", type=float, default=60, help="seconds that must be left for a run to begin")
+    parser.add_argument("--timeout", type=float, default=420, help="seconds for one launch of main.py")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/scale"), help="models, checkpoints and logs")
+    parser.add_argument("--keep", action="store_true", help="keep what the runs wrote")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("flags", nargs="*", help="after --: further flags of main.py, for every run")
+    args = parser.parse_args(argv)
+    args.runs = [Run.parse(name, args.shape) for name in args.runs.split(",")]
+    args.work = args.work.resolve()
+    if args.steps < WARM_UP + 2:
+        raise UserError(f"--steps {args.steps} is too few; the first {WARM_UP} are not counted, two more are needed")
+    names = [str(i) for i in range(torch.cuda.device_count() if args.device == "cuda" else 64)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    args.devices = visible.split(",") if visible and args.device == "cuda" else names
+    most = max(args.runs, key=lambda run: run.gpus)
+    if most.gpus > len(args.devices):
+        raise UserError(f"--runs {most.name!r} needs {most.gpus} GPUs; there are {len(args.devices)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make what the runs read, measure them, print the ratios."""
+    args = parse_arguments(argv)
+    transformers.utils.logging.disable_progress_bar()
+    bench, begin = Bench(args, args.runs), time.time()
+    table = Table(args.out / "scale.csv", apart(environment, args.device))
+    for run in args.runs:
+        bench.inputs(run)
+    print(f"models and data: {time.time() - begin:.0f} s")
+    show(dict(zip(_SHOWN, _SHOWN, strict=True)))
+    skipped = measure_all(bench, args.runs, Devices(args.devices, args.parallel), table.add)
+    for name, value in ratios(table.rows).items():
+        print(f"{value:8.3f}  {name}")
+    for name in skipped:
+        print(f"skipped for want of time: {name}")
+    print("\n".join(f"{key}: {value}" for key, value in table.about.items()))
+    print(f"{time.time() - begin:.0f} s; outputs of main.py: {args.work / 'logs'}")
+
+
+if __name__ == "__main__":
+    with reported_in_one_line():
+        main()
