@@ -332,7 +332,7 @@ def test_the_library_brings_no_openmp_runtime_of_its_own():
 
 
 def fuse_in_interpreter() -> None:
-    """Round products and sums of the interpreter's `fma` once, as GPUs do; older versions of Triton round them twice."""
+    """Let the interpreter's `fma` round once, as GPUs do; older versions of Triton round the product too."""
     from triton.runtime import interpreter
 
     def fma(self, *three):
