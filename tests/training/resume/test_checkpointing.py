@@ -51,7 +51,7 @@ def test_a_disk_that_is_full_where_the_weights_are_written_is_one_error_and_leav
 
     with (
         monkeypatch.context() as patched,
-        pytest.raises(DiskFullError, match="nothing was left incomplete at .*checkpoint-1 .*--output_dir"),
+        pytest.raises(DiskFullError, match="incomplete at .*checkpoint-1 .*--output_dir"),
     ):
         patched.setattr(type(trained.model), "save_pretrained", full)
         trained._save_checkpoint(trained.model, None)
@@ -90,5 +90,5 @@ def test_weights_of_nan_and_infinity_are_found_wherever_they_are_and_the_largest
     for value in (float("nan"), float("inf"), -float("inf")):
         for place in (0, 77, 128):
             model.weight.data.fill_(-1)[place] = value
-            with pytest.raises(NonFiniteError, match="weight have become NaN"):
+            with pytest.raises(NonFiniteError, match="weight .*have become NaN"):
                 check_weights(model, args)
