@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from benchmarks.arguments import make_parser  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.files.atomic import flush_path  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
 from training.trainer import QATTrainer  # noqa: E402
@@ -42,10 +43,11 @@ REACH = "1.3"
 VOCABULARY = 32000
 WIDTHS = {0.2: 768, 0.8: 1024, 3.0: 2048, float("inf"): 4096}  # up to so many billion parameters -> hidden size
 PARTS = {
-    "save_model": "model.safetensors",
+    "_save": "model.safetensors",
     "_save_optimizer_and_scheduler": "optimizer.pt",
     "flush_path": "flush",
     "entry_of": "checksums",
+    "check_weights": "check of the weights",
     "put_in_place": "rename",
 }
 _BUFFER = memoryview(os.urandom(1 << 26))
@@ -72,6 +74,7 @@ def main() -> None:
 
 def measure(billions: float, folder: Path, args: argparse.Namespace, report: Report) -> tuple[float, float, float]:
     """Parameters in billions, seconds of a checkpoint and of the yardstick; reports them with the parts."""
+    check_space(billions, folder, args.device)
     trainer = make_trainer(billions, folder, args.device)
     with timed_parts() as parts:
         save(trainer)
@@ -99,6 +102,29 @@ def measure(billions: float, folder: Path, args: argparse.Namespace, report: Rep
         tensors = [*trainer.model.parameters(), *state]
         report.add(f"{name}: copy to host alone", seconds_of(lambda: [t.cpu() for t in tensors]), unit="s")
     return parameters, median(checkpoints), median(yardsticks)
+
+
+def check_space(billions: float, folder: Path, device: str) -> None:
+    """Refuse a size for which the disk or the memory is too small.
+
+    Raises:
+        UserError: names both sizes.
+    """
+    needed = 1.2 * billions * 1e9 * 12  # FP32: a master and two moments
+    in_memory = torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
+    on_disk = shutil.disk_usage(folder).free
+    for option, place, free in (("folder", folder, on_disk), ("device", device, in_memory)):
+        if free < needed:
+            raise UserError(
+                f"--sizes {billions:g} needs {needed / 1e9:.1f} GB, and --{option} {place} has {free / 1e9:.1f} GB "
+                f"free; give a smaller size, or another --{option}"
+            )
+
+
+def available_bytes() -> int:
+    """Memory that the kernel can give without swapping (Linux)."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def rounded(seconds: list[float]) -> list[float]:
@@ -183,8 +209,8 @@ def seconds_of(run) -> float:
 @contextmanager
 def timed_parts() -> Iterator[dict[str, float]]:
     """Seconds inside each function of PARTS, on all threads, while the block runs."""
-    from qat.files import atomic, manifest
-    from training.resume import written
+    from qat.files import atomic, manifest, sealing
+    from training.resume import checkpointing, written
 
     seconds: dict[str, float] = defaultdict(float)
     lock, replaced = threading.Lock(), []
@@ -200,7 +226,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
 
         return run
 
-    modules = [atomic, manifest, written, *(m for n, m in sys.modules.items() if n == "qat.files.sealing")]
+    modules = (atomic, manifest, sealing, written, checkpointing)
     for owner in (QATTrainer, *modules):
         for name in PARTS:
             if hasattr(owner, name):
@@ -233,4 +259,5 @@ def draw(points: list[tuple[float, float, float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -8,11 +8,11 @@ A checksum is that of the file as it is read back, not of what was meant to be w
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from .atomic import flush_path
@@ -24,7 +24,7 @@ _POLL_S = 0.02
 
 
 class Sealing:
-    """Flush and describe the files of `folder` while the block runs, which other threads and processes write.
+    """Flush and describe the files of `folder` while others write there. A `with` block ends its threads.
 
     Attributes:
         folder: whose files these are.
@@ -36,12 +36,12 @@ class Sealing:
     def __init__(self, folder: Path, index: int = 0, count: int = 1) -> None:
         self.folder, self._index, self._count = folder, index, count
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="seal")
-        self._sealed: dict[str, tuple[tuple[int, int], Future, Future]] = {}
+        self._sealed: dict[str, tuple[tuple[int, int], Future]] = {}
+        self._flushes: list[Future] = []
         self._ended = threading.Event()
-        self._follower: Future | None = None
+        self._follower = self._pool.submit(self._follow)
 
     def __enter__(self) -> Sealing:
-        self._follower = self._pool.submit(self._follow)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -49,45 +49,45 @@ class Sealing:
         self._pool.shutdown(cancel_futures=True)
 
     def begin(self, names: Iterable[str]) -> None:
-        """Begin with the files `names`, which are complete; one that changes all the same is sealed again."""
+        """Begin with the files `names`, which are complete. One that changes all the same is read again in the end."""
         for name in sorted(names, key=lambda name: -(self.folder / name).stat().st_size):
             path = self.folder / name
             state = _state(path)
             if name not in self._sealed or self._sealed[name][0] != state:
-                self._sealed[name] = (state, self._pool.submit(entry_of, path), self._pool.submit(flush_path, path))
+                self._sealed[name] = (state, self._pool.submit(entry_of, path))
+                self._flushes.append(self._pool.submit(flush_path, path))
 
     def entries(self, names: Iterable[str]) -> dict[str, dict]:
         """Wait until the files `names` are on disk; what the manifest says of each.
 
         Raises:
-            OSError: of any write to the device since the block began.
+            OSError: a write to the device failed, at whatever time.
         """
         names = list(names)
         self._ended.set()
         self.begin(names)
-        if self._follower is not None:
-            self._follower.result()
-        for _, _, flushed in self._sealed.values():
-            flushed.result()
+        for flush in (self._follower, *self._flushes):
+            flush.result()
         return {name: self._sealed[name][1].result() for name in names}
 
     def _follow(self) -> None:
-        """Flush each file whenever it has grown enough, until the block ends."""
         flushed_bytes: dict[Path, int] = {}
         while not self._ended.wait(_POLL_S):
-            for path in self.folder.rglob("*"):
-                if zlib.crc32(path.name.encode()) % self._count != self._index:
-                    continue
-                try:
-                    size = path.stat().st_size
-                    if size - flushed_bytes.get(path, 0) >= _GROWTH_BYTES:
-                        flush_path(path)
-                        flushed_bytes[path] = size
-                except FileNotFoundError:  # it was a temporary one, and has its name now
-                    continue
+            with suppress(FileNotFoundError):  # a temporary file that has its name now
+                self._flush_grown(flushed_bytes)
+
+    def _flush_grown(self, flushed_bytes: dict[Path, int]) -> None:
+        """Flush each file of this process that has grown enough since it was flushed last."""
+        for path in self.folder.rglob("*"):
+            if zlib.crc32(path.name.encode()) % self._count != self._index:
+                continue
+            size = path.stat().st_size
+            if size - flushed_bytes.get(path, 0) >= _GROWTH_BYTES:
+                flush_path(path)
+                flushed_bytes[path] = size
 
 
 def _state(path: Path) -> tuple[int, int]:
     """What changes when a file is written again."""
-    status = os.stat(path)
+    status = path.stat()
     return status.st_size, status.st_mtime_ns
