@@ -235,7 +235,7 @@ def figures(found: list[dict], rows: int, begin: float) -> dict:
     between = [b[0] - a[0] for a, b in zip(first["steps"][WARM_UP:], first["steps"][WARM_UP + 1 :], strict=False)]
     step = median(between or counted)
     memory = {name: max(p["memory"].get(name, 0) for p in found) / 1e9 for name in ("allocated", "reserved")}
-    loads = [seconds(first, part) or 0 for part in ("load", "check packing", "teacher", "quantize")]
+    loads = [seconds(first, part) or 0 for part in ("load", "check packing", "attention", "teacher", "quantize")]
     return {
         "row_tokens": first["row_tokens"], "step_s": step, "tokens_s_gpu": rows * first["row_tokens"] / step,
         "peak_gb": memory["allocated"], "reserved_gb": memory["reserved"], "loss_first": first["losses"][0],
@@ -286,20 +286,23 @@ class Devices:
             self.changed.notify_all()
 
 
-def measure_all(bench: Bench, runs: list[Run], devices: Devices, keep_row) -> list[str]:
-    """Measure `runs` in their order; the names of those that were skipped for want of time."""
-    skipped, begun = [], []
+def measure_all(bench: Bench, runs: list[Run], devices: Devices, keep_row: Callable[[dict], None]) -> None:
+    """Measure `runs` in their order; name those that are skipped for want of time."""
+    begin = time.time()
+    for run in runs:
+        bench.inputs(run)
+    print(f"models and data: {time.time() - begin:.0f} s", flush=True)
+    begun = []
     with ThreadPoolExecutor(len(runs)) as pool:
         for run in runs:
             taken, beside = devices.take(run.gpus)
             if bench.end - time.time() < bench.args.least:
                 devices.give(taken)
-                skipped.append(run.name)
+                print(f"skipped for want of time: {run.name}", flush=True)
                 continue
             begun.append(pool.submit(_measure_and_give, bench, run, devices, taken, beside, keep_row))
     for future in begun:
         future.result()
-    return skipped
 
 
 def _measure_and_give(bench: Bench, run: Run, devices: Devices, taken: list[str], beside: int, keep_row) -> None:
@@ -366,7 +369,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         UserError: a run is not understood, or needs more GPUs than there are.
     """
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", required=True, help="RUN,RUN,... such as 2:BF16,4:MXFP4:16384")
+    parser.add_argument("--runs", default="", help="RUN,RUN,... such as 2:BF16,4:MXFP4:16384; none: show scale.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="8b", choices=SHAPES, help="of runs that name none")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 for all of the shape")
@@ -374,42 +377,40 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_UP} are not counted")
     parser.add_argument("--parallel", action="store_true", help="let runs share the machine while GPUs are free")
     parser.add_argument("--minutes", type=float, default=8, help="after that no run begins, and one that runs is ended")
-    parser.add_argument("--least", type=float, default=60, help="seconds that must be left for a run to begin")
+    parser.add_argument("--least", type=float, default=100, help="seconds that must be left for a run to begin")
     parser.add_argument("--timeout", type=float, default=420, help="seconds for one launch of main.py")
     parser.add_argument("--work", type=Path, default=Path("/tmp/scale"), help="models, checkpoints and logs")
     parser.add_argument("--keep", action="store_true", help="keep what the runs wrote")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("flags", nargs="*", help="after --: further flags of main.py, for every run")
     args = parser.parse_args(argv)
-    args.runs = [Run.parse(name, args.shape) for name in args.runs.split(",")]
+    args.runs = [Run.parse(name, args.shape) for name in args.runs.split(",") if name]
     args.work = args.work.resolve()
     if args.steps < WARM_UP + 2:
         raise UserError(f"--steps {args.steps} is too few; the first {WARM_UP} are not counted, two more are needed")
     names = [str(i) for i in range(torch.cuda.device_count() if args.device == "cuda" else 64)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     args.devices = visible.split(",") if visible and args.device == "cuda" else names
-    most = max(args.runs, key=lambda run: run.gpus)
-    if most.gpus > len(args.devices):
-        raise UserError(f"--runs {most.name!r} needs {most.gpus} GPUs; there are {len(args.devices)}")
+    for run in args.runs:
+        if run.gpus > len(args.devices):
+            raise UserError(f"--runs {run.name!r} needs {run.gpus} GPUs; there are {len(args.devices)}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make what the runs read, measure them, print the ratios."""
+    """Show the rows that there are, measure the runs, print the ratios."""
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
-    bench, begin = Bench(args, args.runs), time.time()
-    table = Table(args.out / "scale.csv", apart(environment, args.device))
-    for run in args.runs:
-        bench.inputs(run)
-    print(f"models and data: {time.time() - begin:.0f} s")
+    about = apart(environment, args.device)
+    table, begin = Table(args.out / "scale.csv", about), time.time()
     show(dict(zip(_SHOWN, _SHOWN, strict=True)))
-    skipped = measure_all(bench, args.runs, Devices(args.devices, args.parallel), table.add)
+    for row in table.rows:
+        show(row)
+    if args.runs:
+        measure_all(Bench(args, args.runs), args.runs, Devices(args.devices, args.parallel), table.add)
     for name, value in ratios(table.rows).items():
         print(f"{value:8.3f}  {name}")
-    for name in skipped:
-        print(f"skipped for want of time: {name}")
-    print("\n".join(f"{key}: {value}" for key, value in table.about.items()))
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(f"{time.time() - begin:.0f} s; outputs of main.py: {args.work / 'logs'}")
 
 
