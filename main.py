@@ -28,6 +28,7 @@ from qat.errors import reported_in_one_line
 from qat.layers.fp8_matmul import log_fp8_matmul, use_fp8_matmul
 from training.adapters.begin import Adapters
 from training.arguments.parse import Arguments, parse_arguments
+from training.backends.sharding import cores_of_waiting_processes
 from training.checks import check_data, check_model, check_paths
 from training.estimate.program import short_form
 from training.monitoring.report import report_run
@@ -72,10 +73,11 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     check_data(arguments, data, tokenizer, skeleton)
     if args.process_index == 0:
         logger.info(short_form(arguments, skeleton))
-    model = start.load_model()
-    if data_args.packing:
-        check_packing(model)
-        attend_within_samples(model, args.torch_compile)
+    with cores_of_waiting_processes():
+        model = start.load_model()
+        if data_args.packing:
+            check_packing(model)
+            attend_within_samples(model, args.torch_compile)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
     if data_args.packing:
         attend_within_samples(teacher, args.torch_compile)

@@ -18,18 +18,16 @@ with its error. Runs that --minutes leaves no time for are skipped, and the prog
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from threading import Condition
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,81 +37,15 @@ import transformers  # noqa: E402
 
 from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
-from benchmarks.scale_inputs import ATTENTIONS, SHAPES, check_same, with_attention, write_data, write_model  # noqa: E402
+from benchmarks.scale_figures import COLUMNS, WARM_UP, Table, figures, figures_resumed, ratios, show, show_header  # noqa: E402
+from benchmarks.scale_inputs import SHAPES, check_same, with_attention, write_data, write_model  # noqa: E402
+from benchmarks.scale_run import STAGES, Run  # noqa: E402
 from benchmarks.timed_main import TRAINS_ONLY  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
 
-MXFP4 = ("--quant_scheme", "MXFP4")
-STAGES = {"BF16": (), "MXFP4": MXFP4, "distilled": (*MXFP4, "--distill", "True")}
-WARM_UP = 3  # steps that are not counted
 RESUMED_STEPS = 2
 ROWS_OF_DATA = 32  # which a run reads several times
-COLUMNS = (
-    "run", "gpus", "stage", "shape", "layers", "row_tokens", "rows_a_gpu", "samples_a_row", "attention", "step_s",
-    "tokens_s_gpu", "peak_gb", "reserved_gb", "loss_first", "loss_last", "start_s", "import_s", "data_s", "load_s",
-    "prepare_s", "first_step_s", "save_s", "checkpoint_gb", "resume_s", "check_s", "restore_s", "model_s", "export_s",
-    "total_s", "beside", "error",
-)  # fmt: skip
-_SHOWN = ("run", "tokens_s_gpu", "step_s", "peak_gb", "loss_last", "start_s", "save_s", "resume_s", "export_s", "error")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, as --runs names it.
-
-    Attributes:
-        name: the words.
-        tokens: of a row. samples: in a row. rows: of a batch on a GPU.
-        resumes, exports: whether a checkpoint is written and resumed from; whether the model is saved and packed.
-    """
-
-    name: str
-    gpus: int
-    stage: str
-    tokens: int
-    shape: str
-    attention: str = "sdpa"
-    rows: int = 2
-    samples: int = 1
-    resumes: bool = False
-    exports: bool = False
-
-    @classmethod
-    def parse(cls, name: str, shape: str, tokens: int = 2048) -> Run:
-        """A run by its words, with `shape` and `tokens` where they name none.
-
-        Raises:
-            UserError: a word is unknown.
-        """
-        gpus, _, rest = name.partition(":")
-        stage, *words = rest.split(":")
-        if not gpus.isdecimal() or int(gpus) < 1 or stage not in STAGES:
-            raise UserError(f"--runs {name!r}: begin with the number of GPUs and one of {', '.join(STAGES)}: 2:BF16")
-        values: dict = {"tokens": tokens, "shape": shape}
-        for word in words:
-            values |= cls._value_of(word, name)
-        if values["tokens"] < 16 * values.get("samples", 1):
-            raise UserError(f"--runs {name!r}: samples are shorter than 16 tokens; give fewer, or more tokens a row")
-        return cls(name, int(gpus), stage, **values)
-
-    @staticmethod
-    def _value_of(word: str, name: str) -> dict:
-        if word.isdecimal():
-            return {"tokens": int(word)}
-        if word in SHAPES:
-            return {"shape": word}
-        if word in ATTENTIONS:
-            return {"attention": word}
-        for what in ("rows", "samples"):
-            if word.startswith(what) and word.removeprefix(what).isdecimal() and int(word.removeprefix(what)):
-                return {what: int(word.removeprefix(what))}
-        if word in ("resume", "export"):
-            return {f"{word}s": True}
-        raise UserError(
-            f"--runs {name!r}: {word!r} is unknown; choose from a number of tokens, {', '.join(SHAPES)}, "
-            f"{', '.join(ATTENTIONS)}, rowsN, samplesN, resume, export"
-        )
 
 
 def checkpointing_flag() -> str:
@@ -131,11 +63,11 @@ def apart(function: Callable, *args):
 class Bench:
     """Runs main.py under FSDP2 with the same settings and reads its times."""
 
-    def __init__(self, args: argparse.Namespace, runs: list[Run]) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.end = time.time() + 60 * args.minutes
         self.port = 20000 + os.getpid() * 16 % 20000
-        self.threads = max(1, (os.cpu_count() or 1) // max(run.gpus for run in runs))
+        self.threads = max(1, (os.cpu_count() or 1) // len(args.devices))
 
     # ---- What a run reads ----
 
@@ -217,51 +149,6 @@ class Bench:
         return row | {"total_s": time.time() - begin}
 
 
-def seconds(times: dict, part: str) -> float | str:
-    """How long a part of a run took; "" where it did not happen."""
-    begin, end = times["parts"].get(part, (0, 0))
-    return end - begin if end else ""
-
-
-def figures(found: list[dict], rows: int, begin: float) -> dict:
-    """The figures of a run from the times of its processes, the first process's clock.
-
-    Args:
-        rows: of a batch on a GPU.
-        begin: when the launcher was started.
-    """
-    first = found[0]
-    counted = [step[1] - step[0] for step in first["steps"][WARM_UP:]]
-    between = [b[0] - a[0] for a, b in zip(first["steps"][WARM_UP:], first["steps"][WARM_UP + 1 :], strict=False)]
-    step = median(between or counted)
-    memory = {name: max(p["memory"].get(name, 0) for p in found) / 1e9 for name in ("allocated", "reserved")}
-    loads = [seconds(first, part) or 0 for part in ("load", "check packing", "teacher", "quantize")]
-    return {
-        "row_tokens": first["row_tokens"], "step_s": step, "tokens_s_gpu": rows * first["row_tokens"] / step,
-        "peak_gb": memory["allocated"], "reserved_gb": memory["reserved"], "loss_first": first["losses"][0],
-        "loss_last": first["losses"][-1], "start_s": first["steps"][0][0] - begin,
-        "import_s": first["parts"]["import"][1] - begin, "data_s": seconds(first, "data"), "load_s": sum(loads),
-        "prepare_s": first["parts"]["train begins"][0] - last_before_train(first),
-        "first_step_s": first["steps"][0][1] - first["steps"][0][0], "save_s": seconds(first, "save checkpoint"),
-        "model_s": seconds(first, "save model"), "export_s": seconds(first, "export"),
-    }  # fmt: skip
-
-
-def last_before_train(times: dict) -> float:
-    """When the checkpoint was looked for, the last part before the trainer is made and the model is sharded."""
-    return times["parts"]["find checkpoint"][1]
-
-
-def figures_resumed(found: list[dict], begin: float) -> dict:
-    """The figures of a resumed run: start until its first step, the check of the checkpoint's files, reading them."""
-    first = found[0]
-    return {
-        "resume_s": first["steps"][0][0] - begin, "check_s": seconds(first, "find checkpoint"),
-        "restore_s": first["parts"]["train begins"][0] - last_before_train(first),
-        "loss_last": first["losses"][-1], "model_s": seconds(first, "save model"), "export_s": seconds(first, "export"),
-    }  # fmt: skip
-
-
 # ---- Several runs ----
 
 
@@ -286,20 +173,23 @@ class Devices:
             self.changed.notify_all()
 
 
-def measure_all(bench: Bench, runs: list[Run], devices: Devices, keep_row) -> list[str]:
-    """Measure `runs` in their order; the names of those that were skipped for want of time."""
-    skipped, begun = [], []
+def measure_all(bench: Bench, runs: list[Run], devices: Devices, keep_row: Callable[[dict], None]) -> None:
+    """Measure `runs` in their order; name those that are skipped for want of time."""
+    begin = time.time()
+    for run in runs:
+        bench.inputs(run)
+    print(f"models and data: {time.time() - begin:.0f} s", flush=True)
+    begun = []
     with ThreadPoolExecutor(len(runs)) as pool:
         for run in runs:
             taken, beside = devices.take(run.gpus)
             if bench.end - time.time() < bench.args.least:
                 devices.give(taken)
-                skipped.append(run.name)
+                print(f"skipped for want of time: {run.name}", flush=True)
                 continue
             begun.append(pool.submit(_measure_and_give, bench, run, devices, taken, beside, keep_row))
     for future in begun:
         future.result()
-    return skipped
 
 
 def _measure_and_give(bench: Bench, run: Run, devices: Devices, taken: list[str], beside: int, keep_row) -> None:
@@ -309,56 +199,6 @@ def _measure_and_give(bench: Bench, run: Run, devices: Devices, taken: list[str]
         devices.give(taken)
 
 
-class Table:
-    """The rows of scale.csv, appended one by one."""
-
-    def __init__(self, path: Path, about: dict[str, str]) -> None:
-        self.path, self.about = path, about
-        self.columns = [*COLUMNS, *about]
-        self.rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
-        if self.rows and list(self.rows[0]) != self.columns:
-            raise UserError(f"--out: {path} has other columns than this program writes; move it away")
-
-    def add(self, row: dict) -> None:
-        """Show a row, and append it to the file."""
-        row = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in (row | self.about).items()}
-        self.rows.append(row)
-        show(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=self.columns, lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
-
-
-def show(row: dict) -> None:
-    """Print the most important columns of a row."""
-    print(f"{row['run']:<34}" + "".join(f"{row[name]:>13}" for name in _SHOWN[1:-1]) + f"  {row['error']}", flush=True)
-
-
-def ratios(rows: Iterable[dict]) -> dict[str, float]:
-    """Tokens a second of a GPU: 4 GPUs over 2, MXFP4 and distillation over BF16, of rows that differ in that alone.
-
-    A row replaces an earlier one of the same settings.
-    """
-    alike = ("shape", "layers", "row_tokens", "rows_a_gpu", "samples_a_row", "attention", "device")
-    speed = {
-        (int(row["gpus"]), row["stage"], *(row[name] for name in alike)): float(row["tokens_s_gpu"])
-        for row in rows
-        if row["tokens_s_gpu"]
-    }
-    found = {}
-    for (gpus, stage, *rest), value in speed.items():
-        what = f"{rest[0]}, {rest[1]} layers, {rest[2]} tokens x {rest[3]}, {rest[4]} in a row, {rest[5]}"
-        if gpus == 4 and (2, stage, *rest) in speed:
-            found[f"{stage}, 4 GPUs over 2 ({what})"] = value / speed[2, stage, *rest]
-        if stage != "BF16" and (gpus, "BF16", *rest) in speed:
-            found[f"{stage} over BF16, {gpus} GPUs ({what})"] = value / speed[gpus, "BF16", *rest]
-    return found
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; `runs` is a list of Run.
 
@@ -366,7 +206,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         UserError: a run is not understood, or needs more GPUs than there are.
     """
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", required=True, help="RUN,RUN,... such as 2:BF16,4:MXFP4:16384")
+    parser.add_argument("--runs", default="", help="RUN,RUN,... such as 2:BF16,4:MXFP4:16384; none: show scale.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="8b", choices=SHAPES, help="of runs that name none")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 for all of the shape")
@@ -374,42 +214,40 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_UP} are not counted")
     parser.add_argument("--parallel", action="store_true", help="let runs share the machine while GPUs are free")
     parser.add_argument("--minutes", type=float, default=8, help="after that no run begins, and one that runs is ended")
-    parser.add_argument("--least", type=float, default=60, help="seconds that must be left for a run to begin")
+    parser.add_argument("--least", type=float, default=100, help="seconds that must be left for a run to begin")
     parser.add_argument("--timeout", type=float, default=420, help="seconds for one launch of main.py")
     parser.add_argument("--work", type=Path, default=Path("/tmp/scale"), help="models, checkpoints and logs")
     parser.add_argument("--keep", action="store_true", help="keep what the runs wrote")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("flags", nargs="*", help="after --: further flags of main.py, for every run")
     args = parser.parse_args(argv)
-    args.runs = [Run.parse(name, args.shape) for name in args.runs.split(",")]
+    args.runs = [Run.parse(name, args.shape) for name in args.runs.split(",") if name]
     args.work = args.work.resolve()
     if args.steps < WARM_UP + 2:
         raise UserError(f"--steps {args.steps} is too few; the first {WARM_UP} are not counted, two more are needed")
     names = [str(i) for i in range(torch.cuda.device_count() if args.device == "cuda" else 64)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     args.devices = visible.split(",") if visible and args.device == "cuda" else names
-    most = max(args.runs, key=lambda run: run.gpus)
-    if most.gpus > len(args.devices):
-        raise UserError(f"--runs {most.name!r} needs {most.gpus} GPUs; there are {len(args.devices)}")
+    for run in args.runs:
+        if run.gpus > len(args.devices):
+            raise UserError(f"--runs {run.name!r} needs {run.gpus} GPUs; there are {len(args.devices)}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make what the runs read, measure them, print the ratios."""
+    """Show the rows that there are, measure the runs, print the ratios."""
     args = parse_arguments(argv)
     transformers.utils.logging.disable_progress_bar()
-    bench, begin = Bench(args, args.runs), time.time()
-    table = Table(args.out / "scale.csv", apart(environment, args.device))
-    for run in args.runs:
-        bench.inputs(run)
-    print(f"models and data: {time.time() - begin:.0f} s")
-    show(dict(zip(_SHOWN, _SHOWN, strict=True)))
-    skipped = measure_all(bench, args.runs, Devices(args.devices, args.parallel), table.add)
+    about = apart(environment, args.device)
+    table, begin = Table(args.out / "scale.csv", about), time.time()
+    show_header()
+    for row in table.rows:
+        show(row)
+    if args.runs:
+        measure_all(Bench(args), args.runs, Devices(args.devices, args.parallel), table.add)
     for name, value in ratios(table.rows).items():
         print(f"{value:8.3f}  {name}")
-    for name in skipped:
-        print(f"skipped for want of time: {name}")
-    print("\n".join(f"{key}: {value}" for key, value in table.about.items()))
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(f"{time.time() - begin:.0f} s; outputs of main.py: {args.work / 'logs'}")
 
 

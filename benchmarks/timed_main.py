@@ -102,6 +102,7 @@ def clock_parts(main: Any, times: Times) -> None:
     times.clock(main, "make_supervised_data_module", "data")
     times.clock(main.Start, "load_model", "load")
     times.clock(main, "check_packing", "check packing")
+    times.clock(main, "attend_within_samples", "attention")
     times.clock(main, "choose_teacher", "teacher")
     times.clock(main.Start, "quantize", "quantize")
     times.clock(main.OutputFolder, "find_checkpoint", "find checkpoint")

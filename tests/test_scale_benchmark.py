@@ -8,8 +8,10 @@ from threading import Thread
 import pytest
 
 from benchmarks.launch import last_error
-from benchmarks.scale import Devices, Run, figures, figures_resumed, parse_arguments, ratios
+from benchmarks.scale import Devices, parse_arguments
+from benchmarks.scale_figures import figures, figures_resumed, ratios
 from benchmarks.scale_inputs import SHAPES, make_tokenizer, skeleton, stored_tensors, write_data, write_model
+from benchmarks.scale_run import Run
 from data.supervised import make_supervised_data_module
 from qat.checkpoints.load import load_plain
 from qat.errors import UserError

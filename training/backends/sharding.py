@@ -9,6 +9,7 @@ norms and embeddings in BF16.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -20,6 +21,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from qat.errors import UserError
 from qat.layers.names import original_name
+
+from .weightless import first_process_loads, waits_for_weights
 
 
 def set_precision(plugin, gather_dtype: str = "float32") -> None:
@@ -71,6 +74,22 @@ def full_state_dict(plugin) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(plugin, name, value)
+
+
+@contextmanager
+def cores_of_waiting_processes() -> Iterator[None]:
+    """Let the process that alone reads the weights compute on all cores of its machine, while the others wait for it.
+
+    accelerate gives each of several processes one core (OMP_NUM_THREADS=1), and 8 billion weights are converted to FP32
+    and looked through for NaN here.
+    """
+    threads = torch.get_num_threads()
+    try:
+        if first_process_loads() and not waits_for_weights():
+            torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def initialize_state(optimizer: torch.optim.Optimizer) -> None:
