@@ -41,7 +41,7 @@ FUNCTIONS = {
     "report": ("main:report_run",),
     "export": ("training.resume.output:export_checkpoint",),
     "proof: weights": ("training.resume.output:verify",),
-    "proof: logits": ("qat.checkpoints.verify:compare_logits",),
+    "proof: logits": ("qat.checkpoints.verify:LogitsProof.finish",),
     "table of engines": ("main:table_of_folder",),
 }  # fmt: skip
 REST = "all else"

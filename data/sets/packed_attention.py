@@ -9,8 +9,10 @@ left to `sdpa`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "packed_sdpa"
 _TOLERANCE = 1e-3  # of the logits' size: another order of sums is below, another mask above
+_TOLERANCE_HALF = 2e-2  # of attention in BF16 and its gradients: roundings are below
 _LARGEST_HEAD = 256  # of flash attention
 
 
@@ -98,17 +101,51 @@ def packed_attention(
             if torch.is_autocast_enabled(query.device.type):
                 dtype = torch.get_autocast_dtype(query.device.type)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-            compute = with_lengths if _takes_lengths(query, dropout) else sample_by_sample
+            is_lengthwise = dropout == 0.0 and takes_lengths(
+                query.device, query.dtype, *query.shape[1::2], key.shape[1]
+            )
+            compute = with_lengths if is_lengthwise else sample_by_sample
             return compute(query, key, value, borders, scaling, dropout), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **kwargs
     )
 
 
-def _takes_lengths(query: torch.Tensor, dropout: float) -> bool:
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
-    size = query.shape[-1]
-    return query.is_cuda and is_half and dropout == 0.0 and size <= _LARGEST_HEAD and size % 8 == 0
+@functools.cache
+def takes_lengths(device: torch.device, dtype: torch.dtype, heads: int, size: int, key_heads: int) -> bool:
+    """Whether PyTorch's flash attention with varying lengths gives what attention sample by sample gives, gradients
+    included: tried once on random values. Elsewhere than on GPUs there is none."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or not is_half or size > _LARGEST_HEAD or size % 8:
+        return False
+    try:
+        found, expected = (
+            _trial(compute, device, dtype, heads, size, key_heads) for compute in (with_lengths, sample_by_sample)
+        )
+        reason = "its results differ"
+        if all((a - b).norm() <= _TOLERANCE_HALF * b.norm() for a, b in zip(found, expected, strict=True)):
+            return True
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+    logger.warning("packed rows are attended sample by sample, not by flash attention with lengths: %s", reason)
+    return False
+
+
+def _trial(
+    compute: Callable, device: torch.device, dtype: torch.dtype, heads: int, size: int, key_heads: int
+) -> list[torch.Tensor]:
+    """The result and the gradients of attention in two rows of two samples each, FP32."""
+    positions = torch.cat([torch.arange(n, device=device) for n in (70, 58, 3, 125)]).view(2, 128)
+    generator = torch.Generator(device).manual_seed(0)
+    # Hooks of its own: activation checkpointing would count what the trial saves.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        inputs = [
+            torch.randn(2, n, 128, size, generator=generator, device=device, dtype=dtype).requires_grad_()
+            for n in (heads, key_heads, key_heads)
+        ]
+        result = compute(*inputs, Borders.of(positions), None)
+        grad = torch.randn(result.shape, generator=generator, device=device, dtype=dtype)
+        return [tensor.float() for tensor in (result.detach(), *torch.autograd.grad(result, inputs, grad))]
 
 
 def with_lengths(query, key, value, borders: Borders, scaling: float | None, dropout: float = 0.0) -> torch.Tensor:

@@ -32,7 +32,7 @@ from .triton_kernels import check_dtype, check_tensor, is_available, launch, pre
 
 SERVES = tuple(FORMATS)
 _COLUMNS, _PER_WARP = 4096, 512  # values of a row at a time, at most, and of them for each warp: the fastest on an H100
-_BLOCK_VALUES, _BLOCK_WARPS = 2048, 4  # of a program that takes blocks: the best of 1024 to 4096 and 2 to 8 warps
+_BLOCK_VALUES, _BLOCK_WARPS = 1024, 2  # of a program that takes blocks: the best of 1024 to 4096 and 1 to 4 warps
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize"]
 

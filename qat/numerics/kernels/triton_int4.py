@@ -13,8 +13,8 @@ from .triton_device import _as_words, _bits, _float, _jit, _offsets, _tile, _to_
 from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
 
 SERVES = tuple(FORMATS)
-# Values and warps of a program.
-_TILES = {"fake_quantize": (512, 2), "search": (512, 2), "quantize": (2048, 2), "dequantize": (2048, 2)}
+# Values and warps of a program, the fastest of eight on an H100.
+_TILES = {"fake_quantize": (512, 2), "search": (1024, 2), "quantize": (1024, 1), "dequantize": (2048, 2)}
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 

@@ -30,7 +30,7 @@ from .triton_kernels import check_dtype, check_tensor, is_available, launch, pre
 
 SERVES = tuple(FORMATS)
 # Values and warps of a program. One warp decides without shared memory whether it divides, see `_is_plain`.
-_TILES = {"fake_quantize": (512, 1), "search": (512, 1), "quantize": (1024, 1), "dequantize": (1024, 4)}
+_TILES = {"fake_quantize": (1024, 1), "search": (512, 1), "quantize": (1024, 1), "dequantize": (1024, 2)}
 
 __all__ = ["SERVES", "dequantize", "fake_quantize", "is_available", "quantize", "quantize_to_scale"]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
 from helpers import Shapes, make_llama, make_mixture
 from transformers import MistralConfig, MistralForCausalLM
 
+from data.sets import packed_attention
 from data.sets.packed_attention import NAME, Borders, attend_within_samples, sample_by_sample
 
 TOKENS = 40
@@ -110,3 +113,40 @@ def test_one_call_for_all_samples_computes_what_a_call_a_sample_does():
         found.append([result.detach(), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """CPU tensors taken for those of a GPU, and attention with lengths as given."""
+    kind = namedtuple("Device", "type")("cuda")
+
+    def use(compute):
+        monkeypatch.setattr(packed_attention, "with_lengths", compute)
+        trial = packed_attention._trial
+        monkeypatch.setattr(packed_attention, "_trial", lambda compute, device, *sizes: trial(compute, "cpu", *sizes))
+        packed_attention.takes_lengths.cache_clear()
+        return packed_attention.takes_lengths(kind, torch.bfloat16, 4, 16, 2)
+
+    yield use
+    packed_attention.takes_lengths.cache_clear()
+
+
+def test_attention_with_lengths_is_taken_once_it_gave_the_same(on_a_gpu):
+    assert on_a_gpu(packed_attention.sample_by_sample)
+
+
+def _across_samples(query, key, value, borders, scaling, dropout=0.0):
+    whole = packed_attention.Borders(borders.edges[::2], borders.on_host[::2], borders.rows)
+    return sample_by_sample(query, key, value, whole, scaling, dropout)
+
+
+def _fails(*args):
+    raise RuntimeError("No available kernel")
+
+
+@pytest.mark.parametrize(
+    ("compute", "reason"), [(_across_samples, "its results differ"), (_fails, "No available kernel")]
+)
+def test_attention_with_lengths_that_differs_or_fails_is_not_taken(on_a_gpu, caplog, compute, reason):
+    assert not on_a_gpu(compute)
+    assert f"sample by sample, not by flash attention with lengths: {reason}" in caplog.text
