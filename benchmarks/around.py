@@ -31,6 +31,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.arguments import make_parser  # noqa: E402
 from benchmarks.phases import EXIT, PHASES  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
@@ -127,7 +128,8 @@ def command_of(shape: str, model: Path, data: Path, out: Path, args) -> list[str
         "--do_train", "True", "--do_eval", "True", "--quant_scheme", "MXFP4", "--max_steps", str(args.steps),
         "--save_steps", str(every), "--save_total_limit", "1", "--eval_strategy", "no", "--load_best_model_at_end",
         "False", "--per_device_train_batch_size", str(args.batch), "--model_max_length", str(args.length),
-        "--packing", "True", "--report_to", "none", "--disable_tqdm", "True", *FLAGS.get(shape, ()), *args.flags,
+        "--packing", str(ROWS["default"].packing), "--report_to", "none", "--disable_tqdm", "True",
+        *FLAGS.get(shape, ()), *args.flags,
     ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from benchmarks.scale_figures import COLUMNS, WARM_UP, Table, figures, figures_resumed, ratios, show, show_header  # noqa: E402
@@ -93,7 +94,8 @@ class Bench:
             *launcher("fsdp2", run.gpus, self.port), "benchmarks/timed_main.py", str(times),
             "--model_name_or_path", str(model), "--dataset", str(data), "--eval_dataset", "none",
             "--data_cache_dir", str(self.args.work / "cache"), "--output_dir", str(folder), "--do_train", "True",
-            "--packing", "True", "--model_max_length", str(run.tokens), "--max_steps", str(steps), *saving,
+            "--packing", str(ROWS["default"].packing), "--model_max_length", str(run.tokens),
+            "--max_steps", str(steps), *saving,
             "--per_device_train_batch_size", str(run.rows), f"--{checkpointing_flag()}", "True",
             "--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--logging_steps", "1",
             "--report_to", "none", "--report", "False", "--disable_tqdm", "True",

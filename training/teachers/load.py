@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data.tokenizer import load_tokenizer
 from qat.checkpoints.load import TEACHER_ARGUMENT, load_plain
 from qat.errors import UserError
 
@@ -17,17 +18,17 @@ def load_teacher(
 ) -> PreTrainedModel:
     """A frozen teacher in BF16: a copy of `model`, not yet prepared for QAT, or another model by name.
 
-    Its tokenizer is not read: `training.checks.check_model` has compared it with the student's.
-
     Raises:
-        UserError: see `load_plain`; or the vocabularies differ in size.
+        UserError: see `load_plain` and `check_teacher`; or one of the two has no tokenizer.
     """
     if name_or_path is None:
         teacher = _bfloat16_copy(model)
     else:
         options = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         teacher = load_plain(name_or_path, TEACHER_ARGUMENT, torch.bfloat16, **options)
-        check_teacher(model, teacher)
+        teacher_tokenizer = load_tokenizer(name_or_path, argument=TEACHER_ARGUMENT, **options)
+        student_tokenizer = load_tokenizer(model.config._name_or_path, **options)
+        check_teacher(model, teacher, student_tokenizer, teacher_tokenizer)
     teacher.config.use_cache = False
     return teacher.requires_grad_(False).eval()
 
