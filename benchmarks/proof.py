@@ -86,17 +86,15 @@ def measure(folder: Path, shape: str, scheme: str, device: str | None, report) -
     from benchmarks.export import copy_raw
     from qat.checkpoints.pack import export_checkpoint
     from qat.checkpoints.verify import verify
-    from qat.checkpoints.verify_logits import FreshProcesses
 
     source, packed = folder / "source", folder / "packed"
     parameters = make_checkpoint(source, shape)
-    with clocked_parts() as parts, FreshProcesses() as processes:
+    with clocked_parts() as parts:
         start = time.perf_counter()
-        processes.prepare_beside_gpu(device)  # as main.py and scripts/export.py do
         export_checkpoint(source, packed, scheme=scheme, device=device)
         export_s = time.perf_counter() - start
         start = time.perf_counter()
-        verdict = verify(packed, source, _TOKENS, device=device, processes=processes)
+        verdict = verify(packed, source, _TOKENS, device=device)
         proof_s = time.perf_counter() - start
     start = time.perf_counter()
     weights = verify(packed, source, _TOKENS, with_logits=False, device=device)

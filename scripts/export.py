@@ -23,7 +23,6 @@ from qat.checkpoints.folder import CheckpointFolder  # noqa: E402
 from qat.checkpoints.model_card import CardFacts  # noqa: E402
 from qat.checkpoints.pack import export_checkpoint  # noqa: E402
 from qat.checkpoints.verify import VerificationError, verify  # noqa: E402
-from qat.checkpoints.verify_logits import FreshProcesses  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
 from qat.errors import RunFault, UserError, report, reported_in_one_line  # noqa: E402
 from qat.files.atomic import check_target  # noqa: E402
@@ -46,23 +45,19 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("qat").setLevel(logging.INFO)
     try:
-        proves = args.verify is not None or not args.no_verify
-        with FreshProcesses() as processes:
-            if args.verify is None:
-                if proves and not args.weights_only:
-                    processes.prepare_beside_gpu(args.device)
-                scales = calibrated(args)
-                dataset = args.dataset if scales is None else None  # the model was not trained on what calibrates it
-                export_checkpoint(
-                    args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
-                    CardFacts(args.base_model, dataset), args.trust_remote_code, scales, args.kv_cache_scheme,
-                    args.device,
-                )  # fmt: skip
-            if proves:
-                verify(
-                    args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
-                    trust_remote_code=args.trust_remote_code, device=args.device, processes=processes,
-                )  # fmt: skip
+        if args.verify is None:
+            scales = calibrated(args)
+            dataset = args.dataset if scales is None else None  # the model was not trained on what calibrates it
+            export_checkpoint(
+                args.source_folder, args.target, args.format, args.quant_scheme, args.ignore, args.overwrite,
+                CardFacts(args.base_model, dataset), args.trust_remote_code, scales, args.kv_cache_scheme,
+                args.device,
+            )  # fmt: skip
+        if args.verify is not None or not args.no_verify:
+            verify(
+                args.verify or args.target, args.source or args.source_folder, with_logits=not args.weights_only,
+                trust_remote_code=args.trust_remote_code, device=args.device,
+            )  # fmt: skip
         if args.verify is None:
             print(table_of_folder(args.target, args.trust_remote_code))
     except VerificationError as error:

@@ -92,8 +92,8 @@ def check_packing(model: nn.Module) -> None:
     """Try whether samples packed into one row are independent in `model`; returns if they are.
 
     Two rows that differ in their first sample only must give the same logits for their second sample, and the logits
-    that it has alone. Flash attention runs on the GPU only, where the model may not be yet: then sdpa is tried instead,
-    since everything but the attention kernel is the same.
+    that it has alone. Flash attention computes in 16 bits on a GPU only; elsewhere, and for a model in FP32, sdpa is
+    tried in its place, since everything but the attention kernel is the same.
 
     Raises:
         UserError: they are not, or the attention implementation is not known to keep them apart.
@@ -111,8 +111,9 @@ def check_packing(model: nn.Module) -> None:
             f"--packing True: attention implementation {name!r} is not known to keep packed samples apart; "
             f"set --packing False, or load the model with one of {', '.join(_MASKED)}, flash_attention_2"
         )
-    device = next(model.parameters()).device
-    stands_in = needs_one_row(model) and device.type != "cuda"
+    first = next(model.parameters())
+    device = first.device
+    stands_in = needs_one_row(model) and not (first.is_cuda and first.dtype in (torch.bfloat16, torch.float16))
     was_training = model.training
     model.eval()
     try:

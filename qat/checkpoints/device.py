@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,8 @@ from .matrices import Matrix
 from .pipeline import CPU, threads_for
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _CONTEXT_BYTES = 1 << 30  # of kernels and libraries in a process that begins to use a GPU
 # For a value of a matrix: itself in FP32 and BF16, its codes, and what a library makes of these to decompress them.
@@ -45,11 +48,23 @@ def choose_device(wanted: str | None, needed_bytes: int, what: str) -> torch.dev
     return CPU
 
 
-def likely_device(wanted: str | None) -> torch.device:
-    """The device that `choose_device` gives where there is memory."""
-    if wanted is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
-    return named_device(wanted)
+def compute_on(device: torch.device, wanted: str | None, what: str, work: Callable[[torch.device], Result]) -> Result:
+    """What `work(device)` gives; `work(CPU)` where others have taken the memory of a GPU that nobody asked for.
+
+    Args:
+        device: as `choose_device` gave it for `wanted` and `what`.
+        work: begins anew in each call.
+
+    Raises:
+        UserError: the GPU that is `wanted` has too little memory.
+    """
+    try:
+        return work(device)
+    except torch.OutOfMemoryError as error:
+        if wanted is not None:
+            raise UserError(f"--device {wanted!r} has too little free memory for {what}; give --device cpu") from error
+        logger.warning("%s ran out of memory on %s, so it begins anew on the CPU", what, in_words(device))
+    return work(CPU)
 
 
 def named_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from .fit import first_line
 from .folder import CheckpointFolder
 from .loadable import runs_as_linear
 from .pipeline import CPU
-from .verify_logits import Expected, FreshProcesses, VerificationError, begin_fake_quantized, begin_packed
+from .verify_logits import Expected, VerificationError, begin_fake_quantized, begin_packed
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,11 @@ class LogitsProof:
     trust_remote_code: bool = False
     _begun: Callable[[], tuple[torch.Tensor, Expected]] | None = field(init=False, default=None)
 
-    def begin(self, processes: FreshProcesses, device: str | None = None, beside_bytes: int = 0) -> None:
+    def begin(self, processes: ExitStack, device: str | None = None, beside_bytes: int = 0) -> None:
         """Start the two processes where there are memory and cores for both; else `finish` runs one after the other.
 
         Args:
-            processes: those that are started are of them.
+            processes: ends those that are started with its block.
             device: as in `verify`.
             beside_bytes: of GPU memory that are needed beside them.
 

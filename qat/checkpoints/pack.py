@@ -23,7 +23,7 @@ from ..layers.kv_cache import check_cache_calibrated, kv_cache_spec
 from ..layers.share import describe_sites
 from ..layers.sites import LINEAR, Site, quantized_sites
 from .companions import CODE, OF_IMAGES, OF_TEXT, copy_companions
-from .device import choose_device, in_words, most_bytes
+from .device import choose_device, compute_on, in_words, most_bytes
 from .dialects import AUTO, check_schemes, get_dialect, resolved_format
 from .dialects.mxfp4 import experts_only
 from .folder import CONFIG_NAME, CheckpointFolder
@@ -109,7 +109,9 @@ def export_checkpoint(
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
         scales = stored_scales(qat_config.calibrated_scales, matrices, names)
-        packed_bytes = Packing(checkpoint, matrices, dialect, scales, place).write(folder)
+        packed_bytes = compute_on(
+            place, device, "packing", lambda place: Packing(checkpoint, matrices, dialect, scales, place).write(folder)
+        )
         _write_config(checkpoint, model, quantization_config, folder)
         code = CODE if trust_remote_code else ()  # only where it may run
         copy_companions(checkpoint.path, folder, (*OF_TEXT, *OF_IMAGES, *code))

@@ -71,6 +71,7 @@ class Packing:
         finally:
             for writer in self._writers:
                 writer.abandon()
+        assert not any(writer.places for writer in self._writers), "a tensor was not written"
         total_bytes = sum(writer.nbytes for writer in self._writers)
         if len(checkpoint.shards) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": self._weight_map}

@@ -29,7 +29,7 @@ class ShardWriter:
     """A safetensors file that is being written.
 
     Args:
-        path: the new file.
+        path: the file; one that is there is replaced.
         expected: tensors of the dtypes and shapes that are going to be put, by name; only these two are read.
     """
 
@@ -49,7 +49,7 @@ class ShardWriter:
         self.begin, self.nbytes = 8 + len(text), end
         self._lock, self._left, self._unflushed = threading.Lock(), len(names), 0
         self._flushing = threading.Lock()
-        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._descriptor: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         self._write(memoryview(len(text).to_bytes(8, "little") + text), 0)
         if not names:
             self._flush(closes=True)

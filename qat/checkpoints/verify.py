@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..layers.share import describe_left, left_unquantized, quantized_share
 from ..layers.sites import Site, quantized_sites
 from ..schemes.config import QATConfig
 from ..version import VERSION
-from .device import choose_device, in_words, most_bytes
+from .device import choose_device, compute_on, in_words, most_bytes
 from .dialects import Dialect, dialect_of
 from .folder import CONFIG_NAME, CheckpointFolder
 from .in_transformers import VERDICT_NAME
@@ -36,7 +37,7 @@ from .logits_proof import EXPERTS_IN, LogitsProof
 from .matrices import matrices_of
 from .skeleton import prepared_skeleton
 from .tensor_scales import stored_scales
-from .verify_logits import FreshProcesses, NotLoadableError, VerificationError
+from .verify_logits import NotLoadableError, VerificationError
 from .verify_weights import WeightCount, compare_weights
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ def verify(
     with_logits: bool = True,
     trust_remote_code: bool = False,
     device: str | None = None,
-    processes: FreshProcesses | None = None,
 ) -> dict:
     """Compare the packed checkpoint in `folder` with the BF16 one in `source`; write the verdict into `folder`.
 
@@ -61,7 +61,6 @@ def verify(
         trust_remote_code: run Python code that comes with the two folders.
         device: that compares, such as "cpu" or "cuda:1"; default: a GPU with enough free memory, else the CPU. Logits
             that are not bit-equal on a GPU are computed again on the CPU, which decides.
-        processes: for the logits; they end here. Default: new ones.
 
     Returns:
         The verdict, as in `verification.json`. Where transformers cannot load a folder for a cause in its loader (see
@@ -86,10 +85,13 @@ def verify(
     logits_proof = LogitsProof(packed, checkpoint, sites, dialect, tokens, trust_remote_code)
     place = choose_device(device, most_bytes(checkpoint, matrices), "comparing weights")
     logger.info("Comparing weights on %s", in_words(place))
-    with processes or FreshProcesses() as begun:
+    with ExitStack() as processes:
         if with_logits:
-            logits_proof.begin(begun, device, most_bytes(checkpoint, matrices))
-        count = compare_weights(packed, checkpoint, matrices, dialect, scales, place)
+            logits_proof.begin(processes, device, most_bytes(checkpoint, matrices))
+        count = compute_on(
+            place, device, "comparing weights",
+            lambda place: compare_weights(packed, checkpoint, matrices, dialect, scales, place),
+        )  # fmt: skip
         verdict = _about_weights(packed, checkpoint, model, config, dialect, count)
         if with_logits and verdict["verified"]:
             verdict |= _about_logits_of(logits_proof, why_not_loadable(model, names, packed.quantization_config or {}))

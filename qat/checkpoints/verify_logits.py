@@ -1,4 +1,4 @@
-"""Logits of one model in a process of its own, which gets its task, the arguments of `main`, through standard input.
+"""Logits of one model in a process of its own.
 
 `logits_proof.py` starts it twice, once for the packed folder as transformers loads it and once for the fake-quantized
 model, and compares what they write. Nothing of the exporting process can leak into either.
@@ -7,7 +7,6 @@ model, and compares what they write. Nothing of the exporting process can leak i
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +29,6 @@ from ..layers.restore import prepare_as_saved, set_scale_rules
 from ..layers.sites import EXPERTS, quantized_sites
 from ..processes import start_worker
 from ..schemes.config import QATConfig
-from .device import likely_device
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
 from .model_config import read_config
@@ -39,7 +37,6 @@ from .pipeline import CPU
 
 logger = logging.getLogger(__name__)
 
-_WAIT = "--wait-for-task"
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -68,7 +65,7 @@ class Expected:
 
 
 def begin_packed(
-    processes: FreshProcesses,
+    processes: ExitStack,
     folder: Path,
     input_ids: torch.Tensor,
     device: torch.device,
@@ -77,7 +74,7 @@ def begin_packed(
     """Begin to compute the logits of a packed checkpoint, as transformers loads it, in a fresh process.
 
     Args:
-        processes: the process is one of them.
+        processes: ends the process with its block.
         folder: the packed checkpoint.
         input_ids: int64 [batch, time].
         device: that computes.
@@ -93,7 +90,7 @@ def begin_packed(
 
 
 def begin_fake_quantized(
-    processes: FreshProcesses,
+    processes: ExitStack,
     source: Path,
     qat_config_folder: Path,
     input_ids: torch.Tensor,
@@ -126,79 +123,42 @@ def begin_fake_quantized(
     return expected
 
 
-class FreshProcesses(ExitStack):
-    """The processes of a proof; those that still run end with the block, and their files go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._waiting: list[_Process] = []
-
-    def prepare_beside_gpu(self, device: str | None = None) -> None:
-        """`prepare` where `verify` is likely to compute on a GPU; on a CPU they would take its cores from the packing.
-
-        Args:
-            device: as in `verify`.
-        """
-        if (likely := likely_device(device)) != CPU:
-            self.prepare(likely)
-
-    def prepare(self, device: torch.device) -> None:
-        """Start two processes that get ready to compute on `device` while the folder is packed, and then wait."""
-        self._waiting = [_Process(self, device), _Process(self, device)]
-
-    def take(self) -> _Process:
-        """A process that waits, else a new one."""
-        return self._waiting.pop() if self._waiting else _Process(self)
-
-
 class _Process:
-    """This module as a program that has no task yet.
+    """This module as a program; it ends with the block of `processes`, and its files go."""
 
-    Args:
-        device: to get ready for.
-    """
-
-    def __init__(self, stack: ExitStack, device: torch.device = CPU) -> None:
-        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    def __init__(self, processes: ExitStack) -> None:
+        self.folder = Path(processes.enter_context(tempfile.TemporaryDirectory()))
         self.errors = self.folder / "errors.txt"
+        self._processes = processes
+
+    def begin(self, arguments: list[str]) -> None:
+        """Start it with the arguments of `main`."""
         environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
         root = str(Path(__file__).resolve().parents[2])
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))}
-        command = [sys.executable, "-m", "qat.checkpoints.verify_logits", _WAIT, str(os.getpid()), str(device)]
+        command = [sys.executable, "-m", "qat.checkpoints.verify_logits", str(os.getpid()), *arguments]
         with self.errors.open("w") as file:
             self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=file, text=True
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file
             )
-        stack.callback(self.end)
-
-    def begin(self, arguments: list[str]) -> None:
-        """Give it the task: the arguments of `main`."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(arguments) + "\n")
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass  # it has ended, and `status` says how
+        self._processes.callback(self._end)
 
     def status(self) -> int:
         """The status that it ends with."""
         return self.process.wait()
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """End it, if it still runs."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        if self.process.stdin is not None:
-            with suppress(BrokenPipeError):
-                self.process.stdin.close()
 
 
 def _begin(
-    processes: FreshProcesses, arguments: list[str], input_ids: torch.Tensor
+    processes: ExitStack, arguments: list[str], input_ids: torch.Tensor
 ) -> Callable[[], Mapping[str, torch.Tensor]]:
     """Run this module as a program in a process; returns what waits for it and gives what it wrote."""
-    process = processes.take()
+    process = _Process(processes)
     inputs, outputs = process.folder / "inputs.safetensors", process.folder / "outputs.safetensors"
     save_file({"input_ids": input_ids}, inputs)
     process.begin([*arguments, "--inputs", str(inputs), "--outputs", str(outputs)])
@@ -310,20 +270,6 @@ def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids, use_cache=False).logits.contiguous().cpu()
 
 
-def wait_for_task(parent: int, device: torch.device) -> list[str]:
-    """The arguments for `main`, a line of standard input, once this process is ready to compute on `device`.
-
-    Args:
-        parent: the process whose end ends this one.
-    """
-    start_worker(parent)
-    if device != CPU:
-        torch.empty(1, device=device)  # starts its driver
-    if not (line := sys.stdin.readline()):
-        sys.exit(1)
-    return json.loads(line)
-
-
 if __name__ == "__main__":
-    assert sys.argv[1] == _WAIT, sys.argv
-    main(wait_for_task(int(sys.argv[2]), torch.device(sys.argv[3])))
+    start_worker(parent=int(sys.argv[1]))
+    main(sys.argv[2:])

@@ -201,8 +201,8 @@ def _log_to(path: Path) -> None:
 class _Fork:
     """A process for logits, by a fork that has imported everything; it has ended when `begin` returns."""
 
-    def __init__(self, stack: ExitStack, device: torch.device | None = None) -> None:
-        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    def __init__(self, processes: ExitStack) -> None:
+        self.folder = Path(processes.enter_context(tempfile.TemporaryDirectory()))
         self.errors = self.folder / "errors.txt"
 
     def begin(self, arguments: list[str]) -> None:

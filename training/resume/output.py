@@ -17,7 +17,6 @@ from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
-from qat.checkpoints.verify_logits import FreshProcesses
 from qat.errors import DiskFullError, UserError
 from qat.files.atomic import check_target, clear_leftovers, means_full
 from qat.files.lock import LOCK_NAME, locked
@@ -126,12 +125,10 @@ class OutputFolder:
     ) -> Path:
         """Pack the model of this folder into a folder named after its scheme, and prove that it is the same model."""
         target = self._packed(qat_config)
-        with FreshProcesses() as processes:
-            processes.prepare_beside_gpu()
-            export_checkpoint(
-                self.path, target, export_format, overwrite=True, facts=facts, trust_remote_code=trust_remote_code
-            )
-            verify(target, self.path, trust_remote_code=trust_remote_code, processes=processes)
+        export_checkpoint(
+            self.path, target, export_format, overwrite=True, facts=facts, trust_remote_code=trust_remote_code
+        )
+        verify(target, self.path, trust_remote_code=trust_remote_code)
         return target
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from qat.checkpoints.fit import is_finite
 from qat.errors import RunFault
 from qat.processes import ENDING, Signalled, is_ending
 
@@ -180,15 +181,10 @@ def _last(checkpoints: Sequence) -> str:
 @torch.no_grad()
 def check_weights(model: torch.nn.Module, args) -> None:
     """Raise NonFiniteError where a weight is NaN or infinite on any process: such a checkpoint would be of no use."""
-    bad = [name for name, p in model.named_parameters() if not _is_finite(_local(p))]
+    bad = [name for name, p in model.named_parameters() if not is_finite(_local(p))]
     if largest_of_processes((bool(bad),), args)[0]:
         where = f"{bad[0]} and {len(bad) - 1} more" if bad else "weights of another process"
         raise NonFiniteError(f"{where} have become NaN or infinite; no checkpoint is written. Lower --learning_rate")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, in one pass without a mask: the largest and the smallest of some NaN are NaN."""
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

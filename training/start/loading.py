@@ -27,6 +27,7 @@ def device_of_weights(args: TrainingArguments, packs_base: bool) -> torch.device
     """
     switches = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     shards = any(os.environ.get(switch, "").lower() in ("true", "1") for switch in switches)
+    shards = shards or bool(args.fsdp or args.deepspeed)  # which set no variable before there is a Trainer
     narrows = not args.do_train and (args.bf16_full_eval or args.fp16_full_eval)
     return _CPU if shards or narrows or packs_base else args.device
 

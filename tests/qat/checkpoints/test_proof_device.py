@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from helpers import save_llama, save_qat
 from safetensors.torch import load_file
 
 from qat.checkpoints import device as devices
-from qat.checkpoints import logits_proof
-from qat.checkpoints.device import choose_device, named_device
+from qat.checkpoints import logits_proof, pack
+from qat.checkpoints.device import choose_device, compute_on, named_device
 from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.pack_tensors import Packing
 from qat.checkpoints.pipeline import CPU
 from qat.checkpoints.verify import verify
-from qat.checkpoints.verify_logits import Expected, VerificationError
+from qat.checkpoints.verify_logits import Expected, VerificationError, begin_packed
 from qat.errors import UserError
 
 GPU = torch.device("cuda", 0)
@@ -45,6 +47,41 @@ def test_a_gpu_is_chosen_where_it_has_the_memory_and_the_log_says_where_not(a_gp
 def test_a_device_that_is_not_there_is_refused(a_gpu):
     with pytest.raises(UserError, match="--device 'cuda:1' is no device .*; choose one of cpu, cuda, cuda:0"):
         named_device("cuda:1")
+
+
+def out_of_memory_on_a_gpu(device: torch.device) -> str:
+    """Work that needs more memory than a GPU has."""
+    if device != CPU:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return "done"
+
+
+def test_work_that_runs_out_of_memory_begins_anew_on_the_cpu_and_the_log_says_so(a_gpu, caplog):
+    assert compute_on(GPU, None, "packing", out_of_memory_on_a_gpu) == "done"
+    assert "packing ran out of memory on cuda:0 (H100), so it begins anew on the CPU" in caplog.text
+
+
+def test_a_gpu_that_was_asked_for_and_lacks_memory_is_an_error_in_one_line(a_gpu):
+    with pytest.raises(UserError, match="--device 'cuda:0' has too little free memory for packing; give --device cpu"):
+        compute_on(GPU, "cuda:0", "packing", out_of_memory_on_a_gpu)
+
+
+def test_packing_that_begins_anew_writes_the_same_files(a_gpu, pair, tmp_path, monkeypatch):
+    write, devices_ = Packing.write, []
+
+    def fail_at_first(self, folder):
+        devices_.append(self.device)
+        begun, self.device = self.device, CPU
+        size = write(self, folder)
+        if begun != CPU:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size
+
+    monkeypatch.setattr(Packing, "write", fail_at_first)
+    monkeypatch.setattr(pack, "choose_device", lambda *_: GPU)
+    packed = export_checkpoint(pair[0], tmp_path / "packed")
+    assert devices_ == [GPU, CPU]
+    assert (packed / "model.safetensors").read_bytes() == (pair[1] / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +135,12 @@ def test_logits_that_a_gpu_cannot_compute_are_computed_on_the_cpu(a_gpu, pair, c
 
 
 def test_a_process_that_still_computes_ends_with_the_proof(tmp_path):
-    from qat.checkpoints import verify_logits
-
-    with verify_logits.FreshProcesses() as processes:
-        verify_logits.begin_packed(processes, tmp_path, torch.arange(8)[None], CPU)
+    with ExitStack() as processes:
+        begin_packed(processes, tmp_path, torch.arange(8)[None], CPU)
         (child,) = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
         os.kill(child, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
-
-
-def test_processes_that_were_prepared_are_taken_and_do_the_task(pair, tmp_path):
-    from qat.checkpoints import verify_logits
-
-    with verify_logits.FreshProcesses() as processes:
-        processes.prepare(CPU)
-        waiting = list(processes._waiting)
-        verdict = verify(pair[1], pair[0], tokens=8, device="cpu", processes=processes)
-        assert verdict["logits"]["bit_equal"] and not processes._waiting
-        assert [process.process.returncode for process in waiting] == [0, 0]
-    assert not any(process.folder.exists() for process in waiting)
 
 
 def test_memory_of_the_host_is_known_on_linux():

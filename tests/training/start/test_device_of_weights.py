@@ -18,7 +18,8 @@ GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def arguments(**changed) -> SimpleNamespace:
-    return SimpleNamespace(do_train=True, bf16_full_eval=False, fp16_full_eval=False, device=GPU, **changed)
+    given = {"do_train": True, "bf16_full_eval": False, "fp16_full_eval": False, "fsdp": None, "deepspeed": None}
+    return SimpleNamespace(**given | changed, device=GPU)
 
 
 def test_it_is_the_device_of_the_run(monkeypatch):
@@ -30,6 +31,12 @@ def test_it_is_the_device_of_the_run(monkeypatch):
 def test_it_is_the_cpu_where_weights_are_sharded(monkeypatch, switch):
     monkeypatch.setenv(switch, "true")
     assert device_of_weights(arguments(), packs_base=False) == CPU
+
+
+@pytest.mark.parametrize("argument", [{"fsdp": "full_shard"}, {"deepspeed": "zero3.json"}])
+def test_it_is_the_cpu_where_an_argument_asks_for_shards(monkeypatch, argument):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    assert device_of_weights(arguments(**argument), packs_base=False) == CPU
 
 
 def test_it_is_the_cpu_where_weights_get_smaller_before_they_are_moved():
