@@ -87,6 +87,12 @@ def needs_one_row(model: nn.Module) -> bool:
     return "flash" in (model.config._attn_implementation or "")
 
 
+def runs_flash_attention(model: nn.Module) -> bool:
+    """Whether flash attention can compute with the weights as they are: in 16 bits on a GPU."""
+    weights = next(model.parameters())
+    return weights.device.type == "cuda" and weights.dtype in (torch.bfloat16, torch.float16)
+
+
 @torch.no_grad()
 def check_packing(model: nn.Module) -> None:
     """Try whether samples packed into one row are independent in `model`; returns if they are.
@@ -111,9 +117,8 @@ def check_packing(model: nn.Module) -> None:
             f"--packing True: attention implementation {name!r} is not known to keep packed samples apart; "
             f"set --packing False, or load the model with one of {', '.join(_MASKED)}, flash_attention_2"
         )
-    first = next(model.parameters())
-    device = first.device
-    stands_in = needs_one_row(model) and not (first.is_cuda and first.dtype in (torch.bfloat16, torch.float16))
+    device = next(model.parameters()).device
+    stands_in = needs_one_row(model) and not runs_flash_attention(model)
     was_training = model.training
     model.eval()
     try:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import UserError
+from .fit import first_line
 from .folder import CheckpointFolder
 from .matrices import Matrix
 from .pipeline import CPU, threads_for
@@ -39,7 +40,11 @@ def choose_device(wanted: str | None, needed_bytes: int, what: str) -> torch.dev
     if not torch.cuda.is_available():
         return CPU
     device = torch.device("cuda", torch.cuda.current_device())
-    free = free_bytes(device)
+    try:
+        free = free_bytes(device)
+    except RuntimeError as error:  # others fill it, or have it for themselves
+        logger.warning("%s is on the CPU, since %s cannot be used: %s", what, device, first_line(error))
+        return CPU
     if free >= needed_bytes:
         return device
     logger.info(
@@ -60,7 +65,9 @@ def compute_on(device: torch.device, wanted: str | None, what: str, work: Callab
     """
     try:
         return work(device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # that of CUDA itself, and of Triton, is no torch.OutOfMemoryError
+        if "out of memory" not in str(error):
+            raise
         if wanted is not None:
             raise UserError(f"--device {wanted!r} has too little free memory for {what}; give --device cpu") from error
         logger.warning("%s ran out of memory on %s, so it begins anew on the CPU", what, in_words(device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import make_llama, make_tokenizer, write_conversations
@@ -11,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from data.conversations.formatting import IGNORE_INDEX
 from data.sets.collating import SupervisedCollator
-from data.sets.packing import check_packing, needs_one_row, pack, plan_packing
+from data.sets.packing import check_packing, needs_one_row, pack, plan_packing, runs_flash_attention
 from training.losses.metrics import token_loss_sums
 from utils import make_supervised_data_module
 
@@ -115,6 +117,15 @@ def test_flash_attention_is_tried_as_sdpa_on_a_cpu_and_gets_one_row_a_batch():
     )
     check_packing(model)
     assert tried == ["sdpa", "flash_attention_2"] and needs_one_row(model) and not needs_one_row(make_model("sdpa"))
+
+
+@pytest.mark.parametrize(
+    "device, dtype, runs",
+    [("cuda", torch.float32, False), ("cuda", torch.bfloat16, True), ("cpu", torch.bfloat16, False)],
+)
+def test_flash_attention_is_tried_in_16_bits_on_a_gpu_only(device, dtype, runs):
+    weights = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert runs_flash_attention(SimpleNamespace(parameters=lambda: iter([weights]))) is runs
 
 
 def test_the_module_packs_training_samples_only_and_wants_the_model(tmp_path):

@@ -44,6 +44,15 @@ def test_a_gpu_is_chosen_where_it_has_the_memory_and_the_log_says_where_not(a_gp
     assert devices.in_words(GPU) == "cuda:0 (H100)"
 
 
+def test_a_gpu_that_others_have_filled_is_left_to_them(a_gpu, caplog, monkeypatch):
+    def fail(device):
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(devices, "free_bytes", fail)
+    assert choose_device(None, 0, "packing") == CPU
+    assert "packing is on the CPU, since cuda:0 cannot be used: CUDA error: out of memory" in caplog.text
+
+
 def test_a_device_that_is_not_there_is_refused(a_gpu):
     with pytest.raises(UserError, match="--device 'cuda:1' is no device .*; choose one of cpu, cuda, cuda:0"):
         named_device("cuda:1")
@@ -64,6 +73,14 @@ def test_work_that_runs_out_of_memory_begins_anew_on_the_cpu_and_the_log_says_so
 def test_a_gpu_that_was_asked_for_and_lacks_memory_is_an_error_in_one_line(a_gpu):
     with pytest.raises(UserError, match="--device 'cuda:0' has too little free memory for packing; give --device cpu"):
         compute_on(GPU, "cuda:0", "packing", out_of_memory_on_a_gpu)
+
+
+def test_another_error_of_a_gpu_is_raised(a_gpu):
+    def fail(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        compute_on(GPU, None, "packing", fail)
 
 
 def test_packing_that_begins_anew_writes_the_same_files(a_gpu, pair, tmp_path, monkeypatch):
