@@ -1,195 +1,245 @@
-"""Where the time of a training step goes: matrix products, and all else against the bytes that it must move.
+"""Where the time of a training step goes: BF16 and QAT side by side, by category, against the bytes' limit.
 
-    python benchmarks/profile_step.py                       # a GPU, 8B shape, 8 layers, 4 x 2,048 tokens
-    python benchmarks/profile_step.py --device cpu --shape smollm2-135m --layers 2 --batch 2 --length 128
+    python benchmarks/profile_step.py --scheme MXFP4 --layers 8
 
-A BF16 step and a QAT step of one model are profiled by torch.profiler. Kernels are sorted into kinds by their names; on
-a CPU, operators are. The limit of a kind is the least number of bytes that it has to read and write, over the rate of a
-copy in the same run. Times overlap nowhere: a GPU runs the kernels of one stream one after the other.
+The limit of a category is what it must move at least (benchmarks/profile_limits.py) at the rate of a copy measured in
+the same run; for products it is their operations at the rate of a large BF16 product. "Gaps" is the time of a step, by
+the clock and without the profiler, less the time in which a kernel runs. Times of kernels are those that the profiler
+gives. On a CPU, for a dry run, operators stand for kernels. The rows go to OUT/profile_SCHEME.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import Counter
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from torch.autograd import DeviceType  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from transformers import LlamaConfig  # noqa: E402
 
-from benchmarks.common import median_seconds  # noqa: E402
+from benchmarks.profile_limits import Sizes, least_bytes, operations  # noqa: E402
+from benchmarks.profile_trace import Kernel, annotate, busy, named_operators, trace  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
-from benchmarks.variants import Variants  # noqa: E402
-from benchmarks.workloads import SHAPES, make_batch, make_model  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
-from qat.layers.fp8_matmul import linear_products  # noqa: E402
+from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, prepare  # noqa: E402
+from qat.command_line import OneLineParser, positive  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
+from qat.schemes.presets import SCHEMES, get_scheme  # noqa: E402
+from training.teachers.frozen import FrozenTeacher  # noqa: E402
+from training.teachers.load import load_teacher  # noqa: E402
 
-PRODUCTS, ROUNDING, OTHER, IDLE = "matrix products", "rounding", "other", "idle"
-# The first pattern that a kernel's name matches decides.
-KINDS = (
-    (PRODUCTS, r"nvjet|gemm|cutlass.*(gemm|mm)|aten::(mm|addmm|bmm|_scaled_mm)$"),
-    ("attention", r"flash|sdpa|attention|fmha"),
-    ("optimizer", r"multi_tensor_apply|FusedOptimizer|adam|aten::_fused"),
-    (ROUNDING, r"rows_kernel|quantize_kernel|repair_kernel|merge_kernel|row_kernel|mx_qat::"),
-    ("casts and copies", r"copy|Memcpy|Memset|fill|CatArray|aten::(copy_|cat|fill_|zero_)$"),
-    ("softmax and loss", r"[Ss]oft[Mm]ax|nll|gather|scatter|logsumexp|topk|sort"),
-    ("sums and means", r"reduce_kernel|aten::(sum|mean)$"),
-    ("products and sums of elements", r"elementwise|aten::(mul|add|add_|mul_|silu|silu_backward|pow|rsqrt|neg|div)_?$"),
-    ("embedding", r"embedding|index|indexing"),
-)  # fmt: skip
+# Read from the top: the first that matches an operator, a module (in backward: that of the forward operator) or a
+# kernel's name names the category. "|" separates patterns, each a regular expression.
+RULES = (  # category, of operators, of modules, of the kernel
+    ("optimizer", r"^Optimizer\.", "", r"FusedAdam|multi_tensor_apply"),
+    ("rounding", r"^mx_qat::", "", r"^_?(fake_)?(de)?quantize|^(rows|repair|merge)_kernel|^row_kernel"),
+    ("attention", r"scaled_dot_product|_attention_|ScaledDotProduct", "", r"flash|fmha|cudnn_.*sdpa"),
+    ("product", r"^aten::(mm|addmm|bmm|baddbmm|_scaled_mm)$", "", r"gemm|nvjet|cutlass|cublas|xmma"),
+    ("loss", r"_?ChunkedLoss|_ForwardKL|_SparseCrossEntropy|^loss$", r"^head$", ""),
+    ("embedding", r"embedding|^EmbeddingBackward", r"Embedding$", r"embedding"),
+    ("norms", "", r"Norm$", r"fused.*(rsqrt|mean)"),
+    ("silu * up", r"aten::silu", "", r"fused.*silu"),
+    ("rope", r"aten::cat$|^SliceBackward|^CatBackward", r"RotaryEmbedding$", r"fused.*(cos|sin|neg)"),
+    (
+        "casts and copies",
+        r"aten::(_to_copy|copy_|clone|contiguous|cat)$",
+        "",
+        r"^Mem(cpy|set)|fused__to_copy(_t)?_\d+$",
+    ),
+    ("silu * up", "", r"MLP$", ""),
+    ("rope", "", r"Attention$", ""),
+    ("residual adds", r"aten::add_?$|AccumulateGrad", r"DecoderLayer$", r"fused.*add"),
+    ("other", "", "", ""),
+)
+PRODUCTS = ("products, forward", "products, backward input", "products, backward weight", "products, head")
+ORDER = (*PRODUCTS, "attention", "rounding", "casts and copies", "norms", "silu * up", "rope", "residual adds",
+         "embedding", "loss", "optimizer", "other", "gaps", "step")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the bytes of a kind follow from.
+def category_of(kernel: Kernel, tokens: int) -> str:
+    """The row of a kernel."""
+    for category, operators, modules, name in RULES:
+        found = (
+            (operators and any(re.search(operators, operator) for operator in kernel.operators))
+            or (modules and any(re.search(modules, module) for module in kernel.modules[-1:]))
+            or (name and re.search(name, kernel.name))
+        )
+        if found:
+            return category if category != "product" else product_of(kernel, tokens)
+    return "other"
 
-    Attributes:
-        parameters, linear: values of all parameters, and of quantized weights.
-        tokens, hidden, intermediate, layers: of the batch and the model.
-    """
 
-    parameters: int
-    linear: int
-    tokens: int
-    hidden: int
-    intermediate: int
-    layers: int
+def product_of(kernel: Kernel, tokens: int) -> str:
+    """Which product: a gradient of a weight sums over tokens; what a compiled graph computes has no module."""
+    if "head" in kernel.modules or any("ChunkedLoss" in name for name in kernel.operators):
+        return "products, head"
+    operands = [shape for shape in kernel.shapes if len(shape) == 2]
+    if len(operands) >= 2 and operands[-2][1] == tokens:
+        return "products, backward weight"
+    return "products, backward input" if kernel.is_backward else "products, forward"
 
-    @property
-    def inputs(self) -> int:
-        """Values that are rounded: the inputs of q/k/v, o, gate/up and down."""
-        return self.layers * self.tokens * (3 * self.hidden + self.intermediate)
 
-    def limits(self, in_fp8: bool) -> dict[str, tuple[int, int]]:
-        """The least bytes by kind, of the BF16 step and of the QAT step.
+def milliseconds(run, rounds: int, device: str) -> tuple[float, float]:
+    """Medians of a call's time until the device is done, and until the call returns."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = []
+    for _ in range(rounds):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        returned = time.perf_counter()
+        synchronize()
+        times.append((time.perf_counter() - start, returned - start))
+    return tuple(1e3 * median(column) for column in zip(*times, strict=True))
 
-        optimizer: parameter, gradient and both moments are read, all but the gradient written, FP32. rounding: each
-        weight twice, from FP32 to BF16 (FP8 forward: one byte), each input once, FP32 or BF16 (counted as BF16), to
-        codes of 4.25 bits and values, and codes once more to BF16 values. casts: of weights, FP32 to BF16, and of
-        their gradients back.
-        """
-        of_weights = self.linear * ((4 + 1 if in_fp8 else 4 + 2) + 4 + 2)
-        of_inputs = self.inputs * ((2 + 1 if in_fp8 else 2 + 2) + 2 * 17 / 32 + 2)
-        return {
-            "optimizer": (28 * self.parameters, 28 * self.parameters),
-            ROUNDING: (0, int(of_weights + of_inputs)),
-            "casts and copies": (12 * self.linear, 0),
-        }
+
+def rates(device: str) -> tuple[float, float]:
+    """Bytes a second of a copy (read and written), operations a second of a BF16 product."""
+    count, width = (2**28, 8192) if device == "cuda" else (2**24, 512)
+    x, y = (torch.zeros(count, dtype=torch.bfloat16, device=device) for _ in range(2))
+    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+    for run in (lambda: y.copy_(x), lambda: a @ b):
+        run()
+    copy = milliseconds(lambda: y.copy_(x), 20, device)[0] / 1e3
+    product = milliseconds(lambda: [a @ b for _ in range(5)], 5, device)[0] / 5e3
+    return 2 * x.nbytes / copy, 2 * width**3 / product
+
+
+class Profile:
+    """A step of one scheme, measured; `rows` are by category: milliseconds, kernels, limit in milliseconds."""
+
+    def __init__(self, args: argparse.Namespace, scheme: str | None) -> None:
+        self.scheme, device = scheme, args.device
+        model = make_model(args.shape, None, args.layers, device)
+        teacher = FrozenTeacher(load_teacher(model, None), model.device) if args.distill and scheme else None
+        prepare(model, scheme, args.checkpointing)
+        step = TrainingStep(model, make_batch(model, args.batch, args.length), args.compile, teacher)
+        for _ in range(3):
+            step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.wall, self.host = milliseconds(step, args.repeats, device)
+        self.peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+        if args.compile:
+            self.kernels = trace(step, device)
+        else:
+            for module in (model, *([] if teacher is None else [teacher.body])):
+                annotate(module)
+            with named_operators():
+                self.kernels = trace(step, device)
+        self.sizes = sizes_of(model.config, args, scheme, teacher is not None)
+
+    def rows(self, copy_rate: float, product_rate: float) -> dict[str, tuple[float, int, float]]:
+        """Category -> milliseconds, kernels, limit."""
+        spent, launched = Counter(), Counter()
+        for kernel in self.kernels:
+            category = category_of(kernel, self.sizes.tokens)
+            spent[category] += kernel.duration / 1e3
+            launched[category] += 1
+        limits = {name: 1e3 * moved / copy_rate for name, moved in least_bytes(self.sizes).items()}
+        limits |= {name: 1e3 * count / product_rate for name, count in operations(self.sizes).items()}
+        computing = busy(self.kernels) / 1e3 if self.peak else spent.total()  # operators of a CPU contain each other
+        spent["gaps"] = self.wall - computing
+        spent["step"], launched["step"] = self.wall, len(self.kernels)
+        limits["step"] = sum(limits.values())
+        return {name: (spent[name], launched[name], limits.get(name, 0.0)) for name in ORDER}
+
+
+def sizes_of(config: LlamaConfig, args: argparse.Namespace, scheme: str | None, teacher: bool) -> Sizes:
+    """What `least_bytes` counts with."""
+    spec = get_scheme(scheme).input if scheme else None
+    bits = spec.format.nominal_bits if spec is not None else 0.0
+    return Sizes(config, args.batch, args.length, scheme is not None, bits, args.checkpointing, teacher)
+
+
+def show_others(profile: Profile) -> None:
+    """What no rule recognized, by the time it takes."""
+    spent: Counter[str] = Counter()
+    for kernel in profile.kernels:
+        if category_of(kernel, profile.sizes.tokens) == "other":
+            spent[f"{kernel.name[:60]} in {' > '.join(kernel.operators[-3:])[:100]} of {kernel.modules[-1:]}"] += (
+                kernel.duration / 1e3
+            )
+    for name, time_ in spent.most_common(6):
+        print(f"  other, {profile.scheme or 'BF16'}: {time_:8.3f} ms  {name}")
+
+
+def show_rounding(profile: Profile) -> None:
+    """Our kernels one by one."""
+    spent, launched = Counter(), Counter()
+    for kernel in profile.kernels:
+        if category_of(kernel, profile.sizes.tokens) == "rounding":
+            side = "backward" if kernel.is_backward else "forward"
+            spent[side, kernel.name[:60]] += kernel.duration / 1e3
+            launched[side, kernel.name[:60]] += 1
+    for (side, name), time_ in spent.most_common(12):
+        print(f"  rounding, {side}: {time_:8.3f} ms {launched[side, name]:5}  {name}")
 
 
 def main() -> None:
-    """Profile, print the table, write profile_SCHEME.csv."""
+    """Profile both steps, print the table, write the rows."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--shape", default="llama-8b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--scheme", default="MXFP4")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--scheme", default="MXFP4", choices=SCHEMES)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--layers", type=positive, default=4, help="decoder layers")
+    parser.add_argument("--batch", type=positive, default=4, help="rows of a step")
+    parser.add_argument("--length", type=positive, default=2048, help="tokens of a row")
+    parser.add_argument("--repeats", type=positive, default=7, help="steps whose median is the time of a step")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; products and kernels have no modules")
+    parser.add_argument("--distill", action="store_true", help="the QAT step learns from a BF16 copy")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV")
     args = parser.parse_args()
-    model = make_model(args.shape, args.scheme, args.layers, args.device, args.checkpointing)
-    variants = Variants(model, args.scheme, make_batch(model, args.batch, args.length))
-    names = variants.names[:2]
-    seconds = median_seconds({name: variants.run(name) for name in names}, 5, args.device)
-    found = [times_of(variants.run(name), args.device) for name in names]
-    sizes = Sizes(
-        sum(p.numel() for p in model.parameters()), sum(m.weight.numel() for m in linear_products(model).values()),
-        args.batch * args.length, model.config.hidden_size, model.config.intermediate_size, args.layers,
-    )  # fmt: skip
-    rows = table(found, [seconds[name] for name in names], sizes.limits(variants.in_fp8), copy_rate(args.device))
-    show(rows, names)
-    write(rows, names, args)
+    copy_rate, product_rate = rates(args.device)
+    print(f"copy {copy_rate / 1e12:.3f} TB/s, BF16 product {product_rate / 1e12:.1f} TFLOP/s", flush=True)
+    tables, peaks = {}, {}
+    for scheme in (None, args.scheme):
+        measured = Profile(args, scheme)
+        tables[scheme], peaks[scheme] = measured.rows(copy_rate, product_rate), measured.peak
+        name = scheme or "BF16"
+        print(
+            f"{name}: {measured.wall:.1f} ms, until the call returns {measured.host:.1f}, peak {measured.peak:.2f} GiB"
+        )
+        show_rounding(measured)
+        show_others(measured)
+        del measured
+        gc.collect()
+        torch.cuda.empty_cache()
+    write(args, tables)
 
 
-def times_of(run: Callable[[], None], device: str) -> dict[str, tuple[float, int]]:
-    """Milliseconds and number of kernels of one call, by their names; of operators on a CPU."""
-    run()
-    kind, on = (ProfilerActivity.CUDA, DeviceType.CUDA) if device == "cuda" else (ProfilerActivity.CPU, DeviceType.CPU)
-    with profile(activities=[kind]) as profiled:
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    times: dict[str, tuple[float, int]] = {}
-    for event in profiled.key_averages():
-        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if event.device_type == on and own > 0:
-            times[event.key] = own / 1e3, event.count
-    return times
-
-
-def kind_of(name: str) -> str:
-    """The kind of a kernel or an operator."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, name)), OTHER)
-
-
-def table(
-    found: list[dict[str, tuple[float, int]]], steps: list[float], limits: dict[str, tuple[int, int]], rate: float
-) -> list[dict]:
-    """A row for each kind: milliseconds, kernels and the limit in milliseconds of both steps.
-
-    Args:
-        found: of `times_of`; steps: seconds; rate: bytes a second.
-    """
-    sums: list[dict[str, list[float]]] = []
-    for times, step in zip(found, steps, strict=True):
-        by_kind: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-        for name, (milliseconds, count) in times.items():
-            by_kind[kind_of(name)][0] += milliseconds
-            by_kind[kind_of(name)][1] += count
-        by_kind[IDLE] = [max(0.0, step * 1e3 - sum(ms for ms, _ in by_kind.values())), 0]
-        sums.append(by_kind)
-    kinds = [kind for kind, _ in KINDS] + [OTHER, IDLE]
-    return [
-        {
-            "kind": kind,
-            **{f"ms_{i}": round(sums[i][kind][0], 2) for i in (0, 1)},
-            **{f"kernels_{i}": int(sums[i][kind][1]) for i in (0, 1)},
-            **{f"limit_ms_{i}": round(limits.get(kind, (0, 0))[i] / rate * 1e3, 2) for i in (0, 1)},
-        }
-        for kind in kinds
-        if sums[0][kind][0] or sums[1][kind][0]
-    ]
-
-
-def copy_rate(device: str) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.randn(1 << 26 if device == "cuda" else 1 << 23, device=device).bfloat16()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds({"copy": lambda: target.copy_(source)}, 9, device)["copy"]
-
-
-def show(rows: list[dict], names: list[str]) -> None:
-    """Print the table."""
-    print(f"{'kind':<32}" + "".join(f"{f'{name}, ms':>14}{'kernels':>9}{'limit':>8}" for name in names))
-    for row in rows:
-        cells = (f"{row[f'ms_{i}']:>14.2f}{row[f'kernels_{i}']:>9}{row[f'limit_ms_{i}']:>8.2f}" for i in (0, 1))
-        print(f"{row['kind']:<32}" + "".join(cells))
-
-
-def write(rows: list[dict], names: list[str], args: argparse.Namespace) -> None:
-    """profile_SCHEME.csv, with the columns named after the steps."""
-    args.out.mkdir(parents=True, exist_ok=True)
+def write(args: argparse.Namespace, tables: dict) -> None:
+    """The table, and its rows as CSV."""
+    columns = [f"{what} {of}" for of in ("BF16", args.scheme) for what in ("ms", "kernels", "limit ms", "share")]
+    print(f"\n{'category':<26}" + "".join(f"{column:>17}" for column in columns))
+    rows = []
+    for name in ORDER:
+        values: list[str] = []
+        for table in tables.values():
+            spent, launched, limit = table[name]
+            known = limit > 0 and spent > 0
+            values += [f"{spent:.3f}", str(launched), f"{limit:.3f}" if limit else "",
+                       f"{limit / spent:.2f}" if known else ""]  # fmt: skip
+        rows.append({"category": name, **dict(zip(columns, values, strict=True))})
+        print(f"{name:<26}" + "".join(f"{value:>17}" for value in values))
     about = environment(args.device)
-
-    def named(row: dict) -> dict:
-        return {re.sub(r"_([01])$", lambda m: f" {names[int(m[1])]}", key): value for key, value in row.items()}
-
-    path = args.out / f"profile_{args.scheme.lower()}_{args.device}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=[*named(rows[0]), *about], lineterminator="\n")
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    with (args.out / f"profile_{args.scheme}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=["category", *columns, *about], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**named(row), **about} for row in rows)
+        writer.writerows({**row, **about} for row in rows)
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -1,41 +1,45 @@
-"""benchmarks/profile_step.py sorts kernels into kinds, and derives limits from sizes."""
+"""benchmarks/profile_step.py sorts kernels into categories, and profile_limits.py derives what these must move."""
 
 import pytest
+from transformers import LlamaConfig
 
-from benchmarks import profile_step
+from benchmarks.profile_limits import Sizes, least_bytes, operations
+from benchmarks.profile_step import category_of
+from benchmarks.profile_trace import Kernel
 
-NAMES = {
-    "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "matrix products",
-    "nvjet_sm90_qqtst_128x128_128x6_1x1_h_bz_coopA_algo2_ovscale_TNT": "matrix products",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
-    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizer": "optimizer",
-    "rows_kernel": "rounding",
-    "fake_quantize_kernel": "rounding",
-    "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorI": "casts and copies",
-    "void at::native::vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda(at::": "casts and copies",
-    "void at::native::vectorized_elementwise_kernel<4, at::CUDAFunctor_add<float>": "products and sums of elements",
-    "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float": "softmax and loss",
-    "something_new": "other",
+TOKENS = 8192
+PRODUCT, WEIGHT = ((TOKENS, 4096), (4096, 1024)), ((1024, TOKENS), (TOKENS, 4096))
+KERNELS = {  # name, operators, modules, shapes, whether in the backward pass
+    "products, forward": ("nvjet_sm90_qqtst", ("aten::_scaled_mm",), ("LlamaMLP", "QuantLinear"), PRODUCT, False),
+    "products, backward weight": ("nvjet_sm90_tss", ("aten::mm",), ("QuantLinear",), WEIGHT, True),
+    "products, backward input": ("nvjet_sm90_tst", ("aten::mm",), ("QuantLinear",), PRODUCT, True),
+    "products, head": ("nvjet_sm90_tst", ("_ChunkedLoss", "aten::mm"), (), PRODUCT, False),
+    "attention": ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", (), ("LlamaAttention",), (), True),
+    "rounding": ("rows_kernel", (), ("QuantLinear",), (), False),
+    "optimizer": ("multi_tensor_apply_kernel<FusedOptimizer", ("Optimizer.step#AdamW.step",), (), (), False),
+    "norms": ("vectorized_elementwise_kernel", ("aten::mul",), ("LlamaRMSNorm",), (), False),
+    "other": ("something_new", (), (), (), False),
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), NAMES.items())
-def test_kernels_are_sorted_by_their_names(name, kind):
-    assert profile_step.kind_of(name) == kind
+@pytest.mark.parametrize("category", KERNELS)
+def test_kernels_are_sorted_by_operator_module_and_name(category):
+    name, operators, modules, shapes, is_backward = KERNELS[category]
+    assert category_of(Kernel(name, 0.0, 1.0, operators, shapes, modules, is_backward), TOKENS) == category
 
 
-def test_limits_follow_from_the_bytes_that_a_kind_must_move():
-    sizes = profile_step.Sizes(parameters=100, linear=60, tokens=2, hidden=3, intermediate=7, layers=5)
-    limits = sizes.limits(in_fp8=True)
-    assert limits["optimizer"] == (2800, 2800)
-    assert limits["casts and copies"] == (720, 0)
-    assert limits["rounding"] == (0, int(60 * 11 + 5 * 2 * (3 * 3 + 7) * (2 + 1 + 17 / 16 + 2)))
-
-
-def test_a_row_adds_up_its_kernels_and_the_rest_of_the_step_is_idle():
-    found = [{"nvjet_a": (4.0, 2), "gemm_b": (1.0, 1)}, {"nvjet_a": (3.0, 2), "rows_kernel": (2.0, 4)}]
-    rows = {row["kind"]: row for row in profile_step.table(found, [6e-3, 5e-3], {"rounding": (0, 1000)}, 1e6)}
-    assert rows["matrix products"]["ms_0"] == 5.0 and rows["matrix products"]["kernels_0"] == 3
-    rounding = rows["rounding"]
-    assert (rounding["ms_0"], rounding["ms_1"], rounding["kernels_1"], rounding["limit_ms_1"]) == (0.0, 2.0, 4, 1.0)
-    assert rows["idle"]["ms_0"] == 1.0 and rows["idle"]["ms_1"] == 0.0
+def test_limits_are_those_of_the_shapes():
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    sizes = Sizes(config, rows=2, length=5, rounds_weights=True, code_bits=4.25)
+    block = 8 * (8 + 8) + 8 * 8 + 3 * 8 * 16
+    assert sizes.block_weights == 3 * block
+    assert sizes.parameters == 3 * block + 32 * 8 + 7 * 8
+    bytes_, plain = least_bytes(sizes), least_bytes(Sizes(config, rows=2, length=5))
+    assert bytes_["optimizer"] == 28 * sizes.parameters and "rounding" not in plain
+    inputs = 3 * 10 * (8 + 8 + 8 + 16)
+    wide = 3 * 2 * 10 * 8  # what norms give is FP32
+    assert bytes_["rounding"] == 3 * block * 12 + inputs * 4 + wide * 2 + inputs * (2 * 4.25 / 8 + 2)
+    assert operations(sizes)["products, forward"] == 2 * 10 * 3 * block
