@@ -11,7 +11,6 @@ What is read is in the page cache. The plot has seconds over parameters.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import subprocess
@@ -26,15 +25,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-# name -> (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
-SHAPES = {
-    "tiny": (256, 512, 2, 4, 2, 1024, True),
-    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
-    "1b": (2048, 8192, 16, 32, 8, 128256, True),
-    "8b": (4096, 14336, 32, 32, 8, 128256, False),
-}
-_SHARD_BYTES = 5 * 10**9
-_POOL_VALUES = 1 << 27
 _TOKENS = 128
 _PARTS = ("start", "load", "compute")
 # The program of a logits process with a clock: run by `python -c`.
@@ -57,6 +47,7 @@ print(*(seconds[name] for name in ("start", "load", "compute")))
 
 def main() -> None:
     """Measure each shape; print the table, write proof.csv and proof.png to `--out`."""
+    from benchmarks.random_llama import SHAPES
     from qat.command_line import OneLineParser
 
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,11 +75,12 @@ def main() -> None:
 def measure(folder: Path, shape: str, scheme: str, device: str | None, report) -> dict[str, float]:
     """The rows of a shape; returns the parameters and the seconds of the whole."""
     from benchmarks.export import copy_raw
+    from benchmarks.random_llama import write_model
     from qat.checkpoints.pack import export_checkpoint
     from qat.checkpoints.verify import verify
 
     source, packed = folder / "source", folder / "packed"
-    parameters = make_checkpoint(source, shape)
+    parameters = write_model(shape, source)
     with clocked_parts() as parts:
         start = time.perf_counter()
         export_checkpoint(source, packed, scheme=scheme, device=device)
@@ -119,47 +111,6 @@ def measure(folder: Path, shape: str, scheme: str, device: str | None, report) -
     for path in (*source.iterdir(), *packed.iterdir()):
         path.unlink()
     return {"parameters": parameters, "copy": copy_s, "export": export_s, "proof": proof_s}
-
-
-def make_checkpoint(folder: Path, shape: str) -> int:
-    """A random BF16 Llama, made shard by shard without a model that has weights; returns its parameters."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, dtype="bfloat16",
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    folder.mkdir(parents=True)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    pool = torch.empty(_POOL_VALUES, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, parameter in model.named_parameters():
-        held = sum(tensor.nbytes for tensor in shards[-1].values())
-        if held + 2 * parameter.numel() > _SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = parameter
-    weight_map, begin = {}, 0
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        values = {}
-        for name, parameter in shard.items():
-            begin = (begin + 12_582_917) % (_POOL_VALUES // 2)  # neighbours get other values
-            repeats = -(-(begin + parameter.numel()) // _POOL_VALUES)
-            values[name] = pool.repeat(repeats)[begin : begin + parameter.numel()].view(parameter.shape).clone()
-            if parameter.dim() == 1:
-                values[name] += 1
-        save_file(values, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -218,7 +169,9 @@ def run_clocked(arguments: list[str]) -> list[float]:
         command = [sys.executable, "-c", _CLOCKED, str(time.time()), *arguments, *files]
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | {"PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"the program for logits ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return [float(word) for word in done.stdout.split()[-3:]]
 
 

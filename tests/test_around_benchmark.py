@@ -1,4 +1,4 @@
-"""benchmarks/around.py measures phases that are there, on checkpoints that are whole."""
+"""benchmarks/random_llama.py measures phases that are there, on checkpoints that are whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import around, phases
+from benchmarks import phases, random_llama
 
 
 def test_all_functions_that_begin_a_phase_exist():
@@ -45,9 +45,9 @@ def test_a_replaced_function_still_gives_what_it_gave():
 def test_the_model_is_a_whole_checkpoint_with_finite_random_weights_and_a_tokenizer_of_its_vocabulary(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(around.SHAPES, "small", (64, 96, 2, 2, 1, 32, 600, False))
-    monkeypatch.setattr(around, "SHARD_BYTES", 50_000)
-    count = around.write_model("small", tmp_path / "model")
+    monkeypatch.setitem(random_llama.SHAPES, "small", (64, 96, 2, 2, 1, 32, 600, False))
+    monkeypatch.setattr(random_llama, "SHARD_BYTES", 50_000)
+    count = random_llama.write_model("small", tmp_path / "model")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

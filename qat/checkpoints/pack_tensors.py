@@ -22,7 +22,7 @@ from ..numerics.formats import Format, Quantized
 from ..schemes.spec import VIEW_DTYPE, TensorSpec
 from .dialects import Dialect
 from .fit import check_finite
-from .folder import INDEX_NAME, CheckpointFolder
+from .folder import INDEX_NAME, SINGLE_NAME, CheckpointFolder
 from .matrices import Matrix
 from .pipeline import CPU, in_parallel, one_at_a_time
 from .shard_writer import ShardWriter
@@ -73,7 +73,7 @@ class Packing:
                 writer.abandon()
         assert not any(writer.places for writer in self._writers), "a tensor was not written"
         total_bytes = sum(writer.nbytes for writer in self._writers)
-        if len(checkpoint.shards) > 1:
+        if list(checkpoint.shards) != [SINGLE_NAME]:  # a single file may have another name, and an index
             index = {"metadata": {"total_size": total_bytes}, "weight_map": self._weight_map}
             (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return total_bytes

@@ -125,6 +125,17 @@ def test_a_sharded_checkpoint_stays_sharded(source, tmp_path):
     assert verify(folder, sharded, with_logits=False)["weights"]["elements_that_differ"] == 0
 
 
+def test_a_single_file_of_another_name_gets_an_index_as_its_source_has_one(source, tmp_path):
+    single, name = tmp_path / "single", "model-00001-of-00001.safetensors"
+    shutil.copytree(source, single)
+    (single / "model.safetensors").rename(single / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(single / name), name)}
+    (single / "model.safetensors.index.json").write_text(json.dumps(index))
+    folder = export_checkpoint(single, tmp_path / "packed")
+    assert verify(folder, single, with_logits=False)["verified"]
+    assert CheckpointFolder.open(folder).shards.keys() == {name}
+
+
 def test_a_plain_checkpoint_in_fp32_is_packed_from_its_bf16_view(tmp_path):
     plain = save_llama(tmp_path / "plain", dtype=torch.float32)
     folder = export_checkpoint(plain, tmp_path / "packed", scheme="MXFP8")
