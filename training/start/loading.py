@@ -20,16 +20,17 @@ _CPU = torch.device("cpu")
 
 
 def device_of_weights(args: TrainingArguments, packs_base: bool) -> torch.device:
-    """Where weights are converted, compared and quantized once they are read: where they are going to be trained.
+    """Where weights are converted, compared and quantized once they are read: the GPU that trains them, or the CPU.
 
-    That is the CPU for weights that need not fit a device as they are read: those that FSDP or DeepSpeed shards, that
-    are rounded before they get there, and those of a base that is packed (`packs_base`).
+    It is the CPU for weights that need not fit a GPU as they are read: those that FSDP or DeepSpeed shards, that are
+    rounded before they get there, and those of a base that is packed (`packs_base`). So it is for other accelerators,
+    on which this was not tried.
     """
     switches = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     shards = any(os.environ.get(switch, "").lower() in ("true", "1") for switch in switches)
     shards = shards or bool(args.fsdp or args.deepspeed)  # which set no variable before there is a Trainer
     narrows = not args.do_train and (args.bf16_full_eval or args.fp16_full_eval)
-    return _CPU if shards or narrows or packs_base else args.device
+    return _CPU if shards or narrows or packs_base or args.device.type != "cuda" else args.device
 
 
 def load_unquantized(

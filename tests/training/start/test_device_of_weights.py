@@ -27,6 +27,13 @@ def test_it_is_the_device_of_the_run(monkeypatch):
     assert device_of_weights(arguments(), packs_base=False) == GPU
 
 
+def test_it_is_the_cpu_for_other_accelerators(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    args = arguments()
+    args.device = torch.device("mps")
+    assert device_of_weights(args, packs_base=False) == CPU
+
+
 @pytest.mark.parametrize("switch", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_it_is_the_cpu_where_weights_are_sharded(monkeypatch, switch):
     monkeypatch.setenv(switch, "true")
