@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_families import logits_in_this_process
 from torch import nn
 
 from qat import prepare_qat
@@ -20,6 +21,8 @@ from qat.checkpoints.verify_logits import VerificationError
 from qat.errors import UserError
 from qat.layers.calibration import calibrate_inputs, calibrated_scales, set_calibrated_scales
 from qat.schemes.presets import get_kv_cache_scheme
+
+same_process = pytest.fixture(logits_in_this_process)
 
 
 def save_trained(folder, is_calibrated=True):
@@ -43,7 +46,7 @@ def test_the_settings_are_those_that_compressed_tensors_reads():
     assert found == (8, "float", "tensor", True, False)
 
 
-def test_a_folder_holds_the_scales_and_is_proven_with_the_cache_quantized(tmp_path):
+def test_a_folder_holds_the_scales_and_is_proven_with_the_cache_quantized(tmp_path, same_process):
     source, model = save_trained(tmp_path / "trained")
     folder = export_checkpoint(source, tmp_path / "packed")
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
