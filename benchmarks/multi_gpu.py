@@ -36,6 +36,7 @@ from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
 CE_WEIGHT = ROWS["default"].distill_options["distill_ce_weight"]
@@ -222,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()
