@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.arguments import use_device
 from benchmarks.report import Report, environment
 from qat.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("begin", [environment, lambda device: Report("name", device)])
+@pytest.mark.parametrize("begin", [environment, use_device, lambda device: Report("name", device)])
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_measured(monkeypatch, begin):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cpu"):
