@@ -36,6 +36,7 @@ from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from qat.layers.packed_base import pack_base  # noqa: E402
 from training.adapters.inject import add_adapters, lora_config  # noqa: E402
@@ -304,4 +305,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.report import check_device
 from benchmarks.workloads import SHAPES
 from qat.command_line import OneLineParser
 from training.backends.cpu_bfloat16 import is_needed, use_fast_bfloat16
@@ -34,7 +35,8 @@ def add_workload(parser: argparse.ArgumentParser) -> None:
 
 
 def use_device(device: str = "cpu") -> None:
-    """What main.py does for a CPU without BF16 instructions."""
+    """What main.py does for a CPU without BF16 instructions; a UserError for a GPU that is not there."""
+    check_device(device)
     if device == "cpu" and is_needed():
         use_fast_bfloat16()
 

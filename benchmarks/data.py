@@ -40,6 +40,7 @@ from data.sets.summary import padding_fraction  # noqa: E402
 from data.sources.python_docs import read_python_docs  # noqa: E402
 from data.sources.readers import parse_sources  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 
 
 def main() -> None:
@@ -229,4 +230,5 @@ def measure_memory(path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

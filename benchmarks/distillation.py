@@ -29,6 +29,7 @@ from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch, make_model  # noqa: E402
 from data.supervised import make_supervised_data_module  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from training.arguments.distillation import CacheSettings  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.losses.chunked import attach, find_head  # noqa: E402
@@ -184,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -27,6 +27,7 @@ from benchmarks.arguments import make_parser, use_device  # noqa: E402
 from benchmarks.lora import TEACHER, LoraStep, make_base  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, prepare  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from training.estimate.plan import COPY, SELF, Plan  # noqa: E402
 from training.estimate.total import Estimator  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
@@ -167,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -30,6 +30,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, saved_bytes_of_a_block  # noqa: E402
 from qat import get_scheme, prepare_qat  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from qat.layers.experts import Experts  # noqa: E402
 from qat.layers.sites import quantized_sites, quantizers_off  # noqa: E402
@@ -154,4 +155,5 @@ def measure(args: argparse.Namespace, model: Qwen3MoeForCausalLM, schemes: dict[
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

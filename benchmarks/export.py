@@ -147,4 +147,7 @@ def copy_raw(source: Path, target: Path, bytes_to_write: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from qat.errors import reported_in_one_line
+
+    with reported_in_one_line():
+        main()

@@ -24,6 +24,7 @@ import torch  # noqa: E402
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.numerics.families import family_of, formats, get_format  # noqa: E402
 from qat.numerics.formats import Format  # noqa: E402
 from qat.numerics.kernels import KERNELS  # noqa: E402
@@ -134,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -26,6 +26,7 @@ from benchmarks.report import Report  # noqa: E402
 from benchmarks.variants import BF16, Variants  # noqa: E402
 from benchmarks.workloads import make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.numerics import e4m3_rows, ops  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.kernels import triton_rows  # noqa: E402
@@ -349,4 +350,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -38,6 +38,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import llama_config, make_batch  # noqa: E402
 from qat import get_scheme, prepare_qat  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers import adapted  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from training.losses.chunked import attach, find_head  # noqa: E402
@@ -233,4 +234,5 @@ def add_ratios(report: Report, figure: str, values: dict[str, float], names: lis
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -30,6 +30,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch  # noqa: E402
 from qat import SCHEMES, prepare_qat  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.adapted import attach as attach_adapter  # noqa: E402
 from qat.layers.lora import adapters  # noqa: E402
 from qat.layers.packed_base import pack_base  # noqa: E402
@@ -165,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

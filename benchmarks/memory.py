@@ -31,6 +31,7 @@ from benchmarks.arguments import make_parser, use_device  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from training.losses.chunked import Head, attach, find_head  # noqa: E402
 from training.losses.distillation import Objective  # noqa: E402
 from training.optimizers.in_backward import StepsInBackward  # noqa: E402
@@ -189,4 +190,5 @@ def measure(args, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -34,8 +34,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # 
 
 from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
-from benchmarks.report import environment  # noqa: E402
+from benchmarks.report import check_device, environment  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
 CE_WEIGHT = ROWS["default"].distill_options["distill_ce_weight"]
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("flags", nargs="*", help="after --: further flags of main.py, for every run")
     args = parser.parse_args()
+    check_device(args.device)
     args.resume = args.resume.split(",")
 
     transformers.utils.logging.disable_progress_bar()
@@ -222,4 +224,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

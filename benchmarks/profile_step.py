@@ -27,7 +27,7 @@ from transformers import LlamaConfig  # noqa: E402
 
 from benchmarks.profile_limits import Sizes, least_bytes, operations  # noqa: E402
 from benchmarks.profile_trace import Kernel, annotate, busy, named_operators, trace  # noqa: E402
-from benchmarks.report import environment  # noqa: E402
+from benchmarks.report import check_device, environment  # noqa: E402
 from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, prepare  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV")
     args = parser.parse_args()
+    check_device(args.device)
     copy_rate, product_rate = rates(args.device)
     print(f"copy {copy_rate / 1e12:.3f} TB/s, BF16 product {product_rate / 1e12:.1f} TFLOP/s", flush=True)
     tables, peaks = {}, {}

@@ -196,4 +196,7 @@ def draw(points: list[dict[str, float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from qat.errors import reported_in_one_line
+
+    with reported_in_one_line():
+        main()

@@ -10,9 +10,22 @@ from pathlib import Path
 
 import torch
 
+from qat.errors import UserError
+
+
+def check_device(device: str) -> None:
+    """Raise a UserError for a GPU that is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("this measures a GPU (cuda), and there is none; where there is --device, give --device cpu")
+
 
 def environment(device: str) -> dict[str, str]:
-    """What a figure depends on besides the code: device, cores, versions, date, command."""
+    """What a figure depends on besides the code: device, cores, versions, date, command.
+
+    Raises:
+        UserError: the device is a GPU, and there is none.
+    """
+    check_device(device)
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     versions = [f"torch {torch.__version__.split('+')[0]}", f"Python {platform.python_version()}"]
     for module in ("triton", "transformers"):
@@ -41,6 +54,7 @@ class Report:
     """Rows of figure, value, unit and what was to be reached."""
 
     def __init__(self, name: str, device: str = "cpu") -> None:
+        check_device(device)  # before anything is measured
         self.name, self.device, self.rows = name, device, []
 
     def add(self, figure: str, value: float, reach: str = "", unit: str = "") -> None:

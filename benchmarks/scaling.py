@@ -17,6 +17,7 @@ from benchmarks import workloads  # noqa: E402
 from benchmarks.arguments import make_parser, use_device  # noqa: E402
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 
 BASE = {"tokens": 1024, "width": 512, "depth": 4}
 VARIATIONS = {"tokens": (128, 512, 2048), "width": (256, 512, 1024), "depth": (2, 4, 8)}
@@ -69,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

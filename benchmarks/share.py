@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from qat import prepare_qat, quantized_share  # noqa: E402
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.share import describe_left, describe_sites, left_unquantized, linear_weights  # noqa: E402
 from qat.layers.sites import quantized_sites  # noqa: E402
 
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

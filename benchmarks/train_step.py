@@ -25,6 +25,7 @@ from benchmarks.arguments import RETURN_FREED, add_workload, make_parser, peak_m
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from qat.schemes.presets import PRESETS, get_scheme  # noqa: E402
 
 SCHEMES = ("MXFP4", "MXFP8")
@@ -138,4 +139,5 @@ def measured_beside_bf16(args: argparse.Namespace, schemes: Sequence[str]) -> di
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 
 from qat.command_line import OneLineParser  # noqa: E402
+from qat.errors import reported_in_one_line  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
@@ -81,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

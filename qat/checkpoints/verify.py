@@ -71,8 +71,7 @@ def verify(
         VerificationError: something differs, and the message names the first tensor; or transformers cannot load the
             folder for no known cause, and it has no verdict.
     """
-    packed = CheckpointFolder.open(folder, "the packed folder")
-    dialect = dialect_of(packed.quantization_config, packed.path)
+    packed, dialect = _open_packed(Path(folder))
     checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path), "the source")
     (packed.path / VERDICT_NAME).unlink(missing_ok=True)  # that of files that may have been others
     qat_config = QATConfig.load(packed.path)
@@ -98,6 +97,17 @@ def verify(
     (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
     _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict
+
+
+def _open_packed(folder: Path) -> tuple[CheckpointFolder, Dialect]:
+    """A packed folder and its dialect; one that is no longer whole loses its verdict, which was about other files."""
+    try:
+        packed = CheckpointFolder.open(folder, "the packed folder")
+        return packed, dialect_of(packed.quantization_config, packed.path)
+    except UserError:
+        if (folder / VERDICT_NAME).is_file():
+            (folder / VERDICT_NAME).unlink()
+        raise
 
 
 def _about_weights(

@@ -185,6 +185,25 @@ def test_missing_and_surplus_tensors_are_found(pair, tmp_path):
         verify.verify(changed, source, with_logits=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model.safetensors", lambda content: content[:-10], "is truncated or corrupted"),
+        ("model.safetensors", lambda content: content + b"more", "is truncated or corrupted"),
+        ("config.json", lambda content: content[:40], "config.json"),
+        ("config.json", lambda content: content.replace(b'"quant_method"', b'"method"'), "is not a packed checkpoint"),
+    ],
+)
+def test_a_folder_that_was_damaged_after_its_proof_loses_its_verdict(pair, tmp_path, name, change, said):
+    source, packed = pair
+    copy = Path(shutil.copytree(packed, tmp_path / "copy"))
+    assert verify.verify(copy, source, with_logits=False)["verified"]
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    with pytest.raises(UserError, match=said):
+        verify.verify(copy, source, with_logits=False)
+    assert not (copy / "verification.json").exists()
+
+
 def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path, monkeypatch):
     def begin(process, arguments):
         process.errors, process.found = tmp_path / "errors.txt", 0
