@@ -18,7 +18,7 @@ numerics/e4m3_rows.py. The products of the backward pass are in BF16, since grad
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,10 @@ from .lora import MergedRounding
 from .rounding import Rounding
 
 _inputs = InputCache()
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     input_spec: TensorSpec | None
     rounding: Rounding
     dtype: torch.dtype
@@ -105,8 +105,9 @@ class _QuantizedLinear(torch.autograd.Function):
         values = x if values is None else values
         ctx.settings = settings
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        needs_values = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5 + settings.kept :])
-        needs_weight = ctx.needs_input_grad[0] or bool(learned)
+        needs = ctx.needs_input_grad
+        needs_values = needs[1] or any(needs[5 + settings.kept :])
+        needs_weight = needs[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
         plain = values if needs_values and settings.input_spec is None else None
         ctx.save_for_backward(weight if needs_weight else None, plain, *kept_for_backward, *learned)
@@ -114,12 +115,11 @@ class _QuantizedLinear(torch.autograd.Function):
         if of_rows:
             rows = _rows(x, values, of_rows, settings)
             output = ops.rows_product(rows, settings.rounding.rows(weight, settings.dtype, *learned), bias)
-            output = output.view(*x.shape[:-1], -1)
-        else:
-            quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
-            output = F.linear(values, quantized, bias)
-        # Of an input with three dimensions it is a view, which autograd would not let a model change in place.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+            return _unsafe_view(output, (*x.shape[:-1], output.shape[-1]))
+        quantized = settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
+        output = F.linear(values, quantized, bias)
+        # A view autograd would not let a model change in place.
+        return _unsafe_view(output, output.shape) if torch.compiler.is_compiling() or output._is_view() else output
 
     @staticmethod
     @once_differentiable
@@ -128,26 +128,29 @@ class _QuantizedLinear(torch.autograd.Function):
         weight, plain, *tensors = ctx.saved_tensors
         kept, learned = tensors[: settings.kept], tensors[settings.kept :]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        needs_learned = any(ctx.needs_input_grad[5 + settings.kept :])
-        grad_rows = grad.reshape(-1, grad.shape[-1])
+        needs = ctx.needs_input_grad
+        needs_learned = any(needs[5 + settings.kept :])
+        grad_rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
-        if ctx.needs_input_grad[0]:
+        if needs[0]:
             grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
-            grad_x = grad_x.reshape(*grad.shape[:-1], grad_x.shape[-1]).to(x_dtype)
-        if ctx.needs_input_grad[1] or needs_learned:
+            if grad_rows is not grad:
+                grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+            grad_x = grad_x.to(x_dtype)
+        if needs[1] or needs_learned:
             values = _kept_values(kept, settings) if plain is None else plain
-            values = values.reshape(-1, values.shape[-1])
+            values = values if values.dim() == 2 else values.reshape(-1, values.shape[-1])
         if needs_learned and isinstance(settings.rounding, MergedRounding):
             learned_grads = settings.rounding.gradients(grad_rows, values, *learned)
             needs_learned = False
-        if ctx.needs_input_grad[1] or needs_learned:
+        if needs[1] or needs_learned:
             grad_weight = _weight_gradient(grad_rows, values, weight_dtype)
             if needs_learned:
                 learned_grads = settings.rounding.learned_gradients(
                     grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor
                 )
-        if bias_dtype is not None and ctx.needs_input_grad[2]:
+        if bias_dtype is not None and needs[2]:
             grad_bias = grad_rows.sum(0).to(bias_dtype)
         nothing = [None] * settings.kept, [None] * settings.of_rows
         return grad_x, grad_weight, grad_bias, None, None, *nothing[0], *learned_grads, *nothing[1]

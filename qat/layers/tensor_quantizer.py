@@ -118,7 +118,8 @@ class TensorQuantizer(nn.Module):
     @property
     def learned(self) -> tuple[torch.Tensor, ...]:
         """Parameters that are trained beside the tensor."""
-        return tuple(offset for offset in (self.exponent_offset, self.scale_offset) if offset is not None)
+        exponents, scales = self.exponent_offset, self.scale_offset  # asked for in each forward pass
+        return (*(() if exponents is None else (exponents,)), *(() if scales is None else (scales,)))
 
     @property
     def data_type(self) -> str:

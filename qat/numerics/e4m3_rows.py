@@ -12,7 +12,7 @@ An element of NVFP4 times its E4M3 scale has up to five significant bits; E4M3 h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -27,8 +27,7 @@ SMALLEST_FIELD = 8  # of FP32's exponent: a row's largest magnitude counts as no
 LARGEST_GAP = 15  # between the exponents of the row's largest magnitude and of a block: 2 for 4 <= c < 8, and 13
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """A matrix for products in FP8: `values * scale`, except in lost rows.
 
     Attributes:
@@ -51,14 +50,16 @@ def from_mx(x: torch.Tensor, quantized: Quantized, fmt: Format) -> tuple[torch.T
     """`values`, `scale` and `lost` of `Rows`.
 
     Args:
-        x: [R, K] as it was seen when it was rounded.
+        x: [..., K] as it was seen when it was rounded.
         quantized: its MXFP4 codes and scales.
     """
-    values = mx.dequantize(quantized, fmt, torch.float32)
+    x = x.reshape(-1, x.shape[-1])
+    values = mx.dequantize(quantized, fmt, torch.float32).view(x.shape)
     holds_some = (values != 0).unflatten(-1, (-1, mx.BLOCK)).any(-1)
     top = x.float().abs().view(torch.int32).amax(-1, keepdim=True) >> FP32_MANTISSA_BITS
     field = top.clamp(SMALLEST_FIELD, 254)
-    lost = ((field - quantized.scales[0].int() > LARGEST_GAP) & holds_some).any(-1) | (top > 254).any(-1)
+    exponents = quantized.scales[0].reshape(len(x), -1).int()
+    lost = ((field - exponents > LARGEST_GAP) & holds_some).any(-1) | (top > 254).any(-1)
     scaled = values * _power(2 * FP32_BIAS + LARGEST_EXPONENT - field)
     return scaled.to(E4M3.storage), _power(field - LARGEST_EXPONENT), lost.to(torch.uint8)
 

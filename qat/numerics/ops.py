@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from . import e4m3_rows, fp8, low_rank
 from .e4m3_rows import Rows
@@ -47,22 +50,30 @@ class _Operator:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args, **kwargs):
-        is_watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_intercepted()
-        if is_watched or not all(map(_is_plain, (*args, *kwargs.values()))):
+        is_watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_intercepted()
+        if is_watched or kwargs or not _are_plain(args):
             return self.operator(*args, **kwargs)
-        return self.function(*args, **kwargs)
+        return self.function(*args)
 
 
 def _is_intercepted() -> bool:
     """Whether a dispatch mode (fake tensors, make_fx, counters) or a transform of torch.func sees every operator."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
-def _is_plain(argument: object) -> bool:
-    """Whether an argument is no tensor, or one with values that is of no subclass; of a list each."""
-    if isinstance(argument, torch.Tensor):
-        return type(argument) in _PLAIN and not argument.is_meta
-    return type(argument) is not list or all(map(_is_plain, argument))
+def _are_plain(arguments: Sequence[Any]) -> bool:
+    """Whether all tensors among arguments and in lists have values and are of no subclass."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind in _PLAIN:
+            if argument.is_meta:
+                return False
+        elif kind is list:
+            if not _are_plain(argument):
+                return False
+        elif isinstance(argument, torch.Tensor):
+            return False
+    return True
 
 
 def _operator(name: str) -> Callable[[Callable], _Operator]:
@@ -301,33 +312,32 @@ def to_rows(
         fmt: of `e4m3_rows.MX_FORMATS` or `FP8_FORMATS`.
         with_codes: False gives None for the latter.
     """
-    matrix = x.detach().reshape(-1, x.shape[-1])
+    matrix = x.detach() if x.dim() == 2 else x.detach().reshape(-1, x.shape[-1])
     if fmt in e4m3_rows.FP8_FORMATS:
         quantized = quantize(x, fmt, rule, dtype)
         return Rows(*e4m3_rows.from_fp8(quantized), None, matrix, fmt, rule), quantized if with_codes else None
-    values, scale, lost, *rest = _to_rows(matrix, fmt, rule, dtype, with_codes)
-    kept = [tensor.view(*x.shape[:-1], tensor.shape[-1]) for tensor in rest]
+    values, scale, lost, *kept = _to_rows(x, fmt, rule, dtype, with_codes)
     return Rows(values, scale, lost, matrix, fmt, rule), Quantized(kept[0], (kept[1],)) if with_codes else None
 
 
 @_operator("to_rows")
 def _to_rows(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool) -> list[torch.Tensor]:
+    """Of `Rows` values, scale and lost rows; then codes and scales of blocks, in the shape of x."""
     format_, count = get_format(fmt), lost_rows(x.device)
     kernels = E4M3_ROWS.get(x.device.type)
     if kernels is not None and kernels.is_available():
-        rows, quantized = kernels.to_rows(x, format_, rule, dtype, with_codes, count)
-    else:
-        quantized = _function("quantize", x, format_)(x, format_, rule, dtype)
-        rows = e4m3_rows.from_mx(x.to(dtype), quantized, format_)
-        count += rows[2].sum()
-    return [*rows, *(quantized.tensors if with_codes and quantized is not None else ())]
+        return kernels.to_rows(x, format_, rule, dtype, with_codes, count)
+    quantized = _function("quantize", x, format_)(x, format_, rule, dtype)
+    rows = e4m3_rows.from_mx(x.to(dtype), quantized, format_)
+    count += rows[2].sum()
+    return [*rows, *(quantized.tensors if with_codes else ())]
 
 
 @_to_rows.register_fake
 def _(x, fmt, rule, dtype, with_codes):
-    rows = x.shape[0]
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     tensors = [
-        x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+        x.new_empty((rows, columns), dtype=torch.float8_e4m3fn),
         x.new_empty((rows, 1), dtype=torch.float32),
         x.new_empty((rows,), dtype=torch.uint8),
     ]
@@ -342,8 +352,7 @@ def rows_product(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tens
 
     What a lost row takes part in is computed from BF16 values in place of E4M3's.
     """
-    given = [tensor for rows in (x, weight) for tensor in (rows.values, rows.scale, rows.lost, rows.source)]
-    return _rows_product(*given, x.fmt, x.rule, weight.fmt, weight.rule, bias)
+    return _rows_product(*x[:4], *weight[:4], x.fmt, x.rule, weight.fmt, weight.rule, bias)
 
 
 @_operator("rows_product")

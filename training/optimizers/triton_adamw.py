@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qat.numerics.kernels.triton_device import tl, triton
-from qat.numerics.kernels.triton_kernels import interpreting, launch
+from qat.numerics.kernels.triton_launch import interpreting, launch
 
 from .random_bits import HIGH_WORD, MIX_1, MIX_2, SECOND_WORD, signed
 

@@ -28,7 +28,8 @@ from .triton_device import (
     tl,
     triton,
 )
-from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
+from .triton_kernels import check_dtype, check_tensor, is_available, prepare, triton_dtype
+from .triton_launch import launch
 
 SERVES = tuple(FORMATS)
 _COLUMNS, _PER_WARP = 4096, 512  # values of a row at a time, at most, and of them for each warp: the fastest on an H100

@@ -10,7 +10,8 @@ from ..formats import Format, Quantized
 from ..integer import FORMATS
 from .triton_blocks import _divide, _largest_bits, _sum_of_squares, _unpack
 from .triton_device import _as_words, _bits, _float, _jit, _offsets, _tile, _to_fp32, _to_view, tl, triton
-from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
+from .triton_kernels import check_dtype, check_tensor, is_available, prepare, triton_dtype
+from .triton_launch import launch
 
 SERVES = tuple(FORMATS)
 # Values and warps of a program, the fastest of eight on an H100.

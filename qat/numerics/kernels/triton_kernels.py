@@ -11,9 +11,7 @@ interpreter of Triton 3.6 truncates to BF16 where GPUs round.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from .triton_device import (
     tl,
     triton,
 )
+from .triton_launch import interpreting, launch
 
 SERVES = tuple(FORMATS)
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
@@ -65,7 +64,7 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     """
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    options = {**_rule(fmt.element, rule), "VIEW": triton_dtype(dtype)}
+    options = _options("fake_quantize", fmt.name, rule, dtype)
     name = "search" if rule == "search" else "fake_quantize"
     _launch(name, fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
     return out
@@ -76,9 +75,9 @@ def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None 
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
     scale_e8m0_biased = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)
-    options = {**_rule(fmt.element, rule), "BITS": fmt.element.bits, "VIEW": triton_dtype(dtype)}
-    tensors = (x, codes.view(torch.int32), scale_e8m0_biased)
-    _launch("quantize", quantize_kernel, tensors, scale_e8m0_biased.numel(), options)
+    tensors = (x, codes, scale_e8m0_biased)
+    options = _options("quantize", fmt.name, rule, dtype)
+    _launch("quantize", quantize_kernel, tensors, scale_e8m0_biased.numel(), options, {1: torch.int32})
     return Quantized(codes, (scale_e8m0_biased,))
 
 
@@ -92,9 +91,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale_e8m0_biased.contiguous(), out)
-    element = fmt.element
-    options: dict[str, Any] = {"MANTISSA_BITS": element.mantissa_bits, "BIAS_FACTOR": 2.0 ** (126 + element.emin)}
-    options |= {"BITS": element.bits, "MAX_CODE": element.largest_code, "VIEW": triton_dtype(dtype)}
+    options = _options("dequantize", fmt.name, None, dtype)
     _launch("dequantize", dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
 
@@ -107,10 +104,11 @@ def quantize_to_scale(
     check_tensor(scale_e8m0_biased, (torch.uint8,))
     fmt.check_scales(x.shape, scale_e8m0_biased)
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
-    options = _rule(fmt.element, "floor") | {"BITS": fmt.element.bits, "VIEW": triton_dtype(dtype)}
-    del options["EMAX"], options["THRESHOLD"], options["SEARCH"]
-    tensors = (x, scale_e8m0_biased.contiguous(), codes.view(torch.int32))
-    _launch("quantize_to_scale", quantize_to_scale_kernel, tensors, scale_e8m0_biased.numel(), options)
+    tensors = (x, scale_e8m0_biased.contiguous(), codes)
+    options = _options("quantize_to_scale", fmt.name, None, dtype)
+    _launch(
+        "quantize_to_scale", quantize_to_scale_kernel, tensors, scale_e8m0_biased.numel(), options, {2: torch.int32}
+    )
     return codes
 
 
@@ -144,29 +142,11 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def interpreting() -> bool:
-    """Whether Triton's interpreter is on."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype; int16 for BF16 in the interpreter."""
     if dtype == torch.bfloat16 and interpreting():
         return tl.int16
     return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...], *numbers: float, **options: Any
-) -> None:
-    """Start `kernel` on the device of its tensors, without fused multiply-adds."""
-    device = tensors[0].device
-    if interpreting():
-        tensors = tuple(t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in tensors)
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](*tensors, *numbers, enable_fp_fusion=False, **options)
 
 
 @functools.cache
@@ -185,7 +165,31 @@ def _rule(element: Element, rule: str) -> dict[str, int | float | bool]:
     }
 
 
-def _launch(name: str, kernel: Any, tensors: tuple[torch.Tensor, ...], blocks: int, options: dict) -> None:
+@functools.cache
+def _options(kernel: str, fmt: str, rule: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of a kernel; callers do not change them."""
+    element = FORMATS[fmt].element
+    options: dict[str, Any] = {"VIEW": triton_dtype(dtype)}
+    if kernel != "fake_quantize":
+        options["BITS"] = element.bits
+    if kernel == "dequantize":
+        options |= {"MANTISSA_BITS": element.mantissa_bits, "BIAS_FACTOR": 2.0 ** (126 + element.emin)}
+        return options | {"MAX_CODE": element.largest_code}
+    options |= _rule(element, rule or "floor")
+    if kernel == "quantize_to_scale":
+        del options["EMAX"], options["THRESHOLD"], options["SEARCH"]
+    return options
+
+
+def _launch(
+    name: str,
+    kernel: Any,
+    tensors: tuple[torch.Tensor, ...],
+    blocks: int,
+    options: dict[str, Any],
+    views: dict[int, torch.dtype] | None = None,
+) -> None:
     if blocks:
         rows, warps = _TILES[name]
-        launch(kernel, (triton.cdiv(blocks, rows),), tensors, blocks, ROWS=rows, num_warps=warps, **options)
+        programs = triton.cdiv(blocks, rows)
+        launch(kernel, (programs,), tensors, blocks, views=views or {}, ROWS=rows, num_warps=warps, **options)

@@ -25,7 +25,8 @@ from .triton_device import (
     tl,
     triton,
 )
-from .triton_kernels import _DTYPES, _rule, check_dtype, check_tensor, interpreting, is_available, launch, triton_dtype
+from .triton_kernels import _DTYPES, _rule, check_dtype, check_tensor, is_available, triton_dtype
+from .triton_launch import interpreting, launch
 
 SERVES = tuple(FORMATS)
 # Rows, columns and warps of a program, the fastest of some dozens on an H100: for ranks that come in sixteens, whose

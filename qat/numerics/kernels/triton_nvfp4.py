@@ -26,7 +26,8 @@ from .triton_device import (
     triton,
 )
 from .triton_fp8 import _fp8_code, _fp8_element
-from .triton_kernels import check_dtype, check_tensor, is_available, launch, prepare, triton_dtype
+from .triton_kernels import check_dtype, check_tensor, is_available, prepare, triton_dtype
+from .triton_launch import launch
 
 SERVES = tuple(FORMATS)
 # Values and warps of a program. One warp decides without shared memory whether it divides, see `_is_plain`.

@@ -11,12 +11,13 @@ it ends at once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from ..e4m3_rows import LARGEST_EXPONENT, LARGEST_GAP, SMALLEST_FIELD, Rows
-from ..formats import E4M3, Format, Quantized
+from ..formats import E4M3, Format
 from ..mx import FORMATS
 from .triton_device import (
     _bits,
@@ -32,41 +33,50 @@ from .triton_device import (
     tl,
     triton,
 )
-from .triton_kernels import _rule, check_tensor, interpreting, is_available, launch, prepare, triton_dtype
+from .triton_kernels import _rule, check_tensor, is_available, prepare, triton_dtype
+from .triton_launch import interpreting, launch
 
 _COLUMNS, _PER_WARP = 8192, 1024  # values of a row at a time, at most, and of them for each warp
 _TILE, _DEPTH = 64, 64  # rows and depth of the tiles of a repaired product
+_WORDS = {4: torch.int32}  # packed codes are written as words
 _FLAGS, _COUNTED = 4096, 512  # rows of which a program sees at once whether they are lost, and among which it counts
 __all__ = ["is_available", "repair", "to_rows"]
 
 
 def to_rows(
     x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype, with_codes: bool, count: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Quantized | None]:
-    """`e4m3_rows.from_mx` of x [R, K] seen in `dtype`, and its codes and scales, if `with_codes`.
+) -> list[torch.Tensor]:
+    """`e4m3_rows.from_mx` of x [..., K] seen in `dtype`; if `with_codes`, then its codes and scales in the shape of x.
 
     Args:
         count: int64 [1], to which the number of lost rows is added.
     """
     x, dtype = prepare(x, fmt, dtype)
-    rows, columns = x.shape
-    values = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    lost = torch.empty(rows, dtype=torch.uint8, device=x.device)
-    packed, block_scale = lost, lost  # not written
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    values = x.new_empty((rows, columns), dtype=E4M3.storage)
+    scale = x.new_empty((rows, 1), dtype=torch.float32)
+    lost = x.new_empty(rows, dtype=torch.uint8)
+    given = [values, scale, lost]
     if with_codes:
-        packed = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
-        block_scale = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)
+        given.append(x.new_empty(fmt.code_shape(x.shape), dtype=torch.uint8))
+        given.append(x.new_empty(fmt.scale_shape(x.shape), dtype=torch.uint8))
     if rows:
-        of_rule, at_a_time = _rule(fmt.element, rule), min(triton.next_power_of_2(columns), _COLUMNS)
-        launch(
-            rows_kernel, (rows,), (x, values, scale, lost, packed.view(torch.int32) if with_codes else packed,
-            block_scale, count), columns, COLUMNS=at_a_time, TILES=triton.cdiv(columns, at_a_time), CODES=with_codes,
-            THRESHOLD=of_rule["THRESHOLD"], SEARCH=of_rule["SEARCH"], VIEW=triton_dtype(dtype),
-            num_warps=max(1, at_a_time // _PER_WARP),
-        )  # fmt: skip
-    quantized = Quantized(packed, (block_scale,)) if with_codes else None
-    return (values.view(E4M3.storage), scale, lost), quantized
+        codes = given[3:] or (lost, lost)  # not written
+        views = _WORDS if with_codes else {}
+        options = _options_of_rows(fmt.name, rule, dtype, columns)
+        launch(rows_kernel, (rows,), (x, *given[:3], *codes, count), columns, views=views, CODES=with_codes, **options)
+    return given
+
+
+@functools.cache
+def _options_of_rows(fmt: str, rule: str, dtype: torch.dtype, columns: int) -> dict[str, Any]:
+    """Constants of the kernel; callers do not change them."""
+    of_rule, at_a_time = _rule(FORMATS[fmt].element, rule), min(triton.next_power_of_2(columns), _COLUMNS)
+    return {
+        "COLUMNS": at_a_time, "TILES": triton.cdiv(columns, at_a_time), "THRESHOLD": of_rule["THRESHOLD"],
+        "SEARCH": of_rule["SEARCH"], "VIEW": triton_dtype(dtype), "num_warps": max(1, at_a_time // _PER_WARP),
+    }  # fmt: skip
 
 
 def repair(out: torch.Tensor, x: Rows, weight: Rows, bias: torch.Tensor | None) -> None:
@@ -75,23 +85,33 @@ def repair(out: torch.Tensor, x: Rows, weight: Rows, bias: torch.Tensor | None) 
         return
     check_tensor(out, (torch.bfloat16,))
     (rows, columns), depth = out.shape, x.values.shape[1]
-    tensors: list[torch.Tensor] = []
-    options: dict[str, Any] = {}
-    for name, operand in (("X", x), ("W", weight)):
-        values, source, lost = operand.values.view(torch.uint8), operand.source, operand.lost
-        of_rule: dict[str, Any] = {"THRESHOLD": 0, "SEARCH": False}
-        if lost is not None:
-            of_rule = _rule(FORMATS[operand.fmt].element, operand.rule)
-            source = source.contiguous()
-        tensors += [values if lost is None else source, values, operand.scale, values if lost is None else lost]
-        options |= {f"{name}_IS_MX": lost is not None, f"{name}_THRESHOLD": of_rule["THRESHOLD"]}
-        options |= {f"{name}_SEARCH": of_rule["SEARCH"]}
-    programs = triton.cdiv(columns, _TILE) + triton.cdiv(rows, _TILE)
+    programs = -(-columns // _TILE) - (-rows // _TILE)
     launch(
-        repair_kernel, (programs,), (*tensors, out if bias is None else bias, out), rows, columns, depth,
-        BIAS=bias is not None, TILE=_TILE, DEPTH=_DEPTH, FLAGS=_FLAGS, COUNTED=_COUNTED, VIEW=triton_dtype(out.dtype),
-        IS_INTERPRETED=interpreting(), ALL=(rows, columns, depth) if interpreting() else None, num_warps=4, **options,
+        repair_kernel, (programs,), (*_given(x), *_given(weight), out if bias is None else bias, out), rows, columns,
+        depth, BIAS=bias is not None, VIEW=triton_dtype(out.dtype),
+        ALL=(rows, columns, depth) if interpreting() else None,
+        **_options_of_repair(x.fmt, x.rule, x.lost is None, weight.fmt, weight.rule, weight.lost is None),
     )  # fmt: skip
+
+
+def _given(rows: Rows) -> tuple[torch.Tensor, ...]:
+    """What the kernel takes of an operand: source, values, scale, lost rows."""
+    if rows.lost is None:
+        return rows.values, rows.values, rows.scale, rows.values
+    return rows.source.contiguous(), rows.values, rows.scale, rows.lost
+
+
+@functools.cache
+def _options_of_repair(
+    x_fmt: str, x_rule: str, x_holds: bool, w_fmt: str, w_rule: str, w_holds: bool
+) -> dict[str, Any]:
+    """Constants of the kernel; callers do not change them."""
+    options: dict[str, Any] = {"TILE": _TILE, "DEPTH": _DEPTH, "FLAGS": _FLAGS, "COUNTED": _COUNTED, "num_warps": 4}
+    for name, fmt, rule, holds in (("X", x_fmt, x_rule, x_holds), ("W", w_fmt, w_rule, w_holds)):
+        of_rule = {"THRESHOLD": 0, "SEARCH": False} if holds else _rule(FORMATS[fmt].element, rule)
+        options |= {f"{name}_IS_MX": not holds, f"{name}_THRESHOLD": of_rule["THRESHOLD"]}
+        options |= {f"{name}_SEARCH": of_rule["SEARCH"]}
+    return options | {"IS_INTERPRETED": interpreting()}
 
 
 @_jit
