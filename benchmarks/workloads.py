@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # name -> (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
 SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 256, False),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152, True),
     "wide": (2048, 5632, 4, 16, 4, 8192, True),
     "llama-8b": (4096, 14336, 4, 32, 8, 32000, False),
