@@ -71,9 +71,8 @@ class Head:
     def loss(self, rows: torch.Tensor, objective: Objective) -> dict[str, torch.Tensor]:
         """`chunked_loss` of hidden states [n, H], with gradients to the head's parameters."""
         parameters = [get(self.module) for get in self._parameters]
-        head = (
-            MatrixHead(parameters[0], self.transformed) if is_matrix(self.module, self.plain_forward) else self.logits
-        )
+        is_plain = is_matrix(self.module, self.plain_forward)
+        head = MatrixHead(parameters[0], self.transformed) if is_plain else self.logits
         return chunked_loss(rows, objective, head, parameters)
 
 
@@ -214,11 +213,10 @@ class _ChunkedLoss(torch.autograd.Function):
                     continue
                 weighted = (losses * losses.new_tensor(list(objective.weights.values()))).sum()
             grads = list(torch.autograd.grad(weighted, [inputs] * inputs.requires_grad + sums.differentiated))
-            if inputs.requires_grad:
-                of_inputs = grads.pop(0)
             if gradient is not None:
-                gradient[part] = of_inputs
+                gradient[part] = grads.pop(0)
             sums.add(grads)
+            del grads  # a part's gradient of the head would live until that of the next part is there
         ctx.gradients = gradient, sums.take()
         ctx.needs_parameters = needs_parameters
         token_losses = torch.cat(parts) if parts else rows.new_zeros(0, len(objective.weights), dtype=torch.float32)
