@@ -90,14 +90,19 @@ class MatrixSum(GradientSums):
             self._totals = [_wide_product(left, hidden, self.wide)]
         elif hidden.dtype == self.wide:
             self._totals[0].addmm_(left, hidden)
-        elif hidden.is_cuda:
+        elif _writes_fp32(hidden):
             torch.addmm(self._totals[0], left, hidden, out_dtype=self.wide, out=self._totals[0])
         else:
             self._totals[0].add_(left @ hidden)
 
 
+def _writes_fp32(operand: torch.Tensor) -> bool:
+    """Whether products of BF16 or FP16 can be written in FP32, or added to it: on NVIDIA's GPUs."""
+    return operand.is_cuda and torch.version.hip is None
+
+
 def _wide_product(left: torch.Tensor, right: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    if right.is_cuda and right.dtype != wide:
+    if _writes_fp32(right) and right.dtype != wide:
         return torch.mm(left, right, out_dtype=wide)
     return (left @ right).to(wide)
 
