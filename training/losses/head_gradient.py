@@ -15,6 +15,10 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .distillation import chunks
+
+_ROWS = 4096  # of a weight whose gradient exists in BF16 at a time, where products cannot write FP32
+
 
 class GradientSums:
     """Sums of the gradients of `parameters` over parts, in FP32 at least; `head` is what parts are given to."""
@@ -85,26 +89,25 @@ class MatrixSum(GradientSums):
 
     def add_product(self, grad: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add grad^T hidden, of grad [n, V] and hidden [n, H] in one dtype."""
-        left = grad.t()
-        if self._totals is None:
-            self._totals = [_wide_product(left, hidden, self.wide)]
-        elif hidden.dtype == self.wide:
-            self._totals[0].addmm_(left, hidden)
-        elif _writes_fp32(hidden):
-            torch.addmm(self._totals[0], left, hidden, out_dtype=self.wide, out=self._totals[0])
+        left, is_first = grad.t(), self._totals is None
+        if is_first:
+            self._totals = [hidden.new_empty(left.shape[0], hidden.shape[1], dtype=self.wide)]
+        (total,) = self._totals
+        if hidden.dtype == self.wide:
+            torch.mm(left, hidden, out=total) if is_first else total.addmm_(left, hidden)
+        elif not _writes_fp32(hidden):
+            for rows in chunks(len(total), _ROWS):
+                product = left[rows] @ hidden
+                total[rows].copy_(product) if is_first else total[rows].add_(product)
+        elif is_first:
+            torch.mm(left, hidden, out_dtype=self.wide, out=total)
         else:
-            self._totals[0].add_(left @ hidden)
+            torch.addmm(total, left, hidden, out_dtype=self.wide, out=total)
 
 
 def _writes_fp32(operand: torch.Tensor) -> bool:
     """Whether products of BF16 or FP16 can be written in FP32, or added to it: on NVIDIA's GPUs."""
     return operand.is_cuda and torch.version.hip is None
-
-
-def _wide_product(left: torch.Tensor, right: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    if _writes_fp32(right) and right.dtype != wide:
-        return torch.mm(left, right, out_dtype=wide)
-    return (left @ right).to(wide)
 
 
 class _Product(torch.autograd.Function):
