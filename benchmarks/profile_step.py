@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -42,7 +43,7 @@ RULES = (  # category, of operators, of modules, of the kernel
     ("rounding", r"^mx_qat::", "", r"^_?(fake_)?(de)?quantize|e4m3|to_fp8"),
     ("attention", r"scaled_dot_product|_attention_|ScaledDotProduct", "", r"flash|fmha|cudnn_.*sdpa"),
     ("product", r"^aten::(mm|addmm|bmm|baddbmm|_scaled_mm)$", "", r"gemm|nvjet|cutlass|cublas|xmma"),
-    ("loss", r"_?ChunkedLoss|_ForwardKL|_SparseCrossEntropy|^loss$", r"^head$", ""),
+    ("loss", r"^_?(ChunkedLoss|Product|ForwardKL|SparseCrossEntropy)", r"^head$", ""),
     ("embedding", r"embedding|^EmbeddingBackward", r"Embedding$", r"embedding"),
     ("norms", "", r"Norm$", r"fused.*(rsqrt|mean)"),
     ("silu * up", r"aten::silu", "", r"fused.*silu"),
@@ -78,7 +79,7 @@ def category_of(kernel: Kernel, tokens: int) -> str:
 
 def product_of(kernel: Kernel, tokens: int) -> str:
     """Which product: a gradient of a weight sums over tokens; what a compiled graph computes has no module."""
-    if "head" in kernel.modules or any("ChunkedLoss" in name for name in kernel.operators):
+    if "head" in kernel.modules or any(re.match("_?(ChunkedLoss|Product)", name) for name in kernel.operators):
         return "products, head"
     operands = [shape for shape in kernel.shapes if len(shape) == 2]
     if len(operands) >= 2 and operands[-2][1] == tokens:
@@ -86,7 +87,7 @@ def product_of(kernel: Kernel, tokens: int) -> str:
     return "products, backward input" if kernel.is_backward else "products, forward"
 
 
-def milliseconds(run, rounds: int, device: str) -> tuple[float, float]:
+def milliseconds(run: Callable[[], object], rounds: int, device: str) -> tuple[float, float]:
     """Medians of a call's time until the device is done, and until the call returns."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
@@ -97,7 +98,8 @@ def milliseconds(run, rounds: int, device: str) -> tuple[float, float]:
         returned = time.perf_counter()
         synchronize()
         times.append((time.perf_counter() - start, returned - start))
-    return tuple(1e3 * median(column) for column in zip(*times, strict=True))
+    done, returned_after = zip(*times, strict=True)
+    return 1e3 * median(done), 1e3 * median(returned_after)
 
 
 def rates(device: str) -> tuple[float, float]:
@@ -139,7 +141,8 @@ class Profile:
 
     def rows(self, copy_rate: float, product_rate: float) -> dict[str, tuple[float, int, float]]:
         """Category -> milliseconds, kernels, limit."""
-        spent, launched = Counter(), Counter()
+        spent: Counter[str] = Counter()
+        launched: Counter[str] = Counter()
         for kernel in self.kernels:
             category = category_of(kernel, self.sizes.tokens)
             spent[category] += kernel.duration / 1e3

@@ -94,11 +94,10 @@ def _kernel(event: dict, point: tuple, stacks: dict, forward_of: dict) -> Kernel
     nodes = [i for i, e in enumerate(stack) if e["name"].startswith("autograd::engine")]
     modules = [i for i, name in enumerate(names) if name.startswith(MODULE)]
     is_backward = bool(nodes) and not any(i > nodes[-1] for i in modules)
-    if is_backward:
-        starts = [forward_of[key] for e in stack if (key := (e["tid"], e["ts"])) in forward_of]
-        around = [e["name"] for e in stacks[starts[-1]["tid"], starts[-1]["ts"]]] if starts else []
-    else:
-        around = list(names)
+    around = names
+    starts = [forward_of[key] for e in stack if (key := (e["tid"], e["ts"])) in forward_of] if is_backward else []
+    if starts:
+        around = tuple(e["name"] for e in stacks[starts[-1]["tid"], starts[-1]["ts"]])
     inside = tuple(name.removeprefix(MODULE) for name in around if name.startswith(MODULE))
     shapes: tuple = ()
     for e in reversed(stack):
