@@ -9,6 +9,8 @@ rounded to BF16 before it is added.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -16,6 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .distillation import chunks
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 4096  # of a weight whose gradient exists in BF16 at a time, where products cannot write FP32
 
@@ -95,19 +99,49 @@ class MatrixSum(GradientSums):
         (total,) = self._totals
         if hidden.dtype == self.wide:
             torch.mm(left, hidden, out=total) if is_first else total.addmm_(left, hidden)
-        elif not _writes_fp32(hidden):
+        elif self.wide != torch.float32 or not writes_fp32(hidden.device, hidden.dtype):
             for rows in chunks(len(total), _ROWS):
                 product = left[rows] @ hidden
                 total[rows].copy_(product) if is_first else total[rows].add_(product)
-        elif is_first:
-            torch.mm(left, hidden, out_dtype=self.wide, out=total)
         else:
-            torch.addmm(total, left, hidden, out_dtype=self.wide, out=total)
+            _product_to(total, left, hidden, is_first)
 
 
-def _writes_fp32(operand: torch.Tensor) -> bool:
-    """Whether products of BF16 or FP16 can be written in FP32, or added to it: on NVIDIA's GPUs."""
-    return operand.is_cuda and torch.version.hip is None
+def _product_to(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, is_first: bool) -> None:
+    """left @ right of BF16 or FP16 into FP32 `total`, or added to it."""
+    if is_first:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+@functools.cache
+def writes_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of `dtype`, BF16 or FP16, can be written in FP32, or added to it; tried once on a device.
+
+    Only PyTorch's CUDA backend has such products, and not under every setting: ROCm's raise, and so do those that
+    PYTORCH_TUNABLEOP_ENABLED tunes. Where there are none, this is logged.
+    """
+    if device.type != "cuda":
+        return False
+    refusal = why_not_fp32(device, dtype)
+    if refusal is not None:
+        logger.info("The gradient of the head is added up apart from its products: %s", refusal)
+    return refusal is None
+
+
+@torch.no_grad()
+def why_not_fp32(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why products cannot be written in FP32; None if two small ones give a sum that neither BF16 nor FP16 holds."""
+    length = 2**11 + 1
+    left, right = (torch.ones(length, width, dtype=dtype, device=device) for width in (32, 16))
+    total = torch.empty(32, 16, device=device, dtype=torch.float32)
+    try:
+        for is_first in (True, False):
+            _product_to(total, left.t(), right, is_first)
+    except RuntimeError as error:
+        return str(error)
+    return None if bool((total == 2 * length).all()) else "they are rounded before they are written"
 
 
 class _Product(torch.autograd.Function):

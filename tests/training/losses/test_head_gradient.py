@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import prepare_qat
-from training.losses import chunked, distillation
+from training.losses import chunked, distillation, head_gradient
 from training.losses.chunked import Head, attach, find_head
 from training.losses.distillation import Objective
 from training.losses.head_gradient import GradientSums, MatrixHead, MatrixSum, is_matrix
@@ -106,3 +106,29 @@ def test_the_sum_is_the_only_fp32_tensor_of_the_weights_size():
     with Watch(), torch.autocast("cpu", torch.bfloat16):
         model.lm_head(rows, Objective(labels))["loss"].backward()
     assert made == [torch.ops.aten.new_empty.default]
+
+
+def test_products_that_refuse_fp32_or_round_are_not_used(monkeypatch):
+    cpu = torch.device("cpu")
+    assert "aten::mm.dtype_out" in head_gradient.why_not_fp32(cpu, torch.bfloat16)  # a CPU has none
+    assert not head_gradient.writes_fp32(cpu, torch.bfloat16)
+
+    def product(total, left, right, is_first):
+        made = left.float() @ right.float()
+        total.copy_(made if is_first else total + made)
+
+    monkeypatch.setattr(head_gradient, "_product_to", product)
+    assert head_gradient.why_not_fp32(cpu, torch.bfloat16) is None
+
+    def rounded(total, left, right, is_first):
+        product(total, left, right, is_first)
+        total.copy_(total.half())
+
+    monkeypatch.setattr(head_gradient, "_product_to", rounded)
+    assert "rounded" in head_gradient.why_not_fp32(cpu, torch.float16)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_this_gpu_adds_products_to_fp32(dtype):
+    assert head_gradient.why_not_fp32(torch.device("cuda"), dtype) is None
