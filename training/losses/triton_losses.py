@@ -6,15 +6,17 @@ logarithm of its sum. Backward, the gradient is computed from the logits again, 
 and rounded once. So a logit costs 2 bytes forward, 2 to read and 2 to write backward; nothing of the logits' size is
 kept in FP32. No two programs write to one place, and every sum has one order: results have the same bits each time.
 
-Numbers are FP32 in between, with u = 2^-24 and T the temperature. Logits are subtracted from the row's largest before
-they are divided, so log p has the error 3 u |log p| + u log V, whatever the size of the logits, and p the relative
-error of `exp` (2 ulp and u |log p|) besides. A divergence is sum q (t - s) / T less the difference of the two
-logarithms of sums, and its error 4 u sum q |t - s| / T + 2 u log V.
+Numbers are FP32 in between, with u = 2^-24 and T the temperature. The row's largest logit is subtracted before anything
+else is rounded, so the size of the logits does not count: log p has an error of 3 u |log p| + 2 u log V, and p the
+relative error of that and of 2^x, 2 ulp. A divergence is sum q (t - s) / T less the difference of the logarithms of the
+sums; its error is 4 u sum q |t - s| / T + 3 u log V.
 
 distillation.py has the plain formulas. With TRITON_INTERPRET=1 the kernels run on CPU tensors.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -103,10 +105,10 @@ def _launch(kernel, tensors: tuple, temperature: float, view: torch.dtype | None
     rows, vocabulary = tensors[0].shape
     if rows:
         options = {"COLUMNS": _COLUMNS, "num_warps": _WARPS} | ({} if view is None else {"VIEW": triton_dtype(view)})
-        launch(kernel, (rows,), tensors, vocabulary, 1 / temperature, float(temperature), **options)
+        launch(kernel, (rows,), tensors, vocabulary, math.log2(math.e) / temperature, float(temperature), **options)
 
 
-# ---- Kernels ----
+# ---- Kernels, with scale = log2(e) / T: exp((s - largest) / T) = 2^((s - largest) scale) ----
 
 
 def _jit(function):
@@ -121,49 +123,48 @@ def _load(row_ptr, columns, count):
 
 
 @_jit
-def _of_row(largest, total, inverse):
-    """From lanes' largest logits and sums: the row's largest, the logarithm of its sum, the factors of lanes' sums."""
+def _of_row(largest, total, scale):
+    """From lanes' largest logits and sums: the row's, and the factors that lanes' sums had in it."""
     row_largest = tl.max(largest, 0)
-    factors = tl.exp((largest - row_largest) * inverse)
-    return row_largest, tl.log(tl.sum(total * factors, 0)), factors
+    factors = tl.exp2((largest - row_largest) * scale)
+    return row_largest, tl.sum(total * factors, 0), factors
 
 
 @_jit
-def _kl_kernel(student_ptr, teacher_ptr, result_ptr, stats_ptr, count, inverse, temperature, COLUMNS: tl.constexpr):
+def _kl_kernel(student_ptr, teacher_ptr, result_ptr, stats_ptr, count, scale, temperature, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, COLUMNS)
     largest_s = tl.full([COLUMNS], -3.4028234663852886e38, tl.float32)
     largest_t = tl.full([COLUMNS], -3.4028234663852886e38, tl.float32)
     total_s = tl.zeros([COLUMNS], tl.float32)
     total_t = tl.zeros([COLUMNS], tl.float32)
     weighted = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, count, COLUMNS):
-        columns = start + lanes
+        columns = start + tl.arange(0, COLUMNS)
         s = _load(student_ptr + row * count, columns, count)
         t = _load(teacher_ptr + row * count, columns, count)
         now_s = tl.maximum(largest_s, s)
         now_t = tl.maximum(largest_t, t)
-        total_s = total_s * tl.exp((largest_s - now_s) * inverse) + tl.exp((s - now_s) * inverse)
-        down = tl.exp((largest_t - now_t) * inverse)
-        q = tl.exp((t - now_t) * inverse)
+        total_s = total_s * tl.exp2((largest_s - now_s) * scale) + tl.exp2((s - now_s) * scale)
+        down = tl.exp2((largest_t - now_t) * scale)
+        q = tl.exp2((t - now_t) * scale)
         total_t = total_t * down + q
-        weighted = weighted * down + tl.where(columns < count, q * ((t - s) * inverse), 0.0)
+        weighted = weighted * down + tl.where(columns < count, q * (t - s), 0.0)
         largest_s = now_s
         largest_t = now_t
-    row_s, log_s, _ = _of_row(largest_s, total_s, inverse)
-    row_t, log_t, factors = _of_row(largest_t, total_t, inverse)
-    mean = tl.sum(weighted * factors, 0) / tl.sum(total_t * factors, 0)
-    divergence = mean - ((row_t - row_s) * inverse + (log_t - log_s))
+    row_s, sum_s, _ = _of_row(largest_s, total_s, scale)
+    row_t, sum_t, factors = _of_row(largest_t, total_t, scale)
+    mean = tl.sum(weighted * factors, 0) / sum_t  # of t - s under q
+    divergence = (mean - (row_t - row_s)) / temperature - (tl.log(sum_t) - tl.log(sum_s))
     tl.store(result_ptr + row, divergence * temperature * temperature)
     tl.store(stats_ptr + row * 4, row_s)
-    tl.store(stats_ptr + row * 4 + 1, log_s)
+    tl.store(stats_ptr + row * 4 + 1, tl.log2(sum_s))
     tl.store(stats_ptr + row * 4 + 2, row_t)
-    tl.store(stats_ptr + row * 4 + 3, log_t)
+    tl.store(stats_ptr + row * 4 + 3, tl.log2(sum_t))
 
 
 @_jit
 def _kl_backward_kernel(
-    student_ptr, teacher_ptr, stats_ptr, grad_ptr, gradient_ptr, count, inverse, temperature,
+    student_ptr, teacher_ptr, stats_ptr, grad_ptr, gradient_ptr, count, scale, temperature,
     COLUMNS: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -174,35 +175,35 @@ def _kl_backward_kernel(
     log_t = tl.load(stats_ptr + row * 4 + 3)
     for start in range(0, count, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        p = tl.exp((_load(student_ptr + row * count, columns, count) - row_s) * inverse - log_s)
-        q = tl.exp((_load(teacher_ptr + row * count, columns, count) - row_t) * inverse - log_t)
+        p = tl.exp2((_load(student_ptr + row * count, columns, count) - row_s) * scale - log_s)
+        q = tl.exp2((_load(teacher_ptr + row * count, columns, count) - row_t) * scale - log_t)
         tl.store(gradient_ptr + row * count + columns, _to_view((p - q) * factor, VIEW), mask=columns < count)
 
 
 @_jit
-def _ce_kernel(student_ptr, ids_ptr, result_ptr, stats_ptr, count, inverse, temperature, COLUMNS: tl.constexpr):
+def _ce_kernel(student_ptr, ids_ptr, result_ptr, stats_ptr, count, scale, temperature, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, COLUMNS)
     largest = tl.full([COLUMNS], -3.4028234663852886e38, tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, count, COLUMNS):
-        s = _load(student_ptr + row * count, start + lanes, count)
+        s = _load(student_ptr + row * count, start + tl.arange(0, COLUMNS), count)
         now = tl.maximum(largest, s)
-        total = total * tl.exp((largest - now) * inverse) + tl.exp((s - now) * inverse)
+        total = total * tl.exp2((largest - now) * scale) + tl.exp2((s - now) * scale)
         largest = now
-    row_largest, log_of_sum, _ = _of_row(largest, total, inverse)
+    row_largest, row_sum, _ = _of_row(largest, total, scale)
     label = tl.load(ids_ptr + row)
     is_token = (label >= 0) & (label < count)
+    row_sum = tl.where(is_token, row_sum, float("nan"))
     chosen = _to_fp32(tl.load(student_ptr + row * count + tl.where(is_token, label, 0)))
-    log_of_sum = tl.where(is_token, log_of_sum, float("nan"))
-    tl.store(result_ptr + row, (log_of_sum - (chosen - row_largest) * inverse) * temperature * temperature)
+    loss = tl.log(row_sum) - (chosen - row_largest) / temperature
+    tl.store(result_ptr + row, loss * temperature * temperature)
     tl.store(stats_ptr + row * 2, row_largest)
-    tl.store(stats_ptr + row * 2 + 1, log_of_sum)
+    tl.store(stats_ptr + row * 2 + 1, tl.log2(row_sum))
 
 
 @_jit
 def _ce_backward_kernel(
-    student_ptr, ids_ptr, stats_ptr, grad_ptr, gradient_ptr, count, inverse, temperature,
+    student_ptr, ids_ptr, stats_ptr, grad_ptr, gradient_ptr, count, scale, temperature,
     COLUMNS: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -212,6 +213,6 @@ def _ce_backward_kernel(
     label = tl.load(ids_ptr + row)
     for start in range(0, count, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        p = tl.exp((_load(student_ptr + row * count, columns, count) - row_largest) * inverse - log_of_sum)
+        p = tl.exp2((_load(student_ptr + row * count, columns, count) - row_largest) * scale - log_of_sum)
         gradient = (p - tl.where(columns == label, 1.0, 0.0)) * factor
         tl.store(gradient_ptr + row * count + columns, _to_view(gradient, VIEW), mask=columns < count)
