@@ -2,7 +2,8 @@
 
 A part is what `profile_step.py` calls a category. The bytes are those of the part as it is defined (an RMSNorm in FP32
 reads its input once and writes its output once), not of the kernels that compute it today: a kernel more is a pass
-more. What is read by one part and was written by another counts for both.
+more. What is read by one part and was written by another counts for both, so a compiled graph, which joins parts, may
+take less than the sum.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-FP32, BF16 = 4, 2
+FP32, BF16, E4M3 = 4, 2, 1
 MASTERS_AND_MOMENTS = 3  # tensors of a parameter that AdamW reads and writes; the gradient it only reads
 
 
@@ -24,6 +25,7 @@ class Sizes:
         code_bits: of a quantized input's code, scale included; 0 where inputs are not quantized.
         recomputed: whether a block's forward pass runs again in the backward pass.
         teacher: whether a second forward pass and its head are computed, in BF16.
+        in_fp8: whether the forward products take E4M3 values, of weights and inputs, and not rounded BF16.
     """
 
     config: LlamaConfig
@@ -33,6 +35,7 @@ class Sizes:
     code_bits: float = 0.0
     recomputed: bool = False
     teacher: bool = False
+    in_fp8: bool = False
 
     @property
     def tokens(self) -> int:
@@ -98,21 +101,24 @@ def least_bytes(s: Sizes) -> dict[str, float]:
         "silu * up": tokens * w["intermediate"] * BF16 * layers * (3 * s.passes + 5),
         # stream, output of a linear layer -> stream; two gradients of the stream -> one
         "residual adds": layers * 2 * (s.passes * (2 * stream + stream / 2) + 3 * stream),
-        # masters to BF16 where a product takes them so, gradients back to FP32 (a product could write FP32: 0),
-        # the output of norms to BF16 and its gradient back
+        # masters to BF16 where a product takes them so, and their gradients back to FP32 (products of quantized layers
+        # write FP32), the output of norms to BF16 and its gradient back
         "casts and copies": cast_weights * (FP32 + BF16)
-        + s.block_weights * (BF16 + FP32)
+        + (0 if s.rounds_weights else s.block_weights * (BF16 + FP32))
         + normed * (FP32 + BF16) * cast_inputs,
         # logits are read once, their gradient is written once, the head's gradient is written in FP32
         "loss": tokens * w["vocabulary"] * BF16 * (2 + s.teacher) + s.head_weights * FP32,
         "optimizer": s.parameters * FP32 * (2 * MASTERS_AND_MOMENTS + 1),
         "embedding": 2 * stream + s.head_weights * FP32,  # backward writes a whole gradient
     }
-    if s.rounds_weights:
-        result["rounding"] = s.block_weights * (FP32 + BF16) * (2 + s.recomputed)
-    if s.code_bits:
-        forward, code = s.inputs * 2 * BF16 + normed * (FP32 - BF16), s.code_bits / 8
-        result["rounding"] += forward * (1 + s.recomputed) + s.inputs * (2 * code + BF16)
+    # A forward pass reads what it rounds and writes values for the product; a value costs a byte in E4M3, and a row of
+    # them a scale, which is not counted.
+    given, repeats = E4M3 if s.in_fp8 else BF16, 1 + s.recomputed
+    if s.rounds_weights:  # from the master again in the backward pass, to BF16
+        result["rounding"] = s.block_weights * ((FP32 + given) * repeats + FP32 + BF16)
+    if s.code_bits:  # codes are written forward, read backward, and become BF16
+        forward, code = s.inputs * (BF16 + given) + normed * (FP32 - BF16), s.code_bits / 8
+        result["rounding"] += forward * repeats + s.inputs * (2 * code + BF16)
     return result
 
 
@@ -127,3 +133,8 @@ def operations(s: Sizes) -> dict[str, float]:
         "products, head": head * (3 + s.teacher),
         "attention": causal * (s.passes + 2.5),
     }
+
+
+def fp8_operations(s: Sizes) -> float:
+    """Operations among those of "products, forward" that take E4M3 values: not the teacher's."""
+    return 2.0 * s.tokens * s.block_weights * (1 + s.recomputed) * s.in_fp8

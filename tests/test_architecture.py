@@ -28,7 +28,7 @@ ROOMS = {
     "data/preview.py": {"data/*", "qat/files"},
     "training/arguments": {"qat/*", "data/*"},
     "training/backends": {"qat/*"},
-    "training/losses": {"data/*"},
+    "training/losses": {"data/*", "qat/numerics"},
     "training/monitoring": {"qat/*"},
     "training/teachers": {"qat/*", "data/*", "training/arguments", "training/backends", "training/losses"},
     "training/optimizers": {"qat/*"},

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from qat.errors import UserError
 
 from .distillation import CHUNK, Objective, labelled_rows
+from .head_gradient import GradientSums, MatrixHead, MatrixSum, is_matrix
 from .router_loss import NAME as ROUTER_LOSS
 from .router_loss import RouterLoss
 
@@ -69,7 +70,10 @@ class Head:
 
     def loss(self, rows: torch.Tensor, objective: Objective) -> dict[str, torch.Tensor]:
         """`chunked_loss` of hidden states [n, H], with gradients to the head's parameters."""
-        return chunked_loss(rows, objective, self.logits, [get(self.module) for get in self._parameters])
+        parameters = [get(self.module) for get in self._parameters]
+        is_plain = is_matrix(self.module, self.plain_forward)
+        head = MatrixHead(parameters[0], self.transformed) if is_plain else self.logits
+        return chunked_loss(rows, objective, head, parameters)
 
 
 def head_with(model: PreTrainedModel, transform: str) -> Head:
@@ -183,11 +187,17 @@ def chunked_loss(
 def _chunk_size(device_type: str, hidden_size: int) -> int | None:
     """Tokens whose logits, in the model's dtype, exist at a time in training.
 
-    Each chunk adds its part to the FP32 gradient of the head, whatever its size. A GPU multiplies so much faster than
-    it moves memory that this would take longer than the head's products with 512 tokens; half of H, up to 2,048, take
-    hardly more memory than the gradient's own parts do.
+    Each chunk adds its part to the FP32 gradient of the head, whatever its size (head_gradient.py). A GPU multiplies so
+    much faster than it moves memory that this would take longer than the head's products with 512 tokens; half of H, up
+    to 2,048, take hardly more memory than the gradient's own parts do.
     """
     return None if device_type == "cpu" else min(2048, max(CHUNK, hidden_size // 2))
+
+
+def _weighted_sum(losses: torch.Tensor, objective: Objective) -> torch.Tensor:
+    """[n, terms] -> scalar. The processor does not wait for the device, as it would in `new_tensor`."""
+    weights = torch.tensor(list(objective.weights.values()), dtype=losses.dtype)
+    return (losses * weights.to(losses.device, non_blocking=True)).sum()
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -195,30 +205,29 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, rows, objective, head, *parameters):
         needs_rows, *needs_parameters = (ctx.needs_input_grad[i] for i in (0, *range(3, 3 + len(parameters))))
         wanted = [p for p, needed in zip(parameters, needs_parameters, strict=True) if needed]
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in wanted]
+        sums = MatrixSum(head, bool(wanted)) if isinstance(head, MatrixHead) else GradientSums(wanted, head)
         gradient = torch.zeros_like(rows) if needs_rows else None
         parts = []
         size = _chunk_size(objective.device_type or rows.device.type, rows.shape[-1]) if wanted else None
         for part in objective.parts(len(rows), size):
             with torch.set_grad_enabled(needs_rows or bool(wanted)):
-                inputs = rows[part].detach().requires_grad_(needs_rows)
+                inputs = rows[part].detach().requires_grad_(needs_rows or sums.reads_inputs)
                 # A view, no leaf: autocast would keep its BF16 copies of the leaves of all parts until it ends.
-                losses = objective.token_losses(head(inputs.view_as(inputs)), part)
+                losses = objective.token_losses(sums.head(inputs.view_as(inputs)), part)
                 parts.append(losses.detach())
                 if not losses.requires_grad:
                     continue
-                weighted = (losses * losses.new_tensor(list(objective.weights.values()))).sum()
-            grads = list(torch.autograd.grad(weighted, [inputs] * needs_rows + wanted))
-            if needs_rows:
+                weighted = _weighted_sum(losses, objective)
+            grads = list(torch.autograd.grad(weighted, [inputs] * inputs.requires_grad + sums.differentiated))
+            if gradient is not None:
                 gradient[part] = grads.pop(0)
-            for total, grad in zip(sums, grads, strict=True):
-                total.add_(grad)
-        ctx.gradients = gradient, [total.to(p.dtype) for total, p in zip(sums, wanted, strict=True)]
+            sums.add(grads)
+            del grads  # a part's gradient of the head would live until that of the next part is there
+        ctx.gradients = gradient, sums.take()
         ctx.needs_parameters = needs_parameters
         token_losses = torch.cat(parts) if parts else rows.new_zeros(0, len(objective.weights), dtype=torch.float32)
         ctx.mark_non_differentiable(token_losses)
-        weights = token_losses.new_tensor(list(objective.weights.values()))
-        return (token_losses * weights).sum(), token_losses
+        return _weighted_sum(token_losses, objective), token_losses
 
     @staticmethod
     @once_differentiable

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from data.conversations.formatting import IGNORE_INDEX
 
+from . import triton_losses
+
 CHUNK = 512  # tokens whose FP32 logits exist at one time: 512 x 50,000 x 4 bytes = 100 MB for each of a few tensors
 
 
@@ -50,6 +52,8 @@ def forward_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float 
     Returns:
         [n] in FP32, or in FP64 for FP64 logits.
     """
+    if triton_losses.serves(student, teacher):
+        return triton_losses.ForwardKL.apply(student, teacher, temperature)
     return _ForwardKL.apply(student, teacher, temperature)
 
 
@@ -88,6 +92,8 @@ def sparse_cross_entropy(
     Returns:
         [n] in FP32, or in FP64 for FP64 logits.
     """
+    if weights is None and triton_losses.serves(student):
+        return triton_losses.CrossEntropy.apply(student, ids[:, 0], temperature)
     return _SparseCrossEntropy.apply(student, ids, weights, temperature)
 
 

@@ -17,6 +17,7 @@ from qat.layers.sites import quantizers_off
 
 from ..losses.chunked import Head, UnknownHead, find_head, head_with
 from ..losses.distillation import HiddenRows, labelled_rows
+from .norms import use_one_kernel
 from .precision import needs_autocast
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class FrozenTeacher:
         with self._precision():
             self.head = agreed_head(model, accelerator)
         body = model if self.head is None else model.base_model
+        if device.type == "cuda":
+            use_one_kernel(body, device)
         if not is_sharded:
             self.body = body
             return
