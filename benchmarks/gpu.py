@@ -51,6 +51,7 @@ def graph_seconds(run: Callable[[], object]) -> float:
     """Median time of `run` on the device alone: recorded as a graph, without the processor's part."""
     from triton.testing import do_bench_cudagraph
 
+    torch.cuda.synchronize()  # it uses a stream that does not wait for the one on which tensors are made
     return do_bench_cudagraph(run, rep=50, return_mode="median") / 1e3
 
 
