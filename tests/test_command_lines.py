@@ -1,5 +1,7 @@
-"""Every wrong command line of every program ends in one line, `error: ...`, that names what is wrong, with status 2, and
-leaves nothing."""
+"""Every wrong command line of every program ends in one line, `error: ...`, that names what is wrong, with status 2.
+
+Nothing is left of it.
+"""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _failure(arguments: list[str], status: int, errors: str) -> Exception:
     if status == _DISK_FULL or any(os.strerror(number) in reason for number in DISK_FULL):
         return DiskFullError(
             f"{folder} is not proven: the disk is full where the proof writes logits, most likely that of the "
-            f"temporary folder {tempfile.gettempdir()!r} ({reason}); free some space, or set TMPDIR, and verify it again"
+            f"temporary folder {tempfile.gettempdir()!r} ({reason}); free some space or set TMPDIR, and verify again"
         )
     if status < 0:
         return VerificationError(
