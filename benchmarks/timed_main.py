@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_config/fsdp2.yaml benchmarks/timed_main.py TIMES FLAG ...
 
 Each process writes `TIMES/process-N.json` at its end, and after every part. Nothing else differs from main.py, but that
-the device is waited for at the end of each step and part. With the environment variable TIMED_MAIN_TRAINS_ONLY, the run ends
-once it has trained: no final model is saved. Processes without a GPU have FSDP too, as in the tests.
+the device is waited for at the end of each step and part. With the environment variable TIMED_MAIN_TRAINS_ONLY, the run
+ends once it has trained: no final model is saved. Processes without a GPU have FSDP too, as in the tests.
 """
 
 from __future__ import annotations
