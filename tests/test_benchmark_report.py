@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,3 +60,15 @@ def test_an_unknown_name_in_a_list_of_names_is_refused_with_the_choices():
     for text in ("a,x", ",", ""):
         with pytest.raises(UserError, match=f"--runs '{text}': .*choose from a, b"):
             chosen("--runs", text, ("a", "b"))
+
+
+def test_what_is_timed_as_a_graph_waits_for_the_stream_that_made_its_tensors(monkeypatch):
+    """Triton's bench begins on a stream that does not; memory that the first stream still reads may be its target."""
+    from benchmarks import gpu
+
+    called = []
+    testing = SimpleNamespace(do_bench_cudagraph=lambda *_, **__: called.append("timed") or 1000.0)
+    monkeypatch.setitem(sys.modules, "triton.testing", testing)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(testing=testing))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: called.append("waited"))
+    assert gpu.graph_seconds(lambda: None) == 1.0 and called == ["waited", "timed"]
