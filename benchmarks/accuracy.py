@@ -35,7 +35,7 @@ from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from qat.layers.packed_base import pack_base  # noqa: E402
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with @SEED for another seed")
-    parser.add_argument("--workers", type=int, default=1, help="rows trained at the same time")
+    parser.add_argument("--workers", type=positive, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()

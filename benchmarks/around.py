@@ -29,11 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import write_conversations  # noqa: E402
 
 from benchmarks.accuracy_rows import ROWS  # noqa: E402
-from benchmarks.arguments import make_parser  # noqa: E402
+from benchmarks.arguments import chosen, make_parser  # noqa: E402
 from benchmarks.launch import last_error, offline  # noqa: E402
 from benchmarks.phases import EXIT, PHASES  # noqa: E402
 from benchmarks.random_llama import SHAPES, write_model  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
+from qat.command_line import positive  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
 
 WITHOUT_MASTERS = ("--master_dtype", "bfloat16", "--moment_dtype", "bfloat16", "--gradient_checkpointing", "True")
@@ -114,20 +115,19 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--shapes", default="tiny,0.1b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=positive, default=4)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--length", type=positive, default=256)
     parser.add_argument("--work", type=Path, help="where models and runs are written; default: a temporary folder")
     parser.add_argument("--against", type=Path, help="another copy of the repository, whose runs alternate with ours")
     parser.add_argument("--flags", type=shlex.split, default=[], help='more of main.py: "--export_format none"')
     args = parser.parse_args()
-    if unknown := [shape for shape in args.shapes.split(",") if shape not in SHAPES]:
-        parser.error(f"--shapes {unknown[0]}: choose from {', '.join(SHAPES)}")
+    shapes = chosen("--shapes", args.shapes, SHAPES)
     if args.device == "cpu":
         args.flags = ["--use_cpu", "True", *args.flags]
     roots = {"": ROOT} | ({"before": args.against.resolve()} if args.against else {})
     rows, about = [], environment(args.device)
-    for shape in args.shapes.split(","):
+    for shape in shapes:
         with tempfile.TemporaryDirectory(dir=args.work) as folder:
             rows += measure_shape(shape, Path(folder), roots, args)
         print(table([row for row in rows if row["shape"].startswith(shape)]), "\n", flush=True)

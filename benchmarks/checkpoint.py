@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from benchmarks.arguments import make_parser  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.command_line import positive_number  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.files.atomic import flush_path  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
@@ -56,7 +57,7 @@ _BUFFER = memoryview(os.urandom(1 << 26))
 def main() -> None:
     """Measure each size; print the table, write it to `--out`, draw seconds over parameters."""
     parser = make_parser(__doc__, repeats=5)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.1, 0.5], help="parameters, in billions")
+    parser.add_argument("--sizes", type=positive_number, nargs="+", default=[0.1, 0.5], help="parameters, in billions")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints are written; default: TMPDIR")
     args = parser.parse_args()

@@ -39,7 +39,7 @@ from data.sets.selection import Chosen, collect  # noqa: E402
 from data.sets.summary import padding_fraction  # noqa: E402
 from data.sources.python_docs import read_python_docs  # noqa: E402
 from data.sources.readers import parse_sources  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 
 
@@ -48,10 +48,10 @@ def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--gguf_file", default=None)
-    parser.add_argument("--tokens", type=int, default=300_000, help="size of the set that is timed")
-    parser.add_argument("--memory_tokens", type=int, nargs=2, default=(1_000_000, 10_000_000))
-    parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--tokens", type=positive, default=300_000, help="size of the set that is timed")
+    parser.add_argument("--memory_tokens", type=positive, nargs=2, default=(1_000_000, 10_000_000))
+    parser.add_argument("--max_length", type=positive, default=2048)
+    parser.add_argument("--batch_size", type=positive, default=8)
     parser.add_argument("--out", type=Path, default=None, help="folder for the CSV file and the chart")
     parser.add_argument("--build_only", type=Path, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -29,6 +29,7 @@ from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch, make_model  # noqa: E402
 from data.supervised import make_supervised_data_module  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.command_line import positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from training.arguments.distillation import CacheSettings  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
@@ -168,7 +169,7 @@ def main() -> None:
     add_workload(parser)
     parser.add_argument("--model", help="folder of a real model, for the noise of caches")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
-    parser.add_argument("--samples", type=int, default=16, help="samples of python-docs for that")
+    parser.add_argument("--samples", type=positive, default=16, help="samples of python-docs for that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     use_device(args.device)

@@ -27,6 +27,7 @@ from benchmarks.arguments import make_parser, use_device  # noqa: E402
 from benchmarks.lora import TEACHER, LoraStep, make_base  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, prepare  # noqa: E402
+from qat.command_line import not_negative, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from training.estimate.plan import COPY, SELF, Plan  # noqa: E402
 from training.estimate.total import Estimator  # noqa: E402
@@ -149,9 +150,9 @@ def main() -> None:
     """Estimate, measure, report."""
     parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers, 0 for all of the shape")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=not_negative, default=0, help="decoder layers, 0 for all of the shape")
+    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--length", type=positive, default=512)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--configurations", help="names with ; between them; default: all")
     parser.add_argument("--peak_of", help=argparse.SUPPRESS)

@@ -30,6 +30,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import TrainingStep, make_batch, saved_bytes_of_a_block  # noqa: E402
 from qat import get_scheme, prepare_qat  # noqa: E402
+from qat.command_line import positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from qat.layers.experts import Experts  # noqa: E402
@@ -98,9 +99,9 @@ def candidates(model: nn.Module, schemes: dict[str, tuple]) -> dict[str, Callabl
 def main() -> None:
     """Measure and report one shape."""
     parser = make_parser(__doc__, repeats=5)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--layers", type=positive, default=1)
+    parser.add_argument("--experts", type=positive, default=128)
+    parser.add_argument("--tokens", type=positive, default=2048)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--schemes", default="MXFP4,MXFP4A16,MXFP8")
     parser.add_argument("--no_optimizer", action="store_true", help="measure forward and backward alone")

@@ -28,11 +28,11 @@ _CHUNK = 1 << 20
 
 def main() -> None:
     """Measure each scheme; print the table and write it to `--out`."""
-    from qat.command_line import OneLineParser
+    from qat.command_line import OneLineParser, positive, positive_number
 
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the BF16 checkpoint")
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--gib", type=positive_number, default=1.0, help="size of the BF16 checkpoint")
+    parser.add_argument("--shards", type=positive, default=4)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where export.csv goes")
     parser.add_argument("--export", nargs=3, metavar=("SRC", "DST", "SCHEME"), help="one measurement, used internally")
     args = parser.parse_args()

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from benchmarks.arguments import chosen  # noqa: E402
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from qat.numerics.families import family_of, formats, get_format  # noqa: E402
 from qat.numerics.formats import Format  # noqa: E402
@@ -108,17 +109,18 @@ def main() -> None:
     """Measure, print, write CSV and PNG."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", type=int, default=4096, help="the tensor is SIZE x SIZE")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", type=positive, default=4096, help="the tensor is SIZE x SIZE")
+    parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--formats", default=",".join(formats()), help="which of them, comma-separated")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the CSV and the PNG go")
     args = parser.parse_args()
+    chosen_formats = [get_format(name) for name in chosen("--formats", args.formats, formats())]
     name = "fake_quant" if args.device == "cpu" else f"fake_quant_{args.device}"
     report = Report(name, args.device)
     charts = {}
     for label, dtype in INPUTS.items():
         x = torch.randn(args.size, args.size, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
-        for fmt in map(get_format, args.formats.split(",")):
+        for fmt in chosen_formats:
             seconds = measure(x, fmt, args.rounds, report)
             report.add(f"{label}, {fmt.name}: {COPY}", seconds[COPY] * 1e3, unit="ms")
             ratios = {candidate: value / seconds[COPY] for candidate, value in seconds.items() if candidate != COPY}

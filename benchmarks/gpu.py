@@ -20,17 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from benchmarks.arguments import chosen  # noqa: E402
 from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.fake_quant import divisor_of, kernels_for  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.variants import BF16, Variants  # noqa: E402
 from benchmarks.workloads import make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from qat.numerics import e4m3_rows, ops  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.kernels import triton_rows  # noqa: E402
 from qat.numerics.mx import FORMATS  # noqa: E402
+from qat.schemes.presets import PRESETS  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 
@@ -51,6 +53,7 @@ def graph_seconds(run: Callable[[], object]) -> float:
     """Median time of `run` on the device alone: recorded as a graph, without the processor's part."""
     from triton.testing import do_bench_cudagraph
 
+    torch.cuda.synchronize()  # it uses a stream that does not wait for the one on which tensors are made
     return do_bench_cudagraph(run, rep=50, return_mode="median") / 1e3
 
 
@@ -315,15 +318,16 @@ def main() -> None:
     """Run every section; one that fails is reported and does not stop the others."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where gpu.csv goes")
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers of the 8B-shaped model")
+    parser.add_argument("--layers", type=positive, default=8, help="decoder layers of the 8B-shaped model")
     parser.add_argument("--sections", default="check,kernels,others,saved,fp8,eager,checkpointing,compiled")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="of the steps")
     args = parser.parse_args()
+    schemes = chosen("--schemes", args.schemes, PRESETS)
     report = Report("gpu", device="cuda")
     report.add("decoder layers", args.layers)
 
     def steps(checkpointing: bool, compiled: bool) -> None:
-        for scheme in args.schemes.split(","):
+        for scheme in schemes:
             time_steps(report, "llama-8b", args.layers, (4, 2048), checkpointing, compiled, scheme)
             torch._dynamo.reset()
             free_memory()
@@ -338,7 +342,7 @@ def main() -> None:
         "checkpointing": lambda: steps(checkpointing=True, compiled=False),
         "compiled": lambda: steps(checkpointing=False, compiled=True),
     }
-    for name in args.sections.split(","):
+    for name in chosen("--sections", args.sections, sections):
         start = time.perf_counter()
         try:
             sections[name]()

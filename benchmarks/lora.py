@@ -38,6 +38,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import llama_config, make_batch  # noqa: E402
 from qat import get_scheme, prepare_qat  # noqa: E402
+from qat.command_line import positive, positive_number  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers import adapted  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
@@ -186,8 +187,8 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=7)
     add_workload(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=float, default=32.0)
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--alpha", type=positive_number, default=32.0)
     parser.add_argument("--checkpointing", choices=("off", "on"), default="off", help="of activations, in all alike")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile")
     parser.add_argument("--candidates", default=CANDIDATES, help="divided by semicolons")

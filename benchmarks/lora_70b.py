@@ -30,6 +30,7 @@ from benchmarks.common import median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch  # noqa: E402
 from qat import SCHEMES, prepare_qat  # noqa: E402
+from qat.command_line import positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from qat.layers.adapted import attach as attach_adapter  # noqa: E402
 from qat.layers.lora import adapters  # noqa: E402
@@ -149,12 +150,12 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--scheme", choices=SCHEMES, default="MXFP4")
     parser.add_argument("--weight_scale_rule", default="search")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=8192)
-    parser.add_argument("--intermediate", type=int, default=28672)
-    parser.add_argument("--layers", type=int, default=80)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--rank", type=positive, default=16)
+    parser.add_argument("--tokens", type=positive, default=1024)
+    parser.add_argument("--hidden", type=positive, default=8192)
+    parser.add_argument("--intermediate", type=positive, default=28672)
+    parser.add_argument("--layers", type=positive, default=80)
+    parser.add_argument("--vocabulary", type=positive, default=128256)
     parser.add_argument("--no_packing", action="store_true", help="keep the base in BF16, for comparison")
     args = parser.parse_args()
     use_device(args.device)

@@ -31,6 +31,7 @@ from benchmarks.arguments import make_parser, use_device  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import make_batch  # noqa: E402
 from qat import prepare_qat  # noqa: E402
+from qat.command_line import not_negative, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from training.losses.chunked import Head, attach, find_head  # noqa: E402
 from training.losses.distillation import Objective  # noqa: E402
@@ -131,9 +132,9 @@ def main() -> None:
     """Measure one setting: a row in memory.csv."""
     parser = make_parser(__doc__, repeats=5)
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers, 0 for all of the shape")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--layers", type=not_negative, default=0, help="decoder layers, 0 for all of the shape")
+    parser.add_argument("--batch", type=positive, default=2)
+    parser.add_argument("--length", type=positive, default=2048)
     parser.add_argument("--scheme", default="MXFP4")
     parser.add_argument("--weight_scale_rule", default=None)
     parser.add_argument("--input_scale_rule", default=None)

@@ -33,9 +33,10 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from benchmarks.accuracy_rows import ROWS  # noqa: E402
+from benchmarks.arguments import chosen  # noqa: E402
 from benchmarks.launch import launcher, offline, run_logged  # noqa: E402
 from benchmarks.report import check_device, environment  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, positive, positive_number  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
@@ -176,21 +177,22 @@ def main() -> None:
     parser.add_argument("--stages", default=",".join(STAGES), help="of BF16, MXFP4, distilled")
     parser.add_argument("--resume", default="MXFP4", help="stages in which each backend is resumed as well")
     parser.add_argument("--model", help="a local model folder; default: a small random Llama")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--timeout", type=float, default=150, help="seconds for one run of main.py")
+    parser.add_argument("--processes", type=positive, default=2)
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--learning_rate", type=positive_number, default=3e-4)
+    parser.add_argument("--timeout", type=positive_number, default=150, help="seconds for one run of main.py")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("flags", nargs="*", help="after --: further flags of main.py, for every run")
     args = parser.parse_args()
     check_device(args.device)
-    args.resume = args.resume.split(",")
+    stages, backends = chosen("--stages", args.stages, STAGES), chosen("--backends", args.backends, BACKENDS)
+    args.resume = chosen("--resume", args.resume, STAGES) if args.resume else []
 
     transformers.utils.logging.disable_progress_bar()
     work = Path(tempfile.mkdtemp(prefix="multi_gpu-"))
     runs, rows, start = Runs(args, work), [], time.perf_counter()
     show(dict(zip(COLUMNS, COLUMNS, strict=True)))
-    for stage in args.stages.split(","):
+    for stage in stages:
         row = dict.fromkeys(COLUMNS, "") | {"stage": stage, "backend": "one process"}
         try:
             reference, _, row["seconds"] = runs.run(stage, "one", f"{stage}-one")
@@ -199,7 +201,7 @@ def main() -> None:
             reference = work / "none"
         show(row)
         rows.append(row)
-        for backend in args.backends.split(","):
+        for backend in backends:
             rows.append(measure(runs, stage, backend, reference))
             show(rows[-1])
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
 from importlib import import_module
-from inspect import getattr_static
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.clock import REST, Clock  # noqa: E402
+
+sys.path.pop(0)  # ROOT may be another copy, all of whose modules are its own
 
 IMPORTS, FIRST_STEP, STEPS, EXIT = "imports", "first step", "other steps", "exit"
 # Functions that begin a phase, by the modules that call them.
@@ -44,51 +46,10 @@ FUNCTIONS = {
     "proof: logits": ("qat.checkpoints.verify:LogitsProof.finish",),
     "table of engines": ("main:table_of_folder",),
 }  # fmt: skip
-REST = "all else"
 _BEFORE_STEPS = 1 + list(FUNCTIONS).index("trainer")
 PHASES = (
     IMPORTS, *[*FUNCTIONS][:_BEFORE_STEPS], FIRST_STEP, STEPS, *[*FUNCTIONS][_BEFORE_STEPS:], REST, EXIT,
 )  # fmt: skip
-
-
-class Clock:
-    """Seconds by phase; of nested phases the inner one counts.
-
-    Attributes:
-        seconds: by phase.
-    """
-
-    def __init__(self, began: float) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last, self._running = began, [IMPORTS]
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`."""
-        self.begin(name)
-        try:
-            yield
-        finally:
-            self.end()
-
-    def begin(self, name: str) -> None:
-        """Let a phase begin, inside the one that runs."""
-        self._count()
-        self._running.append(name)
-
-    def end(self) -> None:
-        """Return to the phase outside."""
-        self._count()
-        self._running.pop()
-
-    def _count(self) -> None:
-        torch = sys.modules.get("torch")
-        if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        now = time.time()
-        name = self._running[-1]
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
 
 
 def follow(clock: Clock) -> None:
@@ -96,7 +57,7 @@ def follow(clock: Clock) -> None:
     for phase, names in FUNCTIONS.items():
         for name in names:
             owner, attribute = owner_of(name)
-            setattr(owner, attribute, _counted(clock, phase, getattr_static(owner, attribute)))
+            clock.follow(owner, attribute, phase)
     handler, steps = import_module("transformers.trainer_callback").CallbackHandler, iter([FIRST_STEP])
     begin, end = handler.on_step_begin, handler.on_step_end
 
@@ -127,23 +88,10 @@ def owner_of(name: str) -> tuple[Any, str]:
     return owner, attribute
 
 
-def _counted(clock: Clock, phase: str, function: Any) -> Any:
-    if isinstance(function, classmethod):
-        return classmethod(_counted(clock, phase, function.__func__))
-    plain: Callable = function
-
-    @wraps(plain)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        with clock.phase(phase):
-            return plain(*args, **kwargs)
-
-    return counted
-
-
 def main(began: str, out: str, root: str, *arguments: str) -> None:
     """Run main.py; what it has counted is in `out` when it returns."""
     sys.path.insert(0, root)
-    clock = Clock(float(began))
+    clock = Clock(float(began), IMPORTS)
     import main as program
     from qat.errors import reported_in_one_line
 

@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -42,7 +43,7 @@ from benchmarks.scale_figures import COLUMNS, WARM_UP, Table, figures, figures_r
 from benchmarks.scale_inputs import SHAPES, check_same, with_attention, write_data, write_model  # noqa: E402
 from benchmarks.scale_run import STAGES, Run  # noqa: E402
 from benchmarks.timed_main import TRAINS_ONLY  # noqa: E402
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, not_negative, not_negative_number, positive, positive_number  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
 
 RESUMED_STEPS = 2
@@ -211,20 +212,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", default="", help="RUN,RUN,... such as 2:BF16,4:MXFP4:16384; none: show scale.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="8b", choices=SHAPES, help="of runs that name none")
-    parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0 for all of the shape")
-    parser.add_argument("--vocabulary", type=int, default=0, help="tokens; 0 for those of the shape")
-    parser.add_argument("--steps", type=int, default=8, help=f"the first {WARM_UP} are not counted")
+    parser.add_argument("--layers", type=not_negative, default=0, help="decoder layers; 0 for all of the shape")
+    parser.add_argument("--vocabulary", type=not_negative, default=0, help="tokens; 0 for those of the shape")
+    parser.add_argument("--steps", type=positive, default=8, help=f"the first {WARM_UP} are not counted")
     parser.add_argument("--parallel", action="store_true", help="let runs share the machine while GPUs are free")
-    parser.add_argument("--minutes", type=float, default=8, help="after that no run begins, and one that runs is ended")
-    parser.add_argument("--least", type=float, default=100, help="seconds that must be left for a run to begin")
-    parser.add_argument("--timeout", type=float, default=420, help="seconds for one launch of main.py")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/scale"), help="models, checkpoints and logs")
+    parser.add_argument(
+        "--minutes", type=positive_number, default=8, help="after that no run begins, and one that runs is ended"
+    )
+    parser.add_argument(
+        "--least", type=not_negative_number, default=100, help="seconds that must be left for a run to begin"
+    )
+    parser.add_argument("--timeout", type=positive_number, default=420, help="seconds for one launch of main.py")
+    parser.add_argument("--work", type=Path, help="models, checkpoints and logs; default: a new temporary folder")
     parser.add_argument("--keep", action="store_true", help="keep what the runs wrote")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("flags", nargs="*", help="after --: further flags of main.py, for every run")
     args = parser.parse_args(argv)
     args.runs = [Run.parse(name, args.shape) for name in args.runs.split(",") if name]
-    args.work = args.work.resolve()
     if args.steps < WARM_UP + 2:
         raise UserError(f"--steps {args.steps} is too few; the first {WARM_UP} are not counted, two more are needed")
     names = [str(i) for i in range(torch.cuda.device_count() if args.device == "cuda" else 64)]
@@ -233,6 +237,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for run in args.runs:
         if run.gpus > len(args.devices):
             raise UserError(f"--runs {run.name!r} needs {run.gpus} GPUs; there are {len(args.devices)}")
+    if args.work is None and args.runs:
+        args.work = Path(tempfile.mkdtemp(prefix="scale-"))
+        print(f"--work {args.work}", flush=True)
+    args.work = None if args.work is None else args.work.resolve()
     return args
 
 
@@ -250,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in ratios(table.rows).items():
         print(f"{value:8.3f}  {name}")
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(f"{time.time() - begin:.0f} s; outputs of main.py: {args.work / 'logs'}")
+    print(f"{time.time() - begin:.0f} s" + (f"; outputs of main.py: {args.work / 'logs'}" if args.work else ""))
 
 
 if __name__ == "__main__":

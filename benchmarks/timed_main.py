@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_config/fsdp2.yaml benchmarks/timed_main.py TIMES FLAG ...
 
 Each process writes `TIMES/process-N.json` at its end, and after every part. Nothing else differs from main.py, but that
-the device is waited for at the end of each step. With the environment variable TIMED_MAIN_TRAINS_ONLY, the run ends
-once it has trained: no final model is saved. Processes without a GPU have FSDP too, as in the tests.
+the device is waited for at the end of each step and part. With the environment variable TIMED_MAIN_TRAINS_ONLY, the run
+ends once it has trained: no final model is saved. Processes without a GPU have FSDP too, as in the tests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from benchmarks.clock import Clock, wait_for_gpu  # noqa: E402
+
 TRAINS_ONLY = "TIMED_MAIN_TRAINS_ONLY"
 
 
@@ -33,7 +33,7 @@ class Times(TrainerCallback):
     """Seconds since the epoch at which parts of a run begin and end, kept in a file of each process.
 
     Attributes:
-        parts: [begin, end] of each part, by its name; the last one, if it happened several times.
+        clock: has [begin, end] of each part, by its name; the last one, if it happened several times.
         steps: [begin, end] of each step.
         losses: those that were logged.
         row_tokens: of the first row of the training data; 0 until training begins.
@@ -41,49 +41,33 @@ class Times(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / f"process-{os.environ.get('RANK', 0)}.json"
-        self.parts: dict[str, list[float]] = {}
+        self.clock = Clock(BEGUN, "import")
         self.steps: list[list[float]] = []
         self.losses: list[float] = []
         self.row_tokens = 0
         self.memory: dict[str, int] = {}
 
-    @contextmanager
-    def part(self, name: str):
-        """The time of what happens inside."""
-        begin = time.time()
-        yield
-        self.parts[name] = [begin, time.time()]
-        self.write()
-
-    def clock(self, owner: Any, function: str, name: str) -> None:
+    def follow(self, owner: Any, function: str, name: str) -> None:
         """Let `owner`'s function be the part `name` whenever it is called."""
-        inner: Callable = getattr(owner, function)
-
-        @wraps(inner)
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return inner(*args, **kwargs)
-
-        setattr(owner, function, timed)
+        self.clock.follow(owner, function, name, after=self.write)
 
     def write(self) -> None:
         """Write everything to the file of this process."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = ("parts", "steps", "losses", "row_tokens", "memory")
-        self.path.write_text(json.dumps({"begun": BEGUN} | {name: getattr(self, name) for name in kept}))
+        kept = {name: getattr(self, name) for name in ("steps", "losses", "row_tokens", "memory")}
+        self.path.write_text(json.dumps({"begun": BEGUN, "parts": self.clock.intervals} | kept))
 
     # ---- What Trainer calls ----
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         self.row_tokens = len(train_dataloader.dataset[0]["input_ids"])
-        self.parts["train begins"] = [time.time()] * 2
+        self.clock.intervals["train begins"] = [time.time()] * 2
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self.steps.append([time.time()])
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_gpu()
         self.steps[-1].append(time.time())
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -99,18 +83,18 @@ class Times(TrainerCallback):
 
 def clock_parts(main: Any, times: Times) -> None:
     """Have `times` take the times of the parts of the module `main`, and be told of each step."""
-    times.clock(main, "make_supervised_data_module", "data")
-    times.clock(main.Start, "load_model", "load")
-    times.clock(main, "check_packing", "check packing")
-    times.clock(main, "attend_within_samples", "attention")
-    times.clock(main, "choose_teacher", "teacher")
-    times.clock(main.Start, "quantize", "quantize")
-    times.clock(main.OutputFolder, "find_checkpoint", "find checkpoint")
-    times.clock(main.OutputFolder, "pack", "export")
+    times.follow(main, "make_supervised_data_module", "data")
+    times.follow(main.Start, "load_model", "load")
+    times.follow(main, "check_packing", "check packing")
+    times.follow(main, "attend_within_samples", "attention")
+    times.follow(main, "choose_teacher", "teacher")
+    times.follow(main.Start, "quantize", "quantize")
+    times.follow(main.OutputFolder, "find_checkpoint", "find checkpoint")
+    times.follow(main.OutputFolder, "pack", "export")
     trainer = main.QATTrainer
-    times.clock(trainer, "_save_checkpoint", "save checkpoint")
-    times.clock(trainer, "save_state", "save state")
-    times.clock(main, "train", "train")
+    times.follow(trainer, "_save_checkpoint", "save checkpoint")
+    times.follow(trainer, "save_state", "save state")
+    times.follow(main, "train", "train")
     begin_with = trainer.__init__
 
     @wraps(begin_with)
@@ -126,8 +110,9 @@ def clock_parts(main: Any, times: Times) -> None:
 
     @wraps(save_model)
     def timed_save(self, output_dir=None, _internal_call=False):
-        with times.part("part of a checkpoint" if _internal_call else "save model"):
-            return save_model(self, output_dir, _internal_call)
+        with times.clock.phase("part of a checkpoint" if _internal_call else "save model"):
+            save_model(self, output_dir, _internal_call)
+        times.write()
 
     trainer.save_model = timed_save
 
@@ -141,7 +126,7 @@ def run(folder: Path, flags: list[str]) -> None:
     import main
 
     times = Times(folder)
-    times.parts["import"] = [BEGUN, time.time()]
+    times.clock.end()
     clock_parts(main, times)
     try:
         main.main(flags)

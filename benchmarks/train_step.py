@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.arguments import RETURN_FREED, add_workload, make_parser, peak_memory, use_device  # noqa: E402
+from benchmarks.arguments import RETURN_FREED, add_workload, chosen, make_parser, peak_memory, use_device  # noqa: E402
 from benchmarks.common import bar_chart, median_seconds  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.workloads import SHAPES, TrainingStep, make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
-from qat.schemes.presets import PRESETS, get_scheme  # noqa: E402
+from qat.schemes.presets import PRESETS  # noqa: E402
 
 SCHEMES = ("MXFP4", "MXFP8")
 AT_ONCE = 2  # schemes that are in memory beside BF16
@@ -38,7 +38,7 @@ BYTES_OF = {"NVFP4": 0.65, "MXFP4FP8": 0.70} | dict.fromkeys(
 
 def schemes_of(text: str) -> tuple[str, ...]:
     """The schemes of `--schemes`."""
-    return tuple(PRESETS) if text == "all" else tuple(get_scheme(name).name for name in text.split(","))
+    return tuple(PRESETS) if text == "all" else tuple(chosen("--schemes", text, PRESETS))
 
 
 def fits(scheme: str, shape: str) -> bool:
@@ -62,9 +62,10 @@ def main() -> None:
     """Measure and report one shape."""
     parser = make_parser(__doc__, repeats=5)
     add_workload(parser)
-    parser.add_argument("--schemes", type=schemes_of, default=SCHEMES, help="comma-separated, or all")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="comma-separated, or all")
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory, which needs 2 processes each")
     args = parser.parse_args()
+    args.schemes = schemes_of(args.schemes)
     use_device()
     if args.memory_of:
         return print_peak_memory(args)

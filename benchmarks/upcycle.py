@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 
-from qat.command_line import OneLineParser  # noqa: E402
+from qat.command_line import OneLineParser, not_negative_number, positive  # noqa: E402
 from qat.errors import reported_in_one_line  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
@@ -67,9 +67,9 @@ def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a Llama: folder or hub id")
     parser.add_argument("--gguf_file")
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--active", type=int, default=2, help="experts of a token")
-    parser.add_argument("--noise", type=float, default=0.1, help="in standard deviations of the weight")
+    parser.add_argument("--experts", type=positive, default=8)
+    parser.add_argument("--active", type=positive, default=2, help="experts of a token")
+    parser.add_argument("--noise", type=not_negative_number, default=0.1, help="in standard deviations of the weight")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     arguments = ModelArguments(args.model, args.gguf_file)

@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qat.errors import UserError, reported_in_one_line
-from qat.files.paths import make_writable
+from qat.files.paths import check_writable
 
 from .bad_samples import POLICIES
 from .command_line import DataclassParser
@@ -58,7 +58,7 @@ class PreviewArguments:
         if self.count < 1:
             raise UserError(f"--count {self.count} shows nothing; give a positive number")
         if self.data_cache_dir is not None:
-            make_writable("--data_cache_dir", self.data_cache_dir)
+            check_writable("--data_cache_dir", self.data_cache_dir)
         if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():
             raise UserError(
                 f"--gguf_file {self.gguf_file!r} is not in --model_name_or_path {self.model_name_or_path!r}; name a "

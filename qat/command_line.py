@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,8 @@ _KINDS = {  # what the types of arguments are called
     "float": "a number",
     "positive": "a whole number of at least 1",
     "not_negative": "a whole number of at least 0",
+    "positive_number": "a number above 0",
+    "not_negative_number": "a number of at least 0",
 }
 
 
@@ -94,5 +97,19 @@ def positive(text: str) -> int:
 def not_negative(text: str) -> int:
     """A whole number of at least 0: a type for `add_argument`."""
     if (number := int(text)) < 0:
+        raise ValueError
+    return number
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0: a type for `add_argument`."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise ValueError
+    return number
+
+
+def not_negative_number(text: str) -> float:
+    """A finite number of at least 0: a type for `add_argument`."""
+    if not 0 <= (number := float(text)) < math.inf:
         raise ValueError
     return number

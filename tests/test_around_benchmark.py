@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import phases, random_llama
+from benchmarks.clock import Clock
 
 
 def test_all_functions_that_begin_a_phase_exist():
@@ -19,7 +21,7 @@ def test_all_functions_that_begin_a_phase_exist():
 
 def test_a_phase_inside_another_one_is_not_counted_twice():
     began = time.time()
-    clock = phases.Clock(began)
+    clock = Clock(began, "imports")
     with clock.phase("outer"):
         time.sleep(0.02)
         with clock.phase("inner"):
@@ -36,10 +38,27 @@ def test_a_replaced_function_still_gives_what_it_gave():
         def made(cls, x: int) -> tuple:
             return cls, x
 
-    clock = phases.Clock(time.time())
-    Thing.made = phases._counted(clock, "made", Thing.__dict__["made"])
+    clock = Clock(time.time(), "imports")
+    written = []
+    clock.follow(Thing, "made", "made", after=lambda: written.append(dict(clock.intervals)))
     assert Thing.made(3) == (Thing, 3)
-    assert "made" in clock.seconds
+    assert "made" in clock.seconds and list(written[0]) == ["made"]
+
+
+def test_a_phase_has_an_interval_with_what_is_nested_in_it_and_one_of_another_thread_counts_no_seconds():
+    clock = Clock(time.time(), "imports")
+    clock.end()
+    with clock.phase("outer"), clock.phase("inner"), ThreadPoolExecutor(1) as pool:
+        pool.submit(_wait_in, clock, "beside").result()
+    outer, inner, beside = (clock.intervals[name] for name in ("outer", "inner", "beside"))
+    assert outer[0] <= inner[0] <= beside[0] <= beside[1] <= inner[1] <= outer[1]
+    assert "beside" not in clock.seconds and clock.seconds["inner"] >= 0.02 > clock.seconds["outer"]
+    assert clock.intervals["imports"][1] <= outer[0]
+
+
+def _wait_in(clock: Clock, name: str) -> None:
+    with clock.phase(name):
+        time.sleep(0.02)
 
 
 def test_the_model_is_a_whole_checkpoint_with_finite_random_weights_and_a_tokenizer_of_its_vocabulary(

@@ -1,4 +1,7 @@
-"""Every wrong command line of every program ends in one line, `error: ...`, that names what is wrong, with status 2."""
+"""Every wrong command line of every program ends in one line, `error: ...`, that names what is wrong, with status 2.
+
+Nothing is left of it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def never(*_args, **_kwargs):
 
 
 @pytest.mark.parametrize("program,words,named", ROWS, ids=lambda value: value[:80] if isinstance(value, str) else None)
-def test_a_wrong_command_line_ends_in_one_line_before_weights_are_read(
+def test_a_wrong_command_line_ends_in_one_line_before_weights_are_read_and_leaves_no_folder(
     program, words, named, files, programs, monkeypatch, capfd, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
@@ -59,6 +62,7 @@ def test_a_wrong_command_line_ends_in_one_line_before_weights_are_read(
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert named in lines[0]
+    assert not list(tmp_path.iterdir()), "a folder is left"
 
 
 def test_there_are_as_many_rows_as_were_tried():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from math import prod
 from threading import Thread
 
@@ -34,6 +35,14 @@ def test_a_wrong_run_is_refused_by_its_name(name):
 def test_runs_need_the_gpus_that_they_name():
     with pytest.raises(UserError, match="'65:BF16' needs 65 GPUs"):
         parse_arguments(["--runs", "2:BF16,65:BF16", "--device", "cpu"])
+
+
+def test_runs_work_in_a_new_temporary_folder_that_is_printed_unless_one_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = (parse_arguments(["--runs", "1:BF16", "--device", "cpu"]).work for _ in range(2))
+    assert first != second and first.parent == tmp_path.resolve() and f"--work {first}" in capsys.readouterr().out
+    assert parse_arguments(["--runs", "1:BF16", "--device", "cpu", "--work", str(tmp_path)]).work == tmp_path.resolve()
+    assert parse_arguments(["--device", "cpu"]).work is None and len(list(tmp_path.iterdir())) == 2
 
 
 def times(steps: int, memory: int) -> dict:

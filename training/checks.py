@@ -24,7 +24,7 @@ from qat.checkpoints.load import TEACHER_ARGUMENT
 from qat.checkpoints.model_config import read_config
 from qat.errors import UserError
 from qat.files.model_folder import check_adapter_folder, check_model_folder
-from qat.files.paths import check_apart, make_writable
+from qat.files.paths import check_apart, check_writable
 from qat.layers.fp8_matmul import use_fp8_matmul
 from qat.layers.restore import check_trainable
 
@@ -90,7 +90,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         ("--data_cache_dir", data_args.data_cache_dir), ("--distill_cache_dir", distill_args.distill_cache_dir)
     ):  # fmt: skip
         if folder is not None:
-            make_writable(name, folder)
+            check_writable(name, folder)
     skeleton = skeleton_of(start)
     check_autocast(args, skeleton.config)
     if args.do_train:

@@ -15,6 +15,7 @@ from .fit import first_line
 from .folder import CheckpointFolder
 from .matrices import Matrix
 from .pipeline import CPU, threads_for
+from .staging import free_pinned
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def compute_on(device: torch.device, wanted: str | None, what: str, work: Callab
         UserError: the GPU that is `wanted` has too little memory.
     """
     try:
-        return work(device)
+        return _given_back(work(device), device)
     except RuntimeError as error:  # that of CUDA itself, and of Triton, is no torch.OutOfMemoryError
         if "out of memory" not in str(error):
             raise
@@ -72,6 +73,13 @@ def compute_on(device: torch.device, wanted: str | None, what: str, work: Callab
             raise UserError(f"--device {wanted!r} has too little free memory for {what}; give --device cpu") from error
         logger.warning("%s ran out of memory on %s, so it begins anew on the CPU", what, in_words(device))
     return work(CPU)
+
+
+def _given_back(result: Result, device: torch.device) -> Result:
+    """`result`, once the pinned memory of what computed it is the system's again."""
+    if device.type == "cuda":
+        free_pinned(device)
+    return result
 
 
 def named_device(name: str) -> torch.device:

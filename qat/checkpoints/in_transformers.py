@@ -17,8 +17,7 @@ from .loadable import runs_as_linear, why_not_loadable
 from .packed_folder import skeleton_of
 from .packed_sites import weights_of
 from .stored_names import StoredNames
-
-VERDICT_NAME = "verification.json"
+from .verdict import VERDICT_NAME
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ memory took ten times as long as memory in use, and forty times as long as pinne
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -36,6 +36,25 @@ def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
         held = _buffer()[: values.numel()].copy_(values, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
         yield held.numpy().data
+
+
+def free_pinned(device: torch.device) -> None:
+    """Give pinned memory that nothing uses any more back to the system; PyTorch would keep it for later tensors.
+
+    Args:
+        device: a GPU that this process uses; the call would begin to use another one.
+    """
+    with torch.cuda.device(device):
+        torch._C._host_emptyCache()
+
+
+def pinned_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Pinned memory that copies of these GPU tensors take, one after the other.
+
+    PyTorch rounds a block to a power of two, uses it again for tensors of that size only, and `torch.save` holds the
+    block before while it asks for the next one.
+    """
+    return 2 * sum({1 << (tensor.nbytes - 1).bit_length() for tensor in tensors if tensor.is_cuda and tensor.nbytes})
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,7 @@ Two proofs, both with code that took no part in packing:
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,20 +21,19 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..files.json_file import read_object
 from ..layers.share import describe_left, left_unquantized, quantized_share
 from ..layers.sites import Site, quantized_sites
-from ..schemes.config import QATConfig
+from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..version import VERSION
 from .device import choose_device, compute_on, in_words, most_bytes
 from .dialects import Dialect, dialect_of
-from .folder import CONFIG_NAME, CheckpointFolder
-from .in_transformers import VERDICT_NAME
+from .folder import CheckpointFolder
 from .loadable import why_not_loadable
 from .logits_proof import EXPERTS_IN, LogitsProof
 from .matrices import matrices_of
 from .skeleton import prepared_skeleton
 from .tensor_scales import stored_scales
+from .verdict import VERDICT_NAME, recorded_source, source_from, withdraw, write_verdict
 from .verify_logits import NotLoadableError, VerificationError
 from .verify_weights import WeightCount, compare_weights
 
@@ -69,11 +66,14 @@ def verify(
     Raises:
         UserError: one of the folders is not a checkpoint, or no source is known.
         VerificationError: something differs, and the message names the first tensor; or transformers cannot load the
-            folder for no known cause, and it has no verdict.
+            folder for no known cause.
+        DiskFullError: no space is left for what the proof writes.
+
+    A comparison that does not come to its end leaves the verdict `"verified": false` and the source; see verdict.py.
     """
     packed, dialect = _open_packed(Path(folder))
-    checkpoint = CheckpointFolder.open(source or _recorded_source(packed.path), "the source")
-    (packed.path / VERDICT_NAME).unlink(missing_ok=True)  # that of files that may have been others
+    checkpoint = CheckpointFolder.open(source or recorded_source(packed.path), "the source")
+    withdraw(packed.path, checkpoint.path if (packed.path / QAT_CONFIG_NAME).is_file() else None)
     qat_config = QATConfig.load(packed.path)
     if qat_config is None:
         raise UserError(f"{folder} has no qat_config.json; only what this program's export wrote can be verified")
@@ -94,19 +94,19 @@ def verify(
         verdict = _about_weights(packed, checkpoint, model, config, dialect, count)
         if with_logits and verdict["verified"]:
             verdict |= _about_logits_of(logits_proof, why_not_loadable(model, names, packed.quantization_config or {}))
-    (packed.path / VERDICT_NAME).write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
+    write_verdict(packed.path, verdict)
     _raise_unless_verified(verdict, packed.path, checkpoint.path)
     return verdict
 
 
 def _open_packed(folder: Path) -> tuple[CheckpointFolder, Dialect]:
-    """A packed folder and its dialect; one that is no longer whole loses its verdict, which was about other files."""
+    """A packed folder and its dialect; one that is no longer whole is not verified any more."""
     try:
         packed = CheckpointFolder.open(folder, "the packed folder")
         return packed, dialect_of(packed.quantization_config, packed.path)
     except UserError:
         if (folder / VERDICT_NAME).is_file():
-            (folder / VERDICT_NAME).unlink()
+            withdraw(folder)
         raise
 
 
@@ -121,7 +121,7 @@ def _about_weights(
     """The verdict before there are logits."""
     return {
         "verified": count.elements_that_differ == 0,
-        "source": os.path.relpath(checkpoint.path.resolve(), packed.path.resolve()),
+        "source": source_from(packed.path, checkpoint.path),
         "export_format": dialect.name,
         "quantized_share": quantized_share(model),
         "left_unquantized": describe_left(model, left_unquantized(model, config)),
@@ -159,16 +159,6 @@ def _bytes_over_nominal(sites: list[Site], count: WeightCount) -> float:
     weights = {id(site.weight): site for site in sites}.values()  # layers may share one
     bits = sum(s.weight.numel() * s.scheme.weight.format.bits_per_value(s.shape[1]) for s in weights)
     return count.packed_bytes * 8 / bits
-
-
-def _recorded_source(folder: Path) -> Path:
-    path = folder / VERDICT_NAME
-    if path.is_file():
-        recorded = folder / str(read_object(path).get("source", ""))
-        if (recorded / CONFIG_NAME).is_file():
-            return recorded.resolve()
-        raise UserError(f"{path} names {recorded} as the source, which is not there; give --source")
-    raise UserError(f"{folder} names no source to compare with (it has no {VERDICT_NAME}); give --source")
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ model, and compares what they write. Nothing of the exporting process can leak i
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -14,20 +15,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import UserError
+from ..errors import DISK_FULL, DiskFullError, UserError
+from ..files.atomic import disk_full_reported, means_full
 from ..layers.kv_cache import set_cache_rule
 from ..layers.restore import prepare_as_saved, set_scale_rules
 from ..layers.sites import EXPERTS, quantized_sites
-from ..processes import start_worker
+from ..processes import name_of, start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
@@ -37,6 +40,7 @@ from .pipeline import CPU
 
 logger = logging.getLogger(__name__)
 
+_DISK_FULL = errno.ENOSPC  # status of a process that has no space for its result
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -82,7 +86,8 @@ def begin_packed(
 
     Returns:
         What waits for the process and gives BF16 [batch, time, vocabulary], on the CPU; it raises NotLoadableError
-        where transformers cannot load the checkpoint.
+        where transformers cannot load the checkpoint, another VerificationError where memory is short, and
+        DiskFullError where no space is left for the logits.
     """
     arguments = ["packed", "--folder", str(folder), "--device", str(device), *_trusted(trust_remote_code)]
     finish = _begin(processes, arguments, input_ids)
@@ -160,15 +165,15 @@ def _begin(
     """Run this module as a program in a process; returns what waits for it and gives what it wrote."""
     process = _Process(processes)
     inputs, outputs = process.folder / "inputs.safetensors", process.folder / "outputs.safetensors"
-    save_file({"input_ids": input_ids}, inputs)
+    with disk_full_reported(inputs, "TMPDIR"):
+        save_file({"input_ids": input_ids}, inputs)
     process.begin([*arguments, "--inputs", str(inputs), "--outputs", str(outputs)])
 
     def finish() -> Mapping[str, torch.Tensor]:
         if status := process.status():
             said = process.errors.read_text(encoding="utf-8", errors="replace")
             logger.debug("%s failed:\n%s", " ".join(arguments), said)
-            kind = NotLoadableError if arguments[0] == "packed" else VerificationError
-            raise kind(_failure(arguments, status, said))
+            raise _failure(arguments, status, said)
         return {name: tensor.clone() for name, tensor in load_file(outputs).items()}
 
     return finish
@@ -178,14 +183,30 @@ def _trusted(trust_remote_code: bool) -> list[str]:
     return ["--trust_remote_code"] if trust_remote_code else []
 
 
-def _failure(arguments: list[str], status: int, errors: str) -> str:
-    """One line about a process that failed, from what it wrote."""
+def _failure(arguments: list[str], status: int, errors: str) -> Exception:
+    """What is wrong where a process failed, in one line, from its status and what it wrote."""
     what, folder = arguments[0], arguments[2]
-    said = [line.strip() for line in errors.splitlines() if re.match(r"[\w.]*(Error|Exception): ", line.strip())]
+    said = [line.strip() for line in errors.splitlines() if re.match(r"[\w.]*(Error|Exception)(: |$)", line.strip())]
     reason = said[-1].removeprefix("qat.errors.UserError: ") if said else f"its process ended with status {status}"
+    if status == _DISK_FULL or any(os.strerror(number) in reason for number in DISK_FULL):
+        return DiskFullError(
+            f"{folder} is not proven: the disk is full where the proof writes logits, most likely that of the "
+            f"temporary folder {tempfile.gettempdir()!r} ({reason}); free some space or set TMPDIR, and verify again"
+        )
+    if status < 0:
+        return VerificationError(
+            f"{folder} is not proven: {name_of(-status)} ended the process that computes the logits of the {what} "
+            "model, as the system does where memory is short; verify it again with more"
+        )
+    if "out of memory" in reason or "MemoryError" in reason or "can't allocate memory" in reason:
+        return VerificationError(
+            f"{folder} is not proven: there is too little memory for the logits of the {what} model ({reason})"
+        )
     if what == "packed":
-        return f"{folder} is not proven, and has no verification.json: transformers cannot load it: {reason}"
-    return f"{folder}: the logits of the fake-quantized model cannot be computed, so nothing is proven: {reason}"
+        return NotLoadableError(f"{folder} is not proven: transformers cannot load it: {reason}")
+    return VerificationError(
+        f"{folder}: the logits of the fake-quantized model cannot be computed, so nothing is proven: {reason}"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,6 +291,19 @@ def _logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids, use_cache=False).logits.contiguous().cpu()
 
 
+def _run(argv: list[str]) -> int:
+    """`main`, and the status that the process ends with."""
+    try:
+        main(argv)
+    except (OSError, SafetensorError) as error:
+        if not means_full(error):
+            raise
+        with suppress(OSError):  # what is said has no space either
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return _DISK_FULL
+    return 0
+
+
 if __name__ == "__main__":
     start_worker(parent=int(sys.argv[1]))
-    main(sys.argv[2:])
+    sys.exit(_run(sys.argv[2:]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -45,22 +46,64 @@ def check_apart(argument: str, output: str | Path, inputs: Iterable[tuple[str, s
             )
 
 
-def make_writable(argument: str, folder: str | Path) -> None:
-    """Make `folder` if it is missing, and try to write there.
+@contextmanager
+def made_writable(argument: str, folder: str | Path) -> Iterator[None]:
+    """Make `folder` if it is missing, and try to write there; where the block fails, remove it if it is still empty.
+
+    Folders that were there before stay, and so does one that anything was written to.
 
     Raises:
         UserError: nothing can be written there.
     """
+    with _named(argument, folder):
+        made = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        with _named(argument, folder):
+            _try(Path(folder))
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty, or another process was first
+            for path in made:
+                path.rmdir()
+        raise
+
+
+def check_writable(argument: str, folder: str | Path) -> None:
+    """Try to write in `folder`, or to make it where it is missing; nothing is left.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    with _named(argument, folder):
+        path = Path(folder).absolute()
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        if there == path:
+            _try(path)
+            return
+        with tempfile.TemporaryDirectory(dir=there) as temporary:
+            new = Path(temporary, path.relative_to(there))
+            new.mkdir(parents=True)
+            _try(new)
+
+
+@contextmanager
+def _named(argument: str, folder: str | Path) -> Iterator[None]:
+    """Name the argument and its value where the operating system refuses."""
     if not str(folder).strip():
         raise UserError(f"{argument} is empty; give a folder to write to")
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"0" * _PROBE_BYTES)
-            probe.flush()
+        yield
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{argument} {str(folder)!r} cannot be written ({reason}); give a folder that can") from error
+
+
+def _try(folder: Path) -> None:
+    """Write a few bytes in a folder that exists."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"0" * _PROBE_BYTES)
+        probe.flush()
 
 
 def check_writable_file(argument: str, path: str | Path) -> None:

@@ -133,7 +133,7 @@ class _Step:
         self.head = _head_of(model)
         self.kept = 0
         model.train(plan.trains)
-        set_attention(model, plan.masked)
+        set_attention(model, plan)
         if not plan.trains:
             return
         set_checkpointing(model, plan)
@@ -170,7 +170,7 @@ class _Step:
             self.model.train(plan.trains)
             return HiddenRows(rows, self.head.logits)
         assert teacher is not None, "a copy or another model was given"
-        set_attention(teacher, plan.masked)
+        set_attention(teacher, plan)
         head = _head_of(teacher.requires_grad_(False).eval())
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             if head is None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from qat.layers.adapted import attach
 from qat.layers.calibration import calibrated_layers
@@ -26,6 +27,7 @@ from ..arguments.lora import ALL_LINEAR
 from .plan import Plan
 
 _UNMASKED = "sdpa_unmasked"  # transformers makes a mask for fake tensors, since it cannot see that none is needed
+_LOCAL = "sdpa_local"  # the same, but for sliding windows
 _MEMORY_OF_SDPA = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
@@ -59,15 +61,29 @@ def give_fake_tensors(model: PreTrainedModel, mode: FakeTensorMode, dtype: torch
     return model
 
 
-def set_attention(model: PreTrainedModel, masked: bool) -> None:
-    """Let attention take as much memory as on the device of the run: fused, with a mask or without one."""
-    if model.config._attn_implementation not in _MEMORY_OF_SDPA:
+def set_attention(model: PreTrainedModel, plan: Plan) -> None:
+    """Let attention take as much memory as on the device of the run: fused, with a mask or without one.
+
+    Without one, layers with a sliding window have one in `sdpa`, as packed_attention.py leaves it to them; and a model
+    that takes no other attention keeps that of packed rows.
+    """
+    own = model.config._attn_implementation
+    if own not in _MEMORY_OF_SDPA:
         return
-    AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+    for name in (_UNMASKED, _LOCAL):
+        AttentionInterface.register(name, sdpa_attention_forward)
     AttentionMaskInterface.register(_UNMASKED, lambda *args, **kwargs: None)
-    masked = masked and model.config._attn_implementation == "sdpa"
+    AttentionMaskInterface.register(_LOCAL, _local_mask)
+    masked = plan.masked or (plan.packed and not model._can_set_attn_implementation())
+    chosen = _UNMASKED if own != "sdpa" else own if masked else _LOCAL
     for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
-        config._attn_implementation = "sdpa" if masked else _UNMASKED
+        config._attn_implementation = chosen
+
+
+def _local_mask(*args, **kwargs) -> torch.Tensor | None:
+    """The mask of a sliding window that is shorter than the row; else none."""
+    window = kwargs.get("local_size")
+    return None if window is None or kwargs["kv_length"] <= window else sdpa_mask(*args, **kwargs)
 
 
 def set_checkpointing(model: PreTrainedModel, plan: Plan) -> None:

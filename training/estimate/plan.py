@@ -72,7 +72,8 @@ class Plan:
         trains: False for an evaluation.
         compute_dtype: of autocast; FP32 for none.
         accumulates: gradients exist while the next batch is computed.
-        masked: attention gets a mask (padding, packed samples).
+        masked: attention gets a mask (padding; packed samples where a compiler is to come).
+        packed: rows hold several samples. Without `masked`, attention is computed within each (packed_attention.py).
         optimizer: --optim. optimizer_args: --optim_args.
         master_dtype: in which parameters are trained.
         moment_dtype: of AdamW's moments, where these are trained in BF16.
@@ -96,6 +97,7 @@ class Plan:
     compute_dtype: torch.dtype = torch.bfloat16
     accumulates: bool = False
     masked: bool = False
+    packed: bool = False
     optimizer: str = "adamw_torch_fused"
     optimizer_args: str = ""
     master_dtype: torch.dtype = torch.float32
@@ -148,7 +150,8 @@ def plan_of(arguments: Arguments, backend: Backend, device: str, lora_r: int = 0
         trains=bool(args.do_train),
         compute_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         accumulates=args.gradient_accumulation_steps > 1,
-        masked=data.packing or batch > 1,
+        masked=bool(args.torch_compile) if data.packing else batch > 1,
+        packed=data.packing,
         optimizer=getattr(args.optim, "value", args.optim),
         optimizer_args=args.optim_args or "",
         master_dtype=getattr(torch, args.master_dtype),

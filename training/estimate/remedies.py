@@ -63,7 +63,7 @@ def remedies(plan: Plan, available: Available, estimate: Estimates, fits: Fits) 
 def _singles(plan: Plan, available: Available) -> Iterator[Remedy]:
     """Those that main.py takes beside the settings of the plan; what excludes each other is refused there."""
     if plan.batch > 1:
-        smaller = replace(plan, batch=1, masked=False)
+        smaller = replace(plan, batch=1, masked=plan.masked and plan.packed)
         yield Remedy(f"--per_device_{'train' if plan.trains else 'eval'}_batch_size 1", smaller)
     if plan.teacher == COPY:
         yield Remedy("--distill_teacher cache", replace(plan, teacher=CACHE))

@@ -175,10 +175,10 @@ class Estimator:
 
     def _run(self, plan: Plan) -> tuple[DryRun, str | None]:
         key = (
-            plan.batch, plan.length, plan.trains, plan.compute_dtype, plan.accumulates, plan.masked, plan.master_dtype,
-            plan.in_backward, plan.checkpoints, plan.checkpointing, plan.teacher, plan.teacher_tokens, plan.ce_weight,
-            plan.lora_r, plan.lora_target, plan.gather_dtype, plan.smooths_labels, plan.device,
-            plan.backend.parts, plan.backend.name,
+            plan.batch, plan.length, plan.trains, plan.compute_dtype, plan.accumulates, plan.masked, plan.packed,
+            plan.master_dtype, plan.in_backward, plan.checkpoints, plan.checkpointing, plan.teacher,
+            plan.teacher_tokens, plan.ce_weight, plan.lora_r, plan.lora_target, plan.gather_dtype, plan.smooths_labels,
+            plan.device, plan.backend.parts, plan.backend.name,
         )  # fmt: skip
         if key not in self._runs:
             self._runs[key] = self._computed(plan)

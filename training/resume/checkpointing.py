@@ -10,9 +10,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch.utils.serialization import config
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from qat.checkpoints.device import free_host_bytes
+from qat.checkpoints.staging import free_pinned, pinned_bytes
 
 from ..backends.writers import Writers
 from .checkpoint_weights import own_names
@@ -27,9 +31,9 @@ from .written import (
     model_written_whole,
 )
 
-# The manifest has a checksum of the whole file, and `torch.load` does not look at those of its tensors. A GPU copies to
-# pinned memory many times as fast; what is pinned stays so, as much as one tensor of each size takes.
-_SAVE = {"save.compute_crc32": False, "save.use_pinned_memory_for_d2h": True}
+_SAVE = {"save.compute_crc32": False}  # the manifest has one of the whole file; `torch.load` does not look at these
+_PINNED = {"save.use_pinned_memory_for_d2h": True}  # to which a GPU copies many times as fast
+_PINNED_PART = 4  # pinned at most: one part in so many of the free memory, since the system cannot take it back
 
 
 class CheckpointingTrainer(Trainer):
@@ -78,9 +82,17 @@ class CheckpointingTrainer(Trainer):
         self._content.beside(write_completely, self._content)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Trainer's own, with `torch.save` as below."""
-        with config.patch(_SAVE):
-            super()._save_optimizer_and_scheduler(output_dir)
+        """Trainer's own, with `torch.save` through pinned memory if there is enough; none stays pinned."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # and not written by `torch.save`
+        states = () if is_sharded else getattr(self.optimizer, "state", {}).values()
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        pinned = 0 < pinned_bytes(tensors) <= free_host_bytes() // _PINNED_PART
+        try:
+            with config.patch(_SAVE | (_PINNED if pinned else {})):
+                super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            if pinned:
+                free_pinned(self.args.device)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._content is None else str(self._content.folder)

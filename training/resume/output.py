@@ -20,7 +20,7 @@ from qat.checkpoints.verify import verify
 from qat.errors import DiskFullError, UserError
 from qat.files.atomic import check_target, clear_leftovers, means_full
 from qat.files.lock import LOCK_NAME, locked
-from qat.files.paths import make_writable
+from qat.files.paths import made_writable
 
 from ..backends.writers import Writers
 from .checkpoints import check_resumable, find_checkpoint
@@ -54,12 +54,13 @@ class OutputFolder:
     def held(self) -> Iterator[None]:
         """Keep the folder for this run alone: made if it is missing, tried, locked, cleared of what killed runs left.
 
+        A run that is refused, or fails, before it has written anything leaves no folder that it made.
+
         Raises:
             UserError: nothing can be written there, or another run is writing there.
             DiskFullError: no space is left, whatever was being written.
         """
-        make_writable("--output_dir", self.path)
-        with locked(self.path, self.writers):
+        with made_writable("--output_dir", self.path), locked(self.path, self.writers):
             self._clear()
             try:
                 yield

@@ -39,7 +39,7 @@ from qat.checkpoints.dialects import AUTO, resolved_format
 from qat.checkpoints.dialects.compressed_tensors import CompressedTensors
 from qat.errors import UserError
 from qat.files.model_folder import check_model_folder
-from qat.files.paths import check_apart, make_writable
+from qat.files.paths import check_apart, check_writable
 from qat.layers.operands import Operands
 from qat.layers.sites import quantized_sites
 from qat.schemes.spec import Scheme
@@ -161,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = DataLoader(samples, args.per_device_eval_batch_size, collate_fn=data["data_collator"])
     result = propose_mapping(Sensitivity(model, batches), args) | {"samples": len(samples)}
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "mapping.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(result, folder / "sensitivity.png")
     report(result, args, folder, model.config.model_type)
@@ -181,9 +182,9 @@ def check(
     check_model_folder(name)
     inputs = [("--dataset", p) for spec in (data_args.dataset, data_args.eval_dataset) for p in local_paths(spec)]
     check_apart("--output_dir", args.output_dir, [("--model_name_or_path", name), *inputs])
-    make_writable("--output_dir", args.output_dir)
+    check_writable("--output_dir", args.output_dir)
     if data_args.data_cache_dir is not None:
-        make_writable("--data_cache_dir", data_args.data_cache_dir)
+        check_writable("--data_cache_dir", data_args.data_cache_dir)
     start = Start.read(model_args)
     if start.is_packed or start.qat_config is not None:
         how = "packed" if start.qat_config is None else start.qat_config.summary

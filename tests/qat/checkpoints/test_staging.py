@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,3 +48,17 @@ def test_what_goes_to_a_gpu_and_comes_back_is_the_same_from_every_thread_and_str
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(there_and_back, range(48)))
+
+
+def test_pinned_memory_is_counted_by_powers_of_two_and_twice_for_each_size():
+    on_gpu = [SimpleNamespace(nbytes=nbytes, is_cuda=True) for nbytes in (4, 4, 3, 5, 8, 1 << 20, 0)]
+    assert staging.pinned_bytes([*on_gpu, torch.zeros(1000)]) == 2 * (4 + 8 + (1 << 20))
+    assert staging.pinned_bytes([torch.zeros(1000)]) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_pinned_memory_stays_once_it_is_freed():
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.empty(1 << 20, pin_memory=True)
+    staging.free_pinned(device)
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == 0

@@ -18,6 +18,7 @@ from qat import prepare_qat
 from qat.checkpoints import logits_proof, verify
 from qat.checkpoints import verify_logits as logits
 from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.verdict import recorded_source
 from qat.checkpoints.verify import VerificationError
 from qat.errors import UserError
 from qat.layers.calibration import calibrate_inputs
@@ -201,10 +202,11 @@ def test_a_folder_that_was_damaged_after_its_proof_loses_its_verdict(pair, tmp_p
     (copy / name).write_bytes(change((copy / name).read_bytes()))
     with pytest.raises(UserError, match=said):
         verify.verify(copy, source, with_logits=False)
-    assert not (copy / "verification.json").exists()
+    left = json.loads((copy / "verification.json").read_text())
+    assert left["verified"] is False and recorded_source(copy) == source.resolve()
 
 
-def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(tmp_path, monkeypatch):
+def test_a_folder_that_transformers_cannot_load_is_one_line_and_is_not_verified(tmp_path, monkeypatch):
     def begin(process, arguments):
         process.errors, process.found = tmp_path / "errors.txt", 0
         try:
@@ -225,7 +227,8 @@ def test_a_folder_that_transformers_cannot_load_is_one_line_and_has_no_verdict(t
     said = "packed is not proven.*cannot load it: .*experts.gate_up_proj"
     with pytest.raises(VerificationError, match=said) as error:
         verify.verify(packed, tmp_path / "source", tokens=8)
-    assert "\n" not in str(error.value) and not (packed / "verification.json").exists()
+    assert "\n" not in str(error.value)
+    assert json.loads((packed / "verification.json").read_text())["verified"] is False
 
 
 def test_wrong_logits_are_an_error_though_all_weights_agree(pair, monkeypatch, tmp_path):

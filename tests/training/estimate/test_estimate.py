@@ -11,7 +11,7 @@ import torch
 from helpers import make_llama, make_mixture, save_llama, write_conversations
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.optimization import Adafactor
 
 import main
@@ -20,7 +20,7 @@ from training.arguments.parse import parse_arguments
 from training.estimate import program
 from training.estimate.dry_run import BACKWARD, _EveryToken, dry_run
 from training.estimate.optimizers import state_bytes, temporary_bytes
-from training.estimate.plan import CACHE, COPY, DDP, FSDP1, FSDP2, ONE, SELF, Backend, Plan
+from training.estimate.plan import CACHE, COPY, DDP, FSDP1, FSDP2, ONE, SELF, Backend, Plan, plan_of
 from training.estimate.remedies import Available, remedies
 from training.estimate.total import (
     BUCKETS,
@@ -43,6 +43,8 @@ BLOCK = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64  # q and o, k and v, th
 REST = 260 * 64 + 64  # the embedding, which is the head, too, and the last norm
 COUNT = 2 * BLOCK + REST
 PLAN = Plan(2, 64, device="cpu")
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "vocab_size": 260}  # fmt: skip
 
 
 def skeleton(scheme: str | None = None, **kwargs) -> LlamaForCausalLM:
@@ -264,6 +266,36 @@ def test_two_parts_of_the_loss_have_the_peak_of_all(monkeypatch):
     assert found.when == "loss" and found.total == pytest.approx(
         Estimator(skeleton(None)).estimate(plan).total, rel=1e-3
     )
+
+
+def test_packed_rows_have_no_mask_of_tokens_by_tokens_but_for_sliding_windows_and_compilers(estimator):
+    plan = Plan(1, 512, device="cpu")
+    packed, masked = replace(plan, packed=True), replace(plan, packed=True, masked=True)
+    kept = {p: dry_run(estimator.student, None, p).kept for p in (plan, packed, masked)}
+    assert kept[packed] == kept[plan] and kept[masked] - kept[plan] >= 512 * 512
+    assert estimator.estimate(packed).total < estimator.estimate(masked).total
+    with torch.device("meta"):
+        windows = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=128))
+        whole = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None))
+    assert dry_run(windows, None, packed).kept - dry_run(whole, None, packed).kept >= 512 * 512
+    two = remedies(replace(masked, batch=2), Available(False), lambda p: estimator.estimate(p), lambda _: True)
+    (smaller,) = (remedy.plan for remedy, _ in two if "batch_size 1" in remedy.settings)
+    assert smaller.masked and smaller.batch == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "masked", "packed"),
+    [
+        ("--packing True", False, True),
+        ("--packing True --torch_compile True", True, True),
+        ("--per_device_train_batch_size 1", False, False),
+        ("--per_device_train_batch_size 2 --torch_compile True", True, False),
+    ],
+)
+def test_the_mask_of_a_plan_is_that_of_the_run(words, masked, packed):
+    arguments = parse_arguments(["--model_name_or_path", "m", "--dataset", "d", "--do_train", "True", *words.split()])
+    plan = plan_of(arguments, Backend(), "cpu")
+    assert (plan.masked, plan.packed) == (masked, packed)
 
 
 def test_accumulated_gradients_exist_while_activations_are_kept(estimator):

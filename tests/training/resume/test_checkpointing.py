@@ -16,6 +16,7 @@ from trainers import make_data, make_trainer
 
 from qat.errors import DiskFullError
 from qat.files.manifest import describe, listed, problems
+from training.resume import checkpointing
 from training.resume.safeguards import NonFiniteError, check_weights
 
 
@@ -41,6 +42,25 @@ def test_a_checkpoint_has_the_weights_and_the_moments_bit_for_bit_in_files_that_
     with zipfile.ZipFile(checkpoint / "optimizer.pt") as archive:
         assert {record.CRC for record in archive.infolist() if "/data/" in record.filename} == {0}
     assert config.save.compute_crc32 and not config.save.use_pinned_memory_for_d2h
+
+
+@pytest.mark.parametrize(("free", "is_pinned"), [(400, True), (396, False), (0, False)])
+def test_a_checkpoint_pins_a_part_of_the_free_memory_and_gives_it_back(trained, monkeypatch, free, is_pinned):
+    seen = []
+    monkeypatch.setattr(checkpointing, "pinned_bytes", lambda tensors: 100 if len(list(tensors)) > 9 else 0)
+    monkeypatch.setattr(checkpointing, "free_host_bytes", lambda: free)
+    monkeypatch.setattr(checkpointing, "free_pinned", lambda device: seen.append("freed"))
+    save = torch.save
+
+    def see(*given):
+        seen.append(config.save.use_pinned_memory_for_d2h)
+        save(*given)
+
+    monkeypatch.setattr(torch, "save", see)
+    trained._save_checkpoint(trained.model, None)
+    assert seen[0] is is_pinned and seen.count("freed") == is_pinned  # after the optimizer; other states follow
+    assert True not in (seen[seen.index("freed") :] if is_pinned else seen)
+    assert not config.save.use_pinned_memory_for_d2h
 
 
 def test_a_disk_that_is_full_where_the_weights_are_written_is_one_error_and_leaves_nothing(
