@@ -32,6 +32,8 @@ class Variants:
         self.quantized = [type(layer) for layer in self.layers]
         self.model, self.device = model, batch["input_ids"].device
         self.in_fp8 = bool(use_fp8_matmul(model, "auto", self.device))
+        if compiled:  # by default torch 2.11 takes a graph again where only the class of a layer has changed
+            torch._dynamo.config.use_recursive_dict_tags_for_guards = False
         self.names = [BF16, scheme, *[scheme + IN_BF16] * self.in_fp8]
         self.step = TrainingStep(model, batch)
         self.steps = {name: self._step(compiled) for name in self.names}
