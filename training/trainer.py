@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
 from data.conversations.formatting import IGNORE_INDEX
+from data.sets.mixing import COLUMN, MixedDataset
+from qat.errors import UserError
 from qat.layers.learned import check_compute_dtype
 from qat.layers.restore import check_trainable
 
 from .adapters.inject import config_of
 from .arguments.lora import check_with_adapters
-from .arguments.trainer_options import check_trainer_options, check_with_teacher
+from .arguments.trainer_options import check_trainer_options, check_with_generic, check_with_teacher
 from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
@@ -109,7 +111,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         self._in_backward = StepsInBackward() if getattr(self.args, "optimizer_in_backward", False) else None
         if self._in_backward is not None:
             self.add_callback(self._in_backward)
-        self._labelled_tokens = 0
+        self._labelled_tokens, self._generic_tokens = 0, 0
         self.parameter_groups, self.saved_dtypes = parameter_groups or {}, saved_dtypes or SavedDtypes()
         self.monitor: QuantizationMonitor | None = None
         self._log_quantization = log_quantization
@@ -124,6 +126,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
             self.teacher = as_teacher(teacher, self.model, self.head, self.accelerator)
             self._collators = {which: self.teacher.collate(self.data_collator, which) for which in self._collators}
             self.data_collator = self._collators["train"]
+        self._check_mixed()
         ce_weight = 1.0 if teacher is None else distill_ce_weight
         self._term_weights, terms = {"ce": ce_weight, "kl": 1 - ce_weight}, []
         if self._computes_loss():
@@ -131,7 +134,23 @@ class QATTrainer(LossTrainer, SavingTrainer):
             terms = [name for name, weight in self._term_weights.items() if weight]
             terms += [ROUTER_LOSS] if self.router_loss is not None else []
         self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
+        self._generic_means = TermMeans(("generic_kl",), self.accelerator, self.args.logging_nan_inf_filter)
         self._is_constructed = True
+
+    @property
+    def _is_mixed(self) -> bool:
+        """Whether generic text is mixed into the training."""
+        return isinstance(self.train_dataset, MixedDataset)
+
+    def _check_mixed(self) -> None:
+        """Refuse generic text without a teacher, and in an order that is not ours; else keep the mark of its rows."""
+        if not self._is_mixed:
+            return
+        if self.teacher is None:
+            raise UserError("a MixedDataset has generic text, of which a divergence is learned; give a teacher")
+        check_with_generic(self.args)
+        self._set_signature_columns_if_needed()
+        self._signature_columns.append(COLUMN)
 
     def call_model_init(self, trial=None) -> torch.nn.Module:
         """Trainer's own; the model of a new training or trial takes the place of the one before."""
@@ -225,8 +244,8 @@ class QATTrainer(LossTrainer, SavingTrainer):
             self.teacher.check(trains=True)
         check_compute_dtype(self.qat_config, self._compute_dtype, self.saved_dtypes.main)
         check_trainable(self.accelerator.unwrap_model(self.model))
-        self._labelled_tokens = None
-        self._term_means.clear()
+        self._labelled_tokens, self._generic_tokens = None, 0
+        self._term_means.clear(), self._generic_means.clear()
         return super().train(*args, **kwargs)
 
     @property
@@ -234,15 +253,23 @@ class QATTrainer(LossTrainer, SavingTrainer):
         """Those trained on so far, on all processes, those before a restart included."""
         return round(float(self._labelled_tokens or 0))
 
+    @property
+    def generic_tokens(self) -> int:
+        """The same of generic text, which `labelled_tokens` leaves out."""
+        return round(float(self._generic_tokens))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's own; counts the labelled tokens of a step, on all processes, without waiting for the device."""
         if self._labelled_tokens is None:  # a resumed run has those of its checkpoint
             self._labelled_tokens = self._progress.get("labelled_tokens", 0)
-            if sums := self._progress.get("loss_terms"):
-                self._term_means.restore(sums)
+            self._generic_tokens = self._progress.get("generic_tokens", 0)
+            for name, means in (("loss_terms", self._term_means), ("generic_terms", self._generic_means)):
+                if sums := self._progress.get(name):
+                    means.restore(sums)
         if num_items_in_batch is not None:
-            tokens = num_items_in_batch / self.current_gradient_accumulation_steps
-            self._labelled_tokens = self._labelled_tokens + tokens
+            batches, generic = self.current_gradient_accumulation_steps, self._generic_items
+            self._labelled_tokens = self._labelled_tokens + (num_items_in_batch - generic) / batches
+            self._generic_tokens = self._generic_tokens + generic / batches
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -253,6 +280,8 @@ class QATTrainer(LossTrainer, SavingTrainer):
         if "loss" in logs:
             tokens = {"labelled_tokens": self.labelled_tokens} if self._labelled_tokens else {}
             figures = self.monitor.metrics() if self.monitor is not None else {}
+            if self._is_mixed:
+                tokens |= {**self._generic_means.take(), "generic_tokens": self.generic_tokens}
             logs = {**logs, **self._term_means.take(), **tokens, **figures}
         super().log(logs, start_time)
 
@@ -285,6 +314,9 @@ class QATTrainer(LossTrainer, SavingTrainer):
             "loss_terms": self._writers.gather(self._term_means.state()),
             "labelled_tokens": self.labelled_tokens,
         }
+        if self._is_mixed:
+            generic = self._writers.gather(self._generic_means.state())
+            counted |= {"generic_terms": generic, "generic_tokens": self.generic_tokens}
         return {**super()._progress_now(), **counted}
 
 

@@ -100,6 +100,20 @@ def check_with_teacher(args: transformers.TrainingArguments) -> None:
         )
 
 
+def check_with_generic(args: transformers.TrainingArguments) -> None:
+    """Refuse an order of samples that cannot have generic text between them.
+
+    Raises:
+        UserError: samples come in an order of transformers' own.
+    """
+    strategy = plain(args.train_sampling_strategy)
+    if strategy not in ("random", "group_by_length"):
+        raise UserError(
+            f"--train_sampling_strategy {strategy} cannot have the rows of --distill_generic between those of "
+            "--dataset; choose random or group_by_length"
+        )
+
+
 def _defaults() -> dict[str, Any]:
     """The default of each option, as transformers has it."""
     return {

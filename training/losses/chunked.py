@@ -207,7 +207,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 parts.append(losses.detach())
                 if not losses.requires_grad:
                     continue
-                weighted = (losses * losses.new_tensor(list(objective.weights.values()))).sum()
+                weighted = objective.weighted_sum(losses, part)
             grads = list(torch.autograd.grad(weighted, [inputs] * needs_rows + wanted))
             if needs_rows:
                 gradient[part] = grads.pop(0)
@@ -217,8 +217,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.needs_parameters = needs_parameters
         token_losses = torch.cat(parts) if parts else rows.new_zeros(0, len(objective.weights), dtype=torch.float32)
         ctx.mark_non_differentiable(token_losses)
-        weights = token_losses.new_tensor(list(objective.weights.values()))
-        return (token_losses * weights).sum(), token_losses
+        return objective.weighted_sum(token_losses), token_losses
 
     @staticmethod
     @once_differentiable

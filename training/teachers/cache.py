@@ -72,7 +72,7 @@ def build_cache(
     parts = {"teacher": digest, "keys": keys, "teacher_cache": code, **asdict(settings)}
     key = fingerprint(parts)
     if make_teacher is None:
-        folder = _wait_for(root / key)
+        folder = wait_for(root / key)
     else:
         build = functools.partial(_build, make_teacher=make_teacher, samples=samples, settings=settings, what=what)
         folder = build_once(root, key, build, "--distill_cache_dir")
@@ -82,7 +82,7 @@ def build_cache(
     return folder
 
 
-def _wait_for(folder: Path) -> Path:
+def wait_for(folder: Path) -> Path:
     """`folder`, once another process has built it; if that one fails, the launcher ends this one too."""
     while not folder.is_dir():
         time.sleep(1)
@@ -251,5 +251,6 @@ def make_cached_teacher(
         dataset, own = data_module[f"{which}_dataset"], dataclasses.replace(settings, temperature=temperature)
         if dataset is None:  # nothing is evaluated
             continue
+        dataset = getattr(dataset, "everything", dataset)  # an epoch of a MixedDataset may read a part of its rows
         folders[which] = build_cache(root, make_teacher, digest[0], dataset, own, f"the {which} set")
     return CachedTeacher(folders)

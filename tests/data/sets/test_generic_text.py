@@ -1,0 +1,71 @@
+"""Generic text: what is read, cut and labelled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import make_tokenizer, write_conversations
+
+from data.sets.generic import read_generic
+
+
+def tokenizer_of(length: int):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = length
+    return tokenizer
+
+
+def read(path, length=16, **kwargs):
+    return read_generic(str(path), tokenizer_of(length), data_cache_dir=str(path.parent / "cache"), **kwargs)
+
+
+def test_a_text_file_is_one_document_whatever_its_lines_and_nothing_of_it_is_lost(tmp_path):
+    path, text = tmp_path / "book.txt", "One line.\n\nAnother one, after a blank line.\n  the end"
+    path.write_text(text)
+    tokenizer, pieces = tokenizer_of(16), read(path)
+    whole = tokenizer.backend_tokenizer.encode(text + tokenizer.eos_token, add_special_tokens=False).ids
+    found = [token for piece in pieces for token in piece["input_ids"]]
+    assert found[len(found) - len(whole) :] == whole and len(found) - len(whole) <= 1  # a BOS, if texts have one
+    assert [piece["length"] for piece in pieces][:-1] == [16] * (len(pieces) - 1)
+    for piece in pieces:
+        assert piece["labels"] == [-100, *piece["input_ids"][1:]]
+
+
+def test_texts_of_json_lines_are_documents_of_their_own(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": letter * 20}) + "\n" for letter in "ab"))
+    pieces = read(path)
+    assert len(pieces) == 4 and [len(set(piece["input_ids"][2:10])) for piece in pieces[::2]] == [1, 1]
+    assert pieces[0]["input_ids"][2] != pieces[2]["input_ids"][2]
+
+
+def test_conversations_are_labelled_as_in_training_and_cut_rather_than_truncated(tmp_path):
+    path = write_conversations(tmp_path / "chats.jsonl", 3)
+    answers, everything = read(path, 12), read(path, 12, train_on="all")
+    labelled = [sum(label != -100 for piece in pieces for label in piece["labels"]) for pieces in (answers, everything)]
+    assert 0 < labelled[0] < labelled[1] and max(everything["length"]) == 12
+    whole = read(path, 1000, train_on="all")
+    assert sum(everything["length"]) == sum(whole["length"])
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("empty.txt", b"", "empty file"),
+        ("blank.txt", b"\n \n", "no usable sample"),
+        ("latin.txt", b"caf\xe9 au lait\n", "not UTF-8"),
+        ("binary.txt", b"a\0b", "binary file"),
+        ("empty.jsonl", b"", "empty file"),
+        ("broken.jsonl", b'{"text": \n', "broken.jsonl:1"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_file_that_is_not_there_is_named_by_its_argument(tmp_path):
+    with pytest.raises(ValueError, match="--distill_generic .*gone.txt.* is neither a known dataset nor an existing"):
+        read(tmp_path / "gone.txt")
