@@ -35,9 +35,11 @@ def test_a_text_file_is_one_document_whatever_its_lines_and_nothing_of_it_is_los
 def test_texts_of_json_lines_are_documents_of_their_own(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": letter * 20}) + "\n" for letter in "ab"))
-    pieces = read(path)
-    assert len(pieces) == 4 and [len(set(piece["input_ids"][2:10])) for piece in pieces[::2]] == [1, 1]
-    assert pieces[0]["input_ids"][2] != pieces[2]["input_ids"][2]
+    tokenizer, pieces = tokenizer_of(16), read(path)
+    ends = [i for i, piece in enumerate(pieces) if piece["input_ids"][-1] == tokenizer.eos_token_id]
+    assert len(ends) == 2 and ends[-1] == len(pieces) - 1
+    texts = [tokenizer.decode(piece["input_ids"], skip_special_tokens=True) for piece in pieces]
+    assert "".join(texts[: ends[0] + 1]).strip() == "a" * 20 and "".join(texts[ends[0] + 1 :]).strip() == "b" * 20
 
 
 def test_conversations_are_labelled_as_in_training_and_cut_rather_than_truncated(tmp_path):
@@ -53,7 +55,7 @@ def test_conversations_are_labelled_as_in_training_and_cut_rather_than_truncated
     "name,content,message",
     [
         ("empty.txt", b"", "empty file"),
-        ("blank.txt", b"\n \n", "no usable sample"),
+        ("blank.txt", b"\n \n", "white space only"),
         ("latin.txt", b"caf\xe9 au lait\n", "not UTF-8"),
         ("binary.txt", b"a\0b", "binary file"),
         ("empty.jsonl", b"", "empty file"),
