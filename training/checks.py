@@ -63,6 +63,7 @@ def check_paths(arguments: Arguments) -> None:
     inputs = [("--dataset", path) for path in local_paths(data_args.dataset)]
     inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
     inputs += [("--distill_generic", path) for path in local_paths(distill_args.generic_file)]
+    inputs += [("--eval_generic", path) for path in local_paths(distill_args.eval_generic)]
     if args.do_train:
         inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
         inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate.utils import AutocastKwargs
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 
 from data.conversations.formatting import IGNORE_INDEX
@@ -73,6 +73,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         teacher: a model, which is frozen; a Teacher; or "self", the model itself with its quantizers off.
         distill_temperature: of both distributions in the training loss; evaluation reports the divergence at 1.
         distill_ce_weight: fraction of the training loss that is cross-entropy with the data's tokens.
+        generic_eval_dataset: evaluated after each evaluation of `eval_dataset`, as "eval_generic_kl" and so on.
         log_quantization: log metrics of quantization, see monitoring/monitor.py.
         parameter_groups: optimizer settings by the ends of parameter names.
         saved_dtypes: in which the final model is saved; default: those in memory.
@@ -90,6 +91,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         teacher: PreTrainedModel | Teacher | str | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
+        generic_eval_dataset: Dataset | None = None,
         log_quantization: bool = False,
         parameter_groups: Mapping[str, dict] | None = None,
         saved_dtypes: SavedDtypes | None = None,
@@ -116,6 +118,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         self.monitor: QuantizationMonitor | None = None
         self._log_quantization = log_quantization
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
+        self.generic_eval_dataset = generic_eval_dataset
         self._take(self.model)
         self.teacher: Teacher | None = None
         self._collators = {"train": self.data_collator, "eval": self.data_collator}
@@ -286,6 +289,18 @@ class QATTrainer(LossTrainer, SavingTrainer):
         super().log(logs, start_time)
 
     # ---- Evaluation ----
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """Trainer's own, and after the evaluation set the generic text, as figures of their own."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        is_whole = eval_dataset is None and not args and "metric_key_prefix" not in kwargs
+        if is_whole and self.generic_eval_dataset is not None:
+            own, self.eval_dataset = self.eval_dataset, {"generic": self.generic_eval_dataset}
+            try:  # by name, under which Trainer keeps its data loader apart
+                metrics |= super().evaluate("generic", metric_key_prefix="eval_generic", **kwargs)
+            finally:
+                self.eval_dataset = own
+        return metrics
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """The loader of every evaluation sample; `dataloader_drop_last` applies to training only."""

@@ -90,6 +90,13 @@ class DistillationArguments:
     distill_generic_share: float = field(
         default=0.25, metadata={"help": "Fraction of the rows of each step that are of --distill_generic."}
     )
+    eval_generic: str | None = field(
+        default=None,
+        metadata={
+            "help": "A FILE, written like that of --distill_generic, that is evaluated beside the evaluation set: "
+            "eval_generic_kl and others."
+        },
+    )
 
     def __post_init__(self) -> None:
         given = self.distill_teacher not in (None, "copy")
@@ -139,6 +146,19 @@ class DistillationArguments:
                 "fraction of the rows of a step, such as 0.25"
             )
 
+    def check_eval_generic(self, evaluates: bool) -> None:
+        """Raise a UserError where nothing is evaluated, or what is evaluated is trained on."""
+        if self.eval_generic is None:
+            return
+        if self.eval_generic.startswith("teacher:") or self.eval_generic == self.distill_generic:
+            what = "is no FILE" if self.eval_generic != self.distill_generic else "is what --distill_generic trains on"
+            raise UserError(f"--eval_generic {self.eval_generic} {what}; give a FILE of text that is not trained on")
+        if not evaluates:
+            raise UserError(
+                f"--eval_generic {self.eval_generic} has no effect, since nothing is evaluated; give --do_eval True, "
+                "or --eval_strategy steps"
+            )
+
     def check_generic_with(self, trains: bool, streams: bool) -> None:
         """Raise a UserError where generic text has no effect, or rows of the domain cannot be counted."""
         if self.distill_generic is None:
@@ -174,7 +194,7 @@ class DistillationArguments:
         unused = {}
         if not self.distill:
             unused |= dict.fromkeys(("distill_temperature", "distill_ce_weight"), "--distill True")
-            unused |= {"distill_generic": "--distill True"}
+            unused |= dict.fromkeys(("distill_generic", "eval_generic"), "--distill True")
         if self.distill_generic is None:
             unused |= {"distill_generic_share": "--distill_generic"}
         if self.distill_teacher != "cache":

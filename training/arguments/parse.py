@@ -129,7 +129,7 @@ def _check_together(arguments: Arguments) -> None:
         lora.check_trains(training.do_train)
         check_with_adapters(training.fsdp_gather_dtype)
         lora.check_masters(training)
-    check_metric(training, distillation.distill)
+    check_metric(training, distillation.distill, distillation.eval_generic is not None)
     if arguments.data.streaming:
         check_with_stream(training)
     if training.do_train and training.learning_rate == 0 and not arguments.quantization.learns:
@@ -177,6 +177,7 @@ def _check_together(arguments: Arguments) -> None:
             )
     if distillation.distill:
         check_with_teacher(training)
+    distillation.check_eval_generic(training.do_eval)
     distillation.check_generic_with(training.do_train, arguments.data.streaming)
     if distillation.distill_generic is not None:
         check_with_generic(training)

@@ -63,7 +63,7 @@ def check_with_stream(args: transformers.TrainingArguments) -> None:
         )
 
 
-def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> None:
+def check_metric(args: transformers.TrainingArguments, has_teacher: bool, has_generic: bool = False) -> None:
     """Refuse a metric that an evaluation here does not have, and to prefer its higher values.
 
     Raises:
@@ -78,6 +78,12 @@ def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> Non
             f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
             "True, or choose loss or perplexity"
         )
+    if name.startswith("generic_") and name.removeprefix("generic_") in METRICS:
+        if not has_generic:
+            raise UserError(
+                f"--metric_for_best_model {metric} is of generic text, and none is evaluated: give --eval_generic FILE"
+            )
+        name = name.removeprefix("generic_")
     if name not in METRICS:
         raise UserError(f"--metric_for_best_model {metric} is not measured here; choose one of {', '.join(METRICS)}")
     if args.greater_is_better:

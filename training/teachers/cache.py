@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -249,6 +250,8 @@ def make_cached_teacher(
     folders = {}
     for which, temperature in (("train", settings.temperature), ("eval", 1.0)):
         dataset, own = data_module[f"{which}_dataset"], dataclasses.replace(settings, temperature=temperature)
+        if which == "eval" and (generic := data_module.get("generic_eval_dataset")) is not None:
+            dataset = generic if dataset is None else ConcatDataset([dataset, generic])
         if dataset is None:  # nothing is evaluated
             continue
         dataset = getattr(dataset, "everything", dataset)  # an epoch of a MixedDataset may read a part of its rows

@@ -30,6 +30,7 @@ class GenericText:
         packing: whether rows are packed.
         tokens_of: the tokenizer of student and teacher.
         samples: the text, of columns `input_ids`, `labels`, `length`; None until it is sampled, or where none is asked.
+        evaluated: likewise, that of --eval_generic.
     """
 
     settings: DistillationArguments
@@ -37,6 +38,7 @@ class GenericText:
     packing: bool
     tokens_of: PreTrainedTokenizerBase
     samples: Dataset | None = None
+    evaluated: Dataset | None = None
 
     @classmethod
     def read(
@@ -54,6 +56,8 @@ class GenericText:
         text = cls(settings, args, data_args.packing, tokenizer)
         if settings.generic_file is not None:
             text.samples = read_generic(settings.generic_file, tokenizer, **_how_to_read(data_args))
+        if settings.eval_generic is not None:
+            text.evaluated = read_generic(settings.eval_generic, tokenizer, "eval_generic", **_how_to_read(data_args))
         return text
 
     def sample(self, teacher: PreTrainedModel) -> None:
@@ -65,7 +69,9 @@ class GenericText:
             )  # fmt: skip
 
     def mixed_into(self, data: dict) -> dict:
-        """The data module with the text between the rows of its training set; the same where no text is asked for."""
+        """The data module with the text between the rows of its training set, and the text that is evaluated."""
+        if self.evaluated is not None:
+            data = {**data, "generic_eval_dataset": self.evaluated}
         if self.samples is None:
             return data
         rows = PackedDataset(self.samples, self.args.model_max_length) if self.packing else self.samples

@@ -275,3 +275,35 @@ def test_two_processes_train_what_one_trains_and_a_killed_run_what_an_uninterrup
         assert workspace.logged("killed", figure) == workspace.logged("one", figure)
     record = json.loads((workspace.folder / "one" / "checkpoint-6" / "run.json").read_text())
     assert record["order"]["distill_generic_share"] == 0.25 and record["order"]["distill_generic"].endswith("book.txt")
+
+
+# ---- Evaluation ----
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_text_that_is_evaluated_beside_the_data_has_figures_of_its_own_and_may_choose_the_checkpoint(
+    tmp_path, cached
+):
+    data, held_out = mixed_data(tmp_path), text(4, 10)
+    data["generic_eval_dataset"] = held_out
+    copies = [load_teacher(other_llama(), None) for _ in range(2)]
+    teacher = copies[0]
+    if cached:
+        settings = CacheSettings(top_k=260, samples=1)
+        teacher = make_cached_teacher(teacher, CPU, data, settings, str(tmp_path / "teachers"))
+    trainer = make_trainer(
+        tmp_path, make_llama(), data, teacher, bf16=False, max_steps=3, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="generic_kl",
+        learning_rate=0.3, lr_scheduler_type="constant",
+    )  # fmt: skip
+    first = trainer.evaluate()
+    alone = make_trainer(
+        tmp_path, make_llama(), {**make_data(tmp_path), "eval_dataset": held_out}, copies[1], bf16=False
+    )
+    expected, tolerance = alone.evaluate(), 2e-3 if cached else 1e-6
+    for figure in ("kl", "loss", "perplexity"):
+        assert first[f"eval_generic_{figure}"] == pytest.approx(expected[f"eval_{figure}"], rel=tolerance)
+        assert first[f"eval_{figure}"] != first[f"eval_generic_{figure}"]
+    trainer.train()
+    found = {e["step"]: e["eval_generic_kl"] for e in trainer.state.log_history if "eval_generic_kl" in e and e["step"]}
+    assert len(found) == 3 and trainer.state.best_metric == min(found.values())
