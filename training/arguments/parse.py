@@ -66,7 +66,8 @@ class Arguments(NamedTuple):
     @property
     def facts(self) -> CardFacts:
         """For the model card."""
-        return CardFacts(self.model.model_name_or_path, self.data.dataset, self.data.eval_dataset)
+        data, generic = self.data, self.distillation.distill_generic
+        return CardFacts(self.model.model_name_or_path, data.dataset, data.eval_dataset, generic)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:

@@ -7,6 +7,7 @@ import json
 import pytest
 from helpers import make_tokenizer, write_conversations
 
+from data import preview
 from data.sets.generic import read_generic
 
 
@@ -71,3 +72,12 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
 def test_a_file_that_is_not_there_is_named_by_its_argument(tmp_path):
     with pytest.raises(ValueError, match="--distill_generic .*gone.txt.* is neither a known dataset nor an existing"):
         read(tmp_path / "gone.txt")
+
+
+def test_the_preview_shows_the_pieces_and_what_of_them_is_learned(tmp_path, capsys):
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "book.txt").write_text("A line.\n\nAnother one.")
+    common = ["--model_name_or_path", str(tmp_path / "model"), "--data_cache_dir", str(tmp_path / "cache")]
+    preview.main([*common, "--distill_generic", str(tmp_path / "book.txt"), "--model_max_length", "12"])
+    shown = capsys.readouterr().out
+    assert "--- 1 of 2: 12 tokens, 11 of them learned ---" in shown and "\n\n" in shown.partition("⟦")[2]
