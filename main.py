@@ -40,6 +40,7 @@ from training.start.set_up import set_up
 from training.start.smoothing import smooth_with_data
 from training.start.start import Start
 from training.teachers.choose import cached_where_asked, choose_teacher
+from training.teachers.generic import GenericText
 from utils import QATTrainer, make_supervised_data_module
 
 gc.enable()
@@ -70,7 +71,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)
-    check_data(arguments, data, tokenizer, skeleton)
+    generic = GenericText.read(distill_args, args, data_args, tokenizer)
+    check_data(arguments, data, tokenizer, skeleton, generic.samples)
     if args.process_index == 0:
         logger.info(short_form(arguments, skeleton))
     with cores_of_waiting_processes():
@@ -79,13 +81,15 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
             check_packing(model)
             attend_within_samples(model, args.torch_compile)
     teacher = choose_teacher(model, distill_args, args.cache_dir, model_args.trust_remote_code)
+    generic.sample(model if teacher == "self" else teacher)
+    training_data = generic.mixed_into(data)
     if data_args.packing:
         attend_within_samples(teacher, args.torch_compile)
     start.quantize(model, quant_args)
     log_fp8_matmul(model, use_fp8_matmul(model, quant_args.fp8_matmul, args.device), quant_args.fp8_matmul, args.device)
     stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)
-    teacher = cached_where_asked(teacher, distill_args, args, data)
+    teacher = cached_where_asked(teacher, distill_args, args, training_data)
     smooth = None
     if quant_args.smooth_alpha:
         smooth = partial(smooth_with_data, model, data, quant_args.smooth_alpha, args.device)
@@ -96,10 +100,11 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
         smooth()
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
     if data_args.streaming and not args.do_train:
-        data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length
+        training_data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length
     trainer = QATTrainer(
         model=model, processing_class=tokenizer, args=args, teacher=teacher, saved_dtypes=start.dtypes,
-        start_fingerprint=start.fingerprint, adapters_fingerprint=at_start, **arguments.trainer_options, **data,
+        start_fingerprint=start.fingerprint, adapters_fingerprint=at_start, **arguments.trainer_options,
+        **training_data,
     )  # fmt: skip
     if quant_args.input_scale_refresh:
         refresh = ScaleRefresh(trainer, data, quant_args.calibration_samples, quant_args.input_scale_refresh)

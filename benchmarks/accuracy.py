@@ -41,7 +41,8 @@ from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from qat.layers.packed_base import pack_base  # noqa: E402
 from training.adapters.inject import add_adapters, lora_config  # noqa: E402
 from training.adapters.merging import put_merged  # noqa: E402
-from training.arguments.distillation import CacheSettings  # noqa: E402
+from training.arguments.data import DataArguments  # noqa: E402
+from training.arguments.distillation import CacheSettings, DistillationArguments  # noqa: E402
 from training.arguments.lora import LoraArguments  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
@@ -53,6 +54,7 @@ from training.start.loading import load_tokenizer  # noqa: E402
 from training.start.smoothing import smooth_with_data  # noqa: E402
 from training.start.start import load_model  # noqa: E402
 from training.teachers.cache import make_cached_teacher  # noqa: E402
+from training.teachers.generic import GenericText  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 from utils import QATTrainer, make_supervised_data_module  # noqa: E402
 
@@ -174,7 +176,22 @@ def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
     return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
 
 
-def run_row(key: str, out: Path, device: str) -> None:
+def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path, text: str | None) -> dict:
+    """The data of `row`'s training: with a text, or continuations of the teacher, in the divergence alone."""
+    if not row.generic:
+        return data
+    name = text if row.generic == "FILE" else row.generic
+    settings = DistillationArguments(True, distill_generic=name, distill_generic_share=row.generic_share,
+                                     distill_cache_dir=None if name == text else str(out / "teachers"))  # fmt: skip
+    arguments = TrainingArguments(
+        str(out), model_max_length=LENGTH, max_steps=row.steps, per_device_train_batch_size=BATCH, data_seed=row.seed
+    )
+    generic = GenericText.read(settings, arguments, DataArguments(on_bad_sample="skip", packing=row.packing), tokenizer)
+    generic.sample(teacher)
+    return generic.mixed_into(data)
+
+
+def run_row(key: str, out: Path, device: str, text: str | None = None) -> None:
     """Train and measure one row; write `out/KEY.json`."""
     row = _row(key)
     set_seed(row.seed)
@@ -197,7 +214,8 @@ def run_row(key: str, out: Path, device: str) -> None:
             pack_base(model)
         add_adapters(model, lora_config(arguments), row.seed)
     if row.steps:
-        trainer = train(model, tokenizer, data, out / "runs" / key, row, teacher if row.distill else None)
+        mixed = with_generic(data, row, teacher, tokenizer, out, text)
+        trainer = train(model, tokenizer, mixed, out / "runs" / key, row, teacher if row.distill else None)
         tokens += trainer.labelled_tokens
     seconds = time.perf_counter() - start
     put_merged(model).float()  # measured as all others are
@@ -269,7 +287,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with @SEED for another seed")
+    parser.add_argument("--rows", help="names from ROWS, with @SEED for another seed; default: all")
+    parser.add_argument("--generic", help="text for the rows generic-file-*, written like --distill_generic FILE")
     parser.add_argument("--workers", type=positive, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -280,7 +299,10 @@ def main() -> None:
     if args.row == "finetune":
         return finetune(args.model, args.gguf_file, args.out, device)
     if args.row:
-        return run_row(args.row, args.out, device)
+        return run_row(args.row, args.out, device, args.generic)
+    keys = args.rows.split(",") if args.rows else [key for key in ALL if args.generic or _row(key).generic != "FILE"]
+    if args.generic is None and (wanting := [key for key in keys if _row(key).generic == "FILE"]):
+        parser.error(f"--rows {','.join(wanting)}: no text is named for them; give --generic FILE")
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.split(",")
@@ -289,13 +311,13 @@ def main() -> None:
         number, key = task
         command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
+        command += ["--generic", args.generic] if args.generic else []
         one_gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_gpu)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
-    keys = args.rows.split(",")
     todo = sorted((key for key in keys if not _is_done(args.out, key)), key=lambda key: -_row(key).steps)
     with ThreadPoolExecutor(args.workers) as pool:  # the longest first
         list(pool.map(spawn, enumerate(todo)))

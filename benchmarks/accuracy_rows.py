@@ -32,6 +32,8 @@ class Row:
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
     teacher: str = "copy"  # or "cache" or "self", as with --distill_teacher
+    generic: str = ""  # text mixed into the divergence: "FILE" (that of --generic), or "teacher:N"
+    generic_share: float = 0.25
     lora: dict = field(default_factory=dict)  # LoraArguments; empty: all weights are trained
     first: dict = field(default_factory=dict)  # changes that make an earlier stage out of this row
     bits_budget: float | None = None  # of a mixture of MXFP4 and MXFP8 by sensitivity
@@ -105,6 +107,15 @@ ROWS |= {
     "mixed-untrained": Row("mixed at 5 bits a weight, PTQ", weights="search", inputs="even", bits_budget=5.0),
     "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
+
+# Text from elsewhere in the divergence alone (docs/distillation.md): a file, and continuations of the teacher.
+for _steps in (150, 600):
+    for _share in (0.25, 0.5):
+        for _text, _name in (("FILE", "text of --generic"), ("teacher:2000", "2,000 continuations of the teacher")):
+            _key = f"generic-{_text.partition(':')[0].lower()}-{_share}{'' if _steps == 150 else f'-{_steps}'}"
+            ROWS[_key] = default(
+                f"default, {_steps} steps, {_share:.0%} {_name}", steps=_steps, generic=_text, generic_share=_share
+            )
 
 # The same with less memory (docs/memory.md), each beside "default".
 _IN_BACKWARD: dict = {"optimizer_in_backward": True, "max_grad_norm": 0.0}

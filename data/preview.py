@@ -23,7 +23,8 @@ from qat.files.paths import check_writable
 
 from .bad_samples import POLICIES
 from .command_line import DataclassParser
-from .conversations.formatting import IGNORE_INDEX, TRAIN_ON
+from .conversations.formatting import IGNORE_INDEX, TRAIN_ON, set_chat_template
+from .sets.generic import read_generic
 from .sets.packing import PackedDataset
 from .sources.readers import HELP
 from .supervised import make_supervised_data_module
@@ -48,6 +49,9 @@ class PreviewArguments:
     on_bad_sample: str = field(default="error", metadata={"help": "As for main.py.", "choices": list(POLICIES)})
     data_cache_dir: str | None = field(default=None, metadata={"help": "As for main.py."})
     model_max_length: int = field(default=2048, metadata={"help": "Samples are cut at this many tokens."})
+    distill_generic: str | None = field(
+        default=None, metadata={"help": "Show this FILE, as main.py mixes it into distillation, in place of --dataset."}
+    )
     packing: bool = field(default=False, metadata={"help": "Show packed rows."})
     count: int = field(default=3, metadata={"help": "Samples or rows to show."})
     color: str = field(default="auto", metadata={"help": "Colour, or marks instead.", "choices": list(COLORS)})
@@ -57,6 +61,11 @@ class PreviewArguments:
             raise UserError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if self.count < 1:
             raise UserError(f"--count {self.count} shows nothing; give a positive number")
+        if (self.distill_generic or "").startswith("teacher:"):
+            raise UserError(
+                f"--distill_generic {self.distill_generic} is sampled by main.py from its teacher, which no preview "
+                "loads; give a FILE, or leave it out"
+            )
         if self.data_cache_dir is not None:
             check_writable("--data_cache_dir", self.data_cache_dir)
         if self.gguf_file is not None and not Path(self.model_name_or_path, self.gguf_file).is_file():
@@ -77,8 +86,12 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     names = ("dataset", "eval_dataset", "split", "chat_template", "train_on", "on_bad_sample", "data_cache_dir")
     options = {name: getattr(args, name) for name in names}
-    module = make_supervised_data_module(tokenizer=tokenizer, evaluate=False, **options)
-    samples = module["train_dataset"]
+    if args.distill_generic is not None:
+        set_chat_template(tokenizer, args.chat_template)
+        how = {name: options[name] for name in ("chat_template", "train_on", "on_bad_sample", "data_cache_dir")}
+        samples = read_generic(args.distill_generic, tokenizer, **how)
+    else:
+        samples = make_supervised_data_module(tokenizer=tokenizer, evaluate=False, **options)["train_dataset"]
     rows = PackedDataset(samples, args.model_max_length) if args.packing else samples
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     for number in range(min(args.count, len(rows))):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.tokenizer import load_tokenizer
@@ -61,6 +62,8 @@ def check_paths(arguments: Arguments) -> None:
         check_model_folder(teacher, TEACHER_ARGUMENT)
     inputs = [("--dataset", path) for path in local_paths(data_args.dataset)]
     inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
+    inputs += [("--distill_generic", path) for path in local_paths(distill_args.generic_file)]
+    inputs += [("--eval_generic", path) for path in local_paths(distill_args.eval_generic)]
     if args.do_train:
         inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
         inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]
@@ -167,8 +170,17 @@ def _silenced() -> Iterator[None]:
 # ---- The data ----
 
 
-def check_data(arguments: Arguments, data: dict, tokenizer: PreTrainedTokenizerBase, skeleton: PreTrainedModel) -> None:
+def check_data(
+    arguments: Arguments,
+    data: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    skeleton: PreTrainedModel,
+    generic: Dataset | None = None,
+) -> None:
     """Refuse data of which nothing can be trained, or tokens that the model does not have.
+
+    Args:
+        generic: text that is mixed into the training set.
 
     Raises:
         UserError: fewer rows than one batch of all processes; a token beyond the embedding; samples longer than the
@@ -176,4 +188,5 @@ def check_data(arguments: Arguments, data: dict, tokenizer: PreTrainedTokenizerB
     """
     if arguments.training.do_train:
         check_steps(arguments.training, data["train_dataset"])
-    check_fit(data, tokenizer, skeleton, arguments.training.model_max_length)
+    for sets in (data, {"train_dataset": generic, "eval_dataset": None}):
+        check_fit(sets, tokenizer, skeleton, arguments.training.model_max_length)

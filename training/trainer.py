@@ -14,16 +14,18 @@ from collections.abc import Mapping
 
 import torch
 from accelerate.utils import AutocastKwargs
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 
 from data.conversations.formatting import IGNORE_INDEX
+from data.sets.mixing import COLUMN, MixedDataset
+from qat.errors import UserError
 from qat.layers.learned import check_compute_dtype
 from qat.layers.restore import check_trainable
 
 from .adapters.inject import config_of
 from .arguments.lora import check_with_adapters
-from .arguments.trainer_options import check_trainer_options, check_with_teacher
+from .arguments.trainer_options import check_trainer_options, check_with_generic, check_with_teacher
 from .arguments.training import TrainingArguments
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
@@ -71,6 +73,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         teacher: a model, which is frozen; a Teacher; or "self", the model itself with its quantizers off.
         distill_temperature: of both distributions in the training loss; evaluation reports the divergence at 1.
         distill_ce_weight: fraction of the training loss that is cross-entropy with the data's tokens.
+        generic_eval_dataset: evaluated after each evaluation of `eval_dataset`, as "eval_generic_kl" and so on.
         log_quantization: log metrics of quantization, see monitoring/monitor.py.
         parameter_groups: optimizer settings by the ends of parameter names.
         saved_dtypes: in which the final model is saved; default: those in memory.
@@ -88,6 +91,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         teacher: PreTrainedModel | Teacher | str | None = None,
         distill_temperature: float = 1.0,
         distill_ce_weight: float = 0.0,
+        generic_eval_dataset: Dataset | None = None,
         log_quantization: bool = False,
         parameter_groups: Mapping[str, dict] | None = None,
         saved_dtypes: SavedDtypes | None = None,
@@ -109,11 +113,12 @@ class QATTrainer(LossTrainer, SavingTrainer):
         self._in_backward = StepsInBackward() if getattr(self.args, "optimizer_in_backward", False) else None
         if self._in_backward is not None:
             self.add_callback(self._in_backward)
-        self._labelled_tokens = 0
+        self._labelled_tokens, self._generic_tokens = 0, 0
         self.parameter_groups, self.saved_dtypes = parameter_groups or {}, saved_dtypes or SavedDtypes()
         self.monitor: QuantizationMonitor | None = None
         self._log_quantization = log_quantization
         self.distill_temperature, self.distill_ce_weight = distill_temperature, distill_ce_weight
+        self.generic_eval_dataset = generic_eval_dataset
         self._take(self.model)
         self.teacher: Teacher | None = None
         self._collators = {"train": self.data_collator, "eval": self.data_collator}
@@ -124,6 +129,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
             self.teacher = as_teacher(teacher, self.model, self.head, self.accelerator)
             self._collators = {which: self.teacher.collate(self.data_collator, which) for which in self._collators}
             self.data_collator = self._collators["train"]
+        self._check_mixed()
         ce_weight = 1.0 if teacher is None else distill_ce_weight
         self._term_weights, terms = {"ce": ce_weight, "kl": 1 - ce_weight}, []
         if self._computes_loss():
@@ -131,7 +137,23 @@ class QATTrainer(LossTrainer, SavingTrainer):
             terms = [name for name, weight in self._term_weights.items() if weight]
             terms += [ROUTER_LOSS] if self.router_loss is not None else []
         self._term_means = TermMeans(terms, self.accelerator, self.args.logging_nan_inf_filter)
+        self._generic_means = TermMeans(("generic_kl",), self.accelerator, self.args.logging_nan_inf_filter)
         self._is_constructed = True
+
+    @property
+    def _is_mixed(self) -> bool:
+        """Whether generic text is mixed into the training."""
+        return isinstance(self.train_dataset, MixedDataset)
+
+    def _check_mixed(self) -> None:
+        """Refuse generic text without a teacher, and in an order that is not ours; else keep the mark of its rows."""
+        if not self._is_mixed:
+            return
+        if self.teacher is None:
+            raise UserError("a MixedDataset has generic text, of which a divergence is learned; give a teacher")
+        check_with_generic(self.args)
+        self._set_signature_columns_if_needed()
+        self._signature_columns.append(COLUMN)
 
     def call_model_init(self, trial=None) -> torch.nn.Module:
         """Trainer's own; the model of a new training or trial takes the place of the one before."""
@@ -225,8 +247,8 @@ class QATTrainer(LossTrainer, SavingTrainer):
             self.teacher.check(trains=True)
         check_compute_dtype(self.qat_config, self._compute_dtype, self.saved_dtypes.main)
         check_trainable(self.accelerator.unwrap_model(self.model))
-        self._labelled_tokens = None
-        self._term_means.clear()
+        self._labelled_tokens, self._generic_tokens = None, 0
+        self._term_means.clear(), self._generic_means.clear()
         return super().train(*args, **kwargs)
 
     @property
@@ -234,15 +256,23 @@ class QATTrainer(LossTrainer, SavingTrainer):
         """Those trained on so far, on all processes, those before a restart included."""
         return round(float(self._labelled_tokens or 0))
 
+    @property
+    def generic_tokens(self) -> int:
+        """The same of generic text, which `labelled_tokens` leaves out."""
+        return round(float(self._generic_tokens))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Trainer's own; counts the labelled tokens of a step, on all processes, without waiting for the device."""
         if self._labelled_tokens is None:  # a resumed run has those of its checkpoint
             self._labelled_tokens = self._progress.get("labelled_tokens", 0)
-            if sums := self._progress.get("loss_terms"):
-                self._term_means.restore(sums)
+            self._generic_tokens = self._progress.get("generic_tokens", 0)
+            for name, means in (("loss_terms", self._term_means), ("generic_terms", self._generic_means)):
+                if sums := self._progress.get(name):
+                    means.restore(sums)
         if num_items_in_batch is not None:
-            tokens = num_items_in_batch / self.current_gradient_accumulation_steps
-            self._labelled_tokens = self._labelled_tokens + tokens
+            batches, generic = self.current_gradient_accumulation_steps, self._generic_items
+            self._labelled_tokens = self._labelled_tokens + (num_items_in_batch - generic) / batches
+            self._generic_tokens = self._generic_tokens + generic / batches
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -253,10 +283,24 @@ class QATTrainer(LossTrainer, SavingTrainer):
         if "loss" in logs:
             tokens = {"labelled_tokens": self.labelled_tokens} if self._labelled_tokens else {}
             figures = self.monitor.metrics() if self.monitor is not None else {}
+            if self._is_mixed:
+                tokens |= {**self._generic_means.take(), "generic_tokens": self.generic_tokens}
             logs = {**logs, **self._term_means.take(), **tokens, **figures}
         super().log(logs, start_time)
 
     # ---- Evaluation ----
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """Trainer's own, and after the evaluation set the generic text, as figures of their own."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        is_whole = eval_dataset is None and not args and "metric_key_prefix" not in kwargs
+        if is_whole and self.generic_eval_dataset is not None:
+            own, self.eval_dataset = self.eval_dataset, {"generic": self.generic_eval_dataset}
+            try:  # by name, under which Trainer keeps its data loader apart
+                metrics |= super().evaluate("generic", metric_key_prefix="eval_generic", **kwargs)
+            finally:
+                self.eval_dataset = own
+        return metrics
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """The loader of every evaluation sample; `dataloader_drop_last` applies to training only."""
@@ -285,6 +329,9 @@ class QATTrainer(LossTrainer, SavingTrainer):
             "loss_terms": self._writers.gather(self._term_means.state()),
             "labelled_tokens": self.labelled_tokens,
         }
+        if self._is_mixed:
+            generic = self._writers.gather(self._generic_means.state())
+            counted |= {"generic_terms": generic, "generic_tokens": self.generic_tokens}
         return {**super()._progress_now(), **counted}
 
 

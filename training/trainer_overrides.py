@@ -149,6 +149,19 @@ INTERNALS: tuple[Internal, ...] = (
     Internal("transformers.trainer.Trainer", "self._globalstep_last_logged", "Step of the last log, kept likewise."),
     Internal("transformers.trainer.Trainer", "self._initial_global_step", "First step that the mean loss counts."),
     Internal(
+        "transformers.trainer.Trainer",
+        "_get_num_items_in_batch",
+        "Count the labelled tokens of generic text in a step as Trainer counts all of them.",
+        "(self, batch_samples, device)",
+    ),
+    Internal("transformers.trainer.Trainer", "self._signature_columns", "Keep the mark of generic text in rows."),
+    Internal(
+        "transformers.trainer.Trainer",
+        "_set_signature_columns_if_needed",
+        "Find the other columns that are kept.",
+        "(self)",
+    ),
+    Internal(
         "accelerate.utils.fsdp_utils",
         "fsdp2_prepare_model",
         "Shard a frozen teacher, which Accelerator refuses without an optimizer.",

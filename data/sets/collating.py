@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..conversations.formatting import IGNORE_INDEX
+from .mixing import COLUMN
 
 
 @dataclass
@@ -25,8 +26,13 @@ class SupervisedCollator:
     one_row: bool = False
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """-> int64 [batch, longest]: `input_ids`, `labels`, and `attention_mask` or `position_ids`."""
+        """-> int64 [batch, longest]: `input_ids`, `labels`, and `attention_mask` or `position_ids`.
+
+        Rows of a MixedDataset have their mark of generic text, too.
+        """
         columns = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
+        if COLUMN in samples[0]:
+            columns[COLUMN] = 0
         if "position_ids" not in samples[0]:
             batch = {name: self._pad([list(s[name]) for s in samples], value) for name, value in columns.items()}
             batch["attention_mask"] = self._pad([[1] * len(s["input_ids"]) for s in samples], 0)

@@ -86,11 +86,19 @@ class CardFacts:
         base_model: the model that training began from.
         dataset: what it was trained on.
         eval_dataset: what it was evaluated on; None for held-out samples of `dataset`.
+        generic: text from elsewhere on which a teacher's distributions were learned.
     """
 
     base_model: str | None = None
     dataset: str | None = None
     eval_dataset: str | None = None
+    generic: str | None = None
+
+    @property
+    def training(self) -> str:
+        """What it was trained on, in words."""
+        others = f"; in the divergence from the teacher also {self.generic}" if self.generic else ""
+        return f"{self.dataset or 'not recorded'}{others}"
 
     @property
     def evaluation(self) -> str:
@@ -151,7 +159,7 @@ def write_card(
         input_rules=_rules(scheme.rules["input"] for scheme in layers.values()),
         engine_rules="not loaded there, see below" if why_not_loadable else _engine_rules(sites, dialect),
         cache=_describe_cache(qat_config.kv_cache_scheme),
-        dataset=facts.dataset or "not recorded",
+        dataset=facts.training,
         formats="".join(f"* {describe_scheme(s)}, in {counts[name]}.\n" for name, s in schemes.items()),
         results=_results_section(measured, facts, is_of_this_model),
         serve=serve_command(path, dialect, layers.values()),

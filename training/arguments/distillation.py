@@ -62,7 +62,10 @@ class DistillationArguments:
     )
     distill_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where --distill_teacher cache keeps distributions. Default: beside the data's."},
+        metadata={
+            "help": "Where --distill_teacher cache keeps distributions, and --distill_generic teacher:N continuations. "
+            "Default: beside the data's."
+        },
     )
     distill_top_k: int = field(
         default=16, metadata={"help": "Most likely tokens of each distribution that are cached with their probability."}
@@ -76,6 +79,23 @@ class DistillationArguments:
     distill_ce_weight: float = field(
         default=0.0,
         metadata={"help": "Weight of cross-entropy with the data's tokens in the loss, from 0 to 1; the rest is KL."},
+    )
+    distill_generic: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text from elsewhere for the divergence alone: a FILE (.txt, or written like --dataset), or "
+            "teacher:N, N continuations of model_max_length tokens sampled from the teacher. See docs/distillation.md."
+        },
+    )
+    distill_generic_share: float = field(
+        default=0.25, metadata={"help": "Fraction of the rows of each step that are of --distill_generic."}
+    )
+    eval_generic: str | None = field(
+        default=None,
+        metadata={
+            "help": "A FILE, written like that of --distill_generic, that is evaluated beside the evaluation set: "
+            "eval_generic_kl and others."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -97,8 +117,62 @@ class DistillationArguments:
                 f"--distill_ce_weight {self.distill_ce_weight} must lie between 0 (KL only) and 1, at which nothing is "
                 "learned from a teacher: leave --distill out then"
             )
+        self._check_generic()
         self.cache_settings = CacheSettings(self.distill_top_k, self.distill_samples, self.distill_temperature)
         self._check_unused()
+
+    @property
+    def generic_continuations(self) -> int:
+        """The N of `--distill_generic teacher:N`; 0 for a FILE, and for none."""
+        kind, _, number = (self.distill_generic or "").partition(":")
+        return int(number) if kind == "teacher" and number.isdecimal() else 0
+
+    @property
+    def generic_file(self) -> str | None:
+        """The FILE of `--distill_generic`; None for continuations, and for none."""
+        return None if self.generic_continuations else self.distill_generic
+
+    def _check_generic(self) -> None:
+        name = self.distill_generic
+        if name is not None and not name.strip():
+            raise UserError("--distill_generic is empty; give a FILE of text, or teacher:N, such as teacher:1000")
+        if name is not None and (name == "teacher" or name.startswith("teacher:")) and not self.generic_continuations:
+            raise UserError(
+                f"--distill_generic {name}: N of teacher:N is a positive number of continuations, such as teacher:1000"
+            )
+        if not 0 < self.distill_generic_share < 1:
+            raise UserError(
+                f"--distill_generic_share {self.distill_generic_share} must lie between 0 and 1, and be neither: the "
+                "fraction of the rows of a step, such as 0.25"
+            )
+
+    def check_eval_generic(self, evaluates: bool) -> None:
+        """Raise a UserError where nothing is evaluated, or what is evaluated is trained on."""
+        if self.eval_generic is None:
+            return
+        if self.eval_generic.startswith("teacher:") or self.eval_generic == self.distill_generic:
+            what = "is no FILE" if self.eval_generic != self.distill_generic else "is what --distill_generic trains on"
+            raise UserError(f"--eval_generic {self.eval_generic} {what}; give a FILE of text that is not trained on")
+        if not evaluates:
+            raise UserError(
+                f"--eval_generic {self.eval_generic} has no effect, since nothing is evaluated; give --do_eval True, "
+                "or --eval_strategy steps"
+            )
+
+    def check_generic_with(self, trains: bool, streams: bool) -> None:
+        """Raise a UserError where generic text has no effect, or rows of the domain cannot be counted."""
+        if self.distill_generic is None:
+            return
+        if not trains:
+            raise UserError(
+                f"--distill_generic {self.distill_generic} has no effect without --do_train True: an evaluation "
+                "measures on the data alone; leave it out"
+            )
+        if streams:
+            raise UserError(
+                f"--distill_generic {self.distill_generic} needs a training set that can be read ahead, to divide its "
+                "rows evenly; give --streaming False"
+            )
 
     def choose_teacher(self, has_adapters: bool) -> None:
         """Decide on the teacher's kind where none is given."""
@@ -120,10 +194,13 @@ class DistillationArguments:
         unused = {}
         if not self.distill:
             unused |= dict.fromkeys(("distill_temperature", "distill_ce_weight"), "--distill True")
+            unused |= dict.fromkeys(("distill_generic", "eval_generic"), "--distill True")
+        if self.distill_generic is None:
+            unused |= {"distill_generic_share": "--distill_generic"}
         if self.distill_teacher != "cache":
-            unused |= dict.fromkeys(
-                ("distill_cache_dir", "distill_top_k", "distill_samples"), "--distill_teacher cache"
-            )
+            unused |= dict.fromkeys(("distill_top_k", "distill_samples"), "--distill_teacher cache")
+            if not self.generic_continuations:
+                unused |= {"distill_cache_dir": "--distill_teacher cache"}
         for name, wanted in unused.items():
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise UserError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")

@@ -715,7 +715,8 @@ TRAINER_OPTIONS: tuple[Option, ...] = (
         _CHECKPOINTS,
         save_total_limit="Never deletes the newest checkpoint nor the best. 0 and negative numbers keep all.",
         save_on_each_node="For machines that share no storage.",
-        metric_for_best_model="loss, perplexity, or with a teacher kl.",
+        metric_for_best_model="loss, perplexity, or with a teacher kl; with --eval_generic also generic_kl, "
+        "generic_loss and generic_perplexity.",
         greater_is_better="main.py refuses True: each of its metrics is better when it is lower.",
         restore_callback_states_from_checkpoint="For callbacks of your own; those of main.py keep no state.",
     ),

@@ -20,10 +20,12 @@ from .lora import LoraArguments, check_with_adapters
 from .memory import fsdp_version
 from .model import ModelArguments
 from .quantization import QuantizationArguments
-from .trainer_options import check_metric, check_with_stream, check_with_teacher
+from .trainer_options import check_metric, check_with_generic, check_with_stream, check_with_teacher
 from .training import TrainingArguments
 
 GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments, LoraArguments)
+
+GENERIC = ("distill_generic", "distill_generic_share")  # what decides which rows come next, as settings of data do
 
 
 class Arguments(NamedTuple):
@@ -46,14 +48,15 @@ class Arguments(NamedTuple):
     @property
     def trainer_options(self) -> dict:
         """For QATTrainer, beside model, teacher and data."""
+        distillation = dict(vars(self.distillation))
         return {
             "distill_temperature": self.distillation.distill_temperature,
             "distill_ce_weight": self.distillation.distill_ce_weight,
             "log_quantization": self.quantization.log_quantization,
             "parameter_groups": self.quantization.parameter_groups,
-            "data_settings": vars(self.data),
+            "data_settings": {**vars(self.data), **{name: distillation.pop(name) for name in GENERIC}},
             "learning_settings": {
-                **vars(self.distillation),
+                **distillation,
                 **vars(self.quantization),
                 **vars(self.lora),
                 "model_name_or_path": self.model.model_name_or_path,
@@ -63,7 +66,8 @@ class Arguments(NamedTuple):
     @property
     def facts(self) -> CardFacts:
         """For the model card."""
-        return CardFacts(self.model.model_name_or_path, self.data.dataset, self.data.eval_dataset)
+        data, generic = self.data, self.distillation.distill_generic
+        return CardFacts(self.model.model_name_or_path, data.dataset, data.eval_dataset, generic)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
@@ -126,7 +130,7 @@ def _check_together(arguments: Arguments) -> None:
         lora.check_trains(training.do_train)
         check_with_adapters(training.fsdp_gather_dtype)
         lora.check_masters(training)
-    check_metric(training, distillation.distill)
+    check_metric(training, distillation.distill, distillation.eval_generic is not None)
     if arguments.data.streaming:
         check_with_stream(training)
     if training.do_train and training.learning_rate == 0 and not arguments.quantization.learns:
@@ -174,6 +178,10 @@ def _check_together(arguments: Arguments) -> None:
             )
     if distillation.distill:
         check_with_teacher(training)
+    distillation.check_eval_generic(training.do_eval)
+    distillation.check_generic_with(training.do_train, arguments.data.streaming)
+    if distillation.distill_generic is not None:
+        check_with_generic(training)
     if distillation.distill_teacher == "self" and training.do_train and not lora.is_on:
         raise UserError(SELF_IN_TRAINING)
     if not (training.do_train or training.do_eval):

@@ -63,7 +63,7 @@ def check_with_stream(args: transformers.TrainingArguments) -> None:
         )
 
 
-def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> None:
+def check_metric(args: transformers.TrainingArguments, has_teacher: bool, has_generic: bool = False) -> None:
     """Refuse a metric that an evaluation here does not have, and to prefer its higher values.
 
     Raises:
@@ -78,6 +78,12 @@ def check_metric(args: transformers.TrainingArguments, has_teacher: bool) -> Non
             f"--metric_for_best_model {metric} is the divergence from a teacher, and there is none: give --distill "
             "True, or choose loss or perplexity"
         )
+    if name.startswith("generic_") and name.removeprefix("generic_") in METRICS:
+        if not has_generic:
+            raise UserError(
+                f"--metric_for_best_model {metric} is of generic text, and none is evaluated: give --eval_generic FILE"
+            )
+        name = name.removeprefix("generic_")
     if name not in METRICS:
         raise UserError(f"--metric_for_best_model {metric} is not measured here; choose one of {', '.join(METRICS)}")
     if args.greater_is_better:
@@ -97,6 +103,20 @@ def check_with_teacher(args: transformers.TrainingArguments) -> None:
         raise UserError(
             f"--label_smoothing_factor {args.label_smoothing_factor} has no effect with a teacher: its distributions "
             "take the place of labels; leave it out, or train without --distill True"
+        )
+
+
+def check_with_generic(args: transformers.TrainingArguments) -> None:
+    """Refuse an order of samples that cannot have generic text between them.
+
+    Raises:
+        UserError: samples come in an order of transformers' own.
+    """
+    strategy = plain(args.train_sampling_strategy)
+    if strategy not in ("random", "group_by_length"):
+        raise UserError(
+            f"--train_sampling_strategy {strategy} cannot have the rows of --distill_generic between those of "
+            "--dataset; choose random or group_by_length"
         )
 
 

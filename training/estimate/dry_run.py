@@ -57,6 +57,7 @@ class _EveryToken(Objective):
     def __post_init__(self) -> None:
         self.weights = {name: weight for name, weight in self.weights.items() if weight}
         self.targets = self.labels[:, 1:].reshape(-1)
+        self.is_domain = None
 
     def parts(self, count: int, size: int | None) -> list[slice]:
         return super().parts(count, size)[:2]

@@ -194,12 +194,6 @@ def _chunk_size(device_type: str, hidden_size: int) -> int | None:
     return None if device_type == "cpu" else min(2048, max(CHUNK, hidden_size // 2))
 
 
-def _weighted_sum(losses: torch.Tensor, objective: Objective) -> torch.Tensor:
-    """[n, terms] -> scalar. The processor does not wait for the device, as it would in `new_tensor`."""
-    weights = torch.tensor(list(objective.weights.values()), dtype=losses.dtype)
-    return (losses * weights.to(losses.device, non_blocking=True)).sum()
-
-
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, objective, head, *parameters):
@@ -217,7 +211,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 parts.append(losses.detach())
                 if not losses.requires_grad:
                     continue
-                weighted = _weighted_sum(losses, objective)
+                weighted = objective.weighted_sum(losses, part)
             grads = list(torch.autograd.grad(weighted, [inputs] * inputs.requires_grad + sums.differentiated))
             if gradient is not None:
                 gradient[part] = grads.pop(0)
@@ -227,7 +221,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.needs_parameters = needs_parameters
         token_losses = torch.cat(parts) if parts else rows.new_zeros(0, len(objective.weights), dtype=torch.float32)
         ctx.mark_non_differentiable(token_losses)
-        return _weighted_sum(token_losses, objective), token_losses
+        return objective.weighted_sum(token_losses), token_losses
 
     @staticmethod
     @once_differentiable

@@ -189,6 +189,9 @@ class Objective:
             without weight is not computed.
         temperature: of the divergence.
         device_type: of the device for which chunks are chosen, "cuda" or "cpu"; default: that of the hidden states.
+        generic: int64 [batch, time], 1 at tokens of generic text, which count for the divergence only; None: none do.
+        tokens: int64 [2], labelled tokens of the whole step, and those of the domain among them. Cross-entropy counts
+            the former for the latter, so that it is a mean over the domain where the loss is divided by the former.
     """
 
     labels: torch.Tensor
@@ -196,11 +199,16 @@ class Objective:
     weights: dict[str, float] = field(default_factory=lambda: {"ce": 1.0})
     temperature: float = 1.0
     device_type: str = ""
+    generic: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.weights = {name: weight for name, weight in self.weights.items() if weight}
         self.mask = label_mask(self.labels)
         self.targets = self.labels[:, 1:][self.mask]
+        self.is_domain = None if self.generic is None else self.generic[:, 1:][self.mask] == 0
+        if self.is_domain is not None and self.tokens is None:
+            self.tokens = torch.stack([torch.ones_like(self.is_domain).sum(), self.is_domain.sum()])
 
     def parts(self, count: int, size: int | None) -> list[slice]:
         """The tokens, all `count` of them, whose logits exist at a time; see `chunks`."""
@@ -210,6 +218,20 @@ class Objective:
         """Logits [c, V] of `rows` among the n tokens -> [c, terms], one column for each of `weights`, unweighted."""
         terms = {"ce": self._cross_entropy, "kl": self._divergence}
         return torch.stack([terms[name](logits, rows) for name in self.weights], dim=-1)
+
+    def weighted_sum(self, token_losses: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """The loss of tokens: [c, terms] of `rows` -> scalar.
+
+        The processor does not wait for the device, as it would in `new_tensor`.
+        """
+        weights = torch.tensor(list(self.weights.values()), dtype=token_losses.dtype)
+        weighted = token_losses * weights.to(token_losses.device, non_blocking=True)
+        if self.is_domain is None or "ce" not in self.weights:
+            return weighted.sum()
+        everything, domain = self.tokens.to(weighted)
+        column = list(self.weights).index("ce")
+        kept = torch.where(self.is_domain[rows], weighted[:, column], 0.0) * (everything / domain.clamp(min=1))
+        return weighted[:, :column].sum() + kept.sum() + weighted[:, column + 1 :].sum()
 
     def _cross_entropy(self, logits, rows):
         return sparse_cross_entropy(logits, self.targets[rows, None])

@@ -27,12 +27,22 @@ class TermMeans:
         self.names, self.accelerator, self.skip_non_finite = tuple(names), accelerator, skip_non_finite
         self._sums = torch.zeros(len(self.names) + 1, device=accelerator.device)  # the last one counts tokens
 
-    def add(self, token_losses: torch.Tensor, whole: torch.Tensor | None = None) -> None:
-        """Count a batch: losses [n, terms] of its n labelled tokens, unweighted, and a last term as a scalar."""
-        sums = token_losses.detach().float().sum(0).to(self._sums.device)
+    def add(
+        self, token_losses: torch.Tensor, whole: torch.Tensor | None = None, counted: torch.Tensor | None = None
+    ) -> None:
+        """Count a batch: losses [n, terms] of its n labelled tokens, unweighted, and a last term as a scalar.
+
+        Args:
+            counted: bool [n], the tokens that count; default: all of them.
+        """
+        losses = token_losses.detach().float()
+        tokens = losses.new_full((1,), len(losses))
+        if counted is not None:
+            losses, tokens = torch.where(counted[:, None], losses, 0.0), counted.sum().float().view(1)
+        sums, tokens = losses.sum(0).to(self._sums.device), tokens.to(self._sums.device)
         if whole is not None:
-            sums = torch.cat([sums, whole.detach().float().to(sums.device).view(1) * len(token_losses)])
-        sums = torch.cat([sums, sums.new_full((1,), len(token_losses))])
+            sums = torch.cat([sums, whole.detach().float().to(sums.device).view(1) * tokens])
+        sums = torch.cat([sums, tokens])
         if self.skip_non_finite:
             sums = torch.where(sums.isfinite().all(), sums, 0.0)
         self._sums += sums

@@ -13,6 +13,8 @@ import torch
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from data.conversations.formatting import IGNORE_INDEX
+from data.sets.mixing import COLUMN
 from qat.errors import UserError
 
 from .chunked import Head, chunked_loss
@@ -40,6 +42,8 @@ class LossTrainer(Trainer):
     distill_temperature: float
     _term_weights: dict[str, float]
     _term_means: TermMeans
+    _generic_means: TermMeans
+    _generic_items: torch.Tensor | int = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, or with a teacher the forward KL (weighted with cross-entropy), a mean over tokens.
@@ -51,12 +55,16 @@ class LossTrainer(Trainer):
         if not self._computes_loss():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
+        generic = inputs.pop(COLUMN, None)
         teacher = self._teacher_rows(model, inputs)
-        objective = Objective(inputs.pop("labels"), teacher, self._term_weights, self.distill_temperature)
+        objective = Objective(
+            inputs.pop("labels"), teacher, self._term_weights, self.distill_temperature, generic=generic,
+            tokens=None if generic is None else self._tokens_of_step(num_items_in_batch),
+        )  # fmt: skip
         losses, outputs = self._losses(model, inputs, objective, return_outputs)
         aux_loss = losses.get(ROUTER_LOSS)
         if model.training:
-            self._term_means.add(losses["token_losses"], aux_loss)
+            self._count_terms(losses["token_losses"], aux_loss, objective)
         if num_items_in_batch is None:
             loss = losses["loss"] / max(len(objective.targets), 1)
         else:  # labelled tokens of the whole step, on all processes, whose gradients DDP and FSDP will average
@@ -65,6 +73,30 @@ class LossTrainer(Trainer):
         if aux_loss is not None:
             loss = loss + self._router_term(aux_loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's own; counts the labelled tokens of generic text among those of the step, as Trainer counts all."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._generic_items = 0
+        if items is not None and COLUMN in batches[0]:
+            generic = [{"labels": batch["labels"].where(batch[COLUMN] == 1, IGNORE_INDEX)} for batch in batches]
+            self._generic_items = self._get_num_items_in_batch(generic, device)
+        return batches, items
+
+    def _tokens_of_step(self, items: torch.Tensor | int | None) -> torch.Tensor | None:
+        """Labelled tokens of a step, and those of the domain among them; None where a step's are not counted."""
+        if items is None:
+            return None
+        counts = [torch.as_tensor(count) for count in (items, items - self._generic_items)]
+        return torch.stack(counts).round().long()  # integers, which FSDP does not cast
+
+    def _count_terms(self, token_losses: torch.Tensor, aux_loss: torch.Tensor | None, objective: Objective) -> None:
+        """Count the terms of a batch for the log, those of generic text apart."""
+        is_domain = objective.is_domain
+        self._term_means.add(token_losses, aux_loss, is_domain)
+        if is_domain is not None:
+            divergence = token_losses[:, [list(objective.weights).index("kl")]]
+            self._generic_means.add(divergence, None, ~is_domain)
 
     def _router_term(self, aux_loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """The load-balancing loss of a batch as a part of the loss: a mean over accumulated batches."""

@@ -25,7 +25,7 @@ from qat.processes import Signalled, name_of, status_of
 from .checkpoints import find_checkpoint
 from .resuming import ResumingTrainer
 from .safeguards import StepGuard
-from .sampling import EpochSampler, lengths_of
+from .sampling import EpochSampler, InterleavingSampler, lengths_of
 from .steps import check_steps, check_trained
 from .uncalled import UncalledLayers
 from .workers import with_lasting_workers
@@ -109,9 +109,13 @@ class FaultTolerantTrainer(ResumingTrainer):
             if strategy == "batch_rebalance" and sampler is not None:
                 sampler.seed = seed  # transformers 5.23 shuffles by 42, whatever the arguments say
             return sampler
-        lengths = lengths_of(dataset, self.args.length_column_name) if strategy == "group_by_length" else None
+        interleave = getattr(dataset, "interleave", None)  # a MixedDataset: its domain is what an epoch counts
+        rows = dataset if interleave is None else dataset.domain
+        lengths = lengths_of(rows, self.args.length_column_name) if strategy == "group_by_length" else None
         group = self.get_total_train_batch_size(self.args)
-        self._train_sampler = EpochSampler(len(dataset), seed, lengths, group)
+        self._train_sampler = EpochSampler(len(rows), seed, lengths, group)
+        if interleave is not None:
+            self._train_sampler = InterleavingSampler(self._train_sampler, interleave, len(dataset))
         return self._train_sampler
 
     def get_train_dataloader(self) -> DataLoader:

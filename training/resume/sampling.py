@@ -6,7 +6,7 @@ step) changes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -39,6 +39,29 @@ class EpochSampler(Sampler[int]):
         if self.lengths is None:
             return iter(torch.randperm(self.count, generator=generator).tolist())
         return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
+
+
+class InterleavingSampler(Sampler[int]):
+    """The order of a data set that mixes rows of its own between those of a sampler.
+
+    Args:
+        sampler: of the rows that an epoch counts.
+        interleave: its order and the number of the epoch -> the order of all rows.
+        count: of all rows of an epoch.
+    """
+
+    def __init__(self, sampler: EpochSampler, interleave: Callable[[list[int], int], list[int]], count: int) -> None:
+        self.sampler, self.interleave, self.count = sampler, interleave, count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.interleave(list(self.sampler), self.sampler.epoch))
 
 
 def lengths_of(dataset: Dataset, column: str) -> list[int]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.utils.data import ConcatDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -72,7 +73,7 @@ def build_cache(
     parts = {"teacher": digest, "keys": keys, "teacher_cache": code, **asdict(settings)}
     key = fingerprint(parts)
     if make_teacher is None:
-        folder = _wait_for(root / key)
+        folder = wait_for(root / key)
     else:
         build = functools.partial(_build, make_teacher=make_teacher, samples=samples, settings=settings, what=what)
         folder = build_once(root, key, build, "--distill_cache_dir")
@@ -82,7 +83,7 @@ def build_cache(
     return folder
 
 
-def _wait_for(folder: Path) -> Path:
+def wait_for(folder: Path) -> Path:
     """`folder`, once another process has built it; if that one fails, the launcher ends this one too."""
     while not folder.is_dir():
         time.sleep(1)
@@ -249,7 +250,10 @@ def make_cached_teacher(
     folders = {}
     for which, temperature in (("train", settings.temperature), ("eval", 1.0)):
         dataset, own = data_module[f"{which}_dataset"], dataclasses.replace(settings, temperature=temperature)
+        if which == "eval" and (generic := data_module.get("generic_eval_dataset")) is not None:
+            dataset = generic if dataset is None else ConcatDataset([dataset, generic])
         if dataset is None:  # nothing is evaluated
             continue
+        dataset = getattr(dataset, "everything", dataset)  # an epoch of a MixedDataset may read a part of its rows
         folders[which] = build_cache(root, make_teacher, digest[0], dataset, own, f"the {which} set")
     return CachedTeacher(folders)

@@ -124,3 +124,9 @@ def test_the_card_of_weight_only_layers_says_that_activations_are_not_quantized(
     assert "* INT4_G32: weights in int4_g32 " in text and ", activations not quantized, in 12 linear layers." in text
     assert "| scale rule of the activations in training | FLOOR, NOT QUANTIZED |" in text
     assert "| scale rule of the activations in transformers | EVEN, NOT QUANTIZED |" in text
+
+
+def test_text_of_the_divergence_is_told_beside_the_data():
+    facts = CardFacts("M", "chats.jsonl", generic="teacher:500")
+    assert facts.training == "chats.jsonl; in the divergence from the teacher also teacher:500"
+    assert facts.evaluation == "chats.jsonl, held-out samples" and FACTS.training == "python-docs"

@@ -1,0 +1,116 @@
+"""GenericText: what `--distill_generic` names, read or sampled, and mixed into the training data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from data.sets.generic import read_generic
+from data.sets.mixing import MixedDataset
+from data.sets.packing import PackedDataset
+from qat.errors import UserError
+
+from ..arguments.data import DataArguments
+from ..arguments.distillation import DistillationArguments
+from .continuations import sample_continuations
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GenericText:
+    """Text from elsewhere on which the student learns the teacher's distributions, and no tokens of the data.
+
+    Attributes:
+        settings: of the run: what the text is, and its share.
+        args: likewise.
+        packing: whether rows are packed.
+        tokens_of: the tokenizer of student and teacher.
+        samples: the text, of columns `input_ids`, `labels`, `length`; None until it is sampled, or where none is asked.
+        evaluated: likewise, that of --eval_generic.
+    """
+
+    settings: DistillationArguments
+    args: TrainingArguments
+    packing: bool
+    tokens_of: PreTrainedTokenizerBase
+    samples: Dataset | None = None
+    evaluated: Dataset | None = None
+
+    @classmethod
+    def read(
+        cls,
+        settings: DistillationArguments,
+        args: TrainingArguments,
+        data_args: DataArguments,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> GenericText:
+        """Read the text of a FILE; continuations of a teacher are sampled later.
+
+        Raises:
+            UserError: it cannot be read, or is empty.
+        """
+        text = cls(settings, args, data_args.packing, tokenizer)
+        if settings.generic_file is not None:
+            text.samples = read_generic(settings.generic_file, tokenizer, **_how_to_read(data_args))
+        if settings.eval_generic is not None:
+            text.evaluated = read_generic(settings.eval_generic, tokenizer, "eval_generic", **_how_to_read(data_args))
+        return text
+
+    def sample(self, teacher: PreTrainedModel) -> None:
+        """Sample continuations from an unquantized teacher, where they are asked for; all processes must call it."""
+        if count := self.settings.generic_continuations:
+            self.samples = sample_continuations(
+                teacher, count, self.args.model_max_length, first_token(self.tokens_of, teacher), self.args,
+                self.settings.distill_cache_dir,
+            )  # fmt: skip
+
+    def mixed_into(self, data: dict) -> dict:
+        """The data module with the text between the rows of its training set, and the text that is evaluated."""
+        if self.evaluated is not None:
+            data = {**data, "generic_eval_dataset": self.evaluated}
+        if self.samples is None:
+            return data
+        rows = PackedDataset(self.samples, self.args.model_max_length) if self.packing else self.samples
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        mixed = MixedDataset(data["train_dataset"], rows, self.settings.distill_generic_share, seed)
+        logger.info(describe(mixed, self.settings.distill_generic, int(sum(self.samples["length"])), self.args))
+        return {**data, "train_dataset": mixed}
+
+
+def _how_to_read(data_args: DataArguments) -> dict:
+    names = ("chat_template", "train_on", "on_bad_sample", "data_cache_dir", "preprocessing_num_workers")
+    return {name: getattr(data_args, name) for name in names}
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> int:
+    """The token that a text begins with: the tokenizer's BOS, else the model's, else EOS, which ends the text before.
+
+    Raises:
+        UserError: there is none of them.
+    """
+    config = teacher.config.get_text_config()
+    for token in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(
+        "--distill_generic teacher:N begins each continuation with BOS or EOS, and the tokenizer has neither; give a "
+        "FILE of text"
+    )
+
+
+def describe(mixed: MixedDataset, name: str, tokens: int, args: TrainingArguments) -> str:
+    """One line: how much text there is, and how often the training reads it."""
+    rows, epoch = len(mixed.generic), len(mixed)
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    total = args.max_steps * step if args.max_steps > 0 else round(args.num_train_epochs * epoch)
+    read = round(total * float(mixed.share))
+    use = f"each is read {read / rows:.1f} times" if read >= rows else f"{rows - read:,} of them are not read"
+    return (
+        f"generic text {name}: {rows:,} rows, {tokens:,} tokens; it is {float(mixed.share):.4g} of the rows of a step, "
+        f"{mixed.generic_rows:,} rows beside the {len(mixed.domain):,} rows of an epoch of the domain; the training "
+        f"reads {read:,} rows of it: {use}"
+    )
