@@ -37,8 +37,10 @@ def hadamard(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
     if key not in _matrices:
         index = torch.arange(SIZE)
         common = index[:, None] & index
-        ones = sum((common >> bit) & 1 for bit in range(SIZE.bit_length() - 1))
-        _matrices[key] = (1 - 2 * (ones % 2)).to(*key)
+        signs = torch.ones(SIZE, SIZE)
+        for bit in range(SIZE.bit_length() - 1):
+            signs[common >> bit & 1 == 1] *= -1
+        _matrices[key] = signs.to(*key)
     return _matrices[key]
 
 
