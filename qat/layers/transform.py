@@ -52,9 +52,12 @@ def transformed_input(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def transformed_weight(weight: torch.Tensor, dtype: torch.dtype = VIEW_DTYPE) -> torch.Tensor:
-    """A weight [N, K], seen in `dtype`, times T, in FP64 -> `dtype`, without a gradient."""
+    """A weight [N, K], seen in `dtype`, times T, in FP64 -> `dtype`, without a gradient.
+
+    The values are those of BF16 whatever the dtype: what is packed is the BF16 view.
+    """
     slabs = weight.detach().to(dtype).split(max(1, _SLAB_VALUES // weight.shape[-1]))
-    found = [_product(slab, torch.float64).to(dtype) for slab in slabs]
+    found = [_product(slab, torch.float64).to(VIEW_DTYPE).to(dtype) for slab in slabs]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
