@@ -33,6 +33,11 @@ NOT_APPLIED = (
     "qat.checkpoints.input_transforms.apply_stored(model, folder) after loading"
 )
 
+APPLIED_BY_VLLM = (
+    "Inputs are transformed: vLLM (0.32) does that without tensor parallelism and for layers without a bias, and fails "
+    "at others; of other engines it is not known"
+)
+
 
 def transform_config(sites: Iterable[Site], names: StoredNames) -> dict[str, Any]:
     """The part of a quantization_config that names the layers whose inputs are transformed; {} without any."""

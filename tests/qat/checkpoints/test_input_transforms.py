@@ -67,6 +67,7 @@ def test_transformers_alone_passes_over_the_transform_and_everything_says_so(tmp
         assert not torch.equal(alone(input_ids=ids).logits, helped(input_ids=ids).logits)
     for text in (table_of_folder(folder), (folder / "README.md").read_text()):
         assert "it passes over transform_config" in text and "apply_stored(model, folder)" in text
+    assert "vLLM (0.32) does that without tensor parallelism" in table_of_folder(folder)
 
 
 def test_a_folder_with_transforms_is_not_unpacked(tmp_path):

@@ -13,7 +13,7 @@ from qat import QATConfig, convert, get_scheme, prepare_qat
 from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import quantized_sites, quantizers_off
-from qat.layers.transform import hadamard, transformed_input, transformed_weight
+from qat.layers.transform import TransformedRounding, hadamard, transformed_input, transformed_weight
 from qat.layers.transformed import transformed_sites
 from qat.numerics import ops
 
@@ -58,7 +58,7 @@ def test_a_layer_equals_its_plain_composition_in_values_and_gradients(scheme, au
         y = layer(x)
     t = torch.block_diag(hadamard(), hadamard()).double() / 32**0.5
     xt = (x.detach().to(dtype).double() @ t).to(dtype).requires_grad_()
-    wt = (layer.weight.detach().to(dtype).double() @ t).to(dtype).requires_grad_()
+    wt = (layer.weight.detach().to(dtype).double() @ t).bfloat16().to(dtype).requires_grad_()
     spec = layer.scheme.input
     xq = xt if spec is None else ops.fake_quantize(xt, spec.format.name, spec.rule, dtype)
     expected = xq @ ops.fake_quantize(wt, layer.scheme.weight.format.name, layer.scheme.weight.rule, dtype).t()
@@ -78,6 +78,14 @@ def test_a_quantizer_by_itself_gives_the_weight_the_same_gradient():
     values = layer.weight_quantizer(layer.weight.detach())
     t = torch.block_diag(hadamard(), hadamard()).double() / 32**0.5
     torch.testing.assert_close(layer.weight.grad.double(), 2 * values.double() @ t)
+
+
+def test_rows_in_e4m3_hold_the_values_of_the_transformed_weight():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    rounding = TransformedRounding(get_scheme("MXFP4").weight)
+    rows, values = rounding.rows(weight, torch.bfloat16), rounding.values(weight, torch.bfloat16)
+    scale = rows.scale.float().reshape(-1, 1)
+    assert rounding.gives_rows and torch.equal(rows.values.float() * scale, values.float())
 
 
 def test_an_outlier_costs_its_block_less():
