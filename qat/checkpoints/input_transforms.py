@@ -29,8 +29,8 @@ KEY = "transform_config"
 _GROUP = "hadamard32"
 _MODULE = f"{_GROUP}_input"  # what compressed-tensors and vLLM call the submodule of a layer
 NOT_APPLIED = (
-    "not as it is packed, since it passes over transform_config, and the weights are those for transformed inputs; apply "
-    "it with qat.checkpoints.input_transforms.apply_stored(model, folder) after loading"
+    "not as it is packed, since it passes over transform_config, and the weights are those for transformed inputs; "
+    "apply it with qat.checkpoints.input_transforms.apply_stored(model, folder) after loading"
 )
 
 APPLIED_BY_VLLM = (
