@@ -209,5 +209,15 @@ ROWS["MXFP4FP8-kv-ptq"] = Row(
 ROWS["MXFP4FP8-kv"] = default(
     "MXFP4FP8, default, FP8 key/value cache", scheme="MXFP4FP8", **settings_of("MXFP4FP8"), **_cache
 )
+# Inputs transformed by Hadamard blocks of 32, see qat/layers/transform.py.
+for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-all", ("*",))):
+    _transforms: dict = {"prepare_options": {"input_transforms": dict.fromkeys(_patterns, "hadamard")}}
+    _of = "all layers" if _name.endswith("all") else "down_proj and o_proj"
+    ROWS[f"{_name}-ptq"] = Row(
+        f"MXFP4 PTQ with smoothing 0.7, search, even, Hadamard inputs of {_of}", weights="search", inputs="even",
+        smooth_alpha=0.7, **_transforms,
+    )  # fmt: skip
+    ROWS[_name] = default(f"default, Hadamard inputs of {_of}", **_transforms)
+    ROWS[f"{_name}-600"] = default(f"default, Hadamard inputs of {_of}, 600 steps", steps=600, **_transforms)
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]

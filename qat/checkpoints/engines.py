@@ -34,6 +34,7 @@ from .engine_facts import (
 )
 from .folder import CheckpointFolder
 from .in_transformers import InTransformers, in_transformers
+from .input_transforms import APPLIED_BY_VLLM, is_stored
 
 NOT_KNOWN = Fact("not known", "")
 _EXPERT = re.compile(r"\bexperts\.\d+\.\w+\.weight_scale$")
@@ -118,7 +119,8 @@ def table_of_folder(folder: str | Path, trust_remote_code: bool = False) -> str:
     split = next(_split_groups(checkpoint.names, config), ())
     linear, experts = _schemes_by_kind(schemes, checkpoint.names, config)
     has_cache = config.get("kv_cache_scheme") is not None
-    return engine_table(linear, dialect.name, has_cache, split, experts, in_transformers(folder, trust_remote_code))
+    table = engine_table(linear, dialect.name, has_cache, split, experts, in_transformers(folder, trust_remote_code))
+    return f"{table}\n{APPLIED_BY_VLLM}" if is_stored(config) else table
 
 
 def _distinct(schemes: Iterable[Scheme]) -> list[Scheme]:

@@ -11,6 +11,7 @@ from ..layers.kv_cache import kv_cache_spec
 from ..layers.sites import quantized_sites
 from .dialects import check_schemes, get_dialect, resolved_format
 from .folder import CheckpointFolder
+from .input_transforms import check_transforms
 from .loadable import why_not_loadable
 from .matrices import matrices_of
 from .skeleton import check_untied
@@ -42,6 +43,7 @@ def check_exportable(model: PreTrainedModel, export_format: str, source: Checkpo
     try:
         dialect = get_dialect(resolved_format(export_format, model.config.model_type))
         check_schemes(dialect, sites)
+        check_transforms(dialect, sites)
         rest = left_alone(model, sites, names, None if source is None else source.stored)
         config = dialect.config(target_schemes(model, sites, names), rest, kv_cache_spec(model))
     except UserError as error:

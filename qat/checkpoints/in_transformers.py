@@ -12,6 +12,7 @@ from ..layers.restore import prepare_as_saved
 from ..layers.sites import EXPERTS, quantized_sites
 from ..schemes.config import QATConfig
 from .folder import CheckpointFolder
+from .input_transforms import NOT_APPLIED, is_stored
 from .layouts import packed_layers
 from .loadable import runs_as_linear, why_not_loadable
 from .packed_folder import skeleton_of
@@ -45,6 +46,8 @@ def in_transformers(folder: str | Path, trust_remote_code: bool = False) -> InTr
     config = checkpoint.quantization_config or {}
     if own is None or not config:
         return InTransformers()
+    if is_stored(config):
+        return InTransformers(NOT_APPLIED)
     method = str(config.get("quant_method"))
     layers = packed_layers(checkpoint.stored, checkpoint.path, method)
     packed = {name for layer in layers.values() for name in layer.tensors.values()}

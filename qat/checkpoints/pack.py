@@ -27,6 +27,7 @@ from .device import choose_device, compute_on, in_words, most_bytes
 from .dialects import AUTO, check_schemes, get_dialect, resolved_format
 from .dialects.mxfp4 import experts_only
 from .folder import CONFIG_NAME, CheckpointFolder
+from .input_transforms import NOT_APPLIED, check_transforms, is_stored, transform_config
 from .loadable import why_not_loadable
 from .matrices import matrices_of
 from .model_card import CardFacts, write_card
@@ -99,12 +100,14 @@ def export_checkpoint(
     sites = quantized_sites(model)
     matrices = matrices_of(names, sites, checkpoint.path, dialect.packs_fused)
     check_schemes(dialect, sites)
+    check_transforms(dialect, sites)
     check_calibrated(sites)
     place = choose_device(device, most_bytes(checkpoint, matrices), "packing")
     logger.info("Packing %s as %s on %s", describe_sites(sites), dialect.name, in_words(place))
     quantization_config = dialect.config(
         target_schemes(model, sites, names), left_alone(model, sites, names, checkpoint.stored), kv_cache_spec(model)
     )
+    quantization_config |= transform_config(sites, names)
     check_cache_calibrated(model)
     with disk_full_reported(target), written_atomically(target, overwrite) as folder:
         _check_space(folder, checkpoint, sites)
@@ -118,7 +121,9 @@ def export_checkpoint(
         qat_config.save(folder)
         write_card(
             folder, str(target), checkpoint.path, facts or CardFacts(), qat_config, model, dialect,
-            checkpoint.size_bytes, packed_bytes, why_not_loadable(model, names, quantization_config),
+            checkpoint.size_bytes, packed_bytes,
+            why_not_loadable(model, names, quantization_config)
+            or (NOT_APPLIED if is_stored(quantization_config) else None),
         )  # fmt: skip
     logger.info("Packed %s into %s: %.1f MiB", source, target, packed_bytes / 2**20)
     return target

@@ -27,7 +27,7 @@ from .matrices import Matrix
 from .pipeline import CPU, in_parallel, one_at_a_time
 from .shard_writer import ShardWriter
 from .staging import to_device
-from .tensor_scales import calibrated_tensors, weight_divisors
+from .tensor_scales import added_tensors, weight_divisors
 
 _SLAB_VALUES = 1 << 22  # quantized at a time where there are no kernels; bounds the FP32 temporaries
 _WEIGHT = ".weight"
@@ -80,15 +80,15 @@ class Packing:
 
     def _jobs(self, folder: Path) -> Iterator[tuple[ShardWriter, str, torch.Tensor]]:
         """Each stored tensor, memory-mapped, with the file that it goes to."""
-        calibrated = calibrated_tensors(self.checkpoint, self.scales)
+        added = added_tensors(self.checkpoint, self.scales, self.matrices)
         for file in self.checkpoint.shards:
-            expected = dict(calibrated[file])
+            expected = dict(added[file])
             for name, tensor in self.checkpoint.tensors(file):
                 expected |= self._expected(name, tensor)
             writer = ShardWriter(folder / file, expected)
             self._writers.append(writer)
             self._weight_map |= dict.fromkeys(expected, file)
-            for name, tensor in calibrated[file].items():
+            for name, tensor in added[file].items():
                 writer.put(name, tensor)
             for name, tensor in self.checkpoint.tensors(file):
                 yield writer, name, tensor

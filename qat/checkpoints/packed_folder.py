@@ -26,6 +26,7 @@ from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
 from .fit import check_dtypes, check_finite, fitting, load_checked
 from .folder import CheckpointFolder, Reader
+from .input_transforms import check_no_transforms
 from .layouts import PackedLayer, check_tensor, packed_layers
 from .model_config import read_config
 from .packed_sites import SitePart, by_modules, check_formats, parts_of_layers, schemes_of_modules, weights_of
@@ -100,6 +101,7 @@ def check_packed(
     settings, own = read_settings(checkpoint.path, checkpoint.config), QATConfig.load(folder)
     if not checkpoint.is_packed:
         raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
+    check_no_transforms(checkpoint)
     if own is None:
         check_settings(settings, checkpoint.path)
     layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])

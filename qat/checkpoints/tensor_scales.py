@@ -17,6 +17,7 @@ from ..layers.sites import Site
 from ..numerics import ops
 from ..schemes.spec import VIEW_DTYPE
 from .folder import CheckpointFolder
+from .input_transforms import stored_matrices
 from .matrices import Matrix, by_divisor
 from .pipeline import CPU, in_parallel
 from .staging import to_device
@@ -87,12 +88,19 @@ def stored_scales(
     return stored
 
 
-def calibrated_tensors(checkpoint: CheckpointFolder, scales: Mapping[str, float]) -> dict[str, dict[str, torch.Tensor]]:
-    """Calibrated scales as tensors, FP32 [1], by file and name: each beside the first tensor of its module.
+def added_tensors(
+    checkpoint: CheckpointFolder, scales: Mapping[str, float], matrices: Mapping[str, list[Matrix]]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What a packed folder has beside its weights, by file and name: each beside the first tensor of its module.
+
+    Calibrated scales are FP32 [1]; matrices of transforms are BF16 [32, 32].
 
     Args:
         scales: by their names in the packed folder, see `stored_scales`.
+        matrices: by stored tensor, see `matrices_of`.
     """
+    added = {name: torch.tensor([value], dtype=torch.float32) for name, value in scales.items()}
+    added |= stored_matrices(matrices)
     files: dict[str, str] = {}
     for file, names in checkpoint.shards.items():
         for name in names:
@@ -100,9 +108,9 @@ def calibrated_tensors(checkpoint: CheckpointFolder, scales: Mapping[str, float]
                 files.setdefault(name, file)
     placed: dict[str, dict[str, torch.Tensor]] = {file: {} for file in checkpoint.shards}
     first = next(iter(checkpoint.shards))
-    for name, value in scales.items():
+    for name, tensor in added.items():
         module = name.rpartition(".")[0]
         while module and module not in files:
             module = module.rpartition(".")[0]
-        placed[files.get(module, first)][name] = torch.tensor([value], dtype=torch.float32)
+        placed[files.get(module, first)][name] = tensor
     return placed

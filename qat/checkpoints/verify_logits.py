@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ from ..processes import name_of, start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
+from .input_transforms import apply_stored, is_matrix
 from .model_config import read_config
 from .native_mxfp4 import loading_options
 from .pipeline import CPU
@@ -241,18 +243,26 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_for_logits(folder: str, trust_remote_code: bool, device: torch.device = CPU) -> PreTrainedModel:
-    """The model in `folder`, plain or packed, as transformers loads it in BF16; an error where weights do not fit."""
+    """The model in `folder`, plain or packed, as transformers loads it in BF16; an error where weights do not fit.
+
+    Transforms of inputs, which transformers passes over, are applied by compressed-tensors' code.
+    """
     config = read_config(folder, folder, trust_remote_code, local_files_only=True)
     # Straight to a GPU; transformers asks for accelerate to do that.
     place = {"device_map": {"": device}} if device != CPU and find_spec("accelerate") else {}
-    model = load_checked(
-        lambda: AutoModelForCausalLM.from_pretrained(
+
+    def load() -> tuple[PreTrainedModel, dict]:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.bfloat16, local_files_only=True, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
             **loading_options(config), **place,
-        ),
-        folder,
-    )  # fmt: skip
+        )  # fmt: skip
+        model, report = loaded
+        unexpected = [name for name in report["unexpected_keys"] if not is_matrix(name)]
+        return model, {**report, "unexpected_keys": unexpected}
+
+    model = load_checked(load, folder)
+    apply_stored(model, folder)
     return model if device == CPU else model.to(device)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from .matrices import Matrix
 from .pack_tensors import exported_dtype
 from .pipeline import CPU, in_parallel, one_at_a_time
 from .staging import to_device
-from .tensor_scales import calibrated_tensors, weight_divisors
+from .tensor_scales import added_tensors, weight_divisors
 
 
 @dataclass
@@ -60,7 +60,9 @@ def compare_weights(
     count, held = WeightCount(), packed.names
     divisors = weight_divisors(checkpoint, matrices, device)
     calibrated = {
-        name: scale for scales in calibrated_tensors(checkpoint, scales).values() for name, scale in scales.items()
+        name: tensor
+        for together in added_tensors(checkpoint, scales, matrices).values()
+        for name, tensor in together.items()
     }
 
     def names_of(matrix: Matrix) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ class _QuantizedLinear(torch.autograd.Function):
             learned_grads = settings.rounding.gradients(grad_rows, values, *learned)
             needs_learned = False
         if needs[1] or needs_learned:
-            grad_weight = _weight_gradient(grad_rows, values, weight_dtype)
+            grad_weight = settings.rounding.parameter_gradient(_weight_gradient(grad_rows, values, weight_dtype))
             if needs_learned:
                 learned_grads = settings.rounding.learned_gradients(
                     grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor

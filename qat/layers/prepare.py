@@ -31,6 +31,7 @@ from .share import (
     quantized_share,
 )
 from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
+from .transformed import choose_transformed, transformed_sites
 
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
 _HEADS = {*DEFAULT_IGNORE, "embed_out"}
@@ -52,6 +53,7 @@ def prepare_qat(
     learn_scale: bool = False,
     kv_cache_scheme: str | None = None,
     left_alone: Mapping[str, str] | None = None,
+    input_transforms: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place; quantize the key/value cache, if asked for.
 
@@ -73,6 +75,8 @@ def prepare_qat(
         kv_cache_scheme: one of `presets.KV_CACHE_SCHEMES`, for keys and values of all attention layers; see
             kv_cache.py. Their scales need calibration.
         left_alone: layers to leave alone, {name: reason}, in place of those that the rules cover; {} for none.
+        input_transforms: transforms (`presets.INPUT_TRANSFORMS`) of the inputs of layers, by pattern, such as
+            {"*.down_proj": "hadamard"}; see transform.py.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -99,12 +103,15 @@ def prepare_qat(
         check_learnable(schemes[scheme].weight, settings)
     if settings:
         _check_untied(model, chosen, settings[0])
+    transformed = choose_transformed(input_transforms or {}, chosen, schemes, settings)
     if kv_cache_scheme is not None:
         kv_cache_scheme, kv_spec = get_kv_cache_scheme(kv_cache_scheme)
         quantize_cache(cache_layers(model), kv_spec)  # checks before it changes anything
     for site, scheme in chosen:
         if not KINDS[site.kind].is_quantized(site.owner):  # with the other parameters of its module
             KINDS[site.kind].convert(site.owner, schemes[scheme], site.name, bool(settings))
+    for site in transformed:
+        site.module.weight_quantizer.is_transformed = True
 
     config = QATConfig(
         mapping=by_name,
@@ -114,6 +121,7 @@ def prepare_qat(
         kv_cache_scheme=kv_cache_scheme,
         left_alone=by_rule,
         kinds=tuple(sorted({site.kind for site, _ in chosen})),
+        input_transforms=dict(input_transforms or {}),
     )
     tie_fused(model)
     set_qat_config(model, config)
@@ -311,6 +319,9 @@ def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str])
     if config.kv_cache_scheme is not None:
         cached_layers = len(cache_quantizers(model)) // 2
         lines.append(f"  key/value cache of {cached_layers} attention layers in {config.kv_cache_scheme}")
+    if transformed := transformed_sites(model):
+        names = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in transformed))
+        lines.append(f"  inputs of {len(transformed)} layers transformed by Hadamard blocks of 32: {names}")
     lines += [f"  left unquantized: {line}" for line in describe_left(model, left)]
     lines += [f"  {name}: {value}" for name, value in config.training.items()]
     print("\n".join(lines), flush=True)

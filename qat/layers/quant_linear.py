@@ -19,6 +19,7 @@ from .operands import Operands, compute_dtype, is_shard
 from .packed_weight import as_kept, packed_of
 from .rounding import Rounding
 from .swapped_class import swapped_class
+from .transform import transformed_input
 
 # By name, since qat/layers imports no transformers.
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
@@ -59,6 +60,9 @@ class LinearProduct(Operands):
         dtype = compute_dtype(input)
         weight, inputs, adapter = self.weight_quantizer, self.input_quantizer, adapter_of(self)
         bias = None if self.adds_bias_apart else self.bias
+        is_transformed = weight.is_transformed and (weight.is_enabled or inputs.is_enabled)
+        if is_transformed:
+            input = self._transformed(input, dtype)
         is_plain = weight.scale is None and inputs.scale is None
         if is_plain and (weight.is_enabled or adapter is not None):
             rounding, learned = as_kept(self, *self._rounding(adapter))
@@ -74,10 +78,20 @@ class LinearProduct(Operands):
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
             x = inputs(input.to(dtype), self.input_divisor(input.device))
-            output = F.linear(x, weight(self.rows(self.effective_weight()).to(dtype), divisor), bias)
+            rows = self.rows(self.effective_weight()).to(dtype)
+            if is_transformed and not weight.is_enabled:
+                rows = transformed_input(rows)
+            output = F.linear(x, weight(rows, divisor), bias)
         if self.adds_bias_apart and self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return self.output_quantizer(output)
+
+    def _transformed(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The transformed input, made once for the layers that engines fuse: they share their input."""
+        if len(self.fused_with) == 1:
+            return transformed_input(input.to(dtype))
+        key = "transformed", dtype, torch.is_grad_enabled()
+        return once_for(input, key, lambda: transformed_input(input.to(dtype)))
 
     def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding, tuple[torch.Tensor, ...]]:
         """How the weight is rounded, and what is trained beside it."""

@@ -56,6 +56,7 @@ def prepare_as_saved(
     prepare_qat(
         model, config.mapping, ignore, learn_exponent=bool(learn_exponent), scale_rules=config.scale_rules,
         learn_scale=learn_scale, kv_cache_scheme=config.kv_cache_scheme, left_alone=left_alone,
+        input_transforms=_transforms_of(config, names),
     )  # fmt: skip
     if is_baked or keeps_values:
         _keep_values(model, None if keeps_values else learned_scales.FORMATS)
@@ -68,6 +69,11 @@ def prepare_as_saved(
     if config.calibrated_scales:
         set_calibrated_scales(model, config.calibrated_scales)
     return model
+
+
+def _transforms_of(config: QATConfig, names: list[str]) -> dict[str, str]:
+    """The transforms whose patterns match a layer; see above of patterns that match nothing."""
+    return {key: name for key, name in config.input_transforms.items() if any(matches(own, key) for own in names)}
 
 
 def _keep_values(model: nn.Module, formats: Collection[str] | None) -> None:

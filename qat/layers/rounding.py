@@ -71,6 +71,10 @@ class Rounding:
         """The gradients of `learned` from that of the quantized values [N, K]."""
         return ()
 
+    def parameter_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of the parameter [N, K] from that of the quantized values."""
+        return grad
+
     def check_trainable(self) -> None:
         """Raise a UserError where a weight under this rounding must not be trained."""
 

@@ -14,6 +14,7 @@ from .learned import SETTINGS, check_learnable, kind_of
 from .learned_exponents import LearnedExponents
 from .learned_scales import LearnedScales
 from .rounding import Rounding
+from .transform import TransformedRounding
 
 
 class TensorQuantizer(nn.Module):
@@ -37,6 +38,7 @@ class TensorQuantizer(nn.Module):
 
     Attributes:
         is_baked: whether the tensor is a weight that holds quantized values already, see baked_values.py.
+        is_transformed: whether the tensor is a weight that is transformed before it is rounded, see transform.py.
 
     Raises:
         UserError: an argument that no format has.
@@ -68,6 +70,7 @@ class TensorQuantizer(nn.Module):
         self.spec = TensorSpec.of(data_type, bits, block_size, sym)
         self.if_quant = if_quant
         self.is_baked = False
+        self.is_transformed = False
         self._enabled = True
         self.register_parameter("exponent_offset", None)
         self.register_parameter("scale_offset", None)
@@ -111,6 +114,8 @@ class TensorQuantizer(nn.Module):
         """How the tensor gets its values; `learned` are its parameters."""
         if self.is_baked:
             return BakedValues(self.spec)
+        if self.is_transformed:
+            return TransformedRounding(self.spec)
         if self.learn_exponent:
             return LearnedExponents(self.spec)
         return LearnedScales(self.spec) if self.learn_scale else Rounding(self.spec)
@@ -206,4 +211,5 @@ class TensorQuantizer(nn.Module):
             return "disabled"
         learned = ", learned exponents" if self.learn_exponent else ", learned scales" if self.learn_scale else ""
         learned += ", baked" if self.is_baked else ""
+        learned += ", transformed" if self.is_transformed else ""
         return f"{self.spec.format.name}, rule={self.spec.rule}{learned}"

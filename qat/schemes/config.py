@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files.json_file import read_object, shown
 from ..version import VERSION
 from .patterns import check_patterns
-from .presets import get_kv_cache_scheme, get_scheme
+from .presets import check_transform, get_kv_cache_scheme, get_scheme
 
 QAT_CONFIG_NAME = "qat_config.json"
 TRAINING = {"learn_exponent": bool, "learn_scale": bool}  # what `QATConfig.training` may hold, and the types
@@ -38,6 +38,7 @@ class QATConfig:
     ("model.layers.0.mlp.down_proj.input_global_scale"): FP32 values, exactly. `kv_cache_scheme` is that of keys and
     values in the cache; None: they are not quantized. `left_alone` holds the layers that a default rule left alone,
     with its reason; `kinds` the kinds of sites that the training quantized (None: all that the mapping covers).
+    `input_transforms` names the transforms of inputs by pattern, see layers/transform.py.
     """
 
     mapping: dict[str, str]
@@ -48,6 +49,7 @@ class QATConfig:
     kv_cache_scheme: str | None = None
     left_alone: dict[str, str] = field(default_factory=dict)
     kinds: tuple[str, ...] | None = None
+    input_transforms: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: dict(_VERSIONS))
 
     @property
@@ -60,12 +62,13 @@ class QATConfig:
         )
         training = "".join(f", {name} {value}" for name, value in self.training.items())
         cache = "" if self.kv_cache_scheme is None else f", key/value cache {self.kv_cache_scheme}"
-        return f"{schemes}; scale rules {rules}{training}{cache}"
+        transforms = "".join(f", {name} inputs of {key}" for key, name in self.input_transforms.items())
+        return f"{schemes}; scale rules {rules}{training}{cache}{transforms}"
 
     def same_training(self, other: QATConfig) -> bool:
         """Whether a run under `other` may resume a run under this one: versions and calibrated scales may differ."""
         mine, theirs = asdict(self), asdict(other)
-        compared = ["mapping", "ignore", "scale_rules", "training", "kv_cache_scheme"]
+        compared = ["mapping", "ignore", "scale_rules", "training", "kv_cache_scheme", "input_transforms"]
         if self.kinds is not None and other.kinds is not None:
             compared.append("kinds")
         same = all(mine[key] == theirs[key] for key in compared) and list(self.mapping) == list(other.mapping)
@@ -122,6 +125,10 @@ def _check(content: dict[str, Any]) -> None:
         raise UserError(f"kinds is {shown(kinds)}, not a list of kinds of layers")
     if content.get("kv_cache_scheme") is not None:
         get_kv_cache_scheme(content["kv_cache_scheme"])
+    transforms = content.get("input_transforms", {})
+    _check_entries("input_transforms", transforms, dict.fromkeys(transforms, str))
+    for pattern, name in transforms.items():
+        check_transform(name, f"input_transforms of {pattern}")
     versions = content.get("versions", {})
     _check_entries("versions", versions, dict.fromkeys(versions, str))
 

@@ -39,6 +39,14 @@ SCHEMES = tuple(PRESETS)
 # Of keys and values in the cache; the first rule is vLLM's.
 KV_CACHE_SCHEMES = {"FP8": TensorSpec(fp8.TENSOR, fp8.TENSOR.rules[0])}
 
+INPUT_TRANSFORMS = ("hadamard",)  # see layers/transform.py
+
+
+def check_transform(name: str, what: str = "input transform") -> None:
+    """Raise a UserError for a transform of inputs that does not exist; `what` is what messages call it."""
+    if name not in INPUT_TRANSFORMS:
+        raise UserError(f"{what} {name!r} is unknown; choose one of {', '.join(INPUT_TRANSFORMS)}")
+
 
 def get_scheme(name: str, weight_scale_rule: str | None = None, input_scale_rule: str | None = None) -> Scheme:
     """The preset called `name` or that of an alias, in any case; a rule given here replaces the preset's.

@@ -38,7 +38,9 @@ def input_format(layer: torch.nn.Module, default: str) -> str | None:
     Raises:
         ValueError: a format that the library does not have.
     """
-    config = getattr(getattr(layer, "quant_method", None), "quantization_config", None)
+    method = getattr(layer, "quant_method", None)
+    method = getattr(method, "quant_method", method)  # of a layer whose inputs are transformed, inside of its own
+    config = getattr(method, "quantization_config", None)
     if not hasattr(config, "get_scheme_dict"):
         return default
     args = config.get_scheme_dict(layer, layer.prefix)["input_activations"]

@@ -13,6 +13,7 @@ from vllm.model_executor.kernels import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllm_reader
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.module import HadamardTransform
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.platforms import PlatformEnum, current_platform
 
@@ -40,6 +41,9 @@ def register_all() -> None:
     Nvfp4Scheme.platforms = platforms
     vllm_reader.CompressedTensorsW4A4Fp4 = Nvfp4Scheme  # has no registry in vLLM 0.32
     _register_experts(platforms)
+    # vLLM 0.32 multiplies by the matrix of a transform as by any unquantized weight, and forgets that its gemm for CPUs
+    # is one that loading leaves with the layer.
+    HadamardTransform.cpu_linear = staticmethod(torch.nn.functional.linear)
     logger.info("mx-qat kernels registered: activations under %s", ", ".join(rules).upper() or "their default rules")
 
 

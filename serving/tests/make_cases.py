@@ -47,6 +47,7 @@ class Case:
         model: a key of models.MODELS.
         ignore: what stays unquantized, as in `prepare_qat`.
         options: of `vllm serve`, beside those that the dialect names.
+        transformed: patterns of layers whose inputs are transformed by Hadamard blocks.
         dtype, tolerance: in which vLLM computes, and how far log-probabilities may be off, in nats.
     """
 
@@ -60,11 +61,15 @@ class Case:
     options: tuple[str, ...] = ()
     dtype: str = "float32"
     tolerance: float = 1e-4
+    transformed: tuple[str, ...] = ()
 
 
 CASES = {
     "mxfp4-even": Case("MXFP4", "even", "rceil"),
     "mxfp4-floor": Case("MXFP4", "floor", "rceil"),
+    "mxfp4-transformed": Case("MXFP4", "even", "rceil", transformed=("*.down_proj", "*.o_proj")),
+    "mxfp4-all-transformed": Case("MXFP4", "even", "rceil", transformed=("*",)),
+    "mxfp4a16-all-transformed": Case("MXFP4A16", None, UNQUANTIZED_MODEL, transformed=("*",)),
     "mxfp4-auto-round": Case("MXFP4_RCEIL", "none", "rceil", "auto_round", dtype="bfloat16", tolerance=0.1),
     "mxfp8-floor": Case("MXFP8", "floor", "rceil"),
     "mixed-even": Case(MIXED, "even", "rceil"),
@@ -109,7 +114,8 @@ def make_case(case: Case, folder: Path, prompts: torch.Tensor) -> dict:
     """Pack a model into `folder`, and what vLLM is to give for the prompts."""
     source, packed = folder / "source", folder / "packed"
     mapping = {"torch.nn.Linear": case.mapping} if isinstance(case.mapping, str) else case.mapping
-    prepared = prepare_qat(MODELS[case.model](), mapping, ignore=case.ignore)
+    transforms = dict.fromkeys(case.transformed, "hadamard")
+    prepared = prepare_qat(MODELS[case.model](), mapping, ignore=case.ignore, input_transforms=transforms)
     calibrate_inputs(prepared, [{"input_ids": prompts}])
     prepared.save_pretrained(source)
     prepared.qat_config.save(source)

@@ -24,6 +24,7 @@ from qat.layers.conv1d import is_conv1d, is_quantconv1d
 from qat.layers.lora import NAME, adapters, weight_name
 from qat.layers.packed_weight import PackedWeight
 from qat.layers.share import percent
+from qat.layers.transformed import transformed_sites
 
 from ..arguments.lora import LoraArguments
 from .stacks import flatten_parameters, forget_routers
@@ -64,6 +65,11 @@ def add_adapters(
     Raises:
         UserError: `config` names no layer, or one that cannot have such an adapter.
     """
+    if transformed := transformed_sites(model):
+        raise UserError(
+            f"adapters are added before weights are rounded, and the inputs of {transformed[0].name} are transformed: "
+            "train all weights (without --lora_r), or leave --input_transform out"
+        )
     asked = set(config.target_parameters or ())
     targets = resolve_targets(model, config, argument)
     _check_init(model, config, targets)

@@ -14,10 +14,18 @@ from qat.errors import UserError
 from qat.layers.fp8_matmul import MODES
 from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
+from qat.layers.transform import DEFAULT_LAYERS
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement, with_patterns
 from qat.schemes.patterns import HELP as PATTERNS
 from qat.schemes.patterns import check_patterns
-from qat.schemes.presets import KV_CACHE_SCHEMES, get_kv_cache_scheme, input_rules, scheme_name, weight_rules
+from qat.schemes.presets import (
+    INPUT_TRANSFORMS,
+    KV_CACHE_SCHEMES,
+    get_kv_cache_scheme,
+    input_rules,
+    scheme_name,
+    weight_rules,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +96,20 @@ class QuantizationArguments:
             f"{PATTERNS}. One that matches nothing is an error."
         },
     )
+    input_transform: str = field(
+        default="none",
+        metadata={
+            "help": f"Transform of the inputs of --input_transform_layers before they are rounded: none, "
+            f"{', '.join(INPUT_TRANSFORMS)}. hadamard spreads outliers over blocks of 32 values; engines must apply it "
+            "when they serve the model, as vLLM does. Weights in MX formats only."
+        },
+    )
+    input_transform_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Layers whose inputs are transformed: {PATTERNS}; default: {' '.join(DEFAULT_LAYERS)}. '*' is all."
+        },
+    )
     learn_exponent: bool = field(
         default=False,
         metadata={
@@ -150,6 +172,7 @@ class QuantizationArguments:
         check_smooth_alpha(self.smooth_alpha)
         self._check_cache()
         self._check_ignore()
+        self._check_transform()
         for name, choices in (("weight_scale_rule", weight_rules()), ("input_scale_rule", input_rules())):
             rule = getattr(self, name)
             if rule is not None and rule not in choices:
@@ -203,6 +226,33 @@ class QuantizationArguments:
                 "of them, or omit it (a model that was trained with it keeps it)"
             )
         check_patterns(self.ignore or ())
+
+    def _check_transform(self) -> None:
+        """Raises UserError for a transform of inputs that does not exist, or has no effect."""
+        if self.input_transform not in (choices := ("none", *INPUT_TRANSFORMS)):
+            raise UserError(
+                f"--input_transform {self.input_transform!r} is unknown; choose one of {', '.join(choices)}"
+            )
+        if self.input_transform == "none":
+            if self.input_transform_layers:
+                raise UserError(
+                    f"--input_transform_layers {' '.join(self.input_transform_layers)} has no effect without "
+                    f"--input_transform; give that too ({', '.join(INPUT_TRANSFORMS)}), or omit it"
+                )
+            return
+        if not self.names_schemes:
+            raise UserError(
+                f"--input_transform {self.input_transform} needs --quant_scheme or --quant_mapping beside it; give one "
+                "of them, or omit it (a model that was trained with it keeps it)"
+            )
+        check_patterns(self.input_transform_layers or ())
+
+    @property
+    def input_transforms(self) -> dict[str, str]:
+        """The transforms of inputs by pattern, as `prepare_qat` takes them."""
+        if self.input_transform == "none":
+            return {}
+        return dict.fromkeys(self.input_transform_layers or DEFAULT_LAYERS, self.input_transform)
 
     def _check_rules(self, *schemes: str) -> None:
         """Raises UserError for a scale rule that the formats of a scheme do not have."""

@@ -206,7 +206,10 @@ class Start:
         """Prepare the model for the scheme asked for, else for the one it was trained for or packed in, else not."""
         if (layers := quant_args.layers_of(model.config.model_type)) is not None:
             rules = quant_args.weight_scale_rule, quant_args.input_scale_rule
-            prepare_qat(model, *layers, *rules, **quant_args.learned, kv_cache_scheme=quant_args.kv_cache_scheme)
+            prepare_qat(
+                model, *layers, *rules, **quant_args.learned, kv_cache_scheme=quant_args.kv_cache_scheme,
+                input_transforms=quant_args.input_transforms,
+            )  # fmt: skip
         elif self.qat_config is not None:
             logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
             prepare_as_saved(model, self.qat_config, **quant_args.learned, keeps_values=self.keeps_values)

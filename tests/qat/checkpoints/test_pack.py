@@ -23,7 +23,7 @@ from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.pack_tensors import pack_weight
 from qat.checkpoints.shard_writer import ShardWriter
-from qat.checkpoints.tensor_scales import calibrated_tensors
+from qat.checkpoints.tensor_scales import added_tensors
 from qat.checkpoints.verify import verify
 from qat.errors import UserError
 from qat.layers.calibration import calibrate_inputs, calibrated_layers
@@ -198,7 +198,7 @@ def test_calibrated_scales_are_tensors_beside_their_layers_and_in_the_configurat
 
 def test_scales_of_a_cache_lie_beside_the_first_tensor_of_their_attention(nvfp4):
     checkpoint = CheckpointFolder.open(nvfp4[0])
-    placed = calibrated_tensors(checkpoint, {"model.layers.0.self_attn.k_scale": 0.1})
+    placed = added_tensors(checkpoint, {"model.layers.0.self_attn.k_scale": 0.1}, {})
     (file,) = (file for file, tensors in placed.items() if tensors)
     assert file == next(f for f, names in checkpoint.shards.items() if any(".self_attn." in name for name in names))
     (scale,) = placed[file].values()

@@ -1,0 +1,120 @@
+"""Transforms of inputs in a packed folder: compressed-tensors' `transform_config`, and the matrix of each layer.
+
+The weights are packed as transformed, so an engine that passed over the transform would compute nonsense. vLLM reads
+it: under the type "random-hadamard" it multiplies blocks of `head_dim` values by any stored matrix over
+sqrt(head_dim). The type "hadamard" stores none, but takes a kernel for CUDA. transformers (5.23) passes over
+`transform_config`; `apply_stored` lets a model that it loaded compute with it, by compressed-tensors' own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..layers.sites import Site
+from ..layers.transform import SIZE, hadamard
+from ..layers.transformed import is_transformed
+from ..schemes.spec import VIEW_DTYPE
+from .dialects import Dialect
+from .dialects.compressed_tensors import CompressedTensors
+from .folder import CheckpointFolder
+from .matrices import Matrix
+from .stored_names import StoredNames
+
+KEY = "transform_config"
+_GROUP = "hadamard32"
+_MODULE = f"{_GROUP}_input"  # what compressed-tensors and vLLM call the submodule of a layer
+NOT_APPLIED = (
+    "not as it is packed, since it passes over transform_config, and the weights are those for transformed inputs; "
+    "apply it with qat.checkpoints.input_transforms.apply_stored(model, folder) after loading"
+)
+
+APPLIED_BY_VLLM = (
+    "Inputs are transformed: vLLM (0.32) does that without tensor parallelism and for layers without a bias, and fails "
+    "at others; of other engines it is not known"
+)
+
+
+def transform_config(sites: Iterable[Site], names: StoredNames) -> dict[str, Any]:
+    """The part of a quantization_config that names the layers whose inputs are transformed; {} without any."""
+    found = [spelling for site in sites if is_transformed(site) for spelling in names.spellings(site.name)]
+    if not found:
+        return {}
+    apply = [{"targets": list(dict.fromkeys(found)), "location": "input", "inverse": False, "ignore": []}]
+    group = {"type": "random-hadamard", "head_dim": SIZE, "precision": "torch.float32", "apply": apply}
+    return {KEY: {"config_groups": {_GROUP: group}}}
+
+
+def stored_matrices(matrices: Mapping[str, list[Matrix]]) -> dict[str, torch.Tensor]:
+    """The matrices to store, BF16 [32, 32] of 1 and -1, by their names in the packed folder."""
+    together = (matrix for held in matrices.values() for matrix in held if is_transformed(matrix.site))
+    return {f"{matrix.name}.{_MODULE}.weight": hadamard(dtype=VIEW_DTYPE) for matrix in together}
+
+
+def check_transforms(dialect: Dialect, sites: Iterable[Site]) -> None:
+    """Raise a UserError where inputs are transformed and the dialect has no words for it."""
+    site = next(filter(is_transformed, sites), None)
+    if site is not None and dialect.quant_method != CompressedTensors.quant_method:
+        raise UserError(
+            f"{site.label} has transformed inputs, which {dialect.name} cannot hold; use {CompressedTensors.name}, or "
+            "train without --input_transform"
+        )
+
+
+def is_stored(quantization_config: Mapping[str, Any] | None) -> bool:
+    """Whether a packed folder has transformed inputs."""
+    return bool(((quantization_config or {}).get(KEY) or {}).get("config_groups"))
+
+
+def check_no_transforms(checkpoint: CheckpointFolder) -> None:
+    """Raise a UserError for a packed folder with transformed inputs: its weights alone are not those of the model."""
+    if is_stored(checkpoint.quantization_config):
+        raise UserError(
+            f"{checkpoint.path} has transformed inputs ({KEY} in config.json), and cannot be unpacked; give the BF16 "
+            "checkpoint that it was made of"
+        )
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor of a packed folder is the matrix of a transform."""
+    return name.endswith(f".{_MODULE}.weight")
+
+
+@torch.no_grad()
+def apply_stored(model: nn.Module, folder: str) -> int:
+    """Let a model that transformers loaded from a packed folder transform its inputs as the folder says.
+
+    Args:
+        model: of `AutoModelForCausalLM.from_pretrained(folder)`; it is changed.
+        folder: the packed folder.
+
+    Returns:
+        How many layers have transformed inputs now.
+
+    Raises:
+        UserError: the folder has no such matrix for a layer that its config.json names.
+        ImportError: compressed-tensors is not installed.
+    """
+    from compressed_tensors.transform import TransformConfig, TransformFactory
+
+    checkpoint = CheckpointFolder.open(folder, "the packed folder")
+    config, applied = (checkpoint.quantization_config or {}).get(KEY), 0
+    if not config:
+        return 0
+    for name, scheme in TransformConfig.model_validate(config).config_groups.items():
+        TransformFactory.from_scheme(scheme, name=name).apply_to_model(model, use_tqdm=False)
+        with checkpoint.reading() as read:
+            for module_name, module in model.named_modules():
+                if (transform := module._modules.get(f"{name}_input")) is None:
+                    continue
+                stored = f"{module_name}.{name}_input.weight"
+                if stored not in checkpoint.names:
+                    raise UserError(f"{checkpoint.path} lacks {stored}, which its config.json names; pack it again")
+                matrix = read(stored).to(transform.get_parameter("weight"))
+                transform.weight = nn.Parameter(matrix, requires_grad=False)  # compressed-tensors made a random one
+                applied += 1
+    return applied

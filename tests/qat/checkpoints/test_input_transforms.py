@@ -1,0 +1,83 @@
+"""Transformed inputs in packed folders: the file, the proof by compressed-tensors' code, and what refuses them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.transform import TransformConfig
+from helpers import make_llama, make_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny_families import logits_in_this_process
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qat import prepare_qat
+from qat.checkpoints.engines import table_of_folder
+from qat.checkpoints.exportable import check_exportable
+from qat.checkpoints.input_transforms import apply_stored
+from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.unpack import load_packed
+from qat.checkpoints.verify import verify
+from qat.checkpoints.verify_logits import VerificationError
+from qat.errors import UserError
+
+same_process = pytest.fixture(logits_in_this_process)
+BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
+
+
+def save_trained(folder, transforms, scheme="MXFP4"):
+    model = prepare_qat(
+        make_llama(layers=1).bfloat16(), {nn.Linear: scheme}, "lm_head", "search", "even", input_transforms=transforms
+    )
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    model.qat_config.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("transforms", [BOTH, {"*": "hadamard"}], ids=["two", "all"])
+def test_a_folder_is_proven_with_transforms_by_the_library(tmp_path, same_process, transforms):
+    source = save_trained(tmp_path / "trained", transforms)
+    folder = export_checkpoint(source, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]["transform_config"]
+    (group,) = TransformConfig.model_validate(config).config_groups.values()
+    assert (group.type, group.head_dim, group.apply[0].location) == ("random-hadamard", 32, "input")
+    tensors = load_file(folder / "model.safetensors")
+    matrices = [name for name in tensors if name.endswith(".hadamard32_input.weight")]
+    assert len(matrices) == (7 if "*" in transforms else 2)
+    logits = verify(folder, source)["logits"]
+    assert logits["bit_equal"] and logits["mean_log_probability_difference_to_trained_rule"] == 0
+    save_file(
+        {**tensors, matrices[0]: tensors[matrices[0]] * 2}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(VerificationError, match="hadamard32_input"):
+        verify(folder, source, with_logits=False)
+
+
+def test_transformers_alone_passes_over_the_transform_and_everything_says_so(tmp_path):
+    source = save_trained(tmp_path / "trained", BOTH)
+    folder = export_checkpoint(source, tmp_path / "packed")
+    ids = torch.arange(64)[None]
+    alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    helped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert apply_stored(helped, folder) == 2
+    with torch.no_grad():
+        assert not torch.equal(alone(input_ids=ids).logits, helped(input_ids=ids).logits)
+    for text in (table_of_folder(folder), (folder / "README.md").read_text()):
+        assert "it passes over transform_config" in text and "apply_stored(model, folder)" in text
+    assert "vLLM (0.32) does that without tensor parallelism" in table_of_folder(folder)
+
+
+def test_a_folder_with_transforms_is_not_unpacked(tmp_path):
+    folder = export_checkpoint(save_trained(tmp_path / "trained", BOTH), tmp_path / "packed")
+    with pytest.raises(UserError, match="has transformed inputs .* give the BF16 checkpoint"):
+        load_packed(folder)
+
+
+def test_other_formats_refuse_them():
+    model = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"}, input_transforms=BOTH)
+    with pytest.raises(UserError, match="--export_format auto_round: .* has transformed inputs"):
+        check_exportable(model, "auto_round")
+    check_exportable(model, "compressed-tensors")

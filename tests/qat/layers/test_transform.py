@@ -1,0 +1,153 @@
+"""Transformed inputs: compressed-tensors' own code gives the same bits, gradients are exact, mistakes are one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.transform import TransformConfig, apply_transform_config
+from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
+from helpers import make_llama, make_mixture
+from torch import nn
+
+from qat import QATConfig, convert, get_scheme, prepare_qat
+from qat.errors import UserError
+from qat.layers.restore import prepare_as_saved
+from qat.layers.sites import quantized_sites, quantizers_off
+from qat.layers.transform import TransformedRounding, hadamard, transformed_input, transformed_weight
+from qat.layers.transformed import transformed_sites
+from qat.numerics import ops
+
+BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
+
+
+def by_the_library(linear: nn.Linear) -> nn.Module:
+    """A model of one layer with both transforms of compressed-tensors: of its inputs, and folded into its weight."""
+    model = nn.Sequential(linear)
+    apply = [{"targets": ["Linear"], "location": place, "inverse": place != "input"}
+             for place in ("input", "weight_input")]  # fmt: skip
+    scheme = {"type": "hadamard", "head_dim": 32, "apply": apply}
+    apply_transform_config(model, TransformConfig.model_validate({"config_groups": {"T": scheme}}))
+    return model
+
+
+def test_the_matrix_is_sylvester_s():
+    assert torch.equal(hadamard(), deterministic_hadamard_matrix(32, torch.float32))
+    assert torch.equal(hadamard() @ hadamard(), 32 * torch.eye(32))
+
+
+def test_inputs_and_weights_are_transformed_as_compressed_tensors_does_bit_for_bit():
+    torch.manual_seed(0)
+    x, linear = torch.randn(3, 40, 96).bfloat16() * 9, nn.Linear(96, 64, bias=False).bfloat16()
+    weight, seen = linear.weight.detach().clone(), []
+    library = by_the_library(linear)
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    library(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transformed_input(x), seen[0])
+    assert torch.equal(transformed_weight(weight), linear.weight)
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4A16", "MXFP4FP8"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_equals_its_plain_composition_in_values_and_gradients(scheme, autocast):
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(64, 48), get_scheme(scheme), "layer")
+    layer.weight_quantizer.is_transformed = True
+    x, dtype = torch.randn(2, 5, 64, requires_grad=True), torch.bfloat16 if autocast else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    t = torch.block_diag(hadamard(), hadamard()).double() / 32**0.5
+    xt = (x.detach().to(dtype).double() @ t).to(dtype).requires_grad_()
+    wt = (layer.weight.detach().to(dtype).double() @ t).bfloat16().to(dtype).requires_grad_()
+    spec = layer.scheme.input
+    xq = xt if spec is None else ops.fake_quantize(xt, spec.format.name, spec.rule, dtype)
+    expected = xq @ ops.fake_quantize(wt, layer.scheme.weight.format.name, layer.scheme.weight.rule, dtype).t()
+    expected = expected + layer.bias.to(dtype)
+    torch.testing.assert_close(y, expected, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-5)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    tolerance = {"rtol": 3e-2, "atol": 0.5} if autocast else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(x.grad.double(), xt.grad.double() @ t, **tolerance)
+    torch.testing.assert_close(layer.weight.grad.double(), wt.grad.double() @ t, **tolerance)
+
+
+def test_a_quantizer_by_itself_gives_the_weight_the_same_gradient():
+    layer = convert(nn.Linear(64, 48), get_scheme("MXFP4"), "layer")
+    layer.weight_quantizer.is_transformed = True
+    layer.weight_quantizer(layer.weight).square().sum().backward()
+    values = layer.weight_quantizer(layer.weight.detach())
+    t = torch.block_diag(hadamard(), hadamard()).double() / 32**0.5
+    torch.testing.assert_close(layer.weight.grad.double(), 2 * values.double() @ t)
+
+
+def test_rows_in_e4m3_hold_the_values_of_the_transformed_weight():
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    rounding = TransformedRounding(get_scheme("MXFP4").weight)
+    rows, values = rounding.rows(weight, torch.bfloat16), rounding.values(weight, torch.bfloat16)
+    scale = rows.scale.float().reshape(-1, 1)
+    assert rounding.gives_rows and torch.equal(rows.values.float() * scale, values.float())
+
+
+def test_an_outlier_costs_its_block_less():
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 20
+    t = transformed_input(x)
+    plain = ops.fake_quantize(x, "mxfp4", "even", torch.float32) - x
+    ours = ops.fake_quantize(t, "mxfp4", "even", torch.float32) - t
+    assert ours.norm() < plain.norm()
+
+
+def test_without_quantizers_the_model_computes_what_it_computed():
+    model, ids = make_llama().eval(), torch.arange(64)[None]
+    before = model(input_ids=ids).logits
+    prepare_qat(model, {nn.Linear: "MXFP4"}, input_transforms=BOTH)
+    with quantizers_off(model):
+        assert torch.equal(model(input_ids=ids).logits, before)
+    for site in quantized_sites(model):
+        site.module.weight_quantizer.disable()
+        if site.scheme.input is not None and site.name.endswith(("down_proj", "o_proj")):
+            continue
+        site.module.input_quantizer.disable()
+    assert not torch.equal(model(input_ids=ids).logits, before)  # transformed inputs alone are rounded
+
+
+def test_layers_that_share_an_input_share_its_transform(monkeypatch):
+    model = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"}, input_transforms={"*": "hadamard"})
+    shapes = []
+    monkeypatch.setattr("qat.layers.quant_linear.transformed_input",
+                        lambda x: shapes.append(x.shape) or transformed_input(x))  # fmt: skip
+    model(input_ids=torch.arange(16)[None]).logits.sum().backward()
+    assert len(shapes) == 4  # of q, k and v; o; gate and up; down
+
+
+def test_the_configuration_keeps_them_and_a_saved_model_gets_them_again(tmp_path):
+    model = prepare_qat(make_llama(), {nn.Linear: "MXFP4"}, input_transforms=BOTH)
+    assert len(transformed_sites(model)) == 4
+    model.qat_config.save(tmp_path)
+    config = QATConfig.load(tmp_path)
+    assert config.input_transforms == BOTH and "hadamard inputs of *.o_proj" in config.summary
+    again = prepare_as_saved(make_llama(), config)
+    assert [site.name for site in transformed_sites(again)] == [site.name for site in transformed_sites(model)]
+    assert not config.same_training(prepare_qat(make_llama(), {nn.Linear: "MXFP4"}).qat_config)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "transforms", "kwargs", "message"),
+    [
+        ("MXFP4", {"*.down_proj": "fourier"}, {}, "'fourier' is unknown; choose one of hadamard"),
+        ("MXFP4", {"*.c_fc": "hadamard"}, {}, r"'\*\.c_fc' of input transforms matches no layer"),
+        ("MXFP4", {"*.q_proj": "hadamard"}, {}, "engines fuse .*k_proj is not named"),
+        ("INT4_G32", BOTH, {}, "which is in INT4_G32: .* mxfp4 or mxfp8"),
+        ("MXFP4", BOTH, {"learn_exponent": True}, "learn_exponent=True and transformed inputs"),
+    ],
+)
+def test_what_cannot_be_transformed_is_refused_and_the_model_unchanged(scheme, transforms, kwargs, message):
+    model = make_llama()
+    with pytest.raises(UserError, match=message):
+        prepare_qat(model, {nn.Linear: scheme}, input_transforms=transforms, **kwargs)
+    assert not quantized_sites(model)
+
+
+def test_experts_are_refused():
+    with pytest.raises(UserError, match="of the kind experts; only linear layers"):
+        prepare_qat(make_mixture(), {nn.Linear: "MXFP4"}, input_transforms={"*": "hadamard"})
