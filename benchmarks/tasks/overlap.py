@@ -10,7 +10,7 @@ _DISTINCT = 5  # words; runs with fewer are lists of numbers and the like
 
 
 def runs_of_words(text: str, length: int = WORDS) -> set[int]:
-    """Hashes of all runs of `length` words, without case and punctuation, all numbers alike; monotonous ones left out."""
+    """Hashes of all runs of `length` words, without case and punctuation, all numbers alike; no monotonous ones."""
     words = re.findall(r"[a-z]+|\d+", text.lower())
     words = ["0" if word[0].isdigit() else word for word in words]
     runs = (tuple(words[start : start + length]) for start in range(len(words) - length + 1))

@@ -51,8 +51,8 @@ def number_prompt(problem: dict) -> str:
 def code_prompt(problem: dict) -> str:
     """The beginning of a function, which is to be written as a whole."""
     return (
-        "Complete this Python function. Answer with one Markdown code block that has the whole function and the imports "
-        f"that it needs.\n```python\n{problem['prompt'].strip()}\n```"
+        "Complete this Python function. Answer with one Markdown code block that has the whole function and the "
+        f"imports that it needs.\n```python\n{problem['prompt'].strip()}\n```"
     )
 
 
@@ -91,9 +91,8 @@ def read(name: str, folder: Path = FOLDER) -> list[dict]:
     """
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        raise UserError(
-            f"the problems of {name} are not in {folder}; run: python benchmarks/tasks/fetch.py --out {folder}"
-        )
+        command = f"python benchmarks/tasks/fetch.py --out {folder}"
+        raise UserError(f"the problems of {name} are not in {folder}; run: {command}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

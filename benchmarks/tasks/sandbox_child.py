@@ -1,9 +1,9 @@
 """The process that runs a program of a model: `sandbox.py` starts it and writes a token and the program to its input.
 
 It limits itself before it runs anything: processor time, memory, files, no core dumps, no network where the system lets
-it, and an audit hook that refuses to write files, start processes and open sockets. It prints the token when the program
-has ended without an exception, so that a program that only ends is no success. The limits stop programs that a language
-model writes by mistake; they are no jail for programs that attack.
+it, and an audit hook that refuses to write files, start processes and open sockets. It prints the token when the
+program has ended without an exception, so that a program that only ends is no success. The limits stop programs that a
+language model writes by mistake; they are no jail for programs that attack.
 """
 
 import builtins
