@@ -15,12 +15,20 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-@torch.no_grad()
 def answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:  # fmt: skip
-    """Greedy answers, in the order of the questions; the longest questions are answered first.
+    """The texts of `generate`."""
+    return [text for text, _ in generate(model, tokenizer, questions, max_new_tokens, batch_size)]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int,
+    batch_size: int,
+) -> list[tuple[str, bool]]:  # fmt: skip
+    """Greedy answers and whether they have ended, in the order of the questions; the longest are answered first.
 
     The model computes in its own dtype, as in lm_eval: give one in BF16. A batch is padded on the left to its longest
     question and runs until all its answers have ended. Memory for keys and values limits `batch_size`: 29 KB a token
@@ -29,11 +37,12 @@ def answers(
     texts = [as_chat(tokenizer, question) for question in questions]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(texts)), key=lambda index: -lengths[index])
+    ends = _ends(model, tokenizer)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=_ends(model, tokenizer),
+        do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id, use_cache=True,
     )  # fmt: skip
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, bool]] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer(
@@ -43,8 +52,10 @@ def answers(
         output = model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
         )
-        new = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        found |= dict(zip(chosen, new, strict=True))
+        new = output[:, batch["input_ids"].shape[1] :].cpu()
+        has_ended = torch.isin(new, torch.tensor(ends)).any(1).tolist()
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        found |= dict(zip(chosen, zip(decoded, has_ended, strict=True), strict=True))
     return [found[index] for index in range(len(texts))]
 
 
