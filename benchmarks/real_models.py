@@ -44,6 +44,7 @@ from qat.checkpoints.load import load_plain  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.layers.restore import prepare_as_saved  # noqa: E402
+from qat.layers.sites import quantized_sites  # noqa: E402
 from qat.schemes.config import QATConfig  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
@@ -122,12 +123,12 @@ class Table:
                 str(self.training_file()), self.tokenizer, eval_dataset="none", evaluate=False, on_bad_sample="skip"
             )
             prepare(model, row.quantized, data)
-            return model.bfloat16().eval()
+            return round_weights(model.bfloat16()).eval()
         folder = str(self.base if row.recipe is None else self.out / "rows" / key / "trained")
         model, saved = load_plain(folder, "--model", torch.bfloat16), QATConfig.load(folder)
         if saved is not None:
             prepare_as_saved(model, saved)
-        return model.to(self.device).eval()
+        return round_weights(model.to(self.device)).eval()
 
     # ---- Training ----
 
@@ -265,6 +266,21 @@ class Table:
         if figure in TEXTS:
             return f"{result['value']:.4f} ({result['kl']:.4f}){part}"
         return f"{100 * result['value']:.1f} +- {100 * result['error']:.1f}{part}"
+
+
+@torch.no_grad()
+def round_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Replace weights in BF16 by their quantized values, which layers then compute with as they are.
+
+    Nothing changes but the time: a layer would round its weight again for each token.
+    """
+    for site in quantized_sites(model):
+        module, quantizer = site.module, site.module.weight_quantizer
+        assert quantizer.spec.format.tensor_scale is None and not quantizer.learned
+        values = quantizer.rounding.values(module.rows(module.weight).contiguous(), torch.bfloat16)
+        module.weight.copy_(module.from_rows(values))
+        quantizer.is_baked = True
+    return model
 
 
 def recovered(value: float, floor: float, best: float) -> float:

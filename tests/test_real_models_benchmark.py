@@ -7,11 +7,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import make_llama, make_tokenizer
 
 from benchmarks import real_models, training_data
 from benchmarks.real_rows import ALL, MAIN, ROWS, row_of
 from main import parse_arguments
+from qat import prepare_qat
 from qat.errors import UserError
 
 TEMPLATE = (
@@ -90,6 +92,17 @@ def test_the_arguments_of_every_trained_row_parse(key, folders):
     assert arguments.training.learning_rate == (1e-5 if key == "mxfp4-reference" else 5e-5)
     assert arguments.quantization.quant_scheme == key.split("-")[0].split("@")[0].upper()
     assert arguments.distillation.distill == (key != "mxfp4-reference")
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4FP8", "MXFP8", "INT4_G32"])
+def test_a_model_with_rounded_weights_computes_the_same(scheme):
+    model = make_llama(layers=1).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        plain = model(torch.arange(2, 66)[None]).logits
+        prepare_qat(model, {torch.nn.Linear: scheme})
+        wanted = model(torch.arange(2, 66)[None]).logits
+        assert not torch.equal(wanted, plain)
+        assert torch.equal(real_models.round_weights(model)(torch.arange(2, 66)[None]).logits, wanted)
 
 
 def test_recovered_is_the_part_of_the_way_back():
