@@ -1,0 +1,132 @@
+"""Make training data for real models: questions from elsewhere, answered once by the teacher itself.
+
+    python benchmarks/training_data.py --model runs/models/qwen2.5-coder-0.5b \\
+      --gguf_file Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf --out runs/models/training
+
+Questions are problems of reasoning-gym (`benchmarks/tasks/fetch.py` writes them; none is evaluated) and questions about
+Python's standard library, by template from its docstrings. The teacher answers greedily in its own chat template. An
+answer that is cut is left out, and so is a wrong one where the right one is known. The file has a key of the teacher's
+weights, the questions and the settings in its name: what is there is not made again, and an interrupted run resumes
+with the next piece. Rows are {"messages": [...]}, as `--dataset` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from benchmarks.arguments import use_device  # noqa: E402
+from benchmarks.tasks.generation import generate  # noqa: E402
+from benchmarks.tasks.problems import FOLDER, number_prompt, right_numbers  # noqa: E402
+from data.sources.python_docs import read_python_docs  # noqa: E402
+from qat.command_line import OneLineParser, positive  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
+from training.arguments.model import ModelArguments  # noqa: E402
+from training.backends.fingerprint import fingerprint  # noqa: E402
+from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
+
+MAX_NEW_TOKENS, PIECE = 384, 512
+_DOCUMENTATION_CHARACTERS = 1500
+_TEMPLATES = (
+    "{question}\nExplain it in your own words and show a short example.\n\n{answer}",
+    "Here is a part of Python's documentation.\n\n{answer}\n\nWrite a Python function, with a docstring and a usage "
+    "example, that makes use of it.",
+)
+
+
+def questions(folder: Path) -> list[dict]:
+    """{"question", "answer"} in a fixed, mixed order; "answer" is the right number, or None.
+
+    Raises:
+        UserError: the problems of reasoning-gym were not fetched.
+    """
+    path = folder / "training.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is not there; run: python benchmarks/tasks/fetch.py --out {folder}")
+    problems = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {"question": number_prompt(problem), "answer": problem["answer"]}
+        for problem in problems if re.fullmatch(r"-?[\d.]+", problem["answer"])
+    ]  # fmt: skip
+    for number, sample in enumerate(read_python_docs()):
+        question, answer = (turn["value"] for turn in sample["conversations"])
+        template = _TEMPLATES[number % len(_TEMPLATES)]
+        text = template.format(question=question, answer=answer[:_DOCUMENTATION_CHARACTERS])
+        rows.append({"question": text, "answer": None})
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def usable(rows: list[dict], answers: list[tuple[str, bool]]) -> list[dict]:
+    """Conversations of the answers that have ended and are not known to be wrong."""
+    found = []
+    for row, (text, has_ended) in zip(rows, answers, strict=True):
+        if has_ended and text.strip() and (row["answer"] is None or right_numbers([row], [text])[0]):
+            turns = (("user", row["question"]), ("assistant", text.strip()))
+            found.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    return found
+
+
+def make(model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadline: float = float("inf")) -> Path | None:
+    """The file of the conversations; None where `deadline` (of time.monotonic) came first: call it again.
+
+    Each piece of PIECE questions is written when it is answered.
+    """
+    content = [fingerprint(model), MAX_NEW_TOKENS, [row["question"] for row in rows]]
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    target, pieces = out / f"training-{key}.jsonl", out / f"training-{key}"
+    if target.exists():
+        return target
+    pieces.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(rows), PIECE)
+    for start in starts:
+        path = pieces / f"{start:06}.jsonl"
+        if path.exists():
+            continue
+        if time.monotonic() > deadline:
+            print(f"{start} of {len(rows)} questions are answered; the next run resumes here", flush=True)
+            return None
+        chosen = rows[start : start + PIECE]
+        asked = [row["question"] for row in chosen]
+        kept = usable(chosen, generate(model, tokenizer, asked, MAX_NEW_TOKENS, batch_size))
+        path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        path.with_suffix(".partial").rename(path)
+        print(f"{start + len(chosen)} of {len(rows)} questions, {len(kept)} of {len(chosen)} answers kept", flush=True)
+    partial = target.with_suffix(".partial")
+    partial.write_text("".join((pieces / f"{start:06}.jsonl").read_text(encoding="utf-8") for start in starts))
+    partial.rename(target)
+    return target
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Answer the questions."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the teacher")
+    parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
+    parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/models/training"))
+    parser.add_argument("--questions", type=positive, help="default: all")
+    parser.add_argument("--batch_size", type=positive, help="default: 256 on a GPU, 8 on a CPU")
+    args = parser.parse_args(argv)
+    rows = questions(args.tasks)[: args.questions]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    use_device(device)
+    arguments = ModelArguments(args.model, args.gguf_file)
+    model, tokenizer = load_unquantized(arguments).to(device).eval(), load_tokenizer(arguments, 2048)
+    path = make(model, tokenizer, rows, args.out, args.batch_size or (256 if device == "cuda" else 8))
+    print(f"--dataset {path}")
+
+
+if __name__ == "__main__":
+    with reported_in_one_line():
+        main()

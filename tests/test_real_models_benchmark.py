@@ -1,0 +1,118 @@
+"""benchmarks/real_models.py: a small table from end to end, in pieces that resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import make_llama, make_tokenizer
+
+from benchmarks import real_models, training_data
+from benchmarks.real_rows import ALL, MAIN, ROWS, row_of
+from main import parse_arguments
+from qat import prepare_qat
+from qat.errors import UserError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{{ '<assistant>' if add_generation_prompt }}"
+)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A tiny model, problems, texts and questions; the teacher answers at once."""
+    model, tokenizer = make_llama(), make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    rows = [{"generator": "gcd", "question": f"What is {number}?", "answer": str(number)} for number in range(40)]
+    for name in ("gsm8k", "training"):
+        (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("text_mixed", "text_never"):
+        (tasks / f"{name}.txt").write_text("Readability counts. " * 40)
+    answered = [0]
+
+    def generate(model, tokenizer, questions, max_new_tokens, batch_size):
+        answered[0] += len(questions)
+        return [(question[8:-1].split("?")[0], True) for question in questions]
+
+    monkeypatch.setattr(training_data, "generate", generate)
+    monkeypatch.setattr(training_data, "read_python_docs", list)
+    monkeypatch.setattr(
+        real_models, "answers", lambda model, tokenizer, questions, *_: [f"{q[8:10]}" for q in questions]
+    )
+    monkeypatch.setitem(ROWS, MAIN, replace(ROWS[MAIN], steps=2))
+    return tmp_path, answered
+
+
+def test_a_table_from_the_model_to_the_csv(folders, capsys):
+    root, answered = folders
+    words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
+    words += ["--rows", f"bf16,mxfp4-rtn,mxfp4-rtn-smoothed,{MAIN}", "--figures", "gsm8k,text_never", "--limit", "3"]
+    words += ["--length", "128", "--batch_size", "2", "--train_batch_size", "1"]
+    real_models.main([*words, "--minutes", "0"])
+    assert "give the same command again" in capsys.readouterr().out and answered[0] <= 40
+    real_models.main(words)
+    output = capsys.readouterr().out
+    assert "all is done" in output and "Baseline: " in output and "autoround: skipped" in output
+    with (root / "out" / "real_models.csv").open() as file:
+        lines = {(line["row"], line["figure"]): line for line in csv.DictReader(file)}
+    assert len(lines) == 8 and lines[MAIN, "gsm8k"]["value"] == "1" and lines[MAIN, "gsm8k"]["count"] == "3"
+    assert lines["bf16", "text_never"]["kl"] == "0" and float(lines["mxfp4-rtn", "text_never"]["kl"]) > 0
+    assert lines["mxfp4-rtn", "text_never"]["kl"] != lines["mxfp4-rtn-smoothed", "text_never"]["kl"]
+    assert int(lines[MAIN, "text_never"]["tokens"]) > 0 and lines[MAIN, "text_never"]["steps"] == "2"
+    assert not (root / "out" / "rows" / MAIN / "trained").exists()  # measured, so it is removed
+    count = answered[0]
+    real_models.main(words)
+    assert answered[0] == count and len((root / "out" / "real_models.csv").read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("key", [key for key in ALL if row_of(key).recipe])
+def test_the_arguments_of_every_trained_row_parse(key, folders):
+    root, _ = folders
+    (root / "data.jsonl").write_text("{}\n")
+
+    class Fixed(real_models.Table):
+        def __init__(self):
+            self.out, self.base = root, root / "model"
+            self.args = type("Args", (), {"learning_rate": 5e-5, "train_batch_size": 4, "length": 64})
+
+        def training_file(self):
+            return root / "data.jsonl"
+
+    arguments = parse_arguments(Fixed().flags(key))
+    row = row_of(key)
+    assert arguments.training.max_steps == row.steps and arguments.training.seed == row.seed
+    assert arguments.training.learning_rate == (1e-5 if key == "mxfp4-reference" else 5e-5)
+    assert arguments.quantization.quant_scheme == key.split("-")[0].split("@")[0].upper()
+    assert arguments.distillation.distill == (key != "mxfp4-reference")
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4FP8", "MXFP8", "INT4_G32"])
+def test_a_model_with_rounded_weights_computes_the_same(scheme):
+    model = make_llama(layers=1).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        plain = model(torch.arange(2, 66)[None]).logits
+        prepare_qat(model, {torch.nn.Linear: scheme})
+        wanted = model(torch.arange(2, 66)[None]).logits
+        assert not torch.equal(wanted, plain)
+        assert torch.equal(real_models.round_weights(model)(torch.arange(2, 66)[None]).logits, wanted)
+
+
+def test_recovered_is_the_part_of_the_way_back():
+    assert real_models.recovered(0.5, 0.4, 0.6) == pytest.approx(0.5)
+    assert real_models.recovered(1.2, 1.4, 1.0) == pytest.approx(0.5)  # bits per byte: less is better
+
+
+def test_unknown_rows_and_figures_are_named_with_the_choices(tmp_path):
+    words = ["--model", "m", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--rows 'fp3' is unknown; choose from bf16,"):
+        real_models.main([*words, "--rows", "bf16,fp3"])
+    with pytest.raises(UserError, match="--figures 'mmlu' is unknown; choose from gsm8k,"):
+        real_models.main([*words, "--figures", "mmlu"])
