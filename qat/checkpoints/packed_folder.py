@@ -101,9 +101,9 @@ def check_packed(
     settings, own = read_settings(checkpoint.path, checkpoint.config), QATConfig.load(folder)
     if not checkpoint.is_packed:
         raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
-    check_no_transforms(checkpoint)
     if own is None:
         check_settings(settings, checkpoint.path)
+    check_no_transforms(checkpoint)
     layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])
     said = {}
     if own is None:
