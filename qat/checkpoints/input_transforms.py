@@ -16,8 +16,9 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.sites import Site
-from ..layers.transform import SIZE, hadamard
 from ..layers.transformed import is_transformed
+from ..numerics import hadamard
+from ..numerics.hadamard import SIZE
 from ..schemes.spec import VIEW_DTYPE
 from .dialects import Dialect
 from .dialects.compressed_tensors import CompressedTensors
@@ -52,7 +53,7 @@ def transform_config(sites: Iterable[Site], names: StoredNames) -> dict[str, Any
 def stored_matrices(matrices: Mapping[str, list[Matrix]]) -> dict[str, torch.Tensor]:
     """The matrices to store, BF16 [32, 32] of 1 and -1, by their names in the packed folder."""
     together = (matrix for held in matrices.values() for matrix in held if is_transformed(matrix.site))
-    return {f"{matrix.name}.{_MODULE}.weight": hadamard(dtype=VIEW_DTYPE) for matrix in together}
+    return {f"{matrix.name}.{_MODULE}.weight": hadamard.matrix(dtype=VIEW_DTYPE) for matrix in together}
 
 
 def check_transforms(dialect: Dialect, sites: Iterable[Site]) -> None:

@@ -9,8 +9,8 @@ of the MX size: MR-GPTQ, arXiv:2509.23202). With the weight transformed in the s
 The parameter stays W: what is saved is the plain model, and the transform is applied before the weight is rounded, each
 time. Only quantization sees it; with the quantizers off a layer computes x W^T.
 
-Numerics are those of compressed-tensors, which divides by sqrt(32) behind the product: inputs in FP32, rounded to the
-dtype of the input; weights, seen in BF16, in FP64, so that the bits depend neither on the device nor on TF32.
+Both are computed in FP32, see numerics/hadamard.py: inputs are rounded to their dtype; weights, seen in BF16, to BF16.
+Up to the order of sums, which seldom matters, the numerics of inputs are compressed-tensors'.
 """
 
 from __future__ import annotations
@@ -24,46 +24,22 @@ from ..numerics.formats import Quantized
 from ..schemes.spec import VIEW_DTYPE
 from .rounding import Rounding
 
-SIZE = 32
 FORMATS = ("mxfp4", "mxfp8")  # of weights that can be transformed: those in blocks of `SIZE`
 DEFAULT_LAYERS = ("*.down_proj", "*.o_proj")
-_SLAB_VALUES = 1 << 24  # of a weight that are transformed at a time; bounds the FP64 temporaries
-_matrices: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-
-
-def hadamard(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Sylvester's matrix S [32, 32] of 1 and -1, symmetric, S S = 32."""
-    key = torch.device(device), dtype
-    if key not in _matrices:
-        index = torch.arange(SIZE)
-        common = index[:, None] & index
-        signs = torch.ones(SIZE, SIZE)
-        for bit in range(SIZE.bit_length() - 1):
-            signs[common >> bit & 1 == 1] *= -1
-        _matrices[key] = signs.to(*key)
-    return _matrices[key]
 
 
 def transformed_input(x: torch.Tensor) -> torch.Tensor:
     """x [..., K] times T, 32 values at a time, in FP32 -> the dtype of x; with a gradient for x."""
-    with torch.autocast(x.device.type, enabled=False):
-        return _product(x, torch.float32).to(x.dtype)
+    return ops.transform(x, x.dtype)
 
 
 @torch.no_grad()
 def transformed_weight(weight: torch.Tensor, dtype: torch.dtype = VIEW_DTYPE) -> torch.Tensor:
-    """A weight [N, K], seen in `dtype`, times T, in FP64 -> `dtype`, without a gradient.
+    """A weight [N, K], seen in `dtype`, times T, in FP32 -> `dtype`, without a gradient.
 
     The values are those of BF16 whatever the dtype: what is packed is the BF16 view.
     """
-    slabs = weight.detach().to(dtype).split(max(1, _SLAB_VALUES // weight.shape[-1]))
-    found = [_product(slab, torch.float64).to(VIEW_DTYPE).to(dtype) for slab in slabs]
-    return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _product(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    blocks = x.to(dtype).unflatten(-1, (-1, SIZE)) @ hadamard(x.device, dtype)
-    return (blocks / SIZE**0.5).flatten(-2)
+    return ops.transform(weight.detach(), dtype).to(VIEW_DTYPE).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -94,8 +70,7 @@ class TransformedRounding(Rounding):
 
     def parameter_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the weight [N, K] from that of the transformed one: times T, which is symmetric."""
-        with torch.autocast(grad.device.type, enabled=False):
-            return _product(grad, torch.float32).to(grad.dtype)
+        return ops.transform(grad, grad.dtype)
 
 
 class _Transformed(torch.autograd.Function):

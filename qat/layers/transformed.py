@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from ..errors import UserError
+from ..numerics.hadamard import SIZE
 from ..schemes.patterns import HELP, matches
 from ..schemes.presets import check_transform
 from ..schemes.spec import Scheme
 from .fused import fused_groups
 from .sites import LINEAR, Site, quantized_sites
-from .transform import FORMATS, SIZE
+from .transform import FORMATS
 
 
 def transformed_sites(model: nn.Module) -> list[Site]:

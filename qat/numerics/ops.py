@@ -17,13 +17,14 @@ import torch
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 
-from . import e4m3_rows, fp8, low_rank
+from . import e4m3_rows, fp8, hadamard, low_rank
 from .e4m3_rows import Rows
 from .families import family_of, get_format
 from .formats import Format, Quantized
-from .kernels import E4M3_ROWS, KERNELS, MERGING
+from .kernels import E4M3_ROWS, HADAMARD, KERNELS, MERGING
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
@@ -289,6 +290,29 @@ def product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @product_in_fp32.register_fake
 def _(a, b):
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+
+
+@_operator("transform")
+def transform(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x [..., K], seen in `dtype`, times a Hadamard matrix in blocks of 32 -> [..., K] in `dtype`: see hadamard.py.
+
+    The gradient is transformed in the same way, in its own dtype: the matrix is symmetric.
+    """
+    kernels = HADAMARD.get(x.device.type)
+    is_served = kernels is not None and kernels.is_available() and x.dtype in _FLOATS and dtype in _FLOATS
+    return (kernels if kernels is not None and is_served else hadamard).transform(x, dtype)
+
+
+@transform.register_fake
+def _(x, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _transformed_back(ctx, grad):
+    return transform(grad, grad.dtype).to(ctx.input_dtype), None
+
+
+transform.register_autograd(_transformed_back, setup_context=_remember_dtype)
 
 
 # ---- Products in FP8, see e4m3_rows.py ----

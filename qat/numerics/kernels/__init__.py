@@ -7,10 +7,12 @@ A module names the formats that it SERVES and offers `is_available()`. The CPU's
 from . import (
     cpu,
     cpu_fp8,
+    cpu_hadamard,
     cpu_int4,
     cpu_merge,
     cpu_nvfp4,
     triton_fp8,
+    triton_hadamard,
     triton_int4,
     triton_kernels,
     triton_merge,
@@ -24,17 +26,21 @@ KERNELS = {
 }
 MERGING = {"cpu": cpu_merge, "cuda": triton_merge}  # of low-rank adapters, see ../low_rank.py
 E4M3_ROWS = {"cuda": triton_rows}  # see ../e4m3_rows.py
+HADAMARD = {"cpu": cpu_hadamard, "cuda": triton_hadamard}  # see ../hadamard.py
 
 __all__ = [
     "E4M3_ROWS",
+    "HADAMARD",
     "KERNELS",
     "MERGING",
     "cpu",
     "cpu_fp8",
+    "cpu_hadamard",
     "cpu_int4",
     "cpu_merge",
     "cpu_nvfp4",
     "triton_fp8",
+    "triton_hadamard",
     "triton_int4",
     "triton_kernels",
     "triton_merge",

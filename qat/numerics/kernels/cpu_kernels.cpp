@@ -715,3 +715,7 @@ FP8_DEFINE_DEQUANTIZE(float16, Fp16)
 // ---- Low-rank adapters ----
 
 #include "cpu_merge.hpp"
+
+// ---- Hadamard matrices ----
+
+#include "cpu_hadamard.hpp"

@@ -13,9 +13,10 @@ from qat import QATConfig, convert, get_scheme, prepare_qat
 from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import quantized_sites, quantizers_off
-from qat.layers.transform import TransformedRounding, hadamard, transformed_input, transformed_weight
+from qat.layers.transform import TransformedRounding, transformed_input, transformed_weight
 from qat.layers.transformed import transformed_sites
 from qat.numerics import ops
+from qat.numerics.hadamard import matrix as hadamard
 
 BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
 
