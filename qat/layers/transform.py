@@ -28,20 +28,20 @@ SIZE = 32
 FORMATS = ("mxfp4", "mxfp8")  # of weights that can be transformed: those in blocks of `SIZE`
 DEFAULT_LAYERS = ("*.down_proj", "*.o_proj")
 _SLAB_VALUES = 1 << 24  # of a weight that are transformed at a time; bounds the FP64 temporaries
+_SIGNS = [[-1 if (row & column).bit_count() % 2 else 1 for column in range(SIZE)] for row in range(SIZE)]
 _matrices: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
 def hadamard(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Sylvester's matrix S [32, 32] of 1 and -1, symmetric, S S = 32."""
     key = torch.device(device), dtype
-    if key not in _matrices:
-        index = torch.arange(SIZE)
-        common = index[:, None] & index
-        signs = torch.ones(SIZE, SIZE)
-        for bit in range(SIZE.bit_length() - 1):
-            signs[common >> bit & 1 == 1] *= -1
-        _matrices[key] = signs.to(*key)
-    return _matrices[key]
+    if (kept := _matrices.get(key)) is not None:
+        return kept
+    with torch.inference_mode(False):  # autograd keeps it
+        made = torch.tensor(_SIGNS, device=device, dtype=dtype)
+    if type(made) is torch.Tensor:  # and not one without values, of an estimate of memory
+        _matrices[key] = made
+    return made
 
 
 def transformed_input(x: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from helpers import make_llama, make_mixture
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qat import QATConfig, convert, get_scheme, prepare_qat
 from qat.errors import UserError
+from qat.layers import transform
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import quantized_sites, quantizers_off
 from qat.layers.transform import TransformedRounding, hadamard, transformed_input, transformed_weight
@@ -33,6 +35,16 @@ def by_the_library(linear: nn.Linear) -> nn.Module:
 def test_the_matrix_is_sylvester_s():
     assert torch.equal(hadamard(), deterministic_hadamard_matrix(32, torch.float32))
     assert torch.equal(hadamard() @ hadamard(), 32 * torch.eye(32))
+
+
+def test_a_matrix_without_values_or_of_inference_is_not_kept_for_a_training(monkeypatch):
+    monkeypatch.setattr(transform, "_matrices", {})
+    with FakeTensorMode():
+        hadamard()
+    with torch.inference_mode():
+        hadamard()
+    transformed_input(torch.ones(1, 32, requires_grad=True)).sum().backward()
+    assert torch.equal(hadamard(), deterministic_hadamard_matrix(32, torch.float32))
 
 
 def test_inputs_and_weights_are_transformed_as_compressed_tensors_does_bit_for_bit():
