@@ -209,7 +209,10 @@ def test_what_is_kept_for_the_backward_pass_is_what_hooks_count(scheme):
 
 
 def test_transformed_inputs_are_estimated_as_they_are_computed():
-    prepared = {"mapping": {nn.Linear: "MXFP4"}, "input_transforms": {"*": "hadamard"}}
+    prepared = {
+        "mapping": {nn.Linear: "MXFP4"},
+        "input_transforms": {"*.down_proj": "hadamard", "*.o_proj": "hadamard"},
+    }
     model = prepare_qat(make_llama().train(), **prepared)
     model.config.use_cache = False
     with torch.device("meta"):
