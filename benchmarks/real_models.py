@@ -8,8 +8,8 @@ One call runs for `--minutes` and is given again until it says that all is done:
 answers from the last piece. First the model is written in BF16 and answers the training questions
 (`benchmarks/training_data.py`); then each row is trained by main.py with its recipe, or quantized, and measured:
 tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, the KL to the BF16
-model on them. Every figure is appended to `OUT/real_models.csv` when it is there. "Recovered" is the part of the RTN
-row's loss that a row gains back, on the same problems.
+model on them. Every figure is appended to `OUT/real_models.csv` when it is there, with the minutes of training on this
+device. `benchmarks/real_report.py` prints the table.
 
 The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF16, which is told in the table.
 """
@@ -19,10 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,7 +32,9 @@ import torch  # noqa: E402
 from benchmarks import training_data  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
+from benchmarks.real_report import BASELINE, LEGEND, lines, read_json  # noqa: E402
 from benchmarks.real_rows import ALL, ROWS, row_of  # noqa: E402
+from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
@@ -50,13 +49,7 @@ from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
 FIGURES = (*TASKS, *TEXTS)
-BASELINE, FLOOR = "bf16", "mxfp4-rtn"
-_SAVING_S = 60  # left to a training that has to end
 _COLUMNS = ["row", "title", "figure", "value", "error", "kl", "count", "steps", "tokens", "train_minutes", "baseline"]
-
-
-class OutOfTime(Exception):
-    """The minutes of this call are over; what is finished is kept."""
 
 
 class Table:
@@ -130,50 +123,9 @@ class Table:
             prepare_as_saved(model, saved)
         return round_weights(model.to(self.device)).eval()
 
-    # ---- Training ----
-
-    def train(self, key: str) -> None:
-        """Train a row with main.py, or go on with it; a deadline ends main.py, which then keeps a checkpoint."""
-        row, folder = row_of(key), self.out / "rows" / key
-        if row.recipe is None or (folder / "trained.json").exists():
-            return
-        if self.deadline - time.monotonic() < 2 * _SAVING_S:  # too little to start, train and save
-            raise OutOfTime
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "main.py"), *self.flags(key)]
-        start = time.monotonic()
-        with (folder / "log.txt").open("a") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-            try:
-                child.wait(max(1.0, self.deadline - time.monotonic() - _SAVING_S))
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGTERM)
-                child.wait()
-        with (folder / "seconds.txt").open("a") as file:
-            file.write(f"{time.monotonic() - start:.1f}\n")
-        if child.returncode in (143, -signal.SIGTERM):
-            raise OutOfTime
-        if child.returncode:
-            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-            raise UserError(f"{key} was not trained: {lines[-1][:300]} (see {folder / 'log.txt'})")
-        seconds = sum(map(float, (folder / "seconds.txt").read_text().split()))
-        figures = {"steps": row.steps, "train_minutes": seconds / 60, "tokens": labelled_tokens(folder / "trained")}
-        (folder / "trained.json").write_text(json.dumps(figures))
-
     def flags(self, key: str) -> list[str]:
         """The arguments of main.py for a row."""
-        row = row_of(key)
-        rate = {} if row.learning_rate == "recipe" else {"learning_rate": str(self.args.learning_rate)}
-        settings = {
-            "config": ROOT / "recipes" / f"{row.recipe}.yaml", "model_name_or_path": self.base.absolute(),
-            "output_dir": (self.out / "rows" / key / "trained").absolute(), "export_format": "none",
-            "dataset": self.training_file().absolute(), "eval_dataset": "none", "do_eval": False,
-            "eval_strategy": "no", "load_best_model_at_end": False, "max_steps": row.steps,
-            "save_steps": row.steps, "save_total_limit": 1, "seed": row.seed, "data_seed": row.seed,
-            "per_device_train_batch_size": self.args.train_batch_size, "model_max_length": self.args.length,
-            "on_bad_sample": "skip", "report": False, "report_to": "none", "disable_tqdm": True,
-        } | rate | row.flags  # fmt: skip
-        return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return flags(key, self.base, self.out / "rows" / key / "trained", self.training_file(), self.args)
 
     # ---- Figures ----
 
@@ -217,8 +169,7 @@ class Table:
 
     def append(self, key: str, figure: str, result: dict) -> None:
         """A line of the CSV file."""
-        trained = self.out / "rows" / key / "trained.json"
-        about = json.loads(trained.read_text()) if trained.exists() else {}
+        about = read_json(self.out / "rows" / key / "trained.json")
         line = {"row": key, "title": row_of(key).title, "figure": figure, "baseline": self.baseline, **about, **result}
         line |= environment(self.device)
         path, names = self.out / "real_models.csv", [*_COLUMNS, *environment(self.device)]
@@ -238,34 +189,12 @@ class Table:
         self.write_base()
         for key in self.args.rows:
             self.check_time()
-            self.train(key)
+            train(key, self.out / "rows" / key, self.flags, self.deadline)
             for figure in self.args.figures:
                 self.measure(key, figure)
             if not self.args.keep:
                 shutil.rmtree(self.out / "rows" / key / "trained", ignore_errors=True)
             print(f"{key}: done", flush=True)
-
-    def print(self) -> None:
-        """What is measured so far."""
-        print(f"\nBaseline: {self.baseline}. Tasks in %, texts in bits per byte (KL); after the slash: recovered.")
-        for key in self.args.rows:
-            found = {
-                figure: json.loads(path.read_text())
-                for figure in self.args.figures
-                if (path := self.out / "rows" / key / f"{figure}.json").exists()
-            }
-            cells = [f"{figure} {self._cell(figure, result)}" for figure, result in found.items()]
-            print(f"{row_of(key).title}: {'; '.join(cells) or 'not measured'}")
-
-    def _cell(self, figure: str, result: dict) -> str:
-        ends = [self.out / "rows" / key / f"{figure}.json" for key in (BASELINE, FLOOR)]
-        part = ""
-        if all(path.exists() for path in ends):
-            best, floor = (json.loads(path.read_text()) for path in ends)
-            part = f" / {recovered(result['value'], floor['value'], best['value']):.0%}"
-        if figure in TEXTS:
-            return f"{result['value']:.4f} ({result['kl']:.4f}){part}"
-        return f"{100 * result['value']:.1f} +- {100 * result['error']:.1f}{part}"
 
 
 @torch.no_grad()
@@ -281,17 +210,6 @@ def round_weights(model: torch.nn.Module) -> torch.nn.Module:
         module.weight.copy_(module.from_rows(values))
         quantizer.is_baked = True
     return model
-
-
-def recovered(value: float, floor: float, best: float) -> float:
-    """The part of the way from `floor` to `best` that `value` has gone; NaN where there is no way to go."""
-    return (value - floor) / (best - floor) if best != floor else math.nan
-
-
-def labelled_tokens(folder: Path) -> int:
-    """Tokens with a label that a finished run has trained on, from its trainer_state.json."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return max((entry["labelled_tokens"] for entry in history if "labelled_tokens" in entry), default=0)
 
 
 def _names(text: str, known: list[str], argument: str) -> list[str]:
@@ -331,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         print("all is done")
     except OutOfTime:
         print(f"{args.minutes:g} minutes are over; give the same command again", flush=True)
-    table.print()
+    print(f"\nBaseline: {table.baseline}. {LEGEND}", *lines(args.out, args.rows, args.figures), sep="\n")
 
 
 if __name__ == "__main__":
