@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from benchmarks import training_data  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
+from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
 from benchmarks.real_report import BASELINE, LEGEND, lines, read_json  # noqa: E402
 from benchmarks.real_rows import ALL, ROWS, row_of  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
@@ -40,11 +41,9 @@ from benchmarks.tasks.generation import answers  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
 from benchmarks.tasks.texts import TEXTS, bits_per_byte, read_text  # noqa: E402
 from qat.checkpoints.load import load_plain  # noqa: E402
-from qat.command_line import OneLineParser, positive  # noqa: E402
+from qat.command_line import OneLineParser, positive, positive_number  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
-from qat.layers.restore import prepare_as_saved  # noqa: E402
-from qat.layers.sites import quantized_sites  # noqa: E402
-from qat.schemes.config import QATConfig  # noqa: E402
+from qat.files.model_folder import check_model_folder  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
@@ -107,21 +106,14 @@ class Table:
 
     def _load(self, key: str) -> torch.nn.Module:
         row = row_of(key)
-        if row.quantized is not None:
-            from benchmarks.accuracy import prepare
-            from data.supervised import make_supervised_data_module
-
-            model = load_plain(str(self.base), "--model", torch.float32).to(self.device)
-            data = make_supervised_data_module(
-                str(self.training_file()), self.tokenizer, eval_dataset="none", evaluate=False, on_bad_sample="skip"
+        if row.quantized is None:
+            folder = self.base if row.recipe is None else self.out / "rows" / key / "trained"
+            return trained(folder, self.device)
+        if row.iterations:
+            return autorounded(
+                row, self.base, self.out / "rows" / key, self.training_file(), self.tokenizer, self.deadline
             )
-            prepare(model, row.quantized, data)
-            return round_weights(model.bfloat16()).eval()
-        folder = str(self.base if row.recipe is None else self.out / "rows" / key / "trained")
-        model, saved = load_plain(folder, "--model", torch.bfloat16), QATConfig.load(folder)
-        if saved is not None:
-            prepare_as_saved(model, saved)
-        return round_weights(model.to(self.device)).eval()
+        return prepared(row.quantized, self.base, self.training_file(), self.tokenizer, self.device)
 
     def flags(self, key: str) -> list[str]:
         """The arguments of main.py for a row."""
@@ -193,31 +185,31 @@ class Table:
             for figure in self.args.figures:
                 self.measure(key, figure)
             if not self.args.keep:
-                shutil.rmtree(self.out / "rows" / key / "trained", ignore_errors=True)
+                for folder in ("trained", "autoround"):
+                    shutil.rmtree(self.out / "rows" / key / folder, ignore_errors=True)
             print(f"{key}: done", flush=True)
-
-
-@torch.no_grad()
-def round_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Replace weights in BF16 by their quantized values, which layers then compute with as they are.
-
-    Nothing changes but the time: a layer would round its weight again for each token.
-    """
-    for site in quantized_sites(model):
-        module, quantizer = site.module, site.module.weight_quantizer
-        assert quantizer.spec.format.tensor_scale is None and not quantizer.learned
-        values = quantizer.rounding.values(module.rows(module.weight).contiguous(), torch.bfloat16)
-        module.weight.copy_(module.from_rows(values))
-        quantizer.is_baked = True
-    return model
 
 
 def _names(text: str, known: list[str], argument: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in known and (argument != "--rows" or name.partition("@")[0] not in ROWS):
-            raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}")
+        row, at, seed = name.partition("@")
+        is_seed = argument == "--rows" and at and row in ROWS and seed.isdecimal() and ROWS[row].recipe is not None
+        if name not in known and not is_seed:
+            seeds = "; @SEED, a whole number, goes behind rows that are trained" if argument == "--rows" else ""
+            raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}{seeds}")
     return names
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured before anything is written."""
+    check_model_folder(args.model, "--model")
+    if args.gguf_file is not None and not Path(args.model, args.gguf_file).is_file():
+        raise UserError(f"--gguf_file {args.gguf_file!r} is not in --model {args.model!r}; name a .gguf file in there")
+    for figure in args.figures:
+        (read_text if figure in TEXTS else read)(figure, args.tasks)
+    if any(row_of(key).quantized or row_of(key).recipe for key in args.rows):
+        training_data.questions(args.tasks)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -229,21 +221,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
     parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with @SEED for another seed")
     parser.add_argument("--figures", default=",".join(FIGURES))
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this call")
+    parser.add_argument("--minutes", type=positive_number, default=9.0, help="of this call")
     parser.add_argument("--limit", type=positive, help="problems of each task, rows of each text; default: all")
     parser.add_argument("--questions", type=positive, help="to make training data from; default: all")
     parser.add_argument("--batch_size", type=positive, help="of answers; default: 660 on a GPU, 8 on a CPU")
     parser.add_argument("--train_batch_size", type=positive, default=4)
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")
-    parser.add_argument("--learning_rate", type=float, default=5e-5, help="of our recipe")
+    parser.add_argument("--learning_rate", type=positive_number, default=5e-5, help="of our recipe")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     args = parser.parse_args(argv)
     args.rows, args.figures = _names(args.rows, ALL, "--rows"), _names(args.figures, list(FIGURES), "--figures")
     args.batch_size = args.batch_size or (660 if torch.cuda.is_available() else 8)
+    _check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     table = Table(args)
     use_device(table.device)
-    print("autoround: skipped: this program has no row of it; scripts/ptq_autoround.sh makes its folder", flush=True)
     try:
         table.run()
         print("all is done")

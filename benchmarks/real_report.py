@@ -13,7 +13,7 @@ from benchmarks.tasks.texts import TEXTS
 
 BASELINE, FLOOR = "bf16", "mxfp4-rtn"
 LEGEND = (
-    "Tasks in %, with standard errors; texts in bits per byte (KL). After the slash: recovered, the part of the loss of "
+    "Tasks in % +- standard error; texts in bits per byte (KL). After the slash: recovered, the part of the loss of "
     "the first rounded row that a row gains back. Minutes are those of main.py on the device of the CSV file."
 )
 
