@@ -38,7 +38,7 @@ class RealModel:
         gguf_file: name of the joined file.
         size: of the joined file, in bytes.
         sha256: of the joined file.
-        license: of the model, as its authors publish it; neither the packages nor the files have its text.
+        license: under which its authors are said to publish it; neither the packages nor the files have its text.
     """
 
     title: str
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
             fetch(name, args.out)
         else:
             name = fetch_or_fall_back(name, args.out)
-        print(f"{MODELS[name].title} ({MODELS[name].license})")
+        print(f"{MODELS[name].title} ({MODELS[name].license}, not verified)")
         print(f"  --model_name_or_path {args.out / name} --gguf_file {MODELS[name].gguf_file}")
 
 

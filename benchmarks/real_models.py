@@ -8,8 +8,8 @@ One call runs for `--minutes` and is given again until it says that all is done:
 answers from the last piece. First the model is written in BF16 and answers the training questions
 (`benchmarks/training_data.py`); then each row is trained by main.py with its recipe, or quantized, and measured:
 tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, the KL to the BF16
-model on them. Every figure is appended to `OUT/real_models.csv` when it is there. "Recovered" is the part of the RTN
-row's loss that a row gains back, on the same problems.
+model on them. Every figure is appended to `OUT/real_models.csv` when it is there, with the minutes of training on this
+device. `benchmarks/real_report.py` prints the table.
 
 The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF16, which is told in the table.
 """
@@ -19,10 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,28 +32,23 @@ import torch  # noqa: E402
 from benchmarks import training_data  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
+from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
+from benchmarks.real_report import BASELINE, LEGEND, lines, read_json  # noqa: E402
 from benchmarks.real_rows import ALL, ROWS, row_of  # noqa: E402
+from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
 from benchmarks.tasks.texts import TEXTS, bits_per_byte, read_text  # noqa: E402
 from qat.checkpoints.load import load_plain  # noqa: E402
-from qat.command_line import OneLineParser, positive  # noqa: E402
+from qat.command_line import OneLineParser, positive, positive_number  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
-from qat.layers.restore import prepare_as_saved  # noqa: E402
-from qat.layers.sites import quantized_sites  # noqa: E402
-from qat.schemes.config import QATConfig  # noqa: E402
+from qat.files.model_folder import check_model_folder  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
 FIGURES = (*TASKS, *TEXTS)
-BASELINE, FLOOR = "bf16", "mxfp4-rtn"
-_SAVING_S = 60  # left to a training that has to end
 _COLUMNS = ["row", "title", "figure", "value", "error", "kl", "count", "steps", "tokens", "train_minutes", "baseline"]
-
-
-class OutOfTime(Exception):
-    """The minutes of this call are over; what is finished is kept."""
 
 
 class Table:
@@ -114,66 +106,18 @@ class Table:
 
     def _load(self, key: str) -> torch.nn.Module:
         row = row_of(key)
-        if row.quantized is not None:
-            from benchmarks.accuracy import prepare
-            from data.supervised import make_supervised_data_module
-
-            model = load_plain(str(self.base), "--model", torch.float32).to(self.device)
-            data = make_supervised_data_module(
-                str(self.training_file()), self.tokenizer, eval_dataset="none", evaluate=False, on_bad_sample="skip"
+        if row.quantized is None:
+            folder = self.base if row.recipe is None else self.out / "rows" / key / "trained"
+            return trained(folder, self.device)
+        if row.iterations:
+            return autorounded(
+                row, self.base, self.out / "rows" / key, self.training_file(), self.tokenizer, self.deadline
             )
-            prepare(model, row.quantized, data)
-            return round_weights(model.bfloat16()).eval()
-        folder = str(self.base if row.recipe is None else self.out / "rows" / key / "trained")
-        model, saved = load_plain(folder, "--model", torch.bfloat16), QATConfig.load(folder)
-        if saved is not None:
-            prepare_as_saved(model, saved)
-        return round_weights(model.to(self.device)).eval()
-
-    # ---- Training ----
-
-    def train(self, key: str) -> None:
-        """Train a row with main.py, or go on with it; a deadline ends main.py, which then keeps a checkpoint."""
-        row, folder = row_of(key), self.out / "rows" / key
-        if row.recipe is None or (folder / "trained.json").exists():
-            return
-        if self.deadline - time.monotonic() < 2 * _SAVING_S:  # too little to start, train and save
-            raise OutOfTime
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "main.py"), *self.flags(key)]
-        start = time.monotonic()
-        with (folder / "log.txt").open("a") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-            try:
-                child.wait(max(1.0, self.deadline - time.monotonic() - _SAVING_S))
-            except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGTERM)
-                child.wait()
-        with (folder / "seconds.txt").open("a") as file:
-            file.write(f"{time.monotonic() - start:.1f}\n")
-        if child.returncode in (143, -signal.SIGTERM):
-            raise OutOfTime
-        if child.returncode:
-            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-            raise UserError(f"{key} was not trained: {lines[-1][:300]} (see {folder / 'log.txt'})")
-        seconds = sum(map(float, (folder / "seconds.txt").read_text().split()))
-        figures = {"steps": row.steps, "train_minutes": seconds / 60, "tokens": labelled_tokens(folder / "trained")}
-        (folder / "trained.json").write_text(json.dumps(figures))
+        return prepared(row.quantized, self.base, self.training_file(), self.tokenizer, self.device)
 
     def flags(self, key: str) -> list[str]:
         """The arguments of main.py for a row."""
-        row = row_of(key)
-        rate = {} if row.learning_rate == "recipe" else {"learning_rate": str(self.args.learning_rate)}
-        settings = {
-            "config": ROOT / "recipes" / f"{row.recipe}.yaml", "model_name_or_path": self.base.absolute(),
-            "output_dir": (self.out / "rows" / key / "trained").absolute(), "export_format": "none",
-            "dataset": self.training_file().absolute(), "eval_dataset": "none", "do_eval": False,
-            "eval_strategy": "no", "load_best_model_at_end": False, "max_steps": row.steps,
-            "save_steps": row.steps, "save_total_limit": 1, "seed": row.seed, "data_seed": row.seed,
-            "per_device_train_batch_size": self.args.train_batch_size, "model_max_length": self.args.length,
-            "on_bad_sample": "skip", "report": False, "report_to": "none", "disable_tqdm": True,
-        } | rate | row.flags  # fmt: skip
-        return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return flags(key, self.base, self.out / "rows" / key / "trained", self.training_file(), self.args)
 
     # ---- Figures ----
 
@@ -217,8 +161,7 @@ class Table:
 
     def append(self, key: str, figure: str, result: dict) -> None:
         """A line of the CSV file."""
-        trained = self.out / "rows" / key / "trained.json"
-        about = json.loads(trained.read_text()) if trained.exists() else {}
+        about = read_json(self.out / "rows" / key / "trained.json")
         line = {"row": key, "title": row_of(key).title, "figure": figure, "baseline": self.baseline, **about, **result}
         line |= environment(self.device)
         path, names = self.out / "real_models.csv", [*_COLUMNS, *environment(self.device)]
@@ -238,68 +181,35 @@ class Table:
         self.write_base()
         for key in self.args.rows:
             self.check_time()
-            self.train(key)
+            train(key, self.out / "rows" / key, self.flags, self.deadline)
             for figure in self.args.figures:
                 self.measure(key, figure)
             if not self.args.keep:
-                shutil.rmtree(self.out / "rows" / key / "trained", ignore_errors=True)
+                for folder in ("trained", "autoround"):
+                    shutil.rmtree(self.out / "rows" / key / folder, ignore_errors=True)
             print(f"{key}: done", flush=True)
-
-    def print(self) -> None:
-        """What is measured so far."""
-        print(f"\nBaseline: {self.baseline}. Tasks in %, texts in bits per byte (KL); after the slash: recovered.")
-        for key in self.args.rows:
-            found = {
-                figure: json.loads(path.read_text())
-                for figure in self.args.figures
-                if (path := self.out / "rows" / key / f"{figure}.json").exists()
-            }
-            cells = [f"{figure} {self._cell(figure, result)}" for figure, result in found.items()]
-            print(f"{row_of(key).title}: {'; '.join(cells) or 'not measured'}")
-
-    def _cell(self, figure: str, result: dict) -> str:
-        ends = [self.out / "rows" / key / f"{figure}.json" for key in (BASELINE, FLOOR)]
-        part = ""
-        if all(path.exists() for path in ends):
-            best, floor = (json.loads(path.read_text()) for path in ends)
-            part = f" / {recovered(result['value'], floor['value'], best['value']):.0%}"
-        if figure in TEXTS:
-            return f"{result['value']:.4f} ({result['kl']:.4f}){part}"
-        return f"{100 * result['value']:.1f} +- {100 * result['error']:.1f}{part}"
-
-
-@torch.no_grad()
-def round_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Replace weights in BF16 by their quantized values, which layers then compute with as they are.
-
-    Nothing changes but the time: a layer would round its weight again for each token.
-    """
-    for site in quantized_sites(model):
-        module, quantizer = site.module, site.module.weight_quantizer
-        assert quantizer.spec.format.tensor_scale is None and not quantizer.learned
-        values = quantizer.rounding.values(module.rows(module.weight).contiguous(), torch.bfloat16)
-        module.weight.copy_(module.from_rows(values))
-        quantizer.is_baked = True
-    return model
-
-
-def recovered(value: float, floor: float, best: float) -> float:
-    """The part of the way from `floor` to `best` that `value` has gone; NaN where there is no way to go."""
-    return (value - floor) / (best - floor) if best != floor else math.nan
-
-
-def labelled_tokens(folder: Path) -> int:
-    """Tokens with a label that a finished run has trained on, from its trainer_state.json."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return max((entry["labelled_tokens"] for entry in history if "labelled_tokens" in entry), default=0)
 
 
 def _names(text: str, known: list[str], argument: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in known and (argument != "--rows" or name.partition("@")[0] not in ROWS):
-            raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}")
+        row, at, seed = name.partition("@")
+        is_seed = argument == "--rows" and at and row in ROWS and seed.isdecimal() and ROWS[row].recipe is not None
+        if name not in known and not is_seed:
+            seeds = "; @SEED, a whole number, goes behind rows that are trained" if argument == "--rows" else ""
+            raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}{seeds}")
     return names
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured before anything is written."""
+    check_model_folder(args.model, "--model")
+    if args.gguf_file is not None and not Path(args.model, args.gguf_file).is_file():
+        raise UserError(f"--gguf_file {args.gguf_file!r} is not in --model {args.model!r}; name a .gguf file in there")
+    for figure in args.figures:
+        (read_text if figure in TEXTS else read)(figure, args.tasks)
+    if any(row_of(key).quantized or row_of(key).recipe for key in args.rows):
+        training_data.questions(args.tasks)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -311,27 +221,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
     parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with @SEED for another seed")
     parser.add_argument("--figures", default=",".join(FIGURES))
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this call")
+    parser.add_argument("--minutes", type=positive_number, default=9.0, help="of this call")
     parser.add_argument("--limit", type=positive, help="problems of each task, rows of each text; default: all")
     parser.add_argument("--questions", type=positive, help="to make training data from; default: all")
     parser.add_argument("--batch_size", type=positive, help="of answers; default: 660 on a GPU, 8 on a CPU")
     parser.add_argument("--train_batch_size", type=positive, default=4)
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")
-    parser.add_argument("--learning_rate", type=float, default=5e-5, help="of our recipe")
+    parser.add_argument("--learning_rate", type=positive_number, default=5e-5, help="of our recipe")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     args = parser.parse_args(argv)
     args.rows, args.figures = _names(args.rows, ALL, "--rows"), _names(args.figures, list(FIGURES), "--figures")
     args.batch_size = args.batch_size or (660 if torch.cuda.is_available() else 8)
+    _check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     table = Table(args)
     use_device(table.device)
-    print("autoround: skipped: this program has no row of it; scripts/ptq_autoround.sh makes its folder", flush=True)
     try:
         table.run()
         print("all is done")
     except OutOfTime:
         print(f"{args.minutes:g} minutes are over; give the same command again", flush=True)
-    table.print()
+    print(f"\nBaseline: {table.baseline}. {LEGEND}", *lines(args.out, args.rows, args.figures), sep="\n")
 
 
 if __name__ == "__main__":

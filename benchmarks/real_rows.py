@@ -21,6 +21,7 @@ class RealRow:
         steps: of training.
         learning_rate: None for that of the command line, "recipe" for that of the recipe.
         seed: of training.
+        iterations: of AutoRound, on the model that `quantized` has smoothed; 0 for another row.
     """
 
     title: str
@@ -30,6 +31,7 @@ class RealRow:
     steps: int = 0
     learning_rate: str | None = None
     seed: int = 2
+    iterations: int = 0
 
 
 def _without_training(title: str, scheme: str, **settings) -> RealRow:
@@ -43,6 +45,10 @@ ROWS: dict[str, RealRow] = {
     "mxfp4-rtn": _without_training("MXFP4 RTN (EVEN)", "MXFP4", weights="even", inputs="even"),
     "mxfp4-rtn-smoothed": _without_training(
         "MXFP4 RTN (EVEN), smoothed", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED
+    ),
+    "mxfp4-autoround": RealRow(
+        "MXFP4, AutoRound, 200 iterations, smoothed",
+        Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,
     ),
     "mxfp4-reference": RealRow(
         "MXFP4, the reference's recipe, 150 steps", recipe="mxfp4-reference", steps=150, learning_rate="recipe"

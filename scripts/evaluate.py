@@ -29,6 +29,7 @@ from vllm_log import VllmLog, kernels_in  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from qat.checkpoints.folder import MODEL_OPTIMIZER, CheckpointFolder  # noqa: E402
 from qat.checkpoints.in_transformers import in_transformers  # noqa: E402
+from qat.checkpoints.input_transforms import is_stored  # noqa: E402
 from qat.checkpoints.load import check_loadable, load_plain  # noqa: E402
 from qat.checkpoints.packed_folder import check_packed_values  # noqa: E402
 from qat.checkpoints.unpack import is_packed, load_packed  # noqa: E402
@@ -238,7 +239,8 @@ def make_hf(folder: str, args: argparse.Namespace):
                 f"DIR {folder!r} is packed by Model-Optimizer, and transformers does not read that; give --backend "
                 "vllm, or --input_rule absmax to evaluate it with this program's operators"
             )
-        if reason := in_transformers(folder, args.trust_remote_code).why_not:
+        is_transformed = is_stored(checkpoint.quantization_config)  # which `load_for_logits` applies
+        if not is_transformed and (reason := in_transformers(folder, args.trust_remote_code).why_not):
             rounds_inputs = saved is not None and any(rules["input"] for rules in saved.scale_rules.values())
             own = ", or --input_rule to evaluate it with this program's operators" if rounds_inputs else ""
             raise UserError(
@@ -246,6 +248,7 @@ def make_hf(folder: str, args: argparse.Namespace):
                 f"it was packed from, or --backend vllm{own}"
             )
         model, described = load_for_logits(folder, args.trust_remote_code), "packed, in transformers"
+        described += ", inputs transformed by compressed-tensors" if is_transformed else ""
     elif packed:
         model, saved = load_packed(folder, "DIR", args.trust_remote_code, rounds_again=False)
         described = "packed"

@@ -72,9 +72,9 @@ def save_llama(folder: Path, dtype: torch.dtype = torch.bfloat16, **kwargs) -> P
     return folder
 
 
-def save_qat(folder: Path, mapping: dict[str, str], **kwargs) -> Path:
+def save_qat(folder: Path, mapping: dict[str, str], input_transforms: dict[str, str] | None = None, **kwargs) -> Path:
     """A tiny QAT checkpoint, as a run leaves it."""
-    model = prepare_qat(make_llama(**kwargs).bfloat16(), mapping)
+    model = prepare_qat(make_llama(**kwargs).bfloat16(), mapping, input_transforms=input_transforms)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     model.qat_config.save(folder)

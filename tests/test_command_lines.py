@@ -13,6 +13,7 @@ from command_lines import make_files, read_rows, words_of
 from helpers import ROOT
 
 import main
+from benchmarks import models, real_models
 from data import preview
 from qat.errors import reported_in_one_line
 from training.estimate import program as estimate
@@ -41,6 +42,7 @@ def programs() -> dict:
     return {
         "main": main.main, "export": export.main, "evaluate": evaluate.main, "preview": preview.main,
         "sensitivity": measure.main, "estimate": estimate.main,
+        "real_models": real_models.main, "real_files": models.main,
         "quickstart_report": lambda argv: report.main(report.parse(argv)),
     }  # fmt: skip
 

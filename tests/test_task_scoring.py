@@ -7,12 +7,13 @@ import math
 import re
 from decimal import Decimal
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT, make_llama, make_tokenizer
 
-from benchmarks.tasks import fetch, problems
+from benchmarks.tasks import fetch, problems, sandbox
 from benchmarks.tasks.answers import code_of, final_number
 from benchmarks.tasks.generation import answers
 from benchmarks.tasks.overlap import shared
@@ -175,3 +176,15 @@ def test_overlap_sees_runs_of_words_whatever_the_numbers():
     same = "tom has 17 apples and buys 250 more; how many apples has tom got now"
     assert shared([same, "Nothing of this stands there at all, " * 3], training, 8) == [1.0, 0.0]
     assert shared(["short"], training) == [0.0]
+
+
+@pytest.mark.parametrize("status,is_said", [(0, False), (1, True)])
+def test_a_system_that_keeps_the_network_open_is_warned_of_once(status, is_said, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        sandbox.subprocess, "run", lambda words, **_: asked.append(words) or SimpleNamespace(returncode=status)
+    )
+    sandbox.warn_of_network.cache_clear()
+    sandbox.all_succeed([]), sandbox.all_succeed([])
+    sandbox.warn_of_network.cache_clear()
+    assert len(asked) == 1 and ("without a network" in capsys.readouterr().err) == is_said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
@@ -46,7 +47,20 @@ def _end(child: subprocess.Popen) -> None:
     child.communicate()
 
 
+@functools.cache
+def warn_of_network() -> None:
+    """Print a warning, once, where the system does not take the network away from a program: the hook alone remains."""
+    child = [sys.executable, "-I", "-S", str(_CHILD), "--isolated"]
+    if subprocess.run(child, stderr=subprocess.DEVNULL).returncode:
+        print(
+            "WARNING: this system does not let programs of HumanEval run without a network (unshare is refused); only "
+            "a hook in Python keeps them from it",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
 def all_succeed(programs: list[str], workers: int | None = None) -> list[bool]:
     """`succeeds` of each program, several at a time."""
+    warn_of_network()
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as pool:
         return list(pool.map(succeeds, programs))

@@ -2,8 +2,12 @@
 
 The weights are packed as transformed, so an engine that passed over the transform would compute nonsense. vLLM reads
 it: under the type "random-hadamard" it multiplies blocks of `head_dim` values by any stored matrix over
-sqrt(head_dim). The type "hadamard" stores none, but takes a kernel for CUDA. transformers (5.23) passes over
-`transform_config`; `apply_stored` lets a model that it loaded compute with it, by compressed-tensors' own code.
+sqrt(head_dim). The type "hadamard" stores none, but takes a kernel for CUDA.
+
+transformers (5.23) passes over `transform_config`, and would compute nonsense in silence. So such a folder has a
+`quantization_status` that compressed-tensors' schema, by which transformers reads it, does not know: loading fails, and
+the message has the text. vLLM does not read that setting. `load_transformed` loads the folder in transformers and lets
+it transform inputs by compressed-tensors' own code.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
 from ..layers.sites import Site
@@ -27,11 +32,12 @@ from .matrices import Matrix
 from .stored_names import StoredNames
 
 KEY = "transform_config"
+STATUS, REFUSAL = "quantization_status", "inputs need transforms: see README.md"  # pydantic shows 50 characters
 _GROUP = "hadamard32"
 _MODULE = f"{_GROUP}_input"  # what compressed-tensors and vLLM call the submodule of a layer
 NOT_APPLIED = (
-    "not as it is packed, since it passes over transform_config, and the weights are those for transformed inputs; "
-    "apply it with qat.checkpoints.input_transforms.apply_stored(model, folder) after loading"
+    f"it passes over {KEY}, and the weights are those for transformed inputs, so the {STATUS} in config.json makes it "
+    "refuse; use qat.checkpoints.input_transforms.load_transformed(folder)"
 )
 
 APPLIED_BY_VLLM = (
@@ -41,13 +47,13 @@ APPLIED_BY_VLLM = (
 
 
 def transform_config(sites: Iterable[Site], names: StoredNames) -> dict[str, Any]:
-    """The part of a quantization_config that names the layers whose inputs are transformed; {} without any."""
+    """The settings of a quantization_config that name the layers whose inputs are transformed; {} without any."""
     found = [spelling for site in sites if is_transformed(site) for spelling in names.spellings(site.name)]
     if not found:
         return {}
     apply = [{"targets": list(dict.fromkeys(found)), "location": "input", "inverse": False, "ignore": []}]
     group = {"type": "random-hadamard", "head_dim": SIZE, "precision": "torch.float32", "apply": apply}
-    return {KEY: {"config_groups": {_GROUP: group}}}
+    return {KEY: {"config_groups": {_GROUP: group}}, STATUS: REFUSAL}
 
 
 def stored_matrices(matrices: Mapping[str, list[Matrix]]) -> dict[str, torch.Tensor]:
@@ -85,12 +91,39 @@ def is_matrix(name: str) -> bool:
     return name.endswith(f".{_MODULE}.weight")
 
 
+def accept(config: PreTrainedConfig) -> None:
+    """Let transformers load a packed folder of this configuration, in place; `apply_stored` must follow."""
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get(STATUS) == REFUSAL:
+        config.quantization_config = {**settings, STATUS: "compressed"}
+
+
+def load_transformed(folder: str, **options: Any) -> PreTrainedModel:
+    """A packed folder's model in transformers, which transforms its inputs as the folder says.
+
+    Args:
+        folder: the packed folder; one without transforms is loaded as it is.
+        options: of `AutoModelForCausalLM.from_pretrained`, such as dtype and device_map.
+
+    Raises:
+        UserError: it is no packed folder, or lacks the matrix of a layer that its config.json names.
+        ImportError: compressed-tensors is not installed.
+    """
+    CheckpointFolder.open(folder, "the packed folder")
+    code = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    config = AutoConfig.from_pretrained(folder, **code)
+    accept(config)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    apply_stored(model, folder)
+    return model
+
+
 @torch.no_grad()
 def apply_stored(model: nn.Module, folder: str) -> int:
     """Let a model that transformers loaded from a packed folder transform its inputs as the folder says.
 
     Args:
-        model: of `AutoModelForCausalLM.from_pretrained(folder)`; it is changed.
+        model: loaded with a configuration that `accept` was given; it is changed.
         folder: the packed folder.
 
     Returns:

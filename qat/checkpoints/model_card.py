@@ -18,12 +18,14 @@ from ..files.json_file import read_object
 from ..files.model_folder import ADAPTER_FOLDER, ADAPTER_NAME
 from ..layers.share import describe_left, describe_sites, layers_by_scheme, left_unquantized, percent, quantized_share
 from ..layers.sites import EXPERTS, Site, quantized_sites
+from ..layers.transformed import is_transformed
 from ..numerics import mx
 from ..numerics.formats import Format
 from ..schemes.config import QATConfig
 from ..schemes.presets import get_kv_cache_scheme
 from ..schemes.spec import Scheme
 from .dialects import Dialect
+from .input_transforms import APPLIED_BY_VLLM, NOT_APPLIED
 from .loadable import runs_as_linear
 
 CARD_NAME = "README.md"
@@ -42,7 +44,7 @@ _TEMPLATE = """---
 
 # {title}
 
-{share} of the linear weights are quantized: {layers}.
+{transforms}{share} of the linear weights are quantized: {layers}.
 Packed as {export_format}: {packed_mib:.1f} MiB, {ratio:.2f} of the {source_mib:.1f} MiB that they were exported from.
 
 | | |
@@ -145,6 +147,7 @@ def write_card(
     text = _TEMPLATE.format(
         front_matter=data.to_yaml().strip(),
         title=title,
+        transforms=_transforms(sites),
         share=percent(quantized_share(model)),
         layers=describe_sites(sites),
         export_format=dialect.name,
@@ -168,6 +171,16 @@ def write_card(
         else f"transformers cannot load these files: {why_not_loadable}.",
     )
     ModelCard(text).save(folder / CARD_NAME)
+
+
+def _transforms(sites: Iterable[Site]) -> str:
+    """A warning, first of all, where engines must transform inputs; else ""."""
+    if not (count := sum(map(is_transformed, sites))):
+        return ""
+    return (
+        f"**{count} layers transform their inputs** (`transform_config` in `config.json`), and an engine that passes "
+        f"over it computes nonsense. {APPLIED_BY_VLLM}. Of transformers: {NOT_APPLIED}.\n\n"
+    )
 
 
 def _adapters(source: Path) -> str:

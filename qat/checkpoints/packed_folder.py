@@ -26,7 +26,7 @@ from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
 from .fit import check_dtypes, check_finite, fitting, load_checked
 from .folder import CheckpointFolder, Reader
-from .input_transforms import check_no_transforms
+from .input_transforms import check_no_transforms, is_matrix
 from .layouts import PackedLayer, check_tensor, packed_layers
 from .model_config import read_config
 from .packed_sites import SitePart, by_modules, check_formats, parts_of_layers, schemes_of_modules, weights_of
@@ -89,9 +89,15 @@ class PackedFolder:
 
 
 def check_packed(
-    folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
+    folder: str | Path,
+    argument: str = "the packed folder",
+    trust_remote_code: bool = False,
+    allows_transforms: bool = False,
 ) -> PackedFolder:
     """Open a packed checkpoint and refuse one that lacks anything, by its headers alone.
+
+    Args:
+        allows_transforms: whether its inputs may be transformed: its engine transforms them.
 
     Raises:
         UserError: the folder is damaged or incomplete, packed in a format that is not known, or in another than its
@@ -103,7 +109,8 @@ def check_packed(
         raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
     if own is None:
         check_settings(settings, checkpoint.path)
-    check_no_transforms(checkpoint)
+    if not allows_transforms:
+        check_no_transforms(checkpoint)
     layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])
     said = {}
     if own is None:
@@ -111,6 +118,7 @@ def check_packed(
     caches_fp8 = has_key_value_scheme(settings, checkpoint.path)
     key_value_scales = _key_value_scales(checkpoint)
     packed_names = {*key_value_scales.values(), *(name for layer in layers.values() for name in layer.tensors.values())}
+    packed_names |= set(filter(is_matrix, checkpoint.stored))
     stored = {name: tensor for name, tensor in checkpoint.stored.items() if name not in packed_names}
     names = StoredNames(skeleton := skeleton_of(checkpoint, trust_remote_code), {*stored, *weights_of(layers)})
     parts = parts_of_layers(skeleton, names, layers, checkpoint.path)
@@ -132,8 +140,8 @@ def check_packed(
 def check_packed_values(
     folder: str | Path, argument: str = "the packed folder", trust_remote_code: bool = False
 ) -> None:
-    """`check_packed`, and a UserError for scales, codes or other tensors that are NaN or infinite."""
-    packed = check_packed(folder, argument, trust_remote_code)
+    """`check_packed` for an engine, and a UserError for scales, codes or other tensors that are NaN or infinite."""
+    packed = check_packed(folder, argument, trust_remote_code, allows_transforms=True)
     with packed.checkpoint.reading() as read:
         for name in packed.layers:
             packed.tensors_of(name, read)

@@ -35,7 +35,7 @@ from ..processes import name_of, start_worker
 from ..schemes.config import QATConfig
 from .dialects.compressed_tensors import CACHE_RULE
 from .fit import load_checked
-from .input_transforms import apply_stored, is_matrix
+from .input_transforms import accept, apply_stored, is_matrix
 from .model_config import read_config
 from .native_mxfp4 import loading_options
 from .pipeline import CPU
@@ -248,6 +248,7 @@ def load_for_logits(folder: str, trust_remote_code: bool, device: torch.device =
     Transforms of inputs, which transformers passes over, are applied by compressed-tensors' code.
     """
     config = read_config(folder, folder, trust_remote_code, local_files_only=True)
+    accept(config)
     # Straight to a GPU; transformers asks for accelerate to do that.
     place = {"device_map": {"": device}} if device != CPU and find_spec("accelerate") else {}
 

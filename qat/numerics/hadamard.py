@@ -13,16 +13,12 @@ import torch
 SIZE = 32
 STAGES = (16, 8, 4, 2, 1)  # how far apart the values are that a stage adds
 ROOT = 5.656854152679443  # sqrt(32) in FP32
+_SIGNS = [[-1 if (row & column).bit_count() % 2 else 1 for column in range(SIZE)] for row in range(SIZE)]
 
 
 def matrix(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Sylvester's matrix S [32, 32] of 1 and -1, symmetric, S S = 32."""
-    index = torch.arange(SIZE)
-    common = index[:, None] & index
-    signs = torch.ones(SIZE, SIZE)
-    for stage in STAGES:
-        signs[common & stage != 0] *= -1
-    return signs.to(device, dtype)
+    return torch.tensor(_SIGNS, device=device, dtype=dtype)
 
 
 def transform(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -99,6 +99,24 @@ def test_folders_of_three_kinds_stand_side_by_side(tmp_path, capsys):
     assert values == {results[str(packed)]["results"]["local_text"]["bits_per_byte"]}  # and transformers applies EVEN
 
 
+def test_a_packed_folder_whose_inputs_are_transformed_is_evaluated_with_the_transforms(tmp_path, monkeypatch):
+    qat = save_qat(tmp_path / "qat", {"torch.nn.Linear": "MXFP4"}, input_transforms={"*.down_proj": "hadamard"})
+    packed = export_checkpoint(qat, tmp_path / "packed")
+    (tmp_path / "text.txt").write_text("Explicit is better than implicit.\n" * 3)
+    flags = ["--tasks", "local_text", "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "r.json")]
+    evaluate.main([str(qat), str(packed), *flags])
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert "inputs transformed by compressed-tensors" in results[str(packed)]["model"]
+    evaluate.main([str(qat), *flags, "--input_rule", "even"])  # that of transformers
+    results |= json.loads((tmp_path / "r.json").read_text())
+    assert len({result["results"]["local_text"]["bits_per_byte"] for result in results.values()}) == 1
+    with pytest.raises(UserError, match="has transformed inputs .* give the BF16 checkpoint"):
+        evaluate.main([str(packed), *flags, "--input_rule", "even"])
+    monkeypatch.setattr(evaluate, "_import_vllm_model", lambda: lambda **options: options["pretrained"])
+    args = evaluate.parse([str(packed), "--backend", "vllm"])
+    assert evaluate.make_vllm(str(packed), args) == ("packed, in vLLM", str(packed))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(("nowhere",), "not a checkpoint folder"), (("{qat}", "--backend", "vllm"), "vLLM would run it in BF16")],

@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from qat import prepare_qat
 from qat.checkpoints.engines import table_of_folder
 from qat.checkpoints.exportable import check_exportable
-from qat.checkpoints.input_transforms import apply_stored
+from qat.checkpoints.input_transforms import load_transformed
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.unpack import load_packed
 from qat.checkpoints.verify import verify
 from qat.checkpoints.verify_logits import VerificationError
 from qat.errors import UserError
+from qat.layers.restore import prepare_as_saved
+from qat.schemes.config import QATConfig
 
 same_process = pytest.fixture(logits_in_this_process)
 BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
@@ -56,18 +58,29 @@ def test_a_folder_is_proven_with_transforms_by_the_library(tmp_path, same_proces
         verify(folder, source, with_logits=False)
 
 
-def test_transformers_alone_passes_over_the_transform_and_everything_says_so(tmp_path):
+def test_transformers_alone_refuses_the_folder_and_everything_says_how_to_load_it(tmp_path):
     source = save_trained(tmp_path / "trained", BOTH)
     folder = export_checkpoint(source, tmp_path / "packed")
-    ids = torch.arange(64)[None]
-    alone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    helped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert apply_stored(helped, folder) == 2
+    with pytest.raises(ValueError, match="inputs need transforms: see README.md"):
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    helped, ids = load_transformed(folder, dtype=torch.bfloat16), torch.arange(64)[None]
+    twin = prepare_as_saved(AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16), QATConfig.load(source))
     with torch.no_grad():
-        assert not torch.equal(alone(input_ids=ids).logits, helped(input_ids=ids).logits)
-    for text in (table_of_folder(folder), (folder / "README.md").read_text()):
-        assert "it passes over transform_config" in text and "apply_stored(model, folder)" in text
+        assert torch.equal(helped(input_ids=ids).logits, twin(input_ids=ids).logits)
+    card = (folder / "README.md").read_text()
+    for text in (table_of_folder(folder), card):
+        assert "it passes over transform_config" in text and "load_transformed(folder)" in text
+    assert card.index("2 layers transform their inputs") < card.index("| base model |")
     assert "vLLM (0.32) does that without tensor parallelism" in table_of_folder(folder)
+    assert "vLLM (0.32) does that without tensor parallelism" in card
+
+
+def test_a_folder_without_transforms_stays_one_that_transformers_loads(tmp_path):
+    folder = export_checkpoint(save_trained(tmp_path / "trained", {}), tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["quantization_status"] == "compressed" and "transform_config" not in config
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert "transform" not in (folder / "README.md").read_text().replace("transformers", "")
 
 
 def test_a_folder_with_transforms_is_not_unpacked(tmp_path):

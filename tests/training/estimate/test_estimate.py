@@ -208,6 +208,20 @@ def test_what_is_kept_for_the_backward_pass_is_what_hooks_count(scheme):
     assert Estimator(skeleton(scheme)).estimate(PLAN).kept == pytest.approx(real, rel=0.01)
 
 
+def test_transformed_inputs_are_estimated_as_they_are_computed():
+    prepared = {
+        "mapping": {nn.Linear: "MXFP4"},
+        "input_transforms": {"*.down_proj": "hadamard", "*.o_proj": "hadamard"},
+    }
+    model = prepare_qat(make_llama().train(), **prepared)
+    model.config.use_cache = False
+    with torch.device("meta"):
+        student = prepare_qat(make_llama(), **prepared)
+    result = Estimator(student).estimate(PLAN)
+    assert not result.rougher
+    assert result.kept == pytest.approx(kept_by_hooks(model, torch.arange(128).view(2, 64)), rel=0.02)
+
+
 def test_the_experts_of_a_mixture_are_estimated_and_their_layers_keep_what_hooks_count():
     model = prepare_qat(make_mixture().train(), {nn.Linear: "MXFP4"})
     model.config.use_cache = False
