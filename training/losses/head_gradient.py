@@ -30,8 +30,12 @@ class GradientSums:
     reads_inputs = False  # whether `head` adds to the sums only where its inputs need gradients
 
     def __init__(self, parameters: list[torch.Tensor], head: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.parameters, self.head = parameters, head
+        self.parameters, self._head = parameters, head
         self._totals: list[torch.Tensor] | None = None
+
+    def head(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of a part, differentiable."""
+        return self._head(inputs)
 
     @property
     def differentiated(self) -> list[torch.Tensor]:
@@ -77,11 +81,15 @@ class MatrixSum(GradientSums):
     """
 
     def __init__(self, matrix: MatrixHead, needed: bool) -> None:
-        super().__init__([matrix.weight] * needed, lambda hidden: matrix.transformed(_Product.apply(hidden, self)))
+        super().__init__([matrix.weight] * needed, matrix.transformed)
         self.reads_inputs, self.wide = needed, _at_least_fp32(matrix.weight)
         device = matrix.weight.device.type
         is_cast = torch.is_autocast_enabled(device) and matrix.weight.dtype != torch.float64
         self.seen = matrix.weight.detach().to(torch.get_autocast_dtype(device) if is_cast else matrix.weight.dtype)
+
+    def head(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of a part, from its hidden states [n, H]."""
+        return self._head(_Product.apply(inputs, self))
 
     @property
     def differentiated(self) -> list[torch.Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers import make_llama
@@ -106,6 +109,23 @@ def test_the_sum_is_the_only_fp32_tensor_of_the_weights_size():
     with Watch(), torch.autocast("cpu", torch.bfloat16):
         model.lm_head(rows, Objective(labels))["loss"].backward()
     assert made == [torch.ops.aten.new_empty.default]
+
+
+def test_the_weight_as_products_see_it_is_freed_with_the_loss_without_a_garbage_collection(monkeypatch):
+    made, init = [], MatrixSum.__init__
+
+    def noted(self, *args):
+        init(self, *args)
+        made.append(weakref.ref(self.seen))
+
+    monkeypatch.setattr(MatrixSum, "__init__", noted)
+    head, labels = Head(nn.Linear(4, 7, bias=False)), torch.randint(7, (1, 9))
+    gc.disable()
+    try:
+        gradients(head, torch.randn(8, 4), torch.bfloat16, labels)
+        assert [reference() for reference in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_products_that_refuse_fp32_or_round_are_not_used(monkeypatch):
