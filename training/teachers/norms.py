@@ -29,8 +29,9 @@ def use_one_kernel(model: nn.Module, device: torch.device) -> int:
         How many were replaced.
     """
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    known = {kind: _is_plain(next(m for m in norms if type(m) is kind), device) for kind in {type(m) for m in norms}}
-    replaced = [module for module in norms if known[type(module)] and _epsilon(module) is not None]
+    known = {_like(module): module for module in norms}
+    plain = {like for like, module in known.items() if _is_plain(module, device)}
+    replaced = [module for module in norms if _like(module) in plain]
     for module in replaced:
         module.forward = _Forward(module)
     if replaced:
@@ -39,7 +40,7 @@ def use_one_kernel(model: nn.Module, device: torch.device) -> int:
 
 
 class _Forward:
-    """weight * rounded(x / root mean square), as LlamaRMSNorm; inputs are [..., H] in the weight's dtype."""
+    """weight * rounded(x / root mean square), as LlamaRMSNorm; inputs are [..., H]."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -54,17 +55,37 @@ def _epsilon(module: nn.Module) -> float | None:
     return found[0] if found else None
 
 
+def _like(module: nn.Module) -> tuple:
+    """What modules have in common that compute the same of the same tensors: class, settings, kinds of tensors."""
+    settings = [(name, value) for name, value in vars(module).items() if isinstance(value, (int, float, str))]
+    tensors = [(name, p.shape, p.dtype) for name, p in (*module.named_parameters(), *module.named_buffers())]
+    return type(module), *settings, *tensors
+
+
 @torch.no_grad()
 def _is_plain(module: nn.Module, device: torch.device) -> bool:
-    """Whether `_Forward` gives what a module gives, for random values under a random weight."""
+    """Whether `_Forward` gives what a module gives, for random values under a random weight.
+
+    A module in FP32 meets BF16 too under autocast.
+    """
     own = dict(module.named_parameters())
-    if set(own) != {"weight"} or any(module.buffers()) or _epsilon(module) is None:
+    is_one_row = set(own) == {"weight"} and own["weight"].dim() == 1 and not list(module.buffers())
+    if not is_one_row or _epsilon(module) is None:
         return False
-    generator = torch.Generator().manual_seed(0)
-    size, dtype = own["weight"].shape[0], own["weight"].dtype
-    x, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((64, size), (size,)))
+    dtype = own["weight"].dtype
+    return all(_is_plain_for(module, seen, device) for seen in {dtype, *[torch.bfloat16] * (dtype == torch.float32)})
+
+
+def _is_plain_for(module: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """`_is_plain` of inputs in `dtype`."""
+    size, generator = len(module.weight), torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).to(device) for shape in ((64, size), (size,)))
+    x, weight = x.to(dtype), weight.to(module.weight.dtype)
     x[1] *= 1e-3  # where epsilon counts
-    expected = functional_call(module, {"weight": weight}, (x,))
+    try:
+        expected = functional_call(module, {"weight": weight}, (x,))
+    except Exception:  # remote code may do anything, and ask for more than one argument
+        return False
     ours = weight * F.rms_norm(x, (size,), None, _epsilon(module)).to(dtype)
     if expected.dtype != ours.dtype:
         return False

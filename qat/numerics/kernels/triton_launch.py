@@ -2,8 +2,8 @@
 
 Triton binds the arguments of each call anew and looks for the kernel that was compiled for them, which takes longer
 than the launch itself. What it looks at does not change from one call of a layer to the next: dtypes, whether pointers
-are aligned, and whether integers are 1 or multiples of 16. So a compiled kernel is kept under these and is
-called directly.
+are aligned, and whether integers are 1 or multiples of 16. So a compiled kernel is kept under these and is called
+directly. On AMD's GPUs Triton compiles for the size of a tensor's memory, too; there it binds each call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _ALIGNMENT = 16  # bytes, and what integers are divided by
+_BINDS_EACH_CALL = torch.version.hip is not None
 _NO_VIEWS: Mapping[int, torch.dtype] = {}
 _BYTES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
@@ -39,7 +40,8 @@ def launch(
 
     Args:
         tensors, numbers: the kernel's first parameters, in its order.
-        views: which tensors, by position, the kernel sees in another dtype. Tensors in FP8 it sees as bytes.
+        views: which tensors, by position, the kernel sees in another dtype, the same for the same constants. Tensors in
+            FP8 it sees as bytes.
         options: the kernel's constants, and Triton's options.
     """
     if interpreting():
@@ -54,7 +56,7 @@ def launch(
     for tensor in tensors:
         dtypes.append(tensor.dtype)
         bits |= tensor.data_ptr()
-    if bits % _ALIGNMENT:
+    if bits % _ALIGNMENT or _BINDS_EACH_CALL:
         _start(kernel, grid, tensors, numbers, views, options)
         return
     key = (kernel, index, *dtypes, *map(_kind, numbers), *options.items())
@@ -98,4 +100,4 @@ def _kind(number: float) -> object:
     """What Triton compiles for: all floats alike; integers by width, whether they are 1, and a multiple of 16."""
     if isinstance(number, float):
         return float
-    return number if number == 1 else (number % _ALIGNMENT == 0, number.bit_length() > 31, number.bit_length() > 63)
+    return number if number == 1 else (number % _ALIGNMENT == 0, -(2**31) <= number < 2**31, number < 2**63)

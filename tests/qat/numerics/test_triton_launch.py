@@ -70,10 +70,12 @@ def test_the_second_launch_calls_what_the_first_compiled_with_all_constants_in_o
         ((tensors(), 32, 8), (tensors(), 33, 8)),
         ((tensors(), 33, 8), (tensors(), 1, 8)),
         ((tensors(), 32, 8), (tensors(), 2**31, 8)),
+        ((tensors(), -(2**31), 8), (tensors(), 2**31, 8)),
+        ((tensors(), 2**62, 8), (tensors(), 2**63, 8)),
         ((tensors(), 32, 8), (tensors(), 32, 16)),
         ((tensors(), 32, 8), (tensors(), 32.0, 8)),
     ],
-    ids=["dtype", "multiple of 16", "one", "width", "constant", "float"],
+    ids=["dtype", "multiple of 16", "one", "width", "sign", "unsigned", "constant", "float"],
 )
 def test_what_triton_compiles_for_is_compiled_again(kernel, first, second):
     for given, count, width in (first, second, first, second):
@@ -87,6 +89,13 @@ def test_tensors_that_are_not_aligned_are_bound_by_triton(kernel):
     for _ in range(2):
         launch(kernel, (1,), tensors(offset=1), 32, WIDTH=8, VIEW=None)
     assert (len(kernel.bound), kernel.direct) == (3, [])
+
+
+def test_each_call_is_bound_by_triton_where_it_compiles_for_the_size_of_memory(kernel, monkeypatch):
+    monkeypatch.setattr(triton_launch, "_BINDS_EACH_CALL", True)
+    for _ in range(2):
+        launch(kernel, (1,), tensors(), 32, WIDTH=8, VIEW=None)
+    assert (len(kernel.bound), kernel.direct) == (2, [])
 
 
 def test_a_kernel_is_compiled_for_tensors_as_it_sees_them(kernel):

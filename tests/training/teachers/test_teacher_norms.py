@@ -58,6 +58,54 @@ def test_a_norm_that_computes_otherwise_is_left_alone(kind):
     assert use_one_kernel(module, CPU) == 0 and "forward" not in vars(module[0])
 
 
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states, gate):
+        return super().forward(hidden_states) * gate
+
+
+class TwoDimensionalRMSNorm(LlamaRMSNorm):
+    def __init__(self, size, eps):
+        super().__init__(size, eps)
+        self.weight = nn.Parameter(torch.ones(2, size))
+
+
+class CountingRMSNorm(LlamaRMSNorm):
+    def __init__(self, size, eps):
+        super().__init__(size, eps)
+        self.register_buffer("shift", torch.zeros(size))
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + self.shift
+
+
+@pytest.mark.parametrize("kind", [GatedRMSNorm, TwoDimensionalRMSNorm, CountingRMSNorm])
+def test_a_norm_of_another_signature_or_other_tensors_is_left_alone(kind):
+    module = nn.Sequential(kind(64, eps=1e-5))
+    assert use_one_kernel(module, CPU) == 0
+
+
+def test_a_norm_is_left_alone_that_rounds_late_what_autocast_gives_it():
+    module = nn.Sequential(RoundedLateRMSNorm(64, eps=1e-5))  # in FP32, where only BF16 inputs tell
+    assert use_one_kernel(module, CPU) == 0
+
+
+class ScaledRMSNorm(LlamaRMSNorm):
+    """With a factor that is a setting of each."""
+
+    factor = 1.0
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) * self.factor
+
+
+def test_norms_of_one_class_with_other_settings_or_without_a_weight_are_tried_apart():
+    module = nn.Sequential(*(ScaledRMSNorm(64, eps=1e-5) for _ in range(3)), LlamaRMSNorm(64), LlamaRMSNorm(64))
+    module[1].factor = 2.0
+    del module[4].weight
+    assert use_one_kernel(module, CPU) == 3
+    assert ["forward" in vars(norm) for norm in module] == [True, False, True, True, False]
+
+
 def test_weights_that_are_elsewhere_are_not_read():
     with torch.device("meta"):
         module = nn.Sequential(LlamaRMSNorm(64)).to(torch.bfloat16)
