@@ -3,11 +3,13 @@
     python benchmarks/accuracy.py --model quickstart/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --workers 4
 
 SmolLM2-135M-Instruct is fine-tuned in BF16 on python-docs (200 steps of 4 samples); every row starts from that
-checkpoint, with the same data order and seed, through QATTrainer. Columns: perplexity on the held-out
-split, perplexity on out-of-domain text (the descriptions of installed Python packages), KL to the BF16 model and
-agreement of the most likely token with it on the held-out split, steps, labelled tokens trained on, time. The
-recovered fraction is that of the loss added by FLOOR rounding without training:
+checkpoint, with the same data order and seed, through QATTrainer. Columns: perplexity, KL to the BF16 model and
+agreement of the most likely token with it on the held-out split; perplexity and KL on each text from elsewhere; steps,
+labelled tokens trained on, time. The recovered fraction is that of the loss added by FLOOR rounding without training:
 (ln FLOOR - ln row) / (ln FLOOR - ln BF16).
+
+Texts from elsewhere: "foreign", the descriptions of installed Python packages; "generic", the last twentieth of
+--generic, whose rest is what the rows generic-file-* are trained on; "never", that of --never.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ OUT_OF_DOMAIN_PACKAGES = (
     "accelerate", "datasets", "huggingface-hub", "jinja2", "numpy", "pandas", "packaging", "pyyaml", "regex",
     "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers",
 )  # fmt: skip
-LENGTH, BATCH, CALIBRATION_SAMPLES = 256, 4, 32
+LENGTH, BATCH, CALIBRATION_SAMPLES, ROWS_OF_TEXT = 256, 4, 32, 96
+FLOOR, BF16 = "MXFP4-floor-floor", "bf16"  # the rows that recover none and all of the loss
 
 
 def out_of_domain_text() -> str:
@@ -76,9 +79,22 @@ def out_of_domain_text() -> str:
     return "\n\n".join(texts)
 
 
+def texts_to_measure(out: Path, generic: str | None, never: str | None) -> dict[str, str]:
+    """The texts of the columns by name; writes what may be trained on to `out/generic.txt`."""
+    texts = {"foreign": out_of_domain_text()}
+    if generic is not None:
+        paragraphs = Path(generic).read_text(encoding="utf-8").split("\n\n")
+        cut = len(paragraphs) * 19 // 20
+        (out / "generic.txt").write_text("\n\n".join(paragraphs[:cut]), encoding="utf-8")
+        texts["generic"] = "\n\n".join(paragraphs[cut:])
+    if never is not None:
+        texts["never"] = Path(never).read_text(encoding="utf-8")
+    return texts
+
+
 @torch.no_grad()
-def measure(model, teacher, tokenizer, eval_set, collate, device: str) -> dict[str, float]:
-    """The columns of a row: perplexities, KL and agreement."""
+def measure(model, teacher, tokenizer, eval_set, collate, device: str, texts: dict[str, str]) -> dict[str, float]:
+    """The columns of a row: perplexities, KL and agreement; on texts, perplexities and KL."""
     model.eval()
     nll = tokens = kl = agree = 0.0
     for start in range(0, len(eval_set), 16):
@@ -94,16 +110,24 @@ def measure(model, teacher, tokenizer, eval_set, collate, device: str) -> dict[s
         nll, tokens = nll + sums.double().sum().item(), tokens + counts.sum().item()
         kl += forward_kl(ours, theirs).double().sum().item()
         agree += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-    ids = tokenizer(out_of_domain_text(), return_tensors="pt").input_ids[0]
-    ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:96].to(device)
-    out_of_domain = 0.0
-    for rows in ids.split(16):
+    figures = {"perplexity": math.exp(nll / tokens), "kl": kl / tokens, "agreement": agree / tokens}
+    for name, text in texts.items():
+        figures |= {f"{name}_{key}": value for key, value in on_text(model, teacher, tokenizer, text, device).items()}
+    return figures
+
+
+def on_text(model, teacher, tokenizer, text: str, device: str) -> dict[str, float]:
+    """Perplexity and KL on the first rows of a text; every token of a row but the first is predicted."""
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:ROWS_OF_TEXT].to(device)
+    nll = kl = 0.0
+    for rows in ids.split(8):
         with torch.autocast(device, torch.bfloat16):
-            out_of_domain += token_loss_sums(model(input_ids=rows).logits, rows)[0].double().sum().item()
-    return {
-        "perplexity": math.exp(nll / tokens), "kl": kl / tokens, "agreement": agree / tokens,
-        "foreign_perplexity": math.exp(out_of_domain / (ids.shape[0] * (LENGTH - 1))),
-    }  # fmt: skip
+            logits, target = model(input_ids=rows).logits, teacher(input_ids=rows).logits
+        nll += token_loss_sums(logits, rows)[0].double().sum().item()
+        kl += forward_kl(labelled_rows(logits, rows), labelled_rows(target, rows)).double().sum().item()
+    tokens = ids.shape[0] * (LENGTH - 1)
+    return {"perplexity": math.exp(nll / tokens), "kl": kl / tokens}
 
 
 def load(path: str, gguf_file: str | None, device: str, packing: bool = False):
@@ -176,13 +200,14 @@ def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
     return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
 
 
-def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path, text: str | None) -> dict:
+def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path) -> dict:
     """The data of `row`'s training: with a text, or continuations of the teacher, in the divergence alone."""
     if not row.generic:
         return data
-    name = text if row.generic == "FILE" else row.generic
-    settings = DistillationArguments(True, distill_generic=name, distill_generic_share=row.generic_share,
-                                     distill_cache_dir=None if name == text else str(out / "teachers"))  # fmt: skip
+    name, cache = (str(out / "generic.txt"), None) if row.generic == "FILE" else (row.generic, str(out / "teachers"))
+    settings = DistillationArguments(
+        True, distill_generic=name, distill_generic_share=row.generic_share, distill_cache_dir=cache
+    )
     arguments = TrainingArguments(
         str(out), model_max_length=LENGTH, max_steps=row.steps, per_device_train_batch_size=BATCH, data_seed=row.seed
     )
@@ -191,9 +216,12 @@ def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path, text: str 
     return generic.mixed_into(data)
 
 
-def run_row(key: str, out: Path, device: str, text: str | None = None) -> None:
+def run_row(key: str, out: Path, device: str, generic: str | None = None, never: str | None = None,
+            steps: int | None = None) -> None:  # fmt: skip
     """Train and measure one row; write `out/KEY.json`."""
     row = _row(key)
+    row.steps = steps if steps and row.steps else row.steps
+    texts = texts_to_measure(out, generic, never)
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device, row.packing)
     teacher = load_teacher(model, None).to(device)
@@ -214,12 +242,12 @@ def run_row(key: str, out: Path, device: str, text: str | None = None) -> None:
             pack_base(model)
         add_adapters(model, lora_config(arguments), row.seed)
     if row.steps:
-        mixed = with_generic(data, row, teacher, tokenizer, out, text)
+        mixed = with_generic(data, row, teacher, tokenizer, out)
         trainer = train(model, tokenizer, mixed, out / "runs" / key, row, teacher if row.distill else None)
         tokens += trainer.labelled_tokens
     seconds = time.perf_counter() - start
     put_merged(model).float()  # measured as all others are
-    figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device)
+    figures = measure(model, teacher, tokenizer, data["eval_dataset"], data["data_collator"], device, texts)
     figures |= {
         "title": row.title,
         "steps": steps,
@@ -239,16 +267,19 @@ def finetune(model_path: str, gguf_file: str | None, out: Path, device: str) -> 
 
 
 def finished_rows(out: Path, keys: list[str]) -> list[dict]:
-    """The rows that have finished, in order, with the fraction of the loss that they recover."""
+    """The rows that have finished, in order, with the fraction of the loss that they recover on each text."""
+    ends = {end: json.loads((out / f"{end}.json").read_text()) for end in (FLOOR, BF16) if _is_done(out, end)}
     rows = [json.loads((out / f"{key}.json").read_text()) | {"row": key} for key in keys if _is_done(out, key)]
-    by_key = {row["row"]: row["perplexity"] for row in rows}
-    floor, bf16 = (math.log(by_key.get(key, math.nan)) for key in ("MXFP4-floor-floor", "bf16"))
-    return [row | {"recovered": (floor - math.log(row["perplexity"])) / (floor - bf16)} for row in rows]
+    for row in rows:
+        for name in [name for name in row if name.endswith("perplexity")]:
+            floor, bf16 = (math.log(ends.get(end, {}).get(name, math.nan)) for end in (FLOOR, BF16))
+            row[name.replace("perplexity", "recovered")] = (floor - math.log(row[name])) / (floor - bf16)
+    return rows
 
 
 def _row(key: str) -> Row:
     name, _, seed = key.partition("@")
-    return replace(ROWS[name], seed=int(seed)) if seed else ROWS[name]
+    return replace(ROWS[name], seed=int(seed)) if seed else replace(ROWS[name])
 
 
 def _is_done(out: Path, key: str) -> bool:
@@ -256,22 +287,29 @@ def _is_done(out: Path, key: str) -> bool:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print one line for each row."""
-    print(f"{'':<62}{'ppl':>7}{'recov.':>8}{'ood ppl':>9}{'KL':>8}{'top-1':>7}{'steps':>6}{'s':>6}")
+    """Print one line for each row: perplexity, recovered fraction and KL, in domain and on each text."""
+    texts = [name.removesuffix("perplexity") for name in (rows[0] if rows else {}) if name.endswith("perplexity")]
+    print(
+        f"{'':<62}"
+        + "".join(f"{text.strip('_') or 'domain':>8}{'recov.':>8}{'KL':>7}" for text in texts)
+        + "  steps     s"
+    )
     for row in rows:
         title = row["title"] + (f" (seed {row['seed']})" if "@" in row["row"] else "")
-        print(
-            f"{title:<62}{row['perplexity']:>7.2f}{row['recovered']:>8.1%}{row['foreign_perplexity']:>9.2f}"
-            f"{row['kl']:>8.4f}{row['agreement']:>7.1%}{row['steps']:>6}{row['seconds']:>6.0f}"
+        figures = (
+            f"{row[text + 'perplexity']:>8.2f}{row[text + 'recovered']:>8.1%}{row[text + 'kl']:>7.3f}" for text in texts
         )
+        print(f"{title:<62}{''.join(figures)}{row['steps']:>7}{row['seconds']:>6.0f}")
 
 
 def write_csv(rows: list[dict], path: Path, workers: int, device: str) -> None:
     """Write the rows with device, versions, date and command."""
     about = environment(device)
     about["device"] += f", {workers} rows at a time"
-    names = ["row", "title", "seed", "perplexity", "recovered", "foreign_perplexity", "kl", "agreement", "steps",
-             "labelled_tokens", "seconds", *about]  # fmt: skip
+    texts = [f"{text}_{key}" for text in ("foreign", "generic", "never") for key in ("perplexity", "recovered", "kl")]
+    texts = [name for name in texts if any(name in row for row in rows)]
+    names = ["row", "title", "seed", "perplexity", "recovered", "kl", "agreement", *texts, "steps", "labelled_tokens",
+             "seconds", *about]  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -288,7 +326,9 @@ def main() -> None:
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--rows", help="names from ROWS, with @SEED for another seed; default: all")
-    parser.add_argument("--generic", help="text for the rows generic-file-*, written like --distill_generic FILE")
+    parser.add_argument("--generic", help="text for the rows generic-file-*, and for a column; not a JSON file")
+    parser.add_argument("--never", help="text for a column, which chooses nothing")
+    parser.add_argument("--steps", type=positive, help="steps of all trained rows, for a quick look")
     parser.add_argument("--workers", type=positive, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -299,10 +339,14 @@ def main() -> None:
     if args.row == "finetune":
         return finetune(args.model, args.gguf_file, args.out, device)
     if args.row:
-        return run_row(args.row, args.out, device, args.generic)
+        return run_row(args.row, args.out, device, args.generic, args.never, args.steps)
     keys = args.rows.split(",") if args.rows else [key for key in ALL if args.generic or _row(key).generic != "FILE"]
     if args.generic is None and (wanting := [key for key in keys if _row(key).generic == "FILE"]):
         parser.error(f"--rows {','.join(wanting)}: no text is named for them; give --generic FILE")
+
+    for name in ("generic", "never"):
+        if (path := getattr(args, name)) is not None and not Path(path).is_file():
+            parser.error(f"--{name} {path}: there is no such file")
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.split(",")
@@ -311,7 +355,8 @@ def main() -> None:
         number, key = task
         command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
-        command += ["--generic", args.generic] if args.generic else []
+        for name in ("generic", "never", "steps"):
+            command += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
         one_gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_gpu)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
