@@ -98,7 +98,11 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
         "per_device_train_batch_size": args.train_batch_size, "model_max_length": args.length,
         "on_bad_sample": "skip", "report": False, "report_to": "none", "disable_tqdm": True,
     } | rate | row.flags  # fmt: skip
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else (value,)))
+    ]
 
 
 def labelled_tokens(folder: Path) -> int:
