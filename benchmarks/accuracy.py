@@ -196,7 +196,7 @@ def mixed_mapping(model, row: Row, data: dict) -> dict[str, str]:
     )  # fmt: skip
     batch = data["data_collator"]([data["train_dataset"][i] for i in range(16)])
     copy = deepcopy(model).eval()
-    quantize(copy, {torch.nn.Linear: "MXFP4"}, row, data)
+    quantize(copy, {torch.nn.Linear: "MXFP4"}, row, data, **row.prepare_options)
     return propose_mapping(Sensitivity(copy, [batch]), arguments)["mapping"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -110,7 +110,7 @@ ROWS |= {
 
 # Text from elsewhere in the divergence alone (docs/distillation.md): a file, and continuations of the teacher.
 for _steps in (150, 600):
-    for _share in (0.25, 0.5):
+    for _share in (0.25, 0.5, 0.75):
         for _text, _name in (("FILE", "text of --generic"), ("teacher:2000", "2,000 continuations of the teacher")):
             _key = f"generic-{_text.partition(':')[0].lower()}-{_share}{'' if _steps == 150 else f'-{_steps}'}"
             ROWS[_key] = default(
@@ -219,5 +219,18 @@ for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-a
     )  # fmt: skip
     ROWS[_name] = default(f"default, Hadamard inputs of {_of}", **_transforms)
     ROWS[f"{_name}-600"] = default(f"default, Hadamard inputs of {_of}, 600 steps", steps=600, **_transforms)
+# All of them, with text from elsewhere, at a higher rate, or mixed with MXFP8.
+for _key, _row in [(_key, _row) for _key, _row in ROWS.items() if _key.startswith("generic-")]:
+    ROWS[f"hadamard-all-{_key}"] = replace(_row, title=f"{_row.title}, Hadamard inputs of all layers", **_transforms)
+for _steps in (150, 600):
+    _end = "" if _steps == 150 else f"-{_steps}"
+    for _key, _changes in (
+        ("lr-4e-4", {"lr": 4e-4}),
+        ("mixed-4.5", {"bits_budget": 4.5}),
+        ("mixed-5", {"bits_budget": 5.0}),
+    ):
+        ROWS[f"hadamard-all-{_key}{_end}"] = default(
+            f"default, {_steps} steps, Hadamard inputs of all layers, {_key}", steps=_steps, **_changes, **_transforms
+        )
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]
