@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
-from benchmarks.accuracy_rows import ALL, ROWS, Row  # noqa: E402
+from benchmarks.accuracy_rows import ALL, Row, row_of  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
@@ -219,7 +219,7 @@ def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path) -> dict:
 def run_row(key: str, out: Path, device: str, generic: str | None = None, never: str | None = None,
             steps: int | None = None) -> None:  # fmt: skip
     """Train and measure one row; write `out/KEY.json`."""
-    row = _row(key)
+    row = row_of(key)
     row.steps = steps if steps and row.steps else row.steps
     texts = texts_to_measure(out, generic, never)
     set_seed(row.seed)
@@ -277,11 +277,6 @@ def finished_rows(out: Path, keys: list[str]) -> list[dict]:
     return rows
 
 
-def _row(key: str) -> Row:
-    name, _, seed = key.partition("@")
-    return replace(ROWS[name], seed=int(seed)) if seed else replace(ROWS[name])
-
-
 def _is_done(out: Path, key: str) -> bool:
     return (out / f"{key}.json").exists()
 
@@ -325,7 +320,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
-    parser.add_argument("--rows", help="names from ROWS, with @SEED for another seed; default: all")
+    parser.add_argument(
+        "--rows", help="names from ROWS, with -STEPS and @SEED for other steps and another seed; default: all"
+    )
     parser.add_argument("--generic", help="text for the rows generic-file-*, and for a column; not a JSON file")
     parser.add_argument("--never", help="text for a column, which chooses nothing")
     parser.add_argument("--steps", type=positive, help="steps of all trained rows, for a quick look")
@@ -340,8 +337,8 @@ def main() -> None:
         return finetune(args.model, args.gguf_file, args.out, device)
     if args.row:
         return run_row(args.row, args.out, device, args.generic, args.never, args.steps)
-    keys = args.rows.split(",") if args.rows else [key for key in ALL if args.generic or _row(key).generic != "FILE"]
-    if args.generic is None and (wanting := [key for key in keys if _row(key).generic == "FILE"]):
+    keys = args.rows.split(",") if args.rows else [key for key in ALL if args.generic or row_of(key).generic != "FILE"]
+    if args.generic is None and (wanting := [key for key in keys if row_of(key).generic == "FILE"]):
         parser.error(f"--rows {','.join(wanting)}: no text is named for them; give --generic FILE")
 
     for name in ("generic", "never"):
@@ -363,7 +360,7 @@ def main() -> None:
 
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
-    todo = sorted((key for key in keys if not _is_done(args.out, key)), key=lambda key: -_row(key).steps)
+    todo = sorted((key for key in keys if not _is_done(args.out, key)), key=lambda key: -row_of(key).steps)
     with ThreadPoolExecutor(args.workers) as pool:  # the longest first
         list(pool.map(spawn, enumerate(todo)))
     rows = finished_rows(args.out, keys)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
+from qat.errors import UserError
 from qat.layers.learned import optimizer_settings
 from qat.schemes.presets import PRESETS
 
@@ -75,11 +77,6 @@ ROWS |= {
     "inc": of_recipe("mxfp4-reference", "cross-entropy, FLOOR, lr 1e-5 (the reference's recipe)"),
     "ce": Row("cross-entropy, FLOOR, lr 5e-5", steps=150, lr=5e-5),
     "default": default("default"),
-    "default-600": default("default, 600 steps", steps=600),
-    "lr-4e-4-600": default("default, 600 steps, lr 4e-4", steps=600, lr=4e-4),
-    "more-ce-600": default(
-        "default, 600 steps, 40 % cross-entropy", steps=600, distill_options={"distill_ce_weight": 0.4}
-    ),
     "cached-teacher": default("default, teacher from a cache", teacher="cache"),
     "no-smoothing": default("default without smoothing", smooth_alpha=0.0),
     "no-packing": default("default without packing", packing=False),
@@ -109,13 +106,11 @@ ROWS |= {
 }
 
 # Text from elsewhere in the divergence alone (docs/distillation.md): a file, and continuations of the teacher.
-for _steps in (150, 600):
-    for _share in (0.25, 0.5, 0.75):
-        for _text, _name in (("FILE", "text of --generic"), ("teacher:2000", "2,000 continuations of the teacher")):
-            _key = f"generic-{_text.partition(':')[0].lower()}-{_share}{'' if _steps == 150 else f'-{_steps}'}"
-            ROWS[_key] = default(
-                f"default, {_steps} steps, {_share:.0%} {_name}", steps=_steps, generic=_text, generic_share=_share
-            )
+for _share in (0.25, 0.5, 0.75):
+    for _text, _name in (("FILE", "text of --generic"), ("teacher:2000", "2,000 continuations of the teacher")):
+        ROWS[f"generic-{_text.partition(':')[0].lower()}-{_share}"] = default(
+            f"default, {_share:.0%} {_name}", generic=_text, generic_share=_share
+        )
 
 # The same with less memory (docs/memory.md), each beside "default".
 _IN_BACKWARD: dict = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
@@ -218,19 +213,36 @@ for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-a
         smooth_alpha=0.7, **_transforms,
     )  # fmt: skip
     ROWS[_name] = default(f"default, Hadamard inputs of {_of}", **_transforms)
-    ROWS[f"{_name}-600"] = default(f"default, Hadamard inputs of {_of}, 600 steps", steps=600, **_transforms)
 # All of them, with text from elsewhere, at a higher rate, or mixed with MXFP8.
 for _key, _row in [(_key, _row) for _key, _row in ROWS.items() if _key.startswith("generic-")]:
     ROWS[f"hadamard-all-{_key}"] = replace(_row, title=f"{_row.title}, Hadamard inputs of all layers", **_transforms)
-for _steps in (150, 600):
-    _end = "" if _steps == 150 else f"-{_steps}"
-    for _key, _changes in (
-        ("lr-4e-4", {"lr": 4e-4}),
-        ("mixed-4.5", {"bits_budget": 4.5}),
-        ("mixed-5", {"bits_budget": 5.0}),
-    ):
-        ROWS[f"hadamard-all-{_key}{_end}"] = default(
-            f"default, {_steps} steps, Hadamard inputs of all layers, {_key}", steps=_steps, **_changes, **_transforms
-        )
+for _key, _changes in (
+    ("lr-4e-4", {"lr": 4e-4}),
+    ("mixed-4.5", {"bits_budget": 4.5}),
+    ("mixed-5", {"bits_budget": 5.0}),
+):
+    ROWS[f"hadamard-all-{_key}"] = default(f"default, Hadamard inputs of all layers, {_key}", **_changes, **_transforms)
 HEADLINE = ("default", "default-600")
-ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]
+ALL = [*ROWS, *(f"{name}-600" for name in ("default", "lr-4e-4", "more-ce", "hadamard-all")),
+       *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]  # fmt: skip
+
+
+def row_of(key: str) -> Row:
+    """The row of a key: a name of ROWS, with -STEPS and @SEED behind it for other steps and another seed.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    match = re.fullmatch(r"(?P<name>.+?)(-(?P<steps>\d+))?(@(?P<seed>\d+))?", key)
+    name, steps, seed = (match["name"], match["steps"], match["seed"]) if match else ("", None, None)
+    if steps and f"{name}-{steps}" in ROWS:  # mxfp8-50
+        name, steps = f"{name}-{steps}", None
+    if name not in ROWS or (steps and not ROWS[name].steps):
+        raise UserError(
+            f"--rows {key!r} is no row; names are in benchmarks/accuracy_rows.py, such as default, and -600 or @3 goes "
+            "behind one that is trained for other steps or another seed"
+        )
+    row = replace(ROWS[name])
+    if steps:
+        row = replace(row, steps=int(steps), title=f"{row.title}, {int(steps)} steps")
+    return replace(row, seed=int(seed)) if seed else row

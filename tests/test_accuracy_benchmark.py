@@ -1,0 +1,79 @@
+"""The accuracy benchmark: names of rows, texts that are measured, the fraction that is recovered, its plot."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks import accuracy, accuracy_plot
+from benchmarks.accuracy_rows import ALL, ROWS, row_of
+from qat.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "key,steps,seed",
+    [("default", 150, 2), ("default-600", 600, 2), ("default-600@4", 600, 4), ("generic-file-0.5-600", 600, 2),
+     ("mxfp8-50", 50, 2), ("mxfp8-50@3", 50, 3), ("hadamard-all-mixed-5", 150, 2)],
+)  # fmt: skip
+def test_a_name_tells_steps_and_seed(key, steps, seed):
+    row = row_of(key)
+    assert (row.steps, row.seed) == (steps, seed)
+    assert ("600 steps" in row.title) == (steps == 600)
+
+
+def test_all_rows_have_names_and_no_row_is_changed_by_its_name():
+    assert all(row_of(key).title for key in ALL)
+    assert ROWS["default"].steps == 150 and ROWS["default"].seed == 2
+
+
+@pytest.mark.parametrize("key", ["defaults", "default@", "default@x", "default-", "MXFP4-floor-floor-600", ""])
+def test_a_name_of_no_row_is_refused(key):
+    with pytest.raises(UserError, match="--rows .* is no row"):
+        row_of(key)
+
+
+def test_the_end_of_a_text_is_measured_and_its_beginning_trained_on(tmp_path):
+    text = tmp_path / "text.md"
+    text.write_text("\n\n".join(f"paragraph {i}" for i in range(40)))
+    (tmp_path / "never.txt").write_text("another")
+
+    texts = accuracy.texts_to_measure(tmp_path, str(text), str(tmp_path / "never.txt"))
+
+    assert texts["generic"] == "paragraph 38\n\nparagraph 39" and texts["never"] == "another"
+    assert (tmp_path / "generic.txt").read_text().endswith("paragraph 37") and texts["foreign"]
+
+
+def test_a_row_recovers_what_it_lowers_the_loss_of_rounding_on_each_text(tmp_path):
+    figures = {
+        "MXFP4-floor-floor": (40.0, 90.0),
+        "bf16": (10.0, 10.0),
+        "default": (20.0, 10.0),
+        "default-600": (10.0, 30.0),
+    }
+    for key, (domain, foreign) in figures.items():
+        row = {"perplexity": domain, "foreign_perplexity": foreign, "kl": 0.0, "foreign_kl": 0.0}
+        (tmp_path / f"{key}.json").write_text(json.dumps(row))
+
+    rows = accuracy.finished_rows(tmp_path, ["bf16", "default", "default-600", "inc"])
+
+    assert [row["row"] for row in rows] == ["bf16", "default", "default-600"]
+    assert [row["recovered"] for row in rows] == pytest.approx([1, 0.5, 1])
+    assert [row["foreign_recovered"] for row in rows] == pytest.approx([1, 1, 0.5])
+    alone = accuracy.finished_rows(tmp_path / "other", ["bf16"])
+    assert alone == []
+    (tmp_path / "bf16.json").unlink()
+    assert math.isnan(accuracy.finished_rows(tmp_path, ["default"])[0]["recovered"])
+
+
+def test_the_plot_takes_all_steps_and_seeds_of_a_row(tmp_path):
+    rows = [("default", 150, 0.8), ("default@3", 150, 0.9), ("default-600", 600, 0.95), ("default-600@3", 600, 0.97),
+            ("default-lr", 150, 0.1), ("no-ce", 150, 0.2)]  # fmt: skip
+    lines = [{"row": row, "steps": str(steps), "recovered": str(value)} for row, steps, value in rows]
+
+    assert accuracy_plot.series(lines, "default", "recovered") == {150: [0.8, 0.9], 600: [0.95, 0.97]}
+    accuracy_plot.plot(lines, ["default", "no-ce"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="'inc'"):
+        accuracy_plot.plot(lines, ["inc"], tmp_path / "plot.png")
