@@ -91,7 +91,7 @@ class LinearProduct(Operands):
         return self.output_quantizer(output)
 
     def _transformed(self, input: torch.Tensor, dtype: torch.dtype, later: bool) -> torch.Tensor:
-        """The transformed input, or what stands for it, made once for the layers that engines fuse: they share theirs."""
+        """The transformed input, or what stands for it, made once for the layers that engines fuse: they share it."""
         make = to_be_transformed if later else transformed_input
         if len(self.fused_with) == 1:
             return make(input.to(dtype))

@@ -77,7 +77,7 @@ def fake_quantize(
 def quantize(
     x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, hadamard: bool = False
 ) -> Quantized:
-    """Codes and biased E8M0 scales; same arguments and bytes as `mx.quantize`; `hadamard` and errors: `fake_quantize`."""
+    """Codes and biased E8M0 scales; same bytes as `mx.quantize`; arguments and errors are those of `fake_quantize`."""
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
     scale_e8m0_biased = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)

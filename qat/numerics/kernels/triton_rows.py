@@ -122,7 +122,7 @@ def _options_of_repair(x: tuple[str, str, bool, bool], weight: tuple[str, str, b
     for name, (fmt, rule, holds, hadamard) in (("X", x), ("W", weight)):
         of_rule = {"THRESHOLD": 0, "SEARCH": False} if holds else _rule(FORMATS[fmt].element, rule)
         options |= {f"{name}_IS_MX": not holds, f"{name}_THRESHOLD": of_rule["THRESHOLD"]}
-        options |= {f"{name}_SEARCH": of_rule["SEARCH"], f"{name}_HADAMARD": hadamard}
+        options |= {f"{name}_SEARCH": of_rule["SEARCH"], f"{name}_HADAMARD": hadamard and not holds}
     return options | {"IS_INTERPRETED": interpreting()}
 
 
@@ -243,8 +243,9 @@ def _repair(
     own_ptr, own_values_ptr, own_scale_ptr, own_lost_ptr, lost_source_ptr, lost_ptr, bias_ptr, out_ptr, own,
     own_end, lost_end, depth, own_stride, lost_stride, OWN_IS_MX: tl.constexpr, OWN_IS_FIRST: tl.constexpr,
     OWN_THRESHOLD: tl.constexpr, OWN_SEARCH: tl.constexpr, OWN_HADAMARD: tl.constexpr, THRESHOLD: tl.constexpr,
-    SEARCH: tl.constexpr, HADAMARD: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, FLAGS: tl.constexpr, COUNTED: tl.constexpr,
-    VIEW: tl.constexpr, IS_INTERPRETED: tl.constexpr, LOST_END: tl.constexpr, ALL_DEPTH: tl.constexpr,
+    SEARCH: tl.constexpr, HADAMARD: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    FLAGS: tl.constexpr, COUNTED: tl.constexpr, VIEW: tl.constexpr, IS_INTERPRETED: tl.constexpr,
+    LOST_END: tl.constexpr, ALL_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows `own` of one operand times the lost rows of the other.
 
@@ -332,12 +333,14 @@ def repair_kernel(
             _repair(
                 w_ptr, w_values_ptr, w_scale_ptr, w_lost_ptr, x_ptr, x_lost_ptr, bias_ptr, out_ptr, own, columns, rows,
                 depth, 1, columns, W_IS_MX, False, W_THRESHOLD, W_SEARCH, W_HADAMARD, X_THRESHOLD, X_SEARCH,
-                X_HADAMARD, BIAS, TILE, DEPTH, FLAGS, COUNTED, VIEW, IS_INTERPRETED, None if ALL is None else ALL[0], None if ALL is None else ALL[2],
+                X_HADAMARD, BIAS, TILE, DEPTH, FLAGS, COUNTED, VIEW, IS_INTERPRETED,
+                None if ALL is None else ALL[0], None if ALL is None else ALL[2],
             )  # fmt: skip
     elif W_IS_MX:
         own = (pid - of_weight) * TILE + tl.arange(0, TILE)
         _repair(
             x_ptr, x_values_ptr, x_scale_ptr, x_lost_ptr, w_ptr, w_lost_ptr, bias_ptr, out_ptr, own, rows, columns,
             depth, columns, 1, X_IS_MX, True, X_THRESHOLD, X_SEARCH, X_HADAMARD, W_THRESHOLD, W_SEARCH,
-            W_HADAMARD, BIAS, TILE, DEPTH, FLAGS, COUNTED, VIEW, IS_INTERPRETED, None if ALL is None else ALL[1], None if ALL is None else ALL[2],
+            W_HADAMARD, BIAS, TILE, DEPTH, FLAGS, COUNTED, VIEW, IS_INTERPRETED,
+            None if ALL is None else ALL[1], None if ALL is None else ALL[2],
         )  # fmt: skip
