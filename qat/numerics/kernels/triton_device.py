@@ -218,15 +218,16 @@ def _stage(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, DISTANCE: tl.constexpr):
 def _over_root(x, VIEW: tl.constexpr, ROOT: tl.constexpr = ROOT):
     """x / sqrt(32), to be rounded to VIEW.
 
-    A product has the BF16 value of the quotient after one correction: x is a sum of BF16 values, and this was tried for
-    all multiples of 2^-133, the smallest of these, in FP32.
+    Where that is narrower than FP32, a product with one correction does. From 2^-105 on it is the FP32 quotient; below
+    it rounds to the same BF16 value, since x, a sum of BF16 values, is a multiple of 2^-133. Both were tried for all
+    FP32 numbers. Nothing is corrected where the rest is zero, for the sign of zero, or NaN, as that of infinity is.
     """
-    if tl.bfloat16 == VIEW:
+    if tl.float32 != VIEW:
         root = tl.full(x.shape, -ROOT, tl.float32)
         reciprocal = tl.full(x.shape, 1.0 / ROOT, tl.float32)
         quotient = x * reciprocal
-        corrected = tl.fma(tl.fma(quotient, root, x), reciprocal, quotient)
-        return tl.where(tl.abs(quotient) == float("inf"), quotient, corrected)
+        rest = tl.fma(quotient, root, x)
+        return tl.where(tl.abs(rest) > 0, tl.fma(rest, reciprocal, quotient), quotient)
     return tl.div_rn(x, ROOT)
 
 

@@ -24,11 +24,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def wide(rows: int = 70, columns: int = 96) -> torch.Tensor:
-    """Blocks of many magnitudes, zeros, an infinity and a NaN."""
+    """Blocks of many magnitudes, zeros of both signs, an infinity and a NaN."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, columns, generator=generator)
     x *= torch.exp2(torch.randint(-140, 120, (rows, columns // 32), generator=generator)).repeat_interleave(32, 1)
-    x[3], x[4, 5], x[5, 40] = 0, torch.inf, torch.nan
+    x[3], x[4, 5], x[5, 40], x[6] = 0, torch.inf, torch.nan, -0.0
     return x
 
 
@@ -103,7 +103,9 @@ def test_a_corrected_product_is_the_quotient_in_bf16():
 def compare_fused(device: str, rows: int = 20) -> None:
     """The Triton kernels, transforming, against the plain functions of the transformed values; run by two tests."""
     for stored, view in ((torch.bfloat16,) * 2, (torch.float32, torch.bfloat16), (torch.float32,) * 2):
-        x = wide(rows).to(stored)
+        x = wide(max(rows, 70)).to(stored)
+        assert same(triton_hadamard.transform(x.to(device), view).cpu(), hadamard.transform(x, view))
+        x = x[:rows]
         for values in (x, x.view(2, -1, 96)[:, ::2], x[:, 32:64], x[:0]):
             for fmt, rule in MX:
                 transformed, given = hadamard.transform(values, view), values.to(device)
@@ -147,8 +149,9 @@ def test_kernels_that_transform_equal_two_steps_in_tritons_interpreter():
     path = os.pathsep.join(
         [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     )
+    script = "from test_kernels import fuse_in_interpreter as f; f(); import test_hadamard as t; t.compare_fused('cpu')"
     result = subprocess.run(  # a process of its own, because Triton reads the variable when kernels are defined
-        [sys.executable, "-W", "ignore", "-c", "import test_hadamard as t; t.compare_fused('cpu')"],
+        [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
