@@ -39,7 +39,8 @@ class _Notes:
 class InputCache(threading.local):
     """The last input quantized in this thread, with its codes and values; forgotten when that input dies.
 
-    A spec of None stands for an input that is not quantized: its values are the input in `dtype`.
+    A spec of None stands for an input that is not quantized: its values are the input in `dtype`. With `hadamard` an
+    input is transformed before it is rounded, see transform.py.
     """
 
     entry: _Entry | None = None
@@ -52,13 +53,14 @@ class InputCache(threading.local):
         dtype: torch.dtype,
         divisor: torch.Tensor | None = None,
         group: Hashable = None,
+        hadamard: bool = False,
     ) -> Quantized:
         """`ops.quantize(x)`, computed once for the layers that share x and, in formats with a tensor scale, `group`."""
-        entry = self._find(x, spec, dtype, None if divisor is None else group)
+        entry = self._find(x, spec, dtype, None if divisor is None else group, hadamard)
         if entry is None:
-            return ops.quantize(x, spec.format.name, spec.rule, dtype, divisor)
+            return ops.quantize(x, spec.format.name, spec.rule, dtype, divisor, hadamard)
         if entry.quantized is None:
-            entry.quantized = ops.quantize(x, spec.format.name, spec.rule, dtype, divisor)
+            entry.quantized = ops.quantize(x, spec.format.name, spec.rule, dtype, divisor, hadamard)
         return entry.quantized
 
     def values(
@@ -68,28 +70,29 @@ class InputCache(threading.local):
         dtype: torch.dtype,
         divisor: torch.Tensor | None = None,
         group: Hashable = None,
+        hadamard: bool = False,
     ) -> torch.Tensor:
         """`ops.fake_quantize(x)`, computed once, from the codes where they exist."""
         if spec is None and x.dtype == dtype:
             return x
-        entry = self._find(x, spec, dtype, None if divisor is None else group)
+        entry = self._find(x, spec, dtype, None if divisor is None else group, hadamard)
         if entry is None:
-            return _values(x, spec, dtype, divisor)
+            return _values(x, spec, dtype, divisor, hadamard)
         if entry.values is None and entry.quantized is not None and spec is not None:
             entry.values = ops.dequantize(entry.quantized, spec.format.name, dtype)
         if entry.values is None:
-            entry.values = _values(x, spec, dtype, divisor)
+            entry.values = _values(x, spec, dtype, divisor, hadamard)
         return entry.values
 
     def rows(
-        self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, with_codes: bool
+        self, x: torch.Tensor, spec: TensorSpec, dtype: torch.dtype, with_codes: bool, hadamard: bool = False
     ) -> tuple[Rows, Quantized | None]:
         """`ops.to_rows(x)`, computed once; without codes None takes their place."""
-        entry = self._find(x, spec, dtype, None)
+        entry = self._find(x, spec, dtype, None, hadamard)
         if entry is None:
-            return ops.to_rows(x, spec.format.name, spec.rule, dtype, with_codes)
+            return ops.to_rows(x, spec.format.name, spec.rule, dtype, with_codes, hadamard)
         if entry.rows is None or (with_codes and entry.quantized is None):
-            entry.rows, quantized = ops.to_rows(x, spec.format.name, spec.rule, dtype, with_codes)
+            entry.rows, quantized = ops.to_rows(x, spec.format.name, spec.rule, dtype, with_codes, hadamard)
             entry.quantized = quantized or entry.quantized
         return entry.rows, entry.quantized if with_codes else None
 
@@ -104,10 +107,12 @@ class InputCache(threading.local):
             notes.made[name] = make()
         return notes.made[name]
 
-    def _find(self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, group: Hashable) -> _Entry | None:
+    def _find(
+        self, x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, group: Hashable, hadamard: bool
+    ) -> _Entry | None:
         if torch.compiler.is_compiling() or x.is_inference():
             return None
-        key = (x._version, spec, dtype, group)
+        key = (x._version, spec, dtype, group, hadamard)
         entry = self.entry
         if entry is None or entry.source() is not x or entry.key != key:
             self.entry = entry = _Entry(weakref.ref(x, self._forget), key)
@@ -118,5 +123,9 @@ class InputCache(threading.local):
             self.entry = None
 
 
-def _values(x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, divisor: torch.Tensor | None) -> torch.Tensor:
-    return x.to(dtype) if spec is None else ops.fake_quantize(x, spec.format.name, spec.rule, dtype, divisor)
+def _values(
+    x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
+) -> torch.Tensor:
+    if spec is None:
+        return x.to(dtype)
+    return ops.fake_quantize(x, spec.format.name, spec.rule, dtype, divisor, hadamard)

@@ -55,7 +55,7 @@ class LearnedScales(LearnedRounding):
         (offset,), fmt = learned, self.spec.format
         rule_scale, *tensor_scale = super().quantize(weight, dtype, divisor=divisor).scales
         if fmt.tensor_scale is not None and self.spec.rule == "search":
-            absmax = ops.quantize(weight, fmt.name, "absmax", dtype, *tensor_scale).scales[0]
+            absmax = ops.quantize(weight, fmt.name, "absmax", dtype, tensor_scale[0]).scales[0]
             rule_scale = _where(_is_fixed(absmax), absmax, rule_scale)
         scale = _moved(rule_scale, offset)
         codes = ops.quantize_to_scale(weight, scale, fmt.name, dtype, *tensor_scale)

@@ -42,6 +42,7 @@ class _Settings(NamedTuple):
     dtype: torch.dtype
     kept: int  # tensors that are saved of a quantized input: its codes and scales
     divisor: torch.Tensor | None  # of the weight, in formats with a tensor scale
+    hadamard: bool = False  # whether the input is transformed before it is rounded
     of_rows: int = 0  # what is given beside the values where the input is E4M3 rows: scale, lost rows and source
 
 
@@ -57,6 +58,7 @@ def quantized_linear(
     input_divisor: torch.Tensor | None = None,
     group: Hashable = None,
     in_fp8: bool = False,
+    hadamard: bool = False,
 ) -> torch.Tensor:
     """x [..., K] and weight [N, K], both rounded to their grids as seen in `dtype` -> [..., N] in `dtype`.
 
@@ -69,6 +71,7 @@ def quantized_linear(
         group: the same for layers that have the same `input_divisor`.
         in_fp8: multiply in FP8 where the rounding gives E4M3 rows; the formats are those of `e4m3_rows`, without a
             tensor scale, and `dtype` is BF16.
+        hadamard: x stands for its transform, see `transform.to_be_transformed`; it is rounded.
     """
     needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -80,14 +83,14 @@ def quantized_linear(
         seen = x.to(dtype) if torch.compiler.is_compiling() and input_spec is not None else x
         if in_fp8:
             assert input_spec is not None
-            rows, quantized = _inputs.rows(seen, input_spec, dtype, needs_input)
+            rows, quantized = _inputs.rows(seen, input_spec, dtype, needs_input, hadamard)
             kept = [] if quantized is None else quantized.tensors
             values, of_rows = rows.values, [rows.scale, rows.lost, None if seen is x else seen]
         else:
             if needs_input and input_spec is not None:
-                kept = _inputs.quantized(seen, input_spec, dtype, input_divisor, group).tensors
-            values = _inputs.values(seen, input_spec, dtype, input_divisor, group)
-    settings = _Settings(input_spec, rounding, dtype, len(kept), divisor, len(of_rows))
+                kept = _inputs.quantized(seen, input_spec, dtype, input_divisor, group, hadamard).tensors
+            values = _inputs.values(seen, input_spec, dtype, input_divisor, group, hadamard)
+    settings = _Settings(input_spec, rounding, dtype, len(kept), divisor, hadamard, len(of_rows))
     # torch.compile takes no tensor twice.
     return _QuantizedLinear.apply(x, weight, bias, None if values is x else values, settings, *kept, *learned, *of_rows)
 
@@ -165,7 +168,7 @@ def _rows(x: torch.Tensor, values: torch.Tensor, others: tuple[torch.Tensor, ...
     (scale, lost, source), spec = others, settings.input_spec
     assert spec is not None
     source = (x if source is None else source).detach().reshape(values.shape)
-    return Rows(values, scale, lost, source, spec.format.name, spec.rule)
+    return Rows(values, scale, lost, source, spec.format.name, spec.rule, settings.hadamard)
 
 
 def _weight_gradient(grad: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

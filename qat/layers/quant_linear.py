@@ -19,7 +19,7 @@ from .operands import Operands, compute_dtype, is_shard
 from .packed_weight import as_kept, packed_of
 from .rounding import Rounding
 from .swapped_class import swapped_class
-from .transform import transformed_input
+from .transform import to_be_transformed, transformed_input
 
 # By name, since qat/layers imports no transformers.
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
@@ -61,19 +61,23 @@ class LinearProduct(Operands):
         weight, inputs, adapter = self.weight_quantizer, self.input_quantizer, adapter_of(self)
         bias = None if self.adds_bias_apart else self.bias
         is_transformed = weight.is_transformed and (weight.is_enabled or inputs.is_enabled)
-        if is_transformed:
-            input = self._transformed(input, dtype)
         is_plain = weight.scale is None and inputs.scale is None
-        if is_plain and (weight.is_enabled or adapter is not None):
+        is_fused = is_plain and (weight.is_enabled or adapter is not None)
+        spec = inputs.spec if inputs.is_enabled else None
+        hadamard = False  # whether the input is transformed where it is rounded
+        if is_transformed:
+            hadamard = is_fused and spec is not None and ops.transforms_at_once(input.device.type, spec.format.name)
+            input = self._transformed(input, dtype, hadamard)
+        if is_fused:
             rounding, learned = as_kept(self, *self._rounding(adapter))
             assert rounding is not None
             kept = self.kept if rounding.is_packed else self.rows(self.kept)
-            spec = inputs.spec if inputs.is_enabled else None
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
             output = quantized_linear(
                 input, kept, bias, spec, rounding, dtype, learned, divisor,
                 self.input_divisor(input.device), self.fused_id,
                 self.in_fp8 and spec is not None and dtype == torch.bfloat16 and rounding.gives_rows,
+                hadamard,
             )  # fmt: skip
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
@@ -86,12 +90,13 @@ class LinearProduct(Operands):
             output = output + self.bias.to(output.dtype)
         return self.output_quantizer(output)
 
-    def _transformed(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The transformed input, made once for the layers that engines fuse: they share their input."""
+    def _transformed(self, input: torch.Tensor, dtype: torch.dtype, later: bool) -> torch.Tensor:
+        """The transformed input, or what stands for it, made once for the layers that engines fuse: they share it."""
+        make = to_be_transformed if later else transformed_input
         if len(self.fused_with) == 1:
-            return transformed_input(input.to(dtype))
-        key = "transformed", dtype, torch.is_grad_enabled()
-        return once_for(input, key, lambda: transformed_input(input.to(dtype)))
+            return make(input.to(dtype))
+        key = "transformed", dtype, torch.is_grad_enabled(), later
+        return once_for(input, key, lambda: make(input.to(dtype)))
 
     def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding, tuple[torch.Tensor, ...]]:
         """How the weight is rounded, and what is trained beside it."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics import ops
+from ..numerics.e4m3_rows import Rows
 from ..numerics.formats import Quantized
 from ..schemes.spec import VIEW_DTYPE
 from .rounding import Rounding
@@ -31,6 +32,21 @@ DEFAULT_LAYERS = ("*.down_proj", "*.o_proj")
 def transformed_input(x: torch.Tensor) -> torch.Tensor:
     """x [..., K] times T, 32 values at a time, in FP32 -> the dtype of x; with a gradient for x."""
     return ops.transform(x, x.dtype)
+
+
+def to_be_transformed(x: torch.Tensor) -> torch.Tensor:
+    """x itself, with the gradient of `transformed_input(x)`: for roundings that transform what they read."""
+    return _ToBeTransformed.apply(x)
+
+
+class _ToBeTransformed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ops.transform(grad, grad.dtype)
 
 
 @torch.no_grad()
@@ -50,17 +66,24 @@ class TransformedRounding(Rounding):
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
     ) -> Quantized:
         """As `Rounding.quantize`, of the transformed weight."""
-        return ops.quantize(transformed_weight(weight, dtype), self.spec.format.name, self.spec.rule, dtype)
+        return ops.quantize(*self._given(weight, dtype))
 
     def values(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `Rounding.values`, of the transformed weight."""
-        return ops.fake_quantize(transformed_weight(weight, dtype), self.spec.format.name, self.spec.rule, dtype)
+        return ops.fake_quantize(*self._given(weight, dtype))
 
-    def rounded_from(self, weight: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
-        """See `Rounding.rounded_from`: the transformed weight, seen in BF16, the dtype of all products of rows."""
-        return transformed_weight(weight)
+    def _given(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple:
+        """Arguments of `ops`: seen in BF16 a weight is transformed where it is rounded."""
+        at_once = dtype == VIEW_DTYPE
+        weight = weight.detach() if at_once else transformed_weight(weight, dtype)
+        return weight, self.spec.format.name, self.spec.rule, dtype, None, at_once
+
+    def rows(self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor) -> Rows:
+        """See `Rounding.rows`; `dtype` is BF16, that of all products of rows."""
+        weight, fmt, rule, dtype, _, at_once = self._given(weight, dtype)
+        return ops.to_rows(weight, fmt, rule, dtype, False, at_once)[0]
 
     def fake_quantize(
         self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None

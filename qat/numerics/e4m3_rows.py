@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import mx
+from . import hadamard, mx
 from .formats import E4M3, FP32_BIAS, FP32_MANTISSA_BITS, Format, Quantized
 
 MX_FORMATS = ("mxfp4",)
@@ -36,6 +36,7 @@ class Rows(NamedTuple):
         lost: uint8 [R], 1 for rows that do not hold their values; None where no row can be such.
         source: what the matrix was rounded from, [R, K] in any float dtype.
         fmt, rule: how.
+        hadamard: whether it was transformed first, as hadamard.py does.
     """
 
     values: torch.Tensor
@@ -44,6 +45,7 @@ class Rows(NamedTuple):
     source: torch.Tensor
     fmt: str
     rule: str
+    hadamard: bool = False
 
 
 def from_mx(x: torch.Tensor, quantized: Quantized, fmt: Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +76,8 @@ def rounded(rows: Rows) -> torch.Tensor:
     """The values of a matrix in BF16, [R, K]; of FP8 rows without their scales."""
     if rows.fmt in FP8_FORMATS:
         return rows.values.to(torch.bfloat16)
-    return mx.fake_quantize(rows.source, mx.FORMATS[rows.fmt], rows.rule, torch.bfloat16)
+    source = hadamard.transform(rows.source, torch.bfloat16) if rows.hadamard else rows.source
+    return mx.fake_quantize(source, mx.FORMATS[rows.fmt], rows.rule, torch.bfloat16)
 
 
 def product(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tensor:

@@ -27,12 +27,28 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _module(verb: str, device: str, fmt: Format) -> Any:
+    """What has the function called `verb` that serves tensors on a type of device: kernels, or the family."""
+    for kernels in KERNELS.get(device, ()):
+        if fmt.name in kernels.SERVES and hasattr(kernels, verb) and kernels.is_available():
+            return kernels
+    return family_of(fmt)
+
+
 def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
     """The function called `verb` that serves `x`: a kernel's, or the family's own."""
-    for kernels in KERNELS.get(x.device.type, ()):
-        if fmt.name in kernels.SERVES and hasattr(kernels, verb) and kernels.is_available():
-            return getattr(kernels, verb)
-    return getattr(family_of(fmt), verb)
+    return getattr(_module(verb, x.device.type, fmt), verb)
+
+
+def _rounded(
+    verb: str, x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
+) -> Any:
+    """What the function called `verb` makes of x or, if `hadamard`, of `transform(x, dtype)`."""
+    module = _module(verb, x.device.type, fmt)
+    if hadamard and getattr(module, "TRANSFORMS", False):
+        return getattr(module, verb)(x, fmt, rule, dtype, True)
+    x = transform.function(x, dtype) if hadamard else x
+    return getattr(module, verb)(x, fmt, rule, dtype, *_given(divisor))
 
 
 class _Operator:
@@ -87,9 +103,20 @@ def has_kernels(x: torch.Tensor, fmt: str) -> bool:
     return _function("quantize", x, format_) is not family_of(format_).quantize
 
 
+@torch.compiler.assume_constant_result
+def transforms_at_once(device: str, fmt: str) -> bool:
+    """Whether kernels for a type of device take `hadamard`; elsewhere that transforms x before it rounds it."""
+    return getattr(_module("quantize", device, get_format(fmt)), "TRANSFORMS", False)
+
+
 @_operator("fake_quantize")
 def fake_quantize(
-    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
+    x: torch.Tensor,
+    fmt: str,
+    rule: str,
+    dtype: torch.dtype,
+    divisor: torch.Tensor | None = None,
+    hadamard: bool = False,
 ) -> torch.Tensor:
     """x [..., K] -> its nearest values in the format, [..., K] in `dtype`: first `x.to(dtype)`, then rounding.
 
@@ -98,9 +125,9 @@ def fake_quantize(
     Args:
         divisor: of the whole tensor, FP32 [1], in formats with a tensor scale; [E] for x [E, N, K], stacked weights;
             default: that of x.
+        hadamard: round `transform(x, dtype)`, in formats without a tensor scale; the gradient is transformed, too.
     """
-    format_ = get_format(fmt)
-    return _function("fake_quantize", x, format_)(x, format_, rule, dtype, *_given(divisor))
+    return _rounded("fake_quantize", x, get_format(fmt), rule, dtype, divisor, hadamard)
 
 
 def _given(divisor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -109,7 +136,7 @@ def _given(divisor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
 
 
 @fake_quantize.register_fake
-def _(x, fmt, rule, dtype, divisor=None):
+def _(x, fmt, rule, dtype, divisor=None, hadamard=False):
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -170,11 +197,16 @@ def _remember_dtype(ctx, inputs, output):
     ctx.input_dtype = inputs[0].dtype
 
 
+def _remember_rounding(ctx, inputs, output):
+    ctx.input_dtype, ctx.hadamard = inputs[0].dtype, inputs[5]
+
+
 def _straight_through(ctx, grad):
-    return grad.to(ctx.input_dtype), None, None, None, None
+    grad = transform(grad, grad.dtype) if ctx.hadamard else grad
+    return grad.to(ctx.input_dtype), None, None, None, None, None
 
 
-fake_quantize.register_autograd(_straight_through, setup_context=_remember_dtype)
+fake_quantize.register_autograd(_straight_through, setup_context=_remember_rounding)
 
 
 @_operator("fake_quantize_static")
@@ -199,10 +231,15 @@ fake_quantize_static.register_autograd(_straight_through_static, setup_context=_
 
 
 def quantize(
-    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
+    x: torch.Tensor,
+    fmt: str,
+    rule: str,
+    dtype: torch.dtype,
+    divisor: torch.Tensor | None = None,
+    hadamard: bool = False,
 ) -> Quantized:
-    """x [..., K], seen in `dtype` -> codes and scales (see `formats.Quantized`); `divisor` as in `fake_quantize`."""
-    codes, *scales = _quantize(x, fmt, rule, dtype, divisor)
+    """x [..., K], seen in `dtype` -> codes and scales (see `formats.Quantized`); the rest as in `fake_quantize`."""
+    codes, *scales = _quantize(x, fmt, rule, dtype, divisor, hadamard)
     return Quantized(codes, (*scales, *_given(divisor)))
 
 
@@ -229,16 +266,15 @@ def _(tensors, fmt, dtype):
 
 @_operator("quantize")
 def _quantize(
-    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
 ) -> list[torch.Tensor]:
     """Codes and the scales that are not given: an operator must not return what it was given."""
-    format_ = get_format(fmt)
-    tensors = _function("quantize", x, format_)(x, format_, rule, dtype, *_given(divisor)).tensors
+    tensors = _rounded("quantize", x, get_format(fmt), rule, dtype, divisor, hadamard).tensors
     return tensors if divisor is None else tensors[:-1]
 
 
 @_quantize.register_fake
-def _(x, fmt, rule, dtype, divisor):
+def _(x, fmt, rule, dtype, divisor, hadamard):
     format_ = get_format(fmt)
     codes = x.new_empty(format_.code_shape(x.shape), dtype=torch.uint8)
     tensors = [codes, x.new_empty(format_.scale_shape(x.shape), dtype=format_.scale.storage)]
@@ -328,29 +364,35 @@ def lost_rows(device: torch.device) -> torch.Tensor:
 
 
 def to_rows(
-    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool = False
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool = False, hadamard: bool = False
 ) -> tuple[Rows, Quantized | None]:
     """x [..., K], seen in `dtype` -> its nearest values in the format as E4M3 rows; and what `quantize` gives.
 
     Args:
         fmt: of `e4m3_rows.MX_FORMATS` or `FP8_FORMATS`.
         with_codes: False gives None for the latter.
+        hadamard: as in `fake_quantize`.
     """
     matrix = x.detach() if x.dim() == 2 else x.detach().reshape(-1, x.shape[-1])
     if fmt in e4m3_rows.FP8_FORMATS:
-        quantized = quantize(x, fmt, rule, dtype)
-        return Rows(*e4m3_rows.from_fp8(quantized), None, matrix, fmt, rule), quantized if with_codes else None
-    values, scale, lost, *kept = _to_rows(x, fmt, rule, dtype, with_codes)
-    return Rows(values, scale, lost, matrix, fmt, rule), Quantized(kept[0], (kept[1],)) if with_codes else None
+        quantized = quantize(x, fmt, rule, dtype, None, hadamard)
+        rows = Rows(*e4m3_rows.from_fp8(quantized), None, matrix, fmt, rule, hadamard)
+        return rows, quantized if with_codes else None
+    values, scale, lost, *kept = _to_rows(x, fmt, rule, dtype, with_codes, hadamard)
+    rows = Rows(values, scale, lost, matrix, fmt, rule, hadamard)
+    return rows, Quantized(kept[0], (kept[1],)) if with_codes else None
 
 
 @_operator("to_rows")
-def _to_rows(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool) -> list[torch.Tensor]:
+def _to_rows(
+    x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool, hadamard: bool
+) -> list[torch.Tensor]:
     """Of `Rows` values, scale and lost rows; then codes and scales of blocks, in the shape of x."""
     format_, count = get_format(fmt), lost_rows(x.device)
     kernels = E4M3_ROWS.get(x.device.type)
     if kernels is not None and kernels.is_available():
-        return kernels.to_rows(x, format_, rule, dtype, with_codes, count)
+        return kernels.to_rows(x, format_, rule, dtype, with_codes, count, hadamard)
+    x = transform.function(x, dtype) if hadamard else x
     quantized = _function("quantize", x, format_)(x, format_, rule, dtype)
     rows = e4m3_rows.from_mx(x.to(dtype), quantized, format_)
     count += rows[2].sum()
@@ -358,7 +400,7 @@ def _to_rows(x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_code
 
 
 @_to_rows.register_fake
-def _(x, fmt, rule, dtype, with_codes):
+def _(x, fmt, rule, dtype, with_codes, hadamard):
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     tensors = [
         x.new_empty((rows, columns), dtype=torch.float8_e4m3fn),
@@ -376,7 +418,7 @@ def rows_product(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tens
 
     What a lost row takes part in is computed from BF16 values in place of E4M3's.
     """
-    return _rows_product(*x[:4], *weight[:4], x.fmt, x.rule, weight.fmt, weight.rule, bias)
+    return _rows_product(*x[:4], *weight[:4], x.fmt, x.rule, x.hadamard, weight.fmt, weight.rule, weight.hadamard, bias)
 
 
 @_operator("rows_product")
@@ -391,12 +433,14 @@ def _rows_product(
     weight_source: torch.Tensor,
     x_fmt: str,
     x_rule: str,
+    x_hadamard: bool,
     weight_fmt: str,
     weight_rule: str,
+    weight_hadamard: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    x = Rows(x_values, x_scale, x_lost, x_source, x_fmt, x_rule)
-    weight = Rows(weight_values, weight_scale, weight_lost, weight_source, weight_fmt, weight_rule)
+    x = Rows(x_values, x_scale, x_lost, x_source, x_fmt, x_rule, x_hadamard)
+    weight = Rows(weight_values, weight_scale, weight_lost, weight_source, weight_fmt, weight_rule, weight_hadamard)
     kernels = E4M3_ROWS.get(x_values.device.type)
     if kernels is None or not kernels.is_available():
         return e4m3_rows.product(x, weight, bias)

@@ -1,35 +1,37 @@
 // Products with a Hadamard matrix in blocks of 32 values: see ../hadamard.py, to which this is bit-equal.
 //
-// Blocks have their even values first (read_words), so values that are 2, 4, 8 or 16 apart are half as far here.
+// A stage adds and subtracts the halves of a block and interleaves the results. That is one step of the matrix, and turns
+// the bits of the values' places by one; so the same loop, which is SIMD code, does all stages, and after the last one
+// every value is back in its place. Without the last interleaving a block has its even values first, as write_words wants.
 
 #pragma once
 
 namespace {
 
-template <int kDistance>
-inline void add_and_subtract(float* values) {
-    for (int first = 0; first < kBlock; first += 2 * kDistance)
-        for (int i = first; i < first + kDistance; ++i) {
-            const float a = values[i], b = values[i + kDistance];
-            values[i] = a + b;
-            values[i + kDistance] = a - b;
-        }
+inline void add_and_subtract(const float* values, float* sums, float* differences, int step) {
+    KEEP_LOOP for (int i = 0; i < kHalf; ++i) {
+        sums[step * i] = values[i] + values[kHalf + i];
+        differences[step * i] = values[i] - values[kHalf + i];
+    }
 }
 
 template <class Stored, class View>
 void hadamard_range(const typename Stored::Word* x, typename View::Word* y, int64_t blocks) {
     const float root = 5.656854152679443f;
     for (int64_t block = 0; block < blocks; ++block, x += kBlock, y += kBlock) {
-        float values[kBlock];
-        read_values<Stored, View>(x, values);
-        add_and_subtract<8>(values);
-        add_and_subtract<4>(values);
-        add_and_subtract<2>(values);
-        add_and_subtract<1>(values);
-        add_and_subtract<16>(values);
+        float values[kBlock], turned[kBlock];
+        for (int i = 0; i < kBlock; ++i) {
+            const uint32_t bits = Stored::load(x[i]);
+            values[i] = as_float(std::is_same<Stored, View>::value ? bits : View::load(View::store(bits)));
+        }
+        add_and_subtract(values, turned, turned + 1, 2);
+        add_and_subtract(turned, values, values + 1, 2);
+        add_and_subtract(values, turned, turned + 1, 2);
+        add_and_subtract(turned, values, values + 1, 2);
+        add_and_subtract(values, turned, turned + kHalf, 1);
         uint32_t words[kBlock];
         for (int i = 0; i < kBlock; ++i) {
-            const uint32_t bits = as_bits(values[i] / root);
+            const uint32_t bits = as_bits(turned[i] / root);
             words[i] = View::store((bits & kMagnitude) > kExponentField ? kQuietNaN : bits);
         }
         write_words(words, y);

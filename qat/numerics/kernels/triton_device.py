@@ -19,6 +19,8 @@ try:
 except ImportError:
     triton = tl = None
 
+from ..hadamard import ROOT
+
 
 def _jit(function):
     return triton.jit(function) if triton is not None else function
@@ -199,6 +201,57 @@ def _store_codes(packed_ptr, codes, scale_code, rows, exists, ROWS: tl.constexpr
 
 
 @_jit
+def _stage(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, DISTANCE: tl.constexpr):
+    """Sums and differences of values of x [ROWS, 32] that are DISTANCE apart, in their places.
+
+    The bits of a pair, added as integers, less those of one value are those of the other: a thread gets them by one
+    exchange of registers, or has them already.
+    """
+    pairs = tl.reshape(x, (ROWS, GROUPS, 2, DISTANCE))
+    other = _float(tl.sum(_bits(pairs), axis=2, keep_dims=True) - _bits(pairs))
+    sign = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, None, :, None]  # fused or not, the product is exact
+    pairs = tl.fma(pairs, tl.broadcast_to(sign, (ROWS, GROUPS, 2, DISTANCE)), other)
+    return tl.reshape(pairs, (ROWS, GROUPS * 2 * DISTANCE))
+
+
+@_jit
+def _over_root(x, VIEW: tl.constexpr, ROOT: tl.constexpr = ROOT):
+    """x / sqrt(32), to be rounded to VIEW.
+
+    Where that is narrower than FP32, a product with one correction does. From 2^-105 on it is the FP32 quotient; below
+    it rounds to the same BF16 value, since x, a sum of BF16 values, is a multiple of 2^-133. Both were tried for all
+    FP32 numbers. Nothing is corrected where the rest is zero, for the sign of zero, or NaN, as that of infinity is.
+    """
+    if tl.float32 != VIEW:
+        root = tl.full(x.shape, -ROOT, tl.float32)
+        reciprocal = tl.full(x.shape, 1.0 / ROOT, tl.float32)
+        quotient = x * reciprocal
+        rest = tl.fma(quotient, root, x)
+        return tl.where(tl.abs(rest) > 0, tl.fma(rest, reciprocal, quotient), quotient)
+    return tl.div_rn(x, ROOT)
+
+
+@_jit
+def _transformed(x, ROWS: tl.constexpr, VIEW: tl.constexpr):
+    """Blocks x [ROWS, 32], FP32 values of VIEW, times a Hadamard matrix, to be rounded to VIEW: see ../hadamard.py."""
+    x = _stage(x, ROWS, 1, 16)
+    x = _stage(x, ROWS, 2, 8)
+    x = _stage(x, ROWS, 4, 4)
+    x = _stage(x, ROWS, 8, 2)
+    return _over_root(_stage(x, ROWS, 16, 1), VIEW)
+
+
+@_jit
+def _seen(x, ROWS: tl.constexpr, STORED: tl.constexpr, VIEW: tl.constexpr, HADAMARD: tl.constexpr):
+    """Blocks x [ROWS, 32] (FP32), which are stored in one dtype, as seen in another, transformed or not (FP32)."""
+    if STORED != VIEW:
+        x = _to_fp32(_to_view(x, VIEW))
+    if HADAMARD:
+        x = _to_fp32(_to_view(_transformed(x, ROWS, VIEW), VIEW))
+    return x
+
+
+@_jit
 def fake_quantize_kernel(
     x_ptr,
     out_ptr,
@@ -211,11 +264,12 @@ def fake_quantize_kernel(
     THRESHOLD: tl.constexpr,
     SEARCH: tl.constexpr,
     VIEW: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
     offsets = _offsets(rows, 32)
     x = _to_fp32(tl.load(x_ptr + offsets, mask=exists[:, None], other=0))
-    x = _to_fp32(_to_view(x, VIEW))
+    x = _seen(_to_fp32(_to_view(x, VIEW)), ROWS, VIEW, VIEW, HADAMARD)
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     elements = _round(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, MAX_NORMAL)
     out = elements * _scale_value(code)[:, None]  # a NaN scale makes its whole block NaN
@@ -237,11 +291,11 @@ def quantize_kernel(
     SEARCH: tl.constexpr,
     BITS: tl.constexpr,
     VIEW: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
     x = _to_fp32(tl.load(x_ptr + _offsets(rows, 32), mask=exists[:, None], other=0))
-    if x_ptr.dtype.element_ty != VIEW:
-        x = _to_fp32(_to_view(x, VIEW))
+    x = _seen(x, ROWS, x_ptr.dtype.element_ty, VIEW, HADAMARD)
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     tl.store(scale_ptr + rows, code.to(tl.uint8), mask=exists)
     codes = _round_to_code(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, BITS, MAX_NORMAL)

@@ -30,6 +30,7 @@ from .triton_device import (
 from .triton_launch import interpreting, launch
 
 SERVES = tuple(FORMATS)
+TRANSFORMS = True  # `fake_quantize` and `quantize` take `hadamard`
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
 _TILES = {
     "fake_quantize": (32, 2),
@@ -47,7 +48,9 @@ def is_available() -> bool:
     return triton is not None and (torch.cuda.is_available() or interpreting())
 
 
-def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, hadamard: bool = False
+) -> torch.Tensor:
     """x's nearest values on the MX grid; same arguments and bits as `mx.fake_quantize`.
 
     Args:
@@ -55,6 +58,7 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
         fmt: element format.
         rule: one of `rules.MX_RULES`.
         dtype: the view of `x` that is quantized (default: its own dtype).
+        hadamard: quantize `hadamard.transform(x, dtype)`, which is computed in registers.
 
     Returns:
         [..., K] in `dtype`, contiguous.
@@ -64,19 +68,21 @@ def fake_quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | 
     """
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    options = _options("fake_quantize", fmt.name, rule, dtype)
+    options = _options("fake_quantize", fmt.name, rule, dtype, hadamard)
     name = "search" if rule == "search" else "fake_quantize"
     _launch(name, fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
     return out
 
 
-def quantize(x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None) -> Quantized:
-    """Codes and biased E8M0 scales; same arguments and bytes as `mx.quantize`; raises like `fake_quantize`."""
+def quantize(
+    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, hadamard: bool = False
+) -> Quantized:
+    """Codes and biased E8M0 scales; same bytes as `mx.quantize`; arguments and errors are those of `fake_quantize`."""
     x, dtype = prepare(x, fmt, dtype)
     codes = torch.empty(fmt.code_shape(x.shape), dtype=torch.uint8, device=x.device)
     scale_e8m0_biased = torch.empty(fmt.scale_shape(x.shape), dtype=torch.uint8, device=x.device)
     tensors = (x, codes, scale_e8m0_biased)
-    options = _options("quantize", fmt.name, rule, dtype)
+    options = _options("quantize", fmt.name, rule, dtype, hadamard)
     _launch("quantize", quantize_kernel, tensors, scale_e8m0_biased.numel(), options, {1: torch.int32})
     return Quantized(codes, (scale_e8m0_biased,))
 
@@ -166,7 +172,9 @@ def _rule(element: Element, rule: str) -> dict[str, int | float | bool]:
 
 
 @functools.cache
-def _options(kernel: str, fmt: str, rule: str | None, dtype: torch.dtype) -> dict[str, Any]:
+def _options(
+    kernel: str, fmt: str, rule: str | None, dtype: torch.dtype, hadamard: bool | None = None
+) -> dict[str, Any]:
     """The constants of a kernel; callers do not change them."""
     element = FORMATS[fmt].element
     options: dict[str, Any] = {"VIEW": triton_dtype(dtype)}
@@ -176,6 +184,8 @@ def _options(kernel: str, fmt: str, rule: str | None, dtype: torch.dtype) -> dic
         options |= {"MANTISSA_BITS": element.mantissa_bits, "BIAS_FACTOR": 2.0 ** (126 + element.emin)}
         return options | {"MAX_CODE": element.largest_code}
     options |= _rule(element, rule or "floor")
+    if hadamard is not None:
+        options["HADAMARD"] = hadamard
     if kernel == "quantize_to_scale":
         del options["EMAX"], options["THRESHOLD"], options["SEARCH"]
     return options

@@ -26,6 +26,7 @@ from .triton_device import (
     _jit,
     _round,
     _scale_value,
+    _seen,
     _store_codes,
     _to_fp32,
     _to_scaled_units,
@@ -44,12 +45,19 @@ __all__ = ["is_available", "repair", "to_rows"]
 
 
 def to_rows(
-    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype, with_codes: bool, count: torch.Tensor
+    x: torch.Tensor,
+    fmt: Format,
+    rule: str,
+    dtype: torch.dtype,
+    with_codes: bool,
+    count: torch.Tensor,
+    hadamard: bool = False,
 ) -> list[torch.Tensor]:
     """`e4m3_rows.from_mx` of x [..., K] seen in `dtype`; if `with_codes`, then its codes and scales in the shape of x.
 
     Args:
         count: int64 [1], to which the number of lost rows is added.
+        hadamard: convert `hadamard.transform(x, dtype)`, which is computed in registers.
     """
     x, dtype = prepare(x, fmt, dtype)
     columns = x.shape[-1]
@@ -64,18 +72,19 @@ def to_rows(
     if rows:
         codes = given[3:] or (lost, lost)  # not written
         views = _WORDS if with_codes else {}
-        options = _options_of_rows(fmt.name, rule, dtype, columns)
+        options = _options_of_rows(fmt.name, rule, dtype, columns, hadamard)
         launch(rows_kernel, (rows,), (x, *given[:3], *codes, count), columns, views=views, CODES=with_codes, **options)
     return given
 
 
 @functools.cache
-def _options_of_rows(fmt: str, rule: str, dtype: torch.dtype, columns: int) -> dict[str, Any]:
+def _options_of_rows(fmt: str, rule: str, dtype: torch.dtype, columns: int, hadamard: bool) -> dict[str, Any]:
     """Constants of the kernel; callers do not change them."""
     of_rule, at_a_time = _rule(FORMATS[fmt].element, rule), min(triton.next_power_of_2(columns), _COLUMNS)
     return {
         "COLUMNS": at_a_time, "TILES": triton.cdiv(columns, at_a_time), "THRESHOLD": of_rule["THRESHOLD"],
-        "SEARCH": of_rule["SEARCH"], "VIEW": triton_dtype(dtype), "num_warps": max(1, at_a_time // _PER_WARP),
+        "SEARCH": of_rule["SEARCH"], "VIEW": triton_dtype(dtype), "HADAMARD": hadamard,
+        "num_warps": max(1, at_a_time // _PER_WARP),
     }  # fmt: skip
 
 
@@ -90,7 +99,7 @@ def repair(out: torch.Tensor, x: Rows, weight: Rows, bias: torch.Tensor | None) 
         repair_kernel, (programs,), (*_given(x), *_given(weight), out if bias is None else bias, out), rows, columns,
         depth, BIAS=bias is not None, VIEW=triton_dtype(out.dtype),
         ALL=(rows, columns, depth) if interpreting() else None,
-        **_options_of_repair(x.fmt, x.rule, x.lost is None, weight.fmt, weight.rule, weight.lost is None),
+        **_options_of_repair(_kind(x), _kind(weight)),
     )  # fmt: skip
 
 
@@ -101,25 +110,20 @@ def _given(rows: Rows) -> tuple[torch.Tensor, ...]:
     return rows.source.contiguous(), rows.values, rows.scale, rows.lost
 
 
+def _kind(rows: Rows) -> tuple[str, str, bool, bool]:
+    """Of an operand: format, rule, whether every row holds its values, and whether they are transformed."""
+    return rows.fmt, rows.rule, rows.lost is None, rows.hadamard
+
+
 @functools.cache
-def _options_of_repair(
-    x_fmt: str, x_rule: str, x_holds: bool, w_fmt: str, w_rule: str, w_holds: bool
-) -> dict[str, Any]:
+def _options_of_repair(x: tuple[str, str, bool, bool], weight: tuple[str, str, bool, bool]) -> dict[str, Any]:
     """Constants of the kernel; callers do not change them."""
     options: dict[str, Any] = {"TILE": _TILE, "DEPTH": _DEPTH, "FLAGS": _FLAGS, "COUNTED": _COUNTED, "num_warps": 4}
-    for name, fmt, rule, holds in (("X", x_fmt, x_rule, x_holds), ("W", w_fmt, w_rule, w_holds)):
+    for name, (fmt, rule, holds, hadamard) in (("X", x), ("W", weight)):
         of_rule = {"THRESHOLD": 0, "SEARCH": False} if holds else _rule(FORMATS[fmt].element, rule)
         options |= {f"{name}_IS_MX": not holds, f"{name}_THRESHOLD": of_rule["THRESHOLD"]}
-        options |= {f"{name}_SEARCH": of_rule["SEARCH"]}
+        options |= {f"{name}_SEARCH": of_rule["SEARCH"], f"{name}_HADAMARD": hadamard and not holds}
     return options | {"IS_INTERPRETED": interpreting()}
-
-
-@_jit
-def _viewed(x, STORED: tl.constexpr, VIEW: tl.constexpr):
-    """x (FP32), which is stored in one dtype, as seen in another (FP32)."""
-    if STORED != VIEW:
-        x = _to_fp32(_to_view(x, VIEW))
-    return x
 
 
 @_jit
@@ -146,6 +150,7 @@ def rows_kernel(
     THRESHOLD: tl.constexpr,
     SEARCH: tl.constexpr,
     VIEW: tl.constexpr,
+    HADAMARD: tl.constexpr,
     TOP: tl.constexpr = LARGEST_EXPONENT,
     SMALLEST: tl.constexpr = SMALLEST_FIELD,
     GAP: tl.constexpr = LARGEST_GAP,
@@ -160,6 +165,8 @@ def rows_kernel(
     for tile in tl.static_range(TILES):
         at = tile * COLUMNS + offsets
         x = _to_fp32(tl.load(x_ptr + at, mask=at < columns, other=0))
+        if HADAMARD:
+            x = _seen(x, blocks, x_ptr.dtype.element_ty, VIEW, True)
         largest = tl.maximum(largest, _bits(x) & 0x7FFFFFFF)
     top = tl.max(tl.max(largest, axis=1), axis=0)
     top = _bits(_to_fp32(_to_view(_float(top), VIEW))) >> 23  # rounding keeps the order
@@ -171,7 +178,9 @@ def rows_kernel(
         exists = first + offsets < columns
         if TILES > 1:
             x = _to_fp32(tl.load(x_ptr + first + offsets, mask=exists, other=0))
-        code, elements = _rounded(_viewed(x, x_ptr.dtype.element_ty, VIEW), blocks, THRESHOLD, SEARCH)
+        if TILES > 1 or not HADAMARD:
+            x = _seen(x, blocks, x_ptr.dtype.element_ty, VIEW, HADAMARD)
+        code, elements = _rounded(x, blocks, THRESHOLD, SEARCH)
         holds_some = tl.max(_bits(elements) & 0x7FFFFFFF, axis=1) > 0
         lost |= ((field - code > GAP) & holds_some).to(tl.int32)
         values = elements * _scale_value(code)[:, None] * to_top
@@ -194,12 +203,13 @@ def rows_kernel(
 @_jit
 def _from_source(
     source_ptr, offsets, exists, TILE: tl.constexpr, DEPTH: tl.constexpr, THRESHOLD: tl.constexpr,
-    SEARCH: tl.constexpr, VIEW: tl.constexpr,
+    SEARCH: tl.constexpr, HADAMARD: tl.constexpr, VIEW: tl.constexpr,
 ):  # fmt: skip
     """Values [TILE, DEPTH] rounded from a source."""
     blocks: tl.constexpr = TILE * DEPTH // 32
     x = tl.reshape(_to_fp32(tl.load(source_ptr + offsets, mask=exists, other=0)), (blocks, 32))
-    code, elements = _rounded(_viewed(x, source_ptr.dtype.element_ty, VIEW), blocks, THRESHOLD, SEARCH)
+    x = _seen(x, blocks, source_ptr.dtype.element_ty, VIEW, HADAMARD)
+    code, elements = _rounded(x, blocks, THRESHOLD, SEARCH)
     return tl.reshape(elements * _scale_value(code)[:, None], (TILE, DEPTH))
 
 
@@ -232,9 +242,10 @@ def _find(lost_ptr, end, numbers, TILE: tl.constexpr, END: tl.constexpr, COUNTED
 def _repair(
     own_ptr, own_values_ptr, own_scale_ptr, own_lost_ptr, lost_source_ptr, lost_ptr, bias_ptr, out_ptr, own,
     own_end, lost_end, depth, own_stride, lost_stride, OWN_IS_MX: tl.constexpr, OWN_IS_FIRST: tl.constexpr,
-    OWN_THRESHOLD: tl.constexpr, OWN_SEARCH: tl.constexpr, THRESHOLD: tl.constexpr, SEARCH: tl.constexpr,
-    BIAS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, FLAGS: tl.constexpr, COUNTED: tl.constexpr,
-    VIEW: tl.constexpr, IS_INTERPRETED: tl.constexpr, LOST_END: tl.constexpr, ALL_DEPTH: tl.constexpr,
+    OWN_THRESHOLD: tl.constexpr, OWN_SEARCH: tl.constexpr, OWN_HADAMARD: tl.constexpr, THRESHOLD: tl.constexpr,
+    SEARCH: tl.constexpr, HADAMARD: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    FLAGS: tl.constexpr, COUNTED: tl.constexpr, VIEW: tl.constexpr, IS_INTERPRETED: tl.constexpr,
+    LOST_END: tl.constexpr, ALL_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Rows `own` of one operand times the lost rows of the other.
 
@@ -257,13 +268,13 @@ def _repair(
         for first in range(0, depth if ALL_DEPTH is None else ALL_DEPTH, DEPTH):
             ks = first + tl.arange(0, DEPTH)
             offsets, exists = rows.to(tl.int64)[:, None] * depth + ks[None, :], is_lost[:, None] & (ks < depth)[None, :]
-            a = _from_source(lost_source_ptr, offsets, exists, TILE, DEPTH, THRESHOLD, SEARCH, VIEW)
+            a = _from_source(lost_source_ptr, offsets, exists, TILE, DEPTH, THRESHOLD, SEARCH, HADAMARD, VIEW)
             offsets, exists = own.to(tl.int64)[:, None] * depth + ks[None, :], has[:, None] & (ks < depth)[None, :]
             if is_exact:
                 b = tl.load(own_values_ptr + offsets, mask=exists, other=0)
                 b = b.to(tl.float8e4nv, bitcast=True).to(tl.float32)
             else:
-                b = _from_source(own_ptr, offsets, exists, TILE, DEPTH, OWN_THRESHOLD, OWN_SEARCH, VIEW)
+                b = _from_source(own_ptr, offsets, exists, TILE, DEPTH, OWN_THRESHOLD, OWN_SEARCH, OWN_HADAMARD, VIEW)
             if not IS_INTERPRETED:
                 a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
             product = tl.dot(a, tl.trans(b), product, input_precision="ieee")
@@ -299,9 +310,11 @@ def repair_kernel(
     X_IS_MX: tl.constexpr,
     X_THRESHOLD: tl.constexpr,
     X_SEARCH: tl.constexpr,
+    X_HADAMARD: tl.constexpr,
     W_IS_MX: tl.constexpr,
     W_THRESHOLD: tl.constexpr,
     W_SEARCH: tl.constexpr,
+    W_HADAMARD: tl.constexpr,
     BIAS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -319,13 +332,15 @@ def repair_kernel(
             own = pid * TILE + tl.arange(0, TILE)
             _repair(
                 w_ptr, w_values_ptr, w_scale_ptr, w_lost_ptr, x_ptr, x_lost_ptr, bias_ptr, out_ptr, own, columns, rows,
-                depth, 1, columns, W_IS_MX, False, W_THRESHOLD, W_SEARCH, X_THRESHOLD, X_SEARCH, BIAS, TILE, DEPTH,
-                FLAGS, COUNTED, VIEW, IS_INTERPRETED, None if ALL is None else ALL[0], None if ALL is None else ALL[2],
+                depth, 1, columns, W_IS_MX, False, W_THRESHOLD, W_SEARCH, W_HADAMARD, X_THRESHOLD, X_SEARCH,
+                X_HADAMARD, BIAS, TILE, DEPTH, FLAGS, COUNTED, VIEW, IS_INTERPRETED,
+                None if ALL is None else ALL[0], None if ALL is None else ALL[2],
             )  # fmt: skip
     elif W_IS_MX:
         own = (pid - of_weight) * TILE + tl.arange(0, TILE)
         _repair(
             x_ptr, x_values_ptr, x_scale_ptr, x_lost_ptr, w_ptr, w_lost_ptr, bias_ptr, out_ptr, own, rows, columns,
-            depth, columns, 1, X_IS_MX, True, X_THRESHOLD, X_SEARCH, W_THRESHOLD, W_SEARCH, BIAS, TILE, DEPTH, FLAGS,
-            COUNTED, VIEW, IS_INTERPRETED, None if ALL is None else ALL[1], None if ALL is None else ALL[2],
+            depth, columns, 1, X_IS_MX, True, X_THRESHOLD, X_SEARCH, X_HADAMARD, W_THRESHOLD, W_SEARCH,
+            W_HADAMARD, BIAS, TILE, DEPTH, FLAGS, COUNTED, VIEW, IS_INTERPRETED,
+            None if ALL is None else ALL[1], None if ALL is None else ALL[2],
         )  # fmt: skip

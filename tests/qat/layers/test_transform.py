@@ -13,7 +13,7 @@ from qat import QATConfig, convert, get_scheme, prepare_qat
 from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import quantized_sites, quantizers_off
-from qat.layers.transform import TransformedRounding, transformed_input, transformed_weight
+from qat.layers.transform import TransformedRounding, to_be_transformed, transformed_input, transformed_weight
 from qat.layers.transformed import transformed_sites
 from qat.numerics import ops
 from qat.numerics.hadamard import matrix as hadamard
@@ -112,11 +112,27 @@ def test_without_quantizers_the_model_computes_what_it_computed():
     assert not torch.equal(model(input_ids=ids).logits, before)  # transformed inputs alone are rounded
 
 
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4A16", "MXFP4FP8"])
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_transforms_where_inputs_are_rounded_give_the_same_bits_and_gradients(scheme, in_fp8, monkeypatch):
+    found = []
+    for at_once in (False, True):
+        monkeypatch.setattr(ops, "transforms_at_once", lambda device, fmt, at_once=at_once: at_once)
+        model = prepare_qat(make_llama(layers=1), {nn.Linear: scheme}, input_transforms={"*": "hadamard"})
+        for site in quantized_sites(model):
+            site.module.in_fp8 = in_fp8 and scheme in ("MXFP4", "MXFP4FP8")
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=torch.arange(48).view(2, 24)).logits
+        logits.float().square().sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 8 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_layers_that_share_an_input_share_its_transform(monkeypatch):
     model = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"}, input_transforms={"*": "hadamard"})
     shapes = []
-    monkeypatch.setattr("qat.layers.quant_linear.transformed_input",
-                        lambda x: shapes.append(x.shape) or transformed_input(x))  # fmt: skip
+    for name, make in (("transformed_input", transformed_input), ("to_be_transformed", to_be_transformed)):
+        monkeypatch.setattr(f"qat.layers.quant_linear.{name}", lambda x, make=make: shapes.append(x.shape) or make(x))
     model(input_ids=torch.arange(16)[None]).logits.sum().backward()
     assert len(shapes) == 4  # of q, k and v; o; gate and up; down
 
