@@ -28,7 +28,7 @@ class Row:
     train: dict = field(default_factory=dict)
     distill_options: dict = field(default_factory=dict)
     packing: bool = False
-    smooth_alpha: float = 0.0
+    smooth_alpha: float | str = 0.0
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
     teacher: str = "copy"  # or "cache" or "self", as with --distill_teacher
@@ -219,5 +219,21 @@ for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-a
     )  # fmt: skip
     ROWS[_name] = default(f"default, Hadamard inputs of {_of}", **_transforms)
     ROWS[f"{_name}-600"] = default(f"default, Hadamard inputs of {_of}, 600 steps", steps=600, **_transforms)
+# Smoothing by a strength of each activation's own, with and without transformed inputs, see qat/transforms/strength.py.
+_transforms = {"prepare_options": {"input_transforms": {"*": "hadamard"}}}
+ROWS["smooth-auto-ptq"] = Row(
+    "MXFP4 PTQ with smoothing auto, search, even", weights="search", inputs="even", smooth_alpha="auto"
+)
+for _strength in (0, 0.3, 0.5, "auto"):
+    ROWS[f"hadamard-all-smooth-{_strength}-ptq"] = Row(
+        f"MXFP4 PTQ with smoothing {_strength}, search, even, Hadamard inputs of all layers", weights="search",
+        inputs="even", smooth_alpha=_strength, **_transforms,
+    )  # fmt: skip
+for _suffix, _changes in (("", {}), ("-600", {"steps": 600})):
+    _end = ", 600 steps" if _suffix else ""
+    ROWS[f"smooth-auto{_suffix}"] = default(f"default, smoothing auto{_end}", smooth_alpha="auto", **_changes)
+    ROWS[f"hadamard-all-smooth-auto{_suffix}"] = default(
+        f"default, smoothing auto, Hadamard inputs of all layers{_end}", smooth_alpha="auto", **_changes, **_transforms
+    )
 HEADLINE = ("default", "default-600")
 ALL = [*ROWS, *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]
