@@ -1,8 +1,8 @@
 """The factors that smooth an activation: their formula, and the tensors that absorb them.
 
-    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)          alpha 1: all channels of X alike
+    s_j = max|X_j|^alpha / max|W_j|^beta          beta = 1 - alpha: SmoothQuant's (Xiao et al., arXiv:2211.10438)
 
-over their geometric mean (SmoothQuant, Xiao et al., arXiv:2211.10438). A strength of 0 stands for no factors at all.
+over their geometric mean.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from .activations import Activation
 _SMALLEST = 1e-5  # maxima are taken to be at least this: a dead channel needs no factor
 
 
-def factors_of(activation: Activation, alpha: float) -> torch.Tensor:
-    """The factors of an activation as it is now, FP32, one for each output of its producer; see the top."""
+def factors_of(activation: Activation, alpha: float, beta: float) -> torch.Tensor:
+    """The factors of an activation by its weights as they are now, FP32, one for each output of its producer."""
     ndim = activation.largest.ndim
     weight = torch.stack([_reduced(reader.largest(), ndim) for reader in activation.readers]).amax(0)
-    factors = smoothing_factors(activation.by_output(activation.largest), activation.by_output(weight), alpha)
-    return torch.ones_like(factors) if alpha == 0 else factors
+    return smoothing_factors(activation.by_output(activation.largest), activation.by_output(weight), alpha, beta)
 
 
 def apply_factors(activation: Activation, factors: torch.Tensor) -> None:
@@ -34,11 +33,13 @@ def _reduced(largest: torch.Tensor, ndim: int) -> torch.Tensor:
     return largest.flatten(0, -2).amax(0) if largest.ndim > ndim else largest
 
 
-def smoothing_factors(largest_input: torch.Tensor, largest_weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over their geometric mean, FP32 [..., channels]; see the top.
+def smoothing_factors(
+    largest_input: torch.Tensor, largest_weight: torch.Tensor, alpha: float, beta: float
+) -> torch.Tensor:
+    """s_j = max|X_j|^alpha / max|W_j|^beta over their geometric mean, FP32 [..., channels]; see the top.
 
     1 where no channel was seen: of an expert that no token reached.
     """
-    factors = largest_input.clamp(min=_SMALLEST) ** alpha / largest_weight.clamp(min=_SMALLEST) ** (1 - alpha)
+    factors = largest_input.clamp(min=_SMALLEST) ** alpha / largest_weight.clamp(min=_SMALLEST) ** beta
     factors = factors / factors.log().mean(-1, keepdim=True).exp()
     return torch.where(largest_input.amax(-1, keepdim=True) > 0, factors, 1)

@@ -33,7 +33,7 @@ from .activations import Activation
 from .equality import Equality
 from .factors import apply_factors, factors_of
 from .observation import Observation, observe
-from .strength import AUTO, best_strengths, check_choosable
+from .strength import AUTO, BETA, best_strengths, check_choosable
 
 logger = logging.getLogger(__name__)
 
@@ -108,27 +108,29 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
             check = Equality(model, _beginning(max(batches, key=_tokens)))
             seen = observe(model, batches)
         with _without_cache(model):
-            alphas = _strengths(model, batches, seen.activations, alpha)
+            exponents = _exponents(model, batches, seen.activations, alpha)
         with quantizers_off(model), _without_cache(model):
             left: dict[str, float] = {}
-            kept = [a for lot in _lots([a for a in alphas if alphas[a]]) for a in _smooth_exactly(lot, alphas, check, left)]
-            result = _summarize(seen, kept, left, check.moved() if kept else 0.0, alphas)
+            lots = _lots([activation for activation, own in exponents.items() if any(own)])
+            kept = [a for lot in lots for a in _smooth_exactly(lot, exponents, check, left)]
+            chosen = Counter(own[0] for a, own in exponents.items() if a in kept or not any(own))
+            result = _summarize(seen, kept, left, check.moved() if kept else 0.0, dict(sorted(chosen.items())))
     finally:
         model.train(was_training)
     _log(model, result, alpha)
     return result
 
 
-def _strengths(
+def _exponents(
     model: nn.Module,
     batches: Sequence[dict[str, torch.Tensor]],
     activations: Sequence[Activation],
     alpha: float | str,
-) -> dict[Activation, float]:
-    """The strength of each activation."""
+) -> dict[Activation, tuple[float, float]]:
+    """alpha and beta of each activation's factors, see factors.py."""
     if isinstance(alpha, str):
-        return dict(zip(activations, best_strengths(model, batches, activations), strict=True))
-    return dict.fromkeys(activations, alpha)
+        return {a: (own, BETA) for a, own in zip(activations, best_strengths(model, batches, activations), strict=True)}
+    return dict.fromkeys(activations, (alpha, 1 - alpha))
 
 
 def _by_kind(left: dict[str, float]) -> Iterator[str]:
@@ -157,7 +159,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def _smooth_exactly(
-    lot: Sequence[Activation], alphas: dict[Activation, float], check: Equality, left: dict[str, float]
+    lot: Sequence[Activation], exponents: dict[Activation, tuple[float, float]], check: Equality, left: dict[str, float]
 ) -> list[Activation]:
     """Smooth those of a lot that do not move the logits, which are returned; the others go into `left`.
 
@@ -165,7 +167,7 @@ def _smooth_exactly(
     """
     kept = {parameter: parameter.to("cpu", copy=True) for a in lot for parameter in a.parameters}
     for activation in lot:
-        apply_factors(activation, factors_of(activation, alphas[activation]))
+        apply_factors(activation, factors_of(activation, *exponents[activation]))
     moved = check.moved()
     if moved < _TOLERANCE:
         return list(lot)
@@ -176,7 +178,7 @@ def _smooth_exactly(
         return []
     del kept
     middle = len(lot) // 2
-    return [a for half in (lot[:middle], lot[middle:]) for a in _smooth_exactly(half, alphas, check, left)]
+    return [a for half in (lot[:middle], lot[middle:]) for a in _smooth_exactly(half, exponents, check, left)]
 
 
 def _lots(activations: Sequence[Activation]) -> Iterator[list[Activation]]:
@@ -195,7 +197,7 @@ def _lots(activations: Sequence[Activation]) -> Iterator[list[Activation]]:
 
 
 def _summarize(
-    seen: Observation, kept: list[Activation], left: dict[str, float], moved: float, alphas: dict[Activation, float]
+    seen: Observation, kept: list[Activation], left: dict[str, float], moved: float, strengths: dict[float, int]
 ) -> Smoothed:
     def read_by(activations: Iterable[Activation]) -> set[int]:
         return {id(reader.parameter) for activation in activations for reader in activation.readers}
@@ -203,8 +205,7 @@ def _summarize(
     smoothed, tried = read_by(kept), read_by(seen.activations)
     count = sum(any(id(weight) in smoothed for weight in readers.values()) for readers in seen.inputs)
     uncovered = [next(iter(r)) for r in seen.inputs if not any(id(weight) in tried for weight in r.values())]
-    strengths = Counter(alpha for activation, alpha in alphas.items() if activation in kept or not alpha)
-    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved, dict(sorted(strengths.items())))
+    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved, strengths)
 
 
 def _log(model: nn.Module, result: Smoothed, alpha: float | str) -> None:

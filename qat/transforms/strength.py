@@ -27,7 +27,7 @@ from .activations import Activation
 from .factors import factors_of
 
 AUTO = "auto"
-GRID = (0.0, *(i / 10 for i in range(1, 11)))
+GRID, BETA = tuple(i / 10 for i in range(11)), 0.0  # alpha and beta of factors.py: 0 and 0 are no factors
 _ROWS = 16  # of each sample
 
 
@@ -36,8 +36,8 @@ def check_choosable(model: nn.Module) -> None:
     site = next((site for site in quantized_sites(model) if site.kind == EXPERTS.name), None)
     if site is not None:
         raise UserError(
-            f"smoothing alpha {AUTO}: the strength is chosen for linear layers only, and {site.label} is a stack of "
-            "experts; give one strength for all, such as --smooth_alpha 0.7"
+            f"--smooth_alpha {AUTO} chooses strengths for linear layers only, and {site.label} is a stack of experts; "
+            "give one strength for all, such as --smooth_alpha 0.7"
         )
 
 
@@ -69,7 +69,7 @@ def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tenso
     kept = [reader.parameter.clone() for reader in scaled]
     errors = []
     for alpha in GRID:
-        factors = activation.by_channel(factors_of(activation, alpha))
+        factors = activation.by_channel(factors_of(activation, alpha, BETA))
         for reader in scaled:
             reader.multiply(factors)
         with _calibrated(layers, (activation.largest / factors).amax()):
