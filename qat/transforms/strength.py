@@ -4,6 +4,9 @@ The layers that read an activation are run with each strength of a grid on a few
 will be: under their own schemes, scale rules and input transforms. The error is the squared difference from their
 outputs without rounding, summed over rows and layers. A strength of 0 leaves the activation as it is.
 
+The factors are powers of the inputs' maxima alone. SmoothQuant's also divide by max|W|^(1 - alpha), which at small
+alphas moves outliers of the weights into the input; their error at the best alpha is larger, mostly at down_proj.
+
 Rounding is not linear, so sums over all rows, such as a Gram matrix, cannot give this error; a few rows of each sample
 are kept, on the CPU. They are drawn by a fixed seed. Every activation is chosen by the weights from before smoothing:
 its own input does not depend on the factors of others.
@@ -110,7 +113,7 @@ def _calibrated(layers: Sequence[Site], largest: torch.Tensor) -> Iterator[None]
     quantizers = [quantizer for quantizer in quantizers if quantizer.needs_divisor]
     before = [quantizer.divisor for quantizer in quantizers]
     for quantizer in quantizers:
-        quantizer.divisor = family_of(quantizer.spec.format).tensor_divisor(largest)
+        quantizer.divisor = family_of(quantizer.spec.format).tensor_divisor(largest).reshape(1)
     try:
         yield
     finally:
