@@ -5,7 +5,8 @@ will be: under their own schemes, scale rules and input transforms. The error is
 outputs without rounding, summed over rows and layers. A strength of 0 leaves the activation as it is.
 
 The factors are powers of the inputs' maxima alone. SmoothQuant's also divide by max|W|^(1 - alpha), which at small
-alphas moves outliers of the weights into the input; their error at the best alpha is larger, mostly at down_proj.
+alphas moves outliers of the weights into the input; their error at the best alpha is larger at down_proj, and about the
+same elsewhere.
 
 Rounding is not linear, so sums over all rows, such as a Gram matrix, cannot give this error; a few rows of each sample
 are kept, on the CPU. They are drawn by a fixed seed. Every activation is chosen by the weights from before smoothing:
