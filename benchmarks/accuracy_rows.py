@@ -30,7 +30,7 @@ class Row:
     train: dict = field(default_factory=dict)
     distill_options: dict = field(default_factory=dict)
     packing: bool = False
-    smooth_alpha: float = 0.0
+    smooth_alpha: float | str = 0.0
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
     teacher: str = "copy"  # or "cache" or "self", as with --distill_teacher
@@ -213,9 +213,26 @@ for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-a
         smooth_alpha=0.7, **_transforms,
     )  # fmt: skip
     ROWS[_name] = default(f"default, Hadamard inputs of {_of}", **_transforms)
-# All of them, with text from elsewhere, at a higher rate, or mixed with MXFP8.
-for _key, _row in [(_key, _row) for _key, _row in ROWS.items() if _key.startswith("generic-")]:
-    ROWS[f"hadamard-all-{_key}"] = replace(_row, title=f"{_row.title}, Hadamard inputs of all layers", **_transforms)
+# Smoothing by a strength of each activation's own, with and without transformed inputs, see qat/transforms/strength.py.
+ROWS["smooth-auto-ptq"] = Row(
+    "MXFP4 PTQ with smoothing auto, search, even", weights="search", inputs="even", smooth_alpha="auto"
+)
+for _strength in (0, 0.3, 0.5, "auto"):
+    ROWS[f"hadamard-all-smooth-{_strength}-ptq"] = Row(
+        f"MXFP4 PTQ with smoothing {_strength}, search, even, Hadamard inputs of all layers", weights="search",
+        inputs="even", smooth_alpha=_strength, **_transforms,
+    )  # fmt: skip
+ROWS["smooth-auto"] = default("default, smoothing auto", smooth_alpha="auto")
+# Inputs of all layers transformed, and smoothed so, with text from elsewhere; at a higher rate; mixed with MXFP8.
+for _key, _row in [
+    ("", default("default")),
+    *((f"-{_key}", _row) for _key, _row in ROWS.items() if "generic-" in _key),
+]:
+    _title = f"{_row.title}, Hadamard inputs of all layers"
+    ROWS[f"hadamard-all{_key}"] = replace(_row, title=_title, **_transforms)
+    ROWS[f"hadamard-all-smooth-auto{_key}"] = replace(
+        _row, title=f"{_title}, smoothing auto", smooth_alpha="auto", **_transforms
+    )
 for _key, _changes in (
     ("lr-4e-4", {"lr": 4e-4}),
     ("mixed-4.5", {"bits_budget": 4.5}),

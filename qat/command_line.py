@@ -24,6 +24,7 @@ _KINDS = {  # what the types of arguments are called
     "not_negative": "a whole number of at least 0",
     "positive_number": "a number above 0",
     "not_negative_number": "a number of at least 0",
+    "strength": "a number from 0 to 1, or auto",
 }
 
 

@@ -31,7 +31,7 @@ class Reader:
         self.rows(self.parameter).mul_(factors.unsqueeze(-2).to(self.parameter.dtype))
 
 
-@dataclass
+@dataclass(eq=False)
 class Activation:
     """An activation: what produces it, the weights that read it, and its largest magnitudes, FP32 [channels].
 

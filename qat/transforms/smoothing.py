@@ -4,11 +4,11 @@ An MX block shares one scale, so a channel of large activations makes the 31 oth
 such channels. SmoothQuant (Xiao et al., arXiv:2211.10438) divides each channel of an activation by a factor and
 multiplies the weights that read it by the same factor:
 
-    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)          alpha 0: no smoothing of X; alpha 1: all channels of X alike
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)          alpha 1: all channels of X alike
 
 The division costs nothing, since whatever produces the activation absorbs it: the norm before q/k/v or gate/up, v_proj
 before o_proj, up_proj before down_proj (observation.py finds them). The factors of an activation have a geometric mean
-of 1.
+of 1. The strength alpha is one number for the whole model, or each activation's own (strength.py).
 
 Some models use an activation in a way that is not seen, as a residual or through a function that is not linear. Their
 logits move; the activation is undone, and the others stay smoothed.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ from ..errors import UserError
 from ..layers.sites import quantizers_off
 from .activations import Activation
 from .equality import Equality
+from .factors import apply_factors, factors_of
 from .observation import Observation, observe
+from .strength import AUTO, BETA, best_strengths, check_choosable
 
 logger = logging.getLogger(__name__)
 
-_SMALLEST = 1e-5  # maxima are taken to be at least this: a dead channel needs no factor
 _TOLERANCE = 1e-4  # of the largest logit: rounding of FP32 moves logits by 1e-6 to 1e-5, a wrong activation by 5e-4 up
 _LOTS = 4  # in which activations are smoothed; the tensors of one lot are kept, so that they can be undone
 _CHECKED_TOKENS = 128  # an activation that is used in another way moves the logits of nearly all tokens
@@ -51,6 +53,7 @@ class Smoothed:
             the largest logit.
         uncovered: the other inputs, each by one weight that reads it: nothing before them can absorb the factors.
         moved: how far the logits of the smoothed model have moved.
+        strengths: how many of the activations have each alpha; 0 of those that are best left as they are.
     """
 
     inputs: int
@@ -58,6 +61,7 @@ class Smoothed:
     left: dict[str, float]
     uncovered: tuple[str, ...]
     moved: float
+    strengths: dict[float, int]
 
     def __str__(self) -> str:
         text = f"smoothed {self.smoothed} of {self.inputs} activations"
@@ -71,7 +75,7 @@ class Smoothed:
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: float) -> Smoothed:
+def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: float | str) -> Smoothed:
     """Smooth the inputs of the quantized layers of `model` in place, except those that would move its logits.
 
     Args:
@@ -79,17 +83,21 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
         batches: what the model is called with, on its device and without padding; the beginning of the longest one also
             serves to check that the model still computes the same.
         alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
-            above 0 and at most 1.
+            above 0 and at most 1. "auto" chooses one for each activation, see strength.py.
 
     Returns:
         What was smoothed and what was not, which is also logged: as a warning where the logits would have moved, or
         where nothing is smoothed.
 
     Raises:
-        UserError: alpha is out of range, or there is no batch.
+        UserError: alpha is out of range, or there is no batch; or alpha is "auto" and the model has quantized experts.
     """
-    if not 0 < alpha <= 1:
-        raise UserError(f"smoothing alpha {alpha} is out of range; choose a number above 0 and at most 1, such as 0.7")
+    if alpha == AUTO:
+        check_choosable(model)
+    elif isinstance(alpha, str) or not 0 < alpha <= 1:
+        raise UserError(
+            f"smoothing alpha {alpha} is out of range; choose a number above 0 and at most 1, such as 0.7, or {AUTO}"
+        )
     batches = list(batches)
     if not batches:
         raise UserError("smoothing needs at least one sample; give more data, or leave smoothing off (alpha 0)")
@@ -99,13 +107,30 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
         with quantizers_off(model), _without_cache(model):
             check = Equality(model, _beginning(max(batches, key=_tokens)))
             seen = observe(model, batches)
+        with _without_cache(model):
+            exponents = _exponents(model, batches, seen.activations, alpha)
+        with quantizers_off(model), _without_cache(model):
             left: dict[str, float] = {}
-            kept = [a for lot in _lots(seen.activations) for a in _smooth_exactly(lot, alpha, check, left)]
-            result = _summarize(seen, kept, left, check.moved() if kept else 0.0)
+            lots = _lots([activation for activation, own in exponents.items() if any(own)])
+            kept = [a for lot in lots for a in _smooth_exactly(lot, exponents, check, left)]
+            chosen = Counter(own[0] for a, own in exponents.items() if a in kept or not any(own))
+            result = _summarize(seen, kept, left, check.moved() if kept else 0.0, dict(sorted(chosen.items())))
     finally:
         model.train(was_training)
     _log(model, result, alpha)
     return result
+
+
+def _exponents(
+    model: nn.Module,
+    batches: Sequence[dict[str, torch.Tensor]],
+    activations: Sequence[Activation],
+    alpha: float | str,
+) -> dict[Activation, tuple[float, float]]:
+    """alpha and beta of each activation's factors, see factors.py."""
+    if isinstance(alpha, str):
+        return {a: (own, BETA) for a, own in zip(activations, best_strengths(model, batches, activations), strict=True)}
+    return dict.fromkeys(activations, (alpha, 1 - alpha))
 
 
 def _by_kind(left: dict[str, float]) -> Iterator[str]:
@@ -134,7 +159,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def _smooth_exactly(
-    lot: Sequence[Activation], alpha: float, check: Equality, left: dict[str, float]
+    lot: Sequence[Activation], exponents: dict[Activation, tuple[float, float]], check: Equality, left: dict[str, float]
 ) -> list[Activation]:
     """Smooth those of a lot that do not move the logits, which are returned; the others go into `left`.
 
@@ -142,7 +167,7 @@ def _smooth_exactly(
     """
     kept = {parameter: parameter.to("cpu", copy=True) for a in lot for parameter in a.parameters}
     for activation in lot:
-        _apply(activation, alpha)
+        apply_factors(activation, factors_of(activation, *exponents[activation]))
     moved = check.moved()
     if moved < _TOLERANCE:
         return list(lot)
@@ -153,7 +178,7 @@ def _smooth_exactly(
         return []
     del kept
     middle = len(lot) // 2
-    return [a for half in (lot[:middle], lot[middle:]) for a in _smooth_exactly(half, alpha, check, left)]
+    return [a for half in (lot[:middle], lot[middle:]) for a in _smooth_exactly(half, exponents, check, left)]
 
 
 def _lots(activations: Sequence[Activation]) -> Iterator[list[Activation]]:
@@ -171,28 +196,27 @@ def _lots(activations: Sequence[Activation]) -> Iterator[list[Activation]]:
         yield lot
 
 
-def _summarize(seen: Observation, kept: list[Activation], left: dict[str, float], moved: float) -> Smoothed:
+def _summarize(
+    seen: Observation, kept: list[Activation], left: dict[str, float], moved: float, strengths: dict[float, int]
+) -> Smoothed:
     def read_by(activations: Iterable[Activation]) -> set[int]:
         return {id(reader.parameter) for activation in activations for reader in activation.readers}
 
     smoothed, tried = read_by(kept), read_by(seen.activations)
     count = sum(any(id(weight) in smoothed for weight in readers.values()) for readers in seen.inputs)
     uncovered = [next(iter(r)) for r in seen.inputs if not any(id(weight) in tried for weight in r.values())]
-    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved)
+    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved, strengths)
 
 
-def _log(model: nn.Module, result: Smoothed, alpha: float) -> None:
-    text = str(result)
+def _log(model: nn.Module, result: Smoothed, alpha: float | str) -> None:
+    text, name = str(result), type(model).__name__
     if not result.smoothed:
-        logger.warning(
-            "%s continues without smoothing, which --smooth_alpha %g asks for: %s",
-            type(model).__name__,
-            alpha,
-            text,
-        )
+        logger.warning("%s continues without smoothing, which --smooth_alpha %s asks for: %s", name, alpha, text)
         return
     log = logger.warning if result.left else logger.info
-    log("%s; alpha %g; logits move by %.1e of the largest", text[0].upper() + text[1:], alpha, result.moved)
+    chosen = ", ".join(f"{own:g} x {count}" for own, count in result.strengths.items())
+    alpha = f"{AUTO}: {chosen}" if alpha == AUTO else alpha
+    log("%s; alpha %s; logits move by %.1e of the largest", text[0].upper() + text[1:], alpha, result.moved)
 
 
 def _tokens(batch: dict[str, torch.Tensor]) -> int:
@@ -204,27 +228,3 @@ def _beginning(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if any(value.ndim != 2 or value.shape != batch["input_ids"].shape for value in batch.values()):
         return batch
     return {key: value[:, :_CHECKED_TOKENS] for key, value in batch.items()}
-
-
-def _apply(activation: Activation, alpha: float) -> None:
-    ndim = activation.largest.ndim
-    weight = torch.stack([_reduced(reader.largest(), ndim) for reader in activation.readers]).amax(0)
-    factors = smoothing_factors(activation.by_output(activation.largest), activation.by_output(weight), alpha)
-    activation.producer.divide(factors)
-    for reader in activation.readers:
-        reader.multiply(activation.by_channel(factors))
-
-
-def _reduced(largest: torch.Tensor, ndim: int) -> torch.Tensor:
-    """[..., K] -> [K] if `ndim` is 1: the largest of all experts, where one activation reaches all of them."""
-    return largest.flatten(0, -2).amax(0) if largest.ndim > ndim else largest
-
-
-def smoothing_factors(largest_input: torch.Tensor, largest_weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) over their geometric mean, FP32 [..., channels]; see the top.
-
-    1 where no channel was seen: of an expert that no token reached.
-    """
-    factors = largest_input.clamp(min=_SMALLEST) ** alpha / largest_weight.clamp(min=_SMALLEST) ** (1 - alpha)
-    factors = factors / factors.log().mean(-1, keepdim=True).exp()
-    return torch.where(largest_input.amax(-1, keepdim=True) > 0, factors, 1)

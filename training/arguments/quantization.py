@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from qat import SCHEMES, get_scheme
 from qat.checkpoints.dialects import AUTO, EXPORT_FORMATS, get_dialect, resolved_format
@@ -26,6 +27,7 @@ from qat.schemes.presets import (
     scheme_name,
     weight_rules,
 )
+from qat.transforms.strength import AUTO as STRENGTH_AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +38,21 @@ _RATES = ("exponent_learning_rate", "scale_learning_rate")  # of what SETTINGS l
 _YAML_WORDS = {"True": "on", "False": "off"}  # what YAML makes of on and off
 
 
-def check_smooth_alpha(alpha: float) -> None:
-    """Raises UserError unless `alpha` is 0, for no smoothing, or at most 1."""
-    if not 0 <= alpha <= 1:
-        raise UserError(f"--smooth_alpha {alpha} is out of range; choose 0 (off) to 1, such as 0.7")
+def strength(text: str) -> float | str:
+    """A strength of smoothing from a command line: a number, or the word auto; ValueError for another text."""
+    return text if text == STRENGTH_AUTO else float(text)
+
+
+if TYPE_CHECKING:
+    Strength: TypeAlias = float | str
+else:
+    Strength = strength  # HfArgumentParser calls the type of a field with the text; `float | str` is float to it
+
+
+def check_smooth_alpha(alpha: float | str) -> None:
+    """Raises UserError unless `alpha` is 0, for no smoothing, or at most 1, or the word auto."""
+    if alpha != STRENGTH_AUTO and (isinstance(alpha, str) or not 0 <= alpha <= 1):
+        raise UserError(f"--smooth_alpha {alpha} is out of range; choose 0 (off) to 1, such as 0.7, or {STRENGTH_AUTO}")
 
 
 @dataclass
@@ -75,11 +88,12 @@ class QuantizationArguments:
             "Choose the rule of the engine that will serve the model."
         },
     )
-    smooth_alpha: float = field(
+    smooth_alpha: Strength = field(
         default=0.0,
         metadata={
             "help": "Smooth activations before training: migration strength of SmoothQuant, which moves outliers into "
-            "the weights exactly, at no cost in serving. 0: off; 0.7 is a good start for MXFP4."
+            "the weights exactly, at no cost in serving. 0: off; 0.7 is a good start for MXFP4; auto: for each "
+            "activation the strength with the least error in the outputs of the layers that read it."
         },
     )
     quant_mapping: str | None = field(

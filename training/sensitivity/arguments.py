@@ -11,7 +11,7 @@ from qat.schemes.patterns import HELP as PATTERNS
 from qat.schemes.presets import input_rules, weight_rules
 from qat.schemes.spec import Scheme
 
-from ..arguments.quantization import check_smooth_alpha
+from ..arguments.quantization import Strength, check_smooth_alpha
 from .bits_budget import nominal_bits
 
 UNITS = ("projection", "block")
@@ -31,7 +31,7 @@ class SensitivityArguments:
     input_scale_rule: str | None = field(
         default=None, metadata={"help": f"One of {', '.join(input_rules())}; default: the schemes' own."}
     )
-    smooth_alpha: float = field(
+    smooth_alpha: Strength = field(
         default=0.0, metadata={"help": "Smooth the model first, as main.py does with the same value. 0: off."}
     )
     units: str = field(

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from qat.transforms.smoothing import smooth
+from qat.transforms.strength import AUTO, check_choosable
 
 from .samples import computing_in_fp32, first_samples
 
 
-def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: torch.device) -> None:
+def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, device: torch.device) -> None:
     """Run `qat.transforms.smoothing.smooth` on the beginnings of the first training samples, without padding.
 
     What cannot be smoothed is logged, and no model ends the run.
@@ -22,9 +23,14 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float, device: 
         model: prepared by `prepare_qat`.
         data_module: from `make_supervised_data_module`.
         alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
-            above 0 and at most 1.
+            above 0 and at most 1; or "auto", one for each activation.
         device: where the model computes, see `samples.computing_in_fp32`.
+
+    Raises:
+        UserError: in every process, if alpha is "auto" and the model has quantized experts.
     """
+    if alpha == AUTO:
+        check_choosable(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     with computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):

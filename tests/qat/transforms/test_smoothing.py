@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from qat import prepare_qat
-from qat.transforms.smoothing import smooth, smoothing_factors
+from qat.transforms.factors import smoothing_factors
+from qat.transforms.smoothing import smooth
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -83,7 +84,7 @@ def test_factors_are_those_of_the_paper():
     largest, weight = torch.tensor([8.0, 2.0, 0.5]), torch.tensor([1.0, 2.0, 4.0])
     expected = torch.tensor([8**0.75, 2**0.75 / 2**0.25, 0.5**0.75 / 4**0.25])
     expected = expected / expected.prod() ** (1 / 3)
-    torch.testing.assert_close(smoothing_factors(largest, weight, 0.75), expected)
+    torch.testing.assert_close(smoothing_factors(largest, weight, 0.75, 0.25), expected)
 
 
 def test_a_model_with_outlier_channels_loses_less_to_quantization_when_smoothed():

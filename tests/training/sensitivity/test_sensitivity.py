@@ -145,6 +145,9 @@ def test_a_mapping_measured_under_other_settings_is_warned_of(outliers, caplog, 
     hand_made = tmp_path / "mapping.json"
     hand_made.write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}}')
     assert warnings(hand_made, smooth_alpha=0.7, weight_scale_rule="search") == []
+    hand_made.write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}, "smooth_alpha": "auto"}')
+    assert warnings(hand_made, smooth_alpha="auto") == []
+    assert "measured with --smooth_alpha auto, and this run" in warnings(hand_made, smooth_alpha=0.7)[0]
     hand_made.write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}, "smooth_alpha": "much"}')
     with pytest.raises(ValueError, match="records {'smooth_alpha': 'much'}; expected"):
         QuantizationArguments(quant_mapping=str(hand_made))

@@ -1,0 +1,122 @@
+"""The strength of smoothing that each activation is given by `--smooth_alpha auto`: that of the least output error.
+
+The layers that read an activation are run with each strength of a grid on a few rows of their input, rounded as they
+will be: under their own schemes, scale rules and input transforms. The error is the squared difference from their
+outputs without rounding, summed over rows and layers. A strength of 0 leaves the activation as it is.
+
+The factors are powers of the inputs' maxima alone. SmoothQuant's also divide by max|W|^(1 - alpha), which at small
+alphas moves outliers of the weights into the input; their error at the best alpha is larger at down_proj, and about the
+same elsewhere.
+
+Rounding is not linear, so sums over all rows, such as a Gram matrix, cannot give this error; a few rows of each sample
+are kept, on the CPU. They are drawn by a fixed seed. Every activation is chosen by the weights from before smoothing:
+its own input does not depend on the factors of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..layers.sites import EXPERTS, Site, quantized_sites, quantizers_off
+from ..numerics.families import family_of
+from .activations import Activation
+from .factors import factors_of
+
+AUTO = "auto"
+GRID, BETA = tuple(i / 10 for i in range(11)), 0.0  # alpha and beta of factors.py: 0 and 0 are no factors
+_ROWS = 16  # of each sample
+
+
+def check_choosable(model: nn.Module) -> None:
+    """Raise a UserError if the layers of a prepared model are such that no strength can be chosen for them."""
+    site = next((site for site in quantized_sites(model) if site.kind == EXPERTS.name), None)
+    if site is not None:
+        raise UserError(
+            f"--smooth_alpha {AUTO} chooses strengths for linear layers only, and {site.label} is a stack of experts; "
+            "give one strength for all, such as --smooth_alpha 0.7"
+        )
+
+
+@torch.no_grad()
+def best_strengths(
+    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], activations: Sequence[Activation]
+) -> list[float]:
+    """The strength of `GRID` with the least output error for each activation; the smaller of two that are equal.
+
+    Args:
+        model: prepared, without experts; its quantizers on, except those that stay off. It is left as it is.
+        batches: what it is called with.
+        activations: from `observe`, of the same batches.
+    """
+    sites = {id(site.weight): site for site in quantized_sites(model)}
+    readers = [[sites[id(r.parameter)] for r in a.readers if id(r.parameter) in sites] for a in activations]
+    rows = _rows(model, batches, [layers[0].module for layers in readers])
+    chosen = []
+    for activation, layers, inputs in tqdm(list(zip(activations, readers, rows, strict=True)), desc="Strengths"):
+        errors = output_errors(activation, layers, inputs.to(activation.largest.device))
+        chosen.append(GRID[int(errors.argmin())])
+    return chosen
+
+
+def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tensor) -> torch.Tensor:
+    """The squared error of the outputs of `layers`, which read x [R, K], at each strength of `GRID`; FP64 [len]."""
+    exact = [F.linear(x, site.module.rows(site.weight), site.module.bias) for site in layers]
+    scaled = [reader for reader in activation.readers if any(reader.parameter is site.weight for site in layers)]
+    kept = [reader.parameter.clone() for reader in scaled]
+    errors = []
+    for alpha in GRID:
+        factors = activation.by_channel(factors_of(activation, alpha, BETA))
+        for reader in scaled:
+            reader.multiply(factors)
+        with _calibrated(layers, (activation.largest / factors).amax()):
+            smoothed = x / factors
+            outputs = [site.module(smoothed) for site in layers]
+        errors.append(sum((a - b).double().pow(2).sum() for a, b in zip(outputs, exact, strict=True)))
+        for reader, value in zip(scaled, kept, strict=True):
+            reader.parameter.copy_(value)
+    return torch.stack(errors)
+
+
+def _rows(
+    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], modules: Sequence[nn.Module]
+) -> list[torch.Tensor]:
+    """Some rows of what each module is called with while the model runs unquantized, [R, K] on the CPU."""
+    rows: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
+
+    def hook(module: nn.Module, args: tuple) -> None:
+        x = args[0].flatten(0, -2)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(len(rows[module])))
+        rows[module].append(x[order[:_ROWS].to(x.device)].cpu())
+
+    handles = [module.register_forward_pre_hook(hook) for module in rows]
+    try:
+        with quantizers_off(model):
+            for batch in batches:
+                model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(rows[module]) for module in modules]
+
+
+@contextmanager
+def _calibrated(layers: Sequence[Site], largest: torch.Tensor) -> Iterator[None]:
+    """Let inputs in formats with a tensor scale have that of their largest magnitude inside, as calibration does."""
+    quantizers: list[Any] = [site.module.input_quantizer for site in layers]
+    quantizers = [quantizer for quantizer in quantizers if quantizer.needs_divisor]
+    before = [quantizer.divisor for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.divisor = family_of(quantizer.spec.format).tensor_divisor(largest).reshape(1)
+    try:
+        yield
+    finally:
+        for quantizer, divisor in zip(quantizers, before, strict=True):
+            quantizer.divisor = divisor

@@ -1,0 +1,128 @@
+"""The strength of each activation is the one whose layers, quantized, have the least output error."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import make_llama, make_mixture
+
+from qat import prepare_qat
+from qat.layers.sites import quantized_sites, quantizers_off
+from qat.transforms.observation import observe
+from qat.transforms.smoothing import smooth
+from qat.transforms.strength import GRID, best_strengths, output_errors
+
+IDS = torch.randint(0, 128, (1, 16), generator=torch.Generator().manual_seed(1))  # as many as are kept of a sample
+BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(1)}]
+
+
+class OneNorm(torch.nn.Module):
+    """Two linear layers read a norm in which two channels stick out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = torch.nn.Embedding(128, 64), torch.nn.LayerNorm(64)
+        self.one, self.two = torch.nn.Linear(64, 96), torch.nn.Linear(64, 32)
+        with torch.no_grad():
+            self.norm.weight[[3, 40]] *= 20
+
+    def forward(self, input_ids):
+        x = self.norm(self.embed(input_ids))
+        return SimpleNamespace(logits=torch.cat((self.one(x), self.two(x)), -1))
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """MXFP4 by its definition: 2 ** floor(log2 of the largest) / 4 scales the nearest of eight magnitudes."""
+    blocks = x.double().unflatten(-1, (-1, 32))
+    scale = 2.0 ** (blocks.abs().amax(-1, keepdim=True).log2().floor() - 2)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    odd = torch.arange(8) % 2 * 1e-9  # of two that are equally near, the even code
+    nearest = (blocks.abs() / scale).unsqueeze(-1).sub(grid).abs().add(odd).argmin(-1)
+    return (blocks.sign() * grid[nearest] * scale).flatten(-2)
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    matrix = torch.ones(1, 1)
+    for _ in range(5):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return (x.unflatten(-1, (-1, 32)) @ matrix / 32**0.5).flatten(-2)
+
+
+def expected_errors(model: OneNorm, transforms: bool) -> list[float]:
+    """By brute force, of the one activation over all rows of all samples."""
+    x = torch.cat([model.norm(model.embed(batch["input_ids"]))[0] for batch in BATCHES]).detach()
+    weight = torch.cat((model.one.weight, model.two.weight)).detach()
+    errors = []
+    for alpha in GRID:
+        s = x.abs().amax(0) ** alpha
+        s = s / s.log().mean().exp()
+        inputs, weights = x / s, weight * s
+        if transforms:
+            inputs, weights = hadamard(inputs), hadamard(weights).bfloat16().float()
+        difference = rounded(inputs) @ rounded(weights).T - x.double() @ weight.double().T
+        errors.append(float(difference.pow(2).sum()))
+    return errors
+
+
+@pytest.mark.parametrize("transforms", [False, True])
+def test_the_choice_is_that_of_brute_force_over_the_grid(transforms):
+    model = OneNorm()
+    expected = expected_errors(model, transforms)
+    options = {"input_transforms": {"*": "hadamard"}} if transforms else {}
+    prepare_qat(model, {torch.nn.Linear: "MXFP4"}, (), "floor", "floor", **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with quantizers_off(model):
+        activations = observe(model, BATCHES).activations
+    assert best_strengths(model, BATCHES, activations) == [GRID[expected.index(min(expected))]]
+    x = torch.cat([model.norm(model.embed(batch["input_ids"]))[0] for batch in BATCHES])
+    with torch.no_grad():
+        errors = output_errors(activations[0], quantized_sites(model), x)
+    torch.testing.assert_close(errors, torch.tensor(expected, dtype=torch.float64), rtol=0.01, atol=0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_auto_smooths_each_activation_by_its_own_strength_and_the_function_stays(caplog):
+    caplog.set_level("INFO")
+    weights = []
+    expected = make_llama().eval()(IDS).logits
+    for _ in range(2):
+        model = prepare_qat(make_llama().eval(), {torch.nn.Linear: "MXFP4"}, weight_scale_rule="search")
+        result = smooth(model, BATCHES, "auto")
+        with quantizers_off(model):
+            torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        weights.append(model.state_dict())
+    assert sum(result.strengths.values()) == result.inputs == 8 and len(result.strengths) > 1
+    assert result.smoothed == 8 - result.strengths.get(0.0, 0)
+    assert all(torch.equal(value, weights[0][name]) for name, value in weights[1].items())
+    strengths = ", ".join(f"{alpha:g} x {count}" for alpha, count in result.strengths.items())
+    assert f"of 8 activations; alpha auto: {strengths}; logits move by " in caplog.text
+
+
+def test_of_equal_errors_the_least_strength_is_taken_and_a_model_without_outliers_stays_as_it_is(caplog):
+    model = OneNorm()
+    with torch.no_grad():
+        model.norm.weight.fill_(1)
+        for parameter in (model.embed.weight, model.one.weight, model.two.weight):
+            parameter.copy_(torch.randint(0, 2, parameter.shape) * 2.0 - 1)
+        model.embed.weight[:, ::2] = -model.embed.weight[:, 1::2]  # of mean 0
+    prepare_qat(model, {torch.nn.Linear: "MXFP4"}, ())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = smooth(model, BATCHES, "auto")
+    assert (result.smoothed, result.inputs, result.strengths) == (0, 1, {0.0: 1})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "OneNorm continues without smoothing, which --smooth_alpha auto asks for: smoothed 0 of 1" in caplog.text
+
+
+def test_inputs_with_a_tensor_scale_are_calibrated_for_each_strength_and_stay_uncalibrated():
+    model = prepare_qat(OneNorm(), {torch.nn.Linear: "NVFP4"}, ())
+    with quantizers_off(model):
+        activations = observe(model, BATCHES).activations
+    (chosen,) = best_strengths(model, BATCHES, activations)
+    assert chosen in GRID and all(site.module.input_quantizer.divisor is None for site in quantized_sites(model))
+
+
+def test_quantized_experts_are_refused():
+    model = prepare_qat(make_mixture(), {torch.nn.Linear: "MXFP4"})
+    with pytest.raises(ValueError, match=r"auto chooses .*layers.0.mlp.experts.gate_up_proj is a stack of experts"):
+        smooth(model, BATCHES, "auto")
