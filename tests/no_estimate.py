@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import main  # noqa: F401  # first: it imports nearly all that tests do, without collecting garbage meanwhile
 from training.estimate import program
 from training.estimate.dry_run import NotOnFakeTensors
 
