@@ -6,7 +6,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -64,9 +64,15 @@ def in_file(name: str) -> dict[str, Requirement]:
     return declared((ROOT / name).read_text(encoding="utf-8").splitlines())
 
 
+@cache
+def providers_of_modules() -> Mapping[str, list[str]]:
+    """Of each module that can be imported, the distributions that have it; found in a tenth of a second."""
+    return packages_distributions()
+
+
 def undeclared(modules: dict[str, str], requirements: dict[str, Requirement]) -> dict[str, str]:
     """Those of `modules` whose distributions are not among `requirements`."""
-    providers = packages_distributions()
+    providers = providers_of_modules()
     return {
         module: file
         for module, file in modules.items()
@@ -92,7 +98,7 @@ def test_every_import_of_the_tests_is_declared():
 def test_the_package_declares_what_qat_imports_and_nothing_else():
     dependencies = declared(project()["project"]["dependencies"])
     assert not undeclared(third_party("qat"), dependencies)
-    used = {canonical(d) for module in third_party("qat") for d in packages_distributions().get(module, [])}
+    used = {canonical(d) for module in third_party("qat") for d in providers_of_modules().get(module, [])}
     assert dependencies.keys() - used == NOT_IMPORTED.keys()
 
 

@@ -96,7 +96,7 @@ def test_devices_are_shared_only_in_parallel():
     waiting.join(0.1)
     assert waiting.is_alive()
     alone.give(first)
-    waiting.join(5)
+    waiting.join(60)
     assert not waiting.is_alive()
 
 

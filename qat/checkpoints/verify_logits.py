@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import re
@@ -316,5 +317,6 @@ def _run(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays to the end: the program's exit does not look at a million objects again
     start_worker(parent=int(sys.argv[1]))
     sys.exit(_run(sys.argv[2:]))

@@ -341,14 +341,21 @@ def _expect_full(run: Run, flag: str, cache: Path) -> None:
 
 @contextmanager
 def _small_disk(job: Job, kib: int):
+    """A file system of `kib` KiB for the job, and what makes it large; a shell unmounts it when its input ends.
+
+    So nothing stays mounted where this process is killed.
+    """
     mount = job.workspace / f"disk-{job.name}"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(mount)], check=True)
+    command = ["sh", "-c", 'read -r _; exec umount -l "$1"', "sh", str(mount)]
+    unmounts = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     job.root = mount
     try:
         yield kib, lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
     finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
+        unmounts.communicate()
+        assert unmounts.returncode == 0, f"{mount} is still mounted"
 
 
 def read_only(job: Job, reference: Reference, draw: random.Random) -> None:
@@ -387,9 +394,8 @@ def dead_peer(job: Job, reference: Reference, draw: random.Random) -> None:
     """One of two processes is killed, or hangs: the other ends by itself."""
     rank, batch = draw.randrange(2), draw.randint(1, 2 * STEPS - 1)
     signum = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP))
-    job.flags = (*job.flags, "--ddp_timeout", "5")
     _say(f"{signum.name} to process {rank} of 2 in batch {batch}")
-    run = job.start(AtStep(batch, signum, rank=rank))
+    run = job.start(AtStep(batch, signum, rank=rank), "--ddp_timeout", "5")  # not where the run is continued
     other = run.processes[1 - rank]
     other.join(60)
     hung = other.is_alive()

@@ -56,7 +56,7 @@ class Job:
             "--per_device_train_batch_size", str(4 // self.count), "--gradient_accumulation_steps", "2",
             "--do_train", "True", "--do_eval", "True", "--max_steps", str(STEPS), "--save_steps", "2",
             "--save_total_limit", "2", "--logging_steps", "3", "--report_to", "none", "--report", "False",
-            "--disable_tqdm", "True", "--export_format", "none", "--ddp_timeout", "20",
+            "--disable_tqdm", "True", "--export_format", "none", "--ddp_timeout", "60",
             "--output_dir", str(self.output), *self.flags, *flags,
         ]  # fmt: skip
         if "cache" in self.flags and "--distill_cache_dir" not in self.flags:

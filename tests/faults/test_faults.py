@@ -150,7 +150,7 @@ def test_sigterm_in_the_final_evaluation_saves_what_no_checkpoint_holds(workspac
 def test_sigterm_ends_an_evaluation_alone(workspace):
     job = Job(workspace, "alone")
     run = job.start(AtEvaluation(1, seconds=0.5), "--do_train", "False", "--per_device_eval_batch_size", "1")
-    assert run.wait(20) == [143] and run.text().endswith("ended by SIGTERM\n")
+    assert run.wait() == [143] and run.text().endswith("ended by SIGTERM\n")
 
 
 class _Trap:

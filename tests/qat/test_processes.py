@@ -69,7 +69,7 @@ def test_a_second_ctrl_c_ends_a_program_at_once_and_a_second_sigterm_does_not(tm
         time.sleep(0.2)
         assert program.is_alive()
     os.kill(program.pid, signal.SIGINT)
-    program.join(10)
+    program.join(30)
     assert program.exitcode == -signal.SIGINT
 
 
@@ -86,7 +86,7 @@ def test_a_reader_of_batches_is_ended_by_its_parent_alone(tmp_path):
     for worker in (ours, others):
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
-    ours.join(10)
+    ours.join(30)
     assert ours.exitcode == 0 and others.is_alive()
     others.kill()
 
@@ -98,7 +98,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _wait_until(condition, seconds: float = 20) -> None:
+def _wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

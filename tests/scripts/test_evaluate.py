@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import ROOT, make_tokenizer, save_llama, save_qat
 from tiny_families import save_family
+from torch.utils import collect_env
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat.checkpoints.pack import export_checkpoint
@@ -38,6 +39,12 @@ LINES = {
     "FP8": ["Selected ChannelWiseTorchFP8ScaledMMLinearKernel for CompressedTensorsW8A8Fp8"],
     "none": ["Using max model len 128", "Using LBHNC KV cache layout."],
 }
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked_of_the_machine(monkeypatch):
+    """lm_eval adds to each result what `pip list`, `lscpu` and ten other programs say."""
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: "not asked")
 
 
 @pytest.fixture

@@ -540,8 +540,8 @@ def test_settings_that_name_each_of_many_layers_are_read_in_seconds(tmp_path, me
     layers = {f"model.layers.{i}.mlp.experts.{j}.up_proj": fmt for i in range(60) for j in range(200)}
     names = [*layers, *(f"model.layers.{i}.mlp.gate" for i in range(600))]
     exceptions = {name: {"bits": 16} for name in names[-600:]}
-    started = time.perf_counter()
+    started = time.process_time()
     settings = {**group(targets=names), "quant_method": method, "extra_config": exceptions}
     found = declared(settings, layers, tmp_path)
-    assert time.perf_counter() - started < 8
+    assert time.process_time() - started < 8
     assert found.keys() == layers.keys()

@@ -85,7 +85,7 @@ def test_patterns_match_as_fnmatch_does_a_name_or_a_dotted_end_of_it():
 
 def test_a_hundred_thousand_names_are_matched_in_seconds():
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match="matches no layer that can be quantized"):
         prepare_qat(model, {torch.nn.Linear: "MXFP4"} | {f"layer.{i}": "MXFP4" for i in range(10**5)})
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10

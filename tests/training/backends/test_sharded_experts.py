@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import make_mixture, make_tokenizer, write_conversations
-from processes import fork
+from processes import SECONDS, fork
 from sharded_runs import Workspace
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -176,7 +176,7 @@ def test_experts_that_processes_share_unevenly_train_as_in_one_process(tmp_path,
     train(model, (0, 1))
     expected = finished_weights(model, model.state_dict(), {})
     for process in processes:
-        process.join(60)
+        process.join(SECONDS)
         assert process.exitcode == 0
     for rank, count in enumerate(each):
         shapes, state, rounded = torch.load(tmp_path / f"{rank}.pt")

@@ -54,6 +54,14 @@ def skeleton(scheme: str | None = None, **kwargs) -> LlamaForCausalLM:
     return prepare_qat(model, {nn.Linear: scheme}) if scheme else model
 
 
+ESTIMATOR_OF = program.estimator_of  # other tests do without, see conftest.py
+
+
+@pytest.fixture(autouse=True)
+def runs_with_estimate(monkeypatch):
+    monkeypatch.setattr(program, "estimator_of", ESTIMATOR_OF)
+
+
 @pytest.fixture(scope="module")
 def estimator() -> Estimator:
     return Estimator(skeleton("MXFP4"))

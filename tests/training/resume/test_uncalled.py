@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import make_llama, make_mixture
-from processes import fork
+from processes import SECONDS, fork
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from trainers import make_data, make_trainer
@@ -197,5 +197,5 @@ def _train_step(wrapping: str, bypasses: bool, store: str, rank: int) -> None:
 def test_processes_agree_and_a_layer_that_another_process_called_passes(wrapping, bypasses, tmp_path):
     processes = [fork(_train_step, wrapping, bypasses, str(tmp_path / "store"), rank) for rank in range(2)]
     for process in processes:
-        process.join(60)
+        process.join(SECONDS)
     assert [process.exitcode for process in processes] == [0, 0]
