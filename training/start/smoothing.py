@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -15,6 +18,8 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, de
     """Run `qat.transforms.smoothing.smooth` on the beginnings of the first training samples, without padding.
 
     What cannot be smoothed is logged, and no model ends the run.
+
+    Weights in BF16 are smoothed in FP32 and rounded once: BF16 alone would move the logits, and nothing be smoothed.
 
     Every process does the same. Under FSDP with `cpu_ram_efficient_loading` only the first one has weights; the others
     are given its smoothed ones when the model is sharded.
@@ -33,5 +38,23 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, de
         check_choosable(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    with computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):
+    with _weights_in_fp32(model), computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):
         smooth(model, first_samples(data_module, model.device), alpha)
+
+
+@contextmanager
+def _weights_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Have the tensors of a model in FP32 inside; afterwards each is rounded once to its dtype from before."""
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    model.float()
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(dtypes[name])
+        if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes.values()) and model.device.type == "cuda":
+            torch.cuda.empty_cache()  # memory of the FP32 weights: of another size, so of no use
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -9,6 +9,7 @@ from helpers import make_llama
 from data.sets.collating import SupervisedCollator
 from qat import prepare_qat
 from qat.transforms.smoothing import smooth
+from training.backends.masters import to_master_dtype
 from training.start import samples, smoothing
 from training.start.smoothing import smooth_with_data
 
@@ -41,6 +42,23 @@ def test_no_more_than_the_beginning_of_each_sample_is_read(monkeypatch):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     monkeypatch.setattr(samples, "TOKENS", 20)
     assert any(not torch.equal(value, ours[name]) for name, value in smoothed(whole).items())
+
+
+@pytest.mark.parametrize("alpha", [0.7, "auto"])
+def test_weights_without_fp32_masters_are_smoothed_in_fp32_and_rounded_once(alpha):
+    """In BF16 the logits would move by 0.003 of the largest, and all would be left as it is."""
+    model, expected = make_model(), make_model()
+    for each in (model, expected):
+        to_master_dtype(each, torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected.float()
+    smooth(expected, list(samples.first_samples(make_data(), CPU)), alpha)
+    smooth_with_data(model, make_data(), alpha, CPU)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.state_dict().items())
+    assert sum(not torch.equal(tensor, found[name]) for name, tensor in before.items()) > 8
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @pytest.fixture
