@@ -80,12 +80,17 @@ def out_of_domain_text() -> str:
 
 
 def texts_to_measure(out: Path, generic: str | None, never: str | None) -> dict[str, str]:
-    """The texts of the columns by name; writes what may be trained on to `out/generic.txt`."""
+    """The texts of the columns by name; writes what may be trained on to `out/generic.txt`.
+
+    Each row does so, beside others that read it: the file is replaced, and never half there.
+    """
     texts = {"foreign": out_of_domain_text()}
     if generic is not None:
         paragraphs = Path(generic).read_text(encoding="utf-8").split("\n\n")
         cut = len(paragraphs) * 19 // 20
-        (out / "generic.txt").write_text("\n\n".join(paragraphs[:cut]), encoding="utf-8")
+        own = out / f"generic-{os.getpid()}.txt"
+        own.write_text("\n\n".join(paragraphs[:cut]), encoding="utf-8")
+        own.replace(out / "generic.txt")
         texts["generic"] = "\n\n".join(paragraphs[cut:])
     if never is not None:
         texts["never"] = Path(never).read_text(encoding="utf-8")

@@ -43,6 +43,11 @@ def test_the_end_of_a_text_is_measured_and_its_beginning_trained_on(tmp_path):
 
     assert texts["generic"] == "paragraph 38\n\nparagraph 39" and texts["never"] == "another"
     assert (tmp_path / "generic.txt").read_text().endswith("paragraph 37") and texts["foreign"]
+    text.write_text("other\n\nparagraphs")
+    with (tmp_path / "generic.txt").open() as read_by_another_row:
+        accuracy.texts_to_measure(tmp_path, str(text), None)
+        assert read_by_another_row.read().endswith("paragraph 37")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generic.txt", "never.txt", "text.md"]
 
 
 def test_a_row_recovers_what_it_lowers_the_loss_of_rounding_on_each_text(tmp_path):

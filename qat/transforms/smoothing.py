@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,12 @@ class Smoothed:
 
 
 @torch.no_grad()
-def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: float | str) -> Smoothed:
+def smooth(
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    alpha: float | str,
+    agreed: Callable[[list[float]], list[float]] | None = None,
+) -> Smoothed:
     """Smooth the inputs of the quantized layers of `model` in place, except those that would move its logits.
 
     Args:
@@ -84,6 +89,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
             serves to check that the model still computes the same.
         alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
             above 0 and at most 1. "auto" chooses one for each activation, see strength.py.
+        agreed: gives processes that smooth the same model the same choice of "auto" from their own.
 
     Returns:
         What was smoothed and what was not, which is also logged: as a warning where the logits would have moved, or
@@ -108,7 +114,7 @@ def smooth(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], alpha: 
             check = Equality(model, _beginning(max(batches, key=_tokens)))
             seen = observe(model, batches)
         with _without_cache(model):
-            exponents = _exponents(model, batches, seen.activations, alpha)
+            exponents = _exponents(model, batches, seen.activations, alpha, agreed)
         with quantizers_off(model), _without_cache(model):
             left: dict[str, float] = {}
             lots = _lots([activation for activation, own in exponents.items() if any(own)])
@@ -126,10 +132,13 @@ def _exponents(
     batches: Sequence[dict[str, torch.Tensor]],
     activations: Sequence[Activation],
     alpha: float | str,
+    agreed: Callable[[list[float]], list[float]] | None,
 ) -> dict[Activation, tuple[float, float]]:
     """alpha and beta of each activation's factors, see factors.py."""
     if isinstance(alpha, str):
-        return {a: (own, BETA) for a, own in zip(activations, best_strengths(model, batches, activations), strict=True)}
+        chosen = best_strengths(model, batches, activations)
+        chosen = chosen if agreed is None else agreed(chosen)
+        return {activation: (own, BETA) for activation, own in zip(activations, chosen, strict=True)}
     return dict.fromkeys(activations, (alpha, 1 - alpha))
 
 
@@ -210,13 +219,13 @@ def _summarize(
 
 def _log(model: nn.Module, result: Smoothed, alpha: float | str) -> None:
     text, name = str(result), type(model).__name__
+    chosen = ", ".join(f"{own:g} x {count}" for own, count in result.strengths.items())
+    text += f"; alpha {f'{AUTO}: {chosen}' if alpha == AUTO and chosen else alpha}"
     if not result.smoothed:
         logger.warning("%s continues without smoothing, which --smooth_alpha %s asks for: %s", name, alpha, text)
         return
     log = logger.warning if result.left else logger.info
-    chosen = ", ".join(f"{own:g} x {count}" for own, count in result.strengths.items())
-    alpha = f"{AUTO}: {chosen}" if alpha == AUTO else alpha
-    log("%s; alpha %s; logits move by %.1e of the largest", text[0].upper() + text[1:], alpha, result.moved)
+    log("%s; logits move by %.1e of the largest", text[0].upper() + text[1:], result.moved)
 
 
 def _tokens(batch: dict[str, torch.Tensor]) -> int:

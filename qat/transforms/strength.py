@@ -52,7 +52,8 @@ def best_strengths(
     """The strength of `GRID` with the least output error for each activation; the smaller of two that are equal.
 
     Args:
-        model: prepared, without experts; its quantizers on, except those that stay off. It is left as it is.
+        model: prepared, without experts; its quantizers on, except those that stay off. It is left as it is, by an
+            error, too.
         batches: what it is called with.
         activations: from `observe`, of the same batches.
     """
@@ -74,14 +75,16 @@ def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tenso
     errors = []
     for alpha in GRID:
         factors = activation.by_channel(factors_of(activation, alpha, BETA))
-        for reader in scaled:
-            reader.multiply(factors)
-        with _calibrated(layers, (activation.largest / factors).amax()):
-            smoothed = x / factors
-            outputs = [site.module(smoothed) for site in layers]
+        try:
+            for reader in scaled:
+                reader.multiply(factors)
+            with _calibrated(layers, (activation.largest / factors).amax()):
+                smoothed = x / factors
+                outputs = [site.module(smoothed) for site in layers]
+        finally:
+            for reader, value in zip(scaled, kept, strict=True):
+                reader.parameter.copy_(value)
         errors.append(sum((a - b).double().pow(2).sum() for a, b in zip(outputs, exact, strict=True)))
-        for reader, value in zip(scaled, kept, strict=True):
-            reader.parameter.copy_(value)
     return torch.stack(errors)
 
 

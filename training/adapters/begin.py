@@ -130,7 +130,7 @@ class Adapters:
         if source is not None and has_weights and (smooth is not None or not packs):  # else it is packed anew
             load_base(source, model, self.start.model_args.trust_remote_code)
         elif source is None and smooth is not None:
-            smooth_in_fp32(model, smooth)
+            smooth()
 
     def _keep(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own: Path, writers: Writers, is_new: bool
@@ -140,23 +140,6 @@ class Adapters:
         if writers.leads and (is_new or not own.is_dir()):
             write_base(own, model, tokenizer, self.start.dtypes, self.arguments.changes_base)
         writers.wait()
-
-
-@torch.no_grad()
-def smooth_in_fp32(model: nn.Module, smooth: Callable[[], None]) -> None:
-    """Smooth frozen weights as masters are, in FP32, and round them once to the dtypes that they are stored in.
-
-    So they are the weights that a run without adapters starts from, rounded as it saves them.
-    """
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
-    model.float()
-    smooth()
-    for name, tensor in _tensors(model):
-        tensor.data = tensor.data.to(dtypes[name])
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _load(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:

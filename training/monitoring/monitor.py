@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from qat.layers.operands import Operands
 from qat.layers.sites import EXPERTS, Site
+from qat.layers.transform import transformed_input, transformed_weight
 from qat.numerics import ops
 from qat.numerics.codes import decode
 from qat.numerics.families import family_of
@@ -54,13 +55,15 @@ class WeightSample:
     steps: int = 0
 
     def quantize(self) -> tuple[torch.Tensor, Quantized]:
-        """The weights [n, K] as they are seen in `dtype`, and quantized."""
+        """The weights [n, K] as they are seen in `dtype`, transformed where they are rounded so, and quantized."""
         rounding = self.sites[0].module.weight_quantizer.rounding
         weights = torch.cat([some_rows(site, ROWS_PER_LAYER) for site in self.sites])
         each = [[_present(local_part(p, site.weight.ndim)) for p in site.module.weight_quantizer.learned]
                 for site in self.sites]  # fmt: skip
         learned = [torch.cat([_some(part) for part in parts]) for parts in zip(*each, strict=True)]
-        return weights.to(self.dtype), rounding.quantize(weights, self.dtype, *learned)
+        is_transformed = self.sites[0].module.weight_quantizer.is_transformed
+        seen = transformed_weight(weights, self.dtype) if is_transformed else weights.to(self.dtype)
+        return seen, rounding.quantize(weights, self.dtype, *learned)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -172,6 +175,7 @@ class QuantizationMonitor(TrainerCallback):
             if not module.input_quantizer.is_enabled or not x.numel():  # off: the student is its own teacher
                 return
             spec, rows = module.input_quantizer.spec, spread_rows(x.reshape(-1, x.shape[-1]), TOKENS_PER_INPUT)
+            rows = transformed_input(rows.to(self.dtype)) if module.weight_quantizer.is_transformed else rows
             divisor = module.input_divisor(x.device)  # before the first step it is on the CPU
             quantized = ops.quantize(rows, spec.format.name, spec.rule, self.dtype, divisor)
             self.input_fractions.setdefault(group, []).append(_fraction_saturated(rows.to(self.dtype), quantized, spec))
@@ -199,7 +203,8 @@ def _samples(sites: list[Site], dtype: torch.dtype) -> list[WeightSample]:
     present = {site.label: rows.shape[-1] for site in sites if (rows := local_rows(site)) is not None and rows.numel()}
     for site in evenly_spaced([site for site in sites if site.label in present], LAYERS_PER_GROUP):
         quantizer = site.module.weight_quantizer
-        lots.setdefault((quantizer.spec, present[site.label], bool(quantizer.learned)), []).append(site)
+        key = quantizer.spec, present[site.label], bool(quantizer.learned), quantizer.is_transformed
+        lots.setdefault(key, []).append(site)
     return [WeightSample(lot, key[0], dtype) for key, lot in lots.items()]
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from qat.transforms.smoothing import smooth
 from qat.transforms.strength import AUTO, check_choosable
 
+from ..backends.weightless import first_process_loads
 from .samples import computing_in_fp32, first_samples
 
 
@@ -16,8 +22,11 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, de
 
     What cannot be smoothed is logged, and no model ends the run.
 
-    Every process does the same. Under FSDP with `cpu_ram_efficient_loading` only the first one has weights; the others
-    are given its smoothed ones when the model is sharded.
+    Weights in BF16 are smoothed in FP32 and rounded once: BF16 alone would move the logits, and nothing be smoothed.
+
+    Every process does the same, with the strengths of "auto" that the first one chose. Under FSDP with
+    `cpu_ram_efficient_loading` only the first one has weights; the others are given its smoothed ones when the model is
+    sharded.
 
     Args:
         model: prepared by `prepare_qat`.
@@ -33,5 +42,32 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, de
         check_choosable(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    with computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):
-        smooth(model, first_samples(data_module, model.device), alpha)
+    with _weights_in_fp32(model), computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):
+        smooth(model, first_samples(data_module, model.device), alpha, _of_first_process)
+
+
+def _of_first_process(strengths: list[float]) -> list[float]:
+    """Those that the first process chose. Of two that are almost equal another device, or the CPU, may choose the other
+    one, and under FSDP2 each process would shard weights of its own."""
+    shared = [strengths]
+    if PartialState().num_processes > 1 and not first_process_loads():  # else the others are not here
+        broadcast_object_list(shared)
+    return shared[0]
+
+
+@contextmanager
+def _weights_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Have the tensors of a model in FP32 inside; afterwards each is rounded once to its dtype from before."""
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    model.float()
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(dtypes[name])
+        if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes.values()) and model.device.type == "cuda":
+            torch.cuda.empty_cache()  # memory of the FP32 weights: of another size, so of no use
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

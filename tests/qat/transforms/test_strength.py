@@ -111,7 +111,32 @@ def test_of_equal_errors_the_least_strength_is_taken_and_a_model_without_outlier
     result = smooth(model, BATCHES, "auto")
     assert (result.smoothed, result.inputs, result.strengths) == (0, 1, {0.0: 1})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "OneNorm continues without smoothing, which --smooth_alpha auto asks for: smoothed 0 of 1" in caplog.text
+    expected = "OneNorm continues without smoothing, which --smooth_alpha auto asks for: smoothed 0 of 1 activations"
+    assert f"{expected}; alpha auto: 0 x 1" in caplog.text
+
+
+def test_an_error_during_a_trial_leaves_the_weights_as_they_were(monkeypatch):
+    model = prepare_qat(OneNorm(), {torch.nn.Linear: "MXFP4"}, ())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    trials = iter(range(9))
+
+    def fails(module, args):
+        if module.weight_quantizer.is_enabled and next(trials) == 8:
+            raise MemoryError
+
+    model.two.register_forward_pre_hook(fails)
+    with pytest.raises(MemoryError):
+        smooth(model, BATCHES, "auto")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_processes_smooth_by_the_strengths_that_they_agreed_on():
+    found = []
+    for agreed in (lambda own: [0.3] * len(own), None):
+        model = prepare_qat(make_llama().eval(), {torch.nn.Linear: "MXFP4"})
+        found.append(smooth(model, BATCHES, "auto", agreed).strengths)
+    assert found[0] == {0.3: 8} != found[1]
 
 
 def test_inputs_with_a_tensor_scale_are_calibrated_for_each_strength_and_stay_uncalibrated():

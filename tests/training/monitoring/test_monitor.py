@@ -100,6 +100,23 @@ def test_saturated_weights_and_inputs_are_counted():
     assert not model["mlp"]._forward_pre_hooks and "saturation_inputs/mlp" not in monitor.metrics()
 
 
+def test_figures_of_transformed_layers_are_of_what_they_round():
+    """Of 32 equal values one is left, 7 here, beyond the largest that FLOOR's scale of 1 holds; 1.24 itself is held."""
+    layers = {name: nn.Linear(64, 32, bias=False) for name in ("up_proj", "down_proj")}
+    for layer in layers.values():
+        nn.init.constant_(layer.weight, 7 / 32**0.5)
+    model = nn.ModuleDict({"mlp": nn.ModuleDict(layers)})
+    prepare_qat(model, {nn.Linear: "MXFP4"}, (), "floor", "floor", input_transforms={"down_proj": "hadamard"})
+    monitor = QuantizationMonitor(model, torch.float32)
+    monitor.inputs = {"mlp": [layers["down_proj"]]}
+    monitor.on_train_begin(None, STATE, None)
+    monitor.on_optimizer_step(None, STATE, None)
+    monitor.on_step_begin(None, STATE, None)
+    layers["down_proj"](torch.full((3, 64), 7 / 32**0.5))
+    figures = monitor.metrics()
+    assert (figures["saturation_weights/mlp"], figures["saturation_inputs/mlp"]) == (1 / 64, 1 / 32)
+
+
 def test_steps_that_are_not_logged_run_without_hooks():
     model, monitor = make_monitor()
     monitor.on_step_begin(None, SimpleNamespace(global_step=0, logging_steps=2), None)

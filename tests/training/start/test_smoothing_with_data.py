@@ -1,6 +1,7 @@
 """Smoothing by training samples: how much of them is read, and where the model is meanwhile."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import make_llama
 from data.sets.collating import SupervisedCollator
 from qat import prepare_qat
 from qat.transforms.smoothing import smooth
+from training.backends.masters import to_master_dtype
 from training.start import samples, smoothing
 from training.start.smoothing import smooth_with_data
 
@@ -41,6 +43,38 @@ def test_no_more_than_the_beginning_of_each_sample_is_read(monkeypatch):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     monkeypatch.setattr(samples, "TOKENS", 20)
     assert any(not torch.equal(value, ours[name]) for name, value in smoothed(whole).items())
+
+
+@pytest.mark.parametrize("alpha", [0.7, "auto"])
+def test_weights_without_fp32_masters_are_smoothed_in_fp32_and_rounded_once(alpha):
+    """In BF16 the logits would move by 0.003 of the largest, and all would be left as it is."""
+    model, expected = make_model(), make_model()
+    for each in (model, expected):
+        to_master_dtype(each, torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected.float()
+    smooth(expected, list(samples.first_samples(make_data(), CPU)), alpha)
+    smooth_with_data(model, make_data(), alpha, CPU)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.state_dict().items())
+    assert sum(not torch.equal(tensor, found[name]) for name, tensor in before.items()) > 8
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loads_alone", [False, True])
+def test_processes_take_the_strengths_of_the_first_one_where_it_is_not_alone(monkeypatch, loads_alone):
+    def broadcast(objects):
+        objects[0] = [0.4] * len(objects[0])
+
+    monkeypatch.setattr(smoothing, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(smoothing, "first_process_loads", lambda: loads_alone)
+    monkeypatch.setattr(smoothing, "broadcast_object_list", broadcast)
+    assert smoothing._of_first_process([0.1, 0.9]) == ([0.1, 0.9] if loads_alone else [0.4, 0.4])
+    model, expected = make_model(), make_model()
+    smooth_with_data(model, make_data(), "auto", CPU)
+    smooth(expected, list(samples.first_samples(make_data(), CPU)), "auto", smoothing._of_first_process)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
 
 
 @pytest.fixture
