@@ -63,7 +63,7 @@ def best_strengths(
     chosen = []
     for activation, layers, inputs in tqdm(list(zip(activations, readers, rows, strict=True)), desc="Strengths"):
         errors = output_errors(activation, layers, inputs.to(activation.largest.device))
-        chosen.append(GRID[int(errors.argmin())])
+        chosen.append(GRID[int(errors.nan_to_num(torch.inf).argmin())])
     return chosen
 
 
