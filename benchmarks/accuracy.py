@@ -330,7 +330,9 @@ def main() -> None:
     )
     parser.add_argument("--generic", help="text for the rows generic-file-*, and for a column; not a JSON file")
     parser.add_argument("--never", help="text for a column, which chooses nothing")
-    parser.add_argument("--steps", type=positive, help="steps of all trained rows, for a quick look with an --out of its own")
+    parser.add_argument(
+        "--steps", type=positive, help="steps of all trained rows, for a quick look with an --out of its own"
+    )
     parser.add_argument("--workers", type=positive, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
