@@ -61,7 +61,7 @@ def test_a_disk_without_space_for_the_tokens_is_said_to_be_full(pair):
     [
         (
             1,
-            "OSError: [Errno 28] No space left on device: '/root/.cache/x'",
+            "OSError: [Errno 28] No space left on device: '/cache/x'",
             DiskFullError,
             "the disk is full .*cache/x",
         ),
