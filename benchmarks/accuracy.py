@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -38,7 +39,7 @@ from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
-from qat.errors import reported_in_one_line  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.layers.calibration import calibrate_inputs  # noqa: E402
 from qat.layers.packed_base import pack_base  # noqa: E402
 from training.adapters.inject import add_adapters, lora_config  # noqa: E402
@@ -124,6 +125,10 @@ def measure(model, teacher, tokenizer, eval_set, collate, device: str, texts: di
 def on_text(model, teacher, tokenizer, text: str, device: str) -> dict[str, float]:
     """Perplexity and KL on the first rows of a text; every token of a row but the first is predicted."""
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    if len(ids) < LENGTH:
+        raise UserError(
+            f"a text of {len(ids)} tokens is too short to be measured, which takes {LENGTH}; give more of it"
+        )
     ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)[:ROWS_OF_TEXT].to(device)
     nll = kl = 0.0
     for rows in ids.split(8):
@@ -221,11 +226,9 @@ def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path) -> dict:
     return generic.mixed_into(data)
 
 
-def run_row(key: str, out: Path, device: str, generic: str | None = None, never: str | None = None,
-            steps: int | None = None) -> None:  # fmt: skip
+def run_row(key: str, out: Path, device: str, generic: str | None = None, never: str | None = None) -> None:
     """Train and measure one row; write `out/KEY.json`."""
     row = row_of(key)
-    row.steps = steps if steps and row.steps else row.steps
     texts = texts_to_measure(out, generic, never)
     set_seed(row.seed)
     model, tokenizer, data = load(str(out / "bf16-model"), None, device, row.packing)
@@ -282,8 +285,10 @@ def finished_rows(out: Path, keys: list[str]) -> list[dict]:
     return rows
 
 
-def _is_done(out: Path, key: str) -> bool:
-    return (out / f"{key}.json").exists()
+def _is_done(out: Path, key: str, texts: Sequence[str] = ()) -> bool:
+    """Whether a row was measured, on these texts too."""
+    path = out / f"{key}.json"
+    return path.exists() and all(f"{text}_kl" in json.loads(path.read_text()) for text in texts)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -297,7 +302,9 @@ def print_table(rows: list[dict]) -> None:
     for row in rows:
         title = row["title"] + (f" (seed {row['seed']})" if "@" in row["row"] else "")
         figures = (
-            f"{row[text + 'perplexity']:>8.2f}{row[text + 'recovered']:>8.1%}{row[text + 'kl']:>7.3f}" for text in texts
+            f"{row.get(f'{text}perplexity', math.nan):>8.2f}{row.get(f'{text}recovered', math.nan):>8.1%}"
+            f"{row.get(f'{text}kl', math.nan):>7.3f}"
+            for text in texts
         )
         print(f"{title:<62}{''.join(figures)}{row['steps']:>7}{row['seconds']:>6.0f}")
 
@@ -326,13 +333,11 @@ def main() -> None:
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument(
-        "--rows", help="names from ROWS, with -STEPS and @SEED for other steps and another seed; default: all"
+        "--rows",
+        help="names from ROWS, with -STEPS and @SEED for other steps and another seed (default-30@3); default: all",
     )
     parser.add_argument("--generic", help="text for the rows generic-file-*, and for a column; not a JSON file")
     parser.add_argument("--never", help="text for a column, which chooses nothing")
-    parser.add_argument(
-        "--steps", type=positive, help="steps of all trained rows, for a quick look with an --out of its own"
-    )
     parser.add_argument("--workers", type=positive, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -343,7 +348,7 @@ def main() -> None:
     if args.row == "finetune":
         return finetune(args.model, args.gguf_file, args.out, device)
     if args.row:
-        return run_row(args.row, args.out, device, args.generic, args.never, args.steps)
+        return run_row(args.row, args.out, device, args.generic, args.never)
     keys = args.rows.split(",") if args.rows else [key for key in ALL if args.generic or row_of(key).generic != "FILE"]
     if args.generic is None and (wanting := [key for key in keys if row_of(key).generic == "FILE"]):
         parser.error(f"--rows {','.join(wanting)}: no text is named for them; give --generic FILE")
@@ -359,20 +364,23 @@ def main() -> None:
         number, key = task
         command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
-        for name in ("generic", "never", "steps"):
-            command += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+        for name in ("generic", "never"):
+            command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
         one_gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
         result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_gpu)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
-    todo = sorted((key for key in keys if not _is_done(args.out, key)), key=lambda key: -row_of(key).steps)
+    texts = ["foreign", *(name for name in ("generic", "never") if getattr(args, name))]
+    todo = sorted((key for key in keys if not _is_done(args.out, key, texts)), key=lambda key: -row_of(key).steps)
     with ThreadPoolExecutor(args.workers) as pool:  # the longest first
         list(pool.map(spawn, enumerate(todo)))
     rows = finished_rows(args.out, keys)
     print_table(rows)
     write_csv(rows, args.csv, args.workers, device)
+    if missing := [key for key in keys if not _is_done(args.out, key, texts)]:
+        raise UserError(f"not measured: {', '.join(missing)}; what each said stands above")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,3 +83,23 @@ def test_the_plot_takes_all_steps_and_seeds_of_a_row(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(UserError, match="'inc'"):
         accuracy_plot.plot(lines, ["inc"], tmp_path / "plot.png")
+
+
+def test_a_row_that_was_not_measured_on_a_text_is_not_done(tmp_path):
+    (tmp_path / "default.json").write_text(json.dumps({"perplexity": 2.0, "foreign_kl": 0.1}))
+
+    assert accuracy._is_done(tmp_path, "default", ["foreign"])
+    assert not accuracy._is_done(tmp_path, "default", ["foreign", "never"])
+    assert not accuracy._is_done(tmp_path, "default-600", [])
+
+
+def test_a_row_that_fails_ends_the_program_with_an_error(tmp_path, monkeypatch):
+    (tmp_path / "bf16-model").mkdir()
+    (tmp_path / "bf16-model" / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["accuracy.py", "--model", "m", "--out", str(tmp_path), "--rows", "bf16",
+                                     "--csv", str(tmp_path / "table.csv")])  # fmt: skip
+    failed = SimpleNamespace(returncode=1, stderr="no memory")
+    monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
+
+    with pytest.raises(UserError, match="not measured: bf16"):
+        accuracy.main()
