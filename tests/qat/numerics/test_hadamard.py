@@ -116,7 +116,7 @@ def compare_fused(device: str, rows: int = 20) -> None:
     count = torch.zeros(1, dtype=torch.int64, device=device)
     lost = 0
     for at_a_time, stored, rule in ((8192, torch.bfloat16, "even"), (64, torch.float32, "search")):
-        triton_rows._COLUMNS = at_a_time  # so that rows pass in several tiles, the last one not full
+        triton_rows._tile = lambda *_: (at_a_time, 1024)  # noqa: B023  rows pass in several tiles, the last not full
         x = (wide(rows) * 1e-9).to(stored)
         transformed = hadamard.transform(x, torch.bfloat16)
         found = triton_rows.to_rows(x.to(device), MXFP4, rule, torch.bfloat16, True, count, True)
