@@ -151,7 +151,7 @@ def load(path: str, gguf_file: str | None, device: str, packing: bool = False):
 
 
 def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTrainer:
-    """Train `model` as in `row`, with QATTrainer."""
+    """Train `model` as in `row`, with QATTrainer; ends the program where a signal ends the training."""
     arguments = TrainingArguments(
         str(folder), max_steps=row.steps, learning_rate=row.lr, per_device_train_batch_size=BATCH,
         max_grad_norm=row.train.get("max_grad_norm", 1.0),
@@ -168,6 +168,8 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
         **row.trainer_options, **data,
     )  # fmt: skip
     trainer.train()
+    if trainer.was_interrupted:  # what was trained so far is no row
+        sys.exit(trainer.exit_status)
     trainer.round_masters()  # the weights are measured as they would be saved
     return trainer
 

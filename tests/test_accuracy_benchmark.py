@@ -103,3 +103,11 @@ def test_a_row_that_fails_ends_the_program_with_an_error(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match="not measured: bf16"):
         accuracy.main()
+
+
+def test_a_training_that_a_signal_ends_is_no_row(tmp_path, monkeypatch):
+    interrupted = SimpleNamespace(train=lambda: None, was_interrupted=True, exit_status=143)
+    monkeypatch.setattr(accuracy, "QATTrainer", lambda **kwargs: interrupted)
+    with pytest.raises(SystemExit) as raised:
+        accuracy.train(None, None, {}, tmp_path, row_of("ce-30"))
+    assert raised.value.code == 143
