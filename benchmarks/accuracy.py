@@ -359,6 +359,7 @@ def main() -> None:
         if (path := getattr(args, name)) is not None and not Path(path).is_file():
             parser.error(f"--{name} {path}: there is no such file")
 
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.workers))}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.split(",")
 
@@ -368,8 +369,8 @@ def main() -> None:
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
         for name in ("generic", "never"):
             command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-        one_gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
-        result = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_gpu)
+        share = threads | os.environ | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+        result = subprocess.run(command, capture_output=True, text=True, env=share)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
     if not (args.out / "bf16-model" / "config.json").exists():
