@@ -248,10 +248,11 @@ class QuantizationArguments:
             raise UserError(
                 f"--input_transform {self.input_transform!r} is unknown; choose one of {', '.join(choices)}"
             )
+        layers = self.input_transform_layers or [LAYERS_AUTO]
         if self.input_transform == "none":
-            if self.input_transform_layers:
+            if layers != [LAYERS_AUTO]:
                 raise UserError(
-                    f"--input_transform_layers {' '.join(self.input_transform_layers)} has no effect without "
+                    f"--input_transform_layers {' '.join(layers)} has no effect without "
                     f"--input_transform; give that too ({', '.join(INPUT_TRANSFORMS)}), or omit it"
                 )
             return
@@ -260,7 +261,6 @@ class QuantizationArguments:
                 f"--input_transform {self.input_transform} needs --quant_scheme or --quant_mapping beside it; give one "
                 "of them, or omit it (a model that was trained with it keeps it)"
             )
-        layers = self.input_transform_layers or []
         if LAYERS_AUTO in layers and len(layers) > 1:
             raise UserError(
                 f"--input_transform_layers {' '.join(layers)}: {LAYERS_AUTO} chooses the layers itself; give it alone, "
