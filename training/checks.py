@@ -28,7 +28,6 @@ from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, check_writable
 from qat.layers.fp8_matmul import use_fp8_matmul
 from qat.layers.restore import check_trainable
-from qat.transforms.strength import AUTO, check_choosable
 
 from .adapters.begin import Adapters
 from .adapters.files import check_same_adapters
@@ -107,8 +106,6 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
     with _mapping_named(quant_args.quant_mapping):
         with _silenced():  # that of the model itself is printed
             start.quantize(skeleton, quant_args)
-        if quant_args.smooth_alpha == AUTO:
-            check_choosable(skeleton)
         use_fp8_matmul(skeleton, quant_args.fp8_matmul, args.device)
         if args.do_train:
             check_trainable(skeleton)

@@ -68,7 +68,7 @@ def check_transforms(dialect: Dialect, sites: Iterable[Site]) -> None:
     if site is not None and dialect.quant_method != CompressedTensors.quant_method:
         raise UserError(
             f"{site.label} has transformed inputs, which {dialect.name} cannot hold; use {CompressedTensors.name}, or "
-            "train without --input_transform"
+            "train with --input_transform none"
         )
 
 

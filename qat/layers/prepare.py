@@ -19,7 +19,7 @@ from ..schemes.spec import Scheme
 from .fused import tie_fused
 from .kv_cache import cache_layers, cache_quantizers, quantize_cache
 from .learned import SETTINGS, check_learnable
-from .left_alone import GENERAL_KEYS, NO_KEY, UNFIT, Defaults, check_named_sites_fit, is_named
+from .left_alone import GENERAL_KEYS, NO_KEY, UNFIT, Defaults, check_named_sites_fit, is_named, output_head
 from .share import (
     ENOUGH,
     describe_left,
@@ -31,7 +31,7 @@ from .share import (
     quantized_share,
 )
 from .sites import EXPERTS, KINDS, LINEAR, Site, find_sites, quantized_sites
-from .transformed import choose_transformed, transformed_sites
+from .transformed import Transformed, choose_transformed, describe_untransformed
 
 # Names of the last layer: lists of layers to ignore have them whatever the model at hand calls its own.
 _HEADS = {*DEFAULT_IGNORE, "embed_out"}
@@ -53,7 +53,7 @@ def prepare_qat(
     learn_scale: bool = False,
     kv_cache_scheme: str | None = None,
     left_alone: Mapping[str, str] | None = None,
-    input_transforms: Mapping[str, str] | None = None,
+    input_transforms: Mapping[str, str] | str | None = None,
 ) -> nn.Module:
     """Replace linear layers by QuantLinear, in place; quantize the key/value cache, if asked for.
 
@@ -76,7 +76,7 @@ def prepare_qat(
             kv_cache.py. Their scales need calibration.
         left_alone: layers to leave alone, {name: reason}, in place of those that the rules cover; {} for none.
         input_transforms: transforms (`presets.INPUT_TRANSFORMS`) of the inputs of layers, by pattern, such as
-            {"*.down_proj": "hadamard"}; see transform.py.
+            {"*.down_proj": "hadamard"}; or "hadamard", for all layers that an engine serves so, see transformed.py.
 
     Returns:
         `model`, its quantization written into `model.qat_config`.
@@ -103,14 +103,14 @@ def prepare_qat(
         check_learnable(schemes[scheme].weight, settings)
     if settings:
         _check_untied(model, chosen, settings[0])
-    transformed = choose_transformed(input_transforms or {}, chosen, schemes, settings)
+    transformed = choose_transformed(input_transforms or {}, chosen, schemes, settings, output_head(model))
     if kv_cache_scheme is not None:
         kv_cache_scheme, kv_spec = get_kv_cache_scheme(kv_cache_scheme)
         quantize_cache(cache_layers(model), kv_spec)  # checks before it changes anything
     for site, scheme in chosen:
         if not KINDS[site.kind].is_quantized(site.owner):  # with the other parameters of its module
             KINDS[site.kind].convert(site.owner, schemes[scheme], site.name, bool(settings))
-    for site in transformed:
+    for site in transformed.sites:
         site.module.weight_quantizer.is_transformed = True
 
     config = QATConfig(
@@ -121,11 +121,11 @@ def prepare_qat(
         kv_cache_scheme=kv_cache_scheme,
         left_alone=by_rule,
         kinds=tuple(sorted({site.kind for site, _ in chosen})),
-        input_transforms=dict(input_transforms or {}),
+        input_transforms=transformed.patterns,
     )
     tie_fused(model)
     set_qat_config(model, config)
-    _print_summary(model, config, left)
+    _print_summary(model, config, left, transformed)
     return model
 
 
@@ -303,7 +303,7 @@ def _examples(chosen: list[tuple[Site, str]], left: dict[str, str]) -> str:
     return f"{len(names)} weight modules: {shown}{hint}"
 
 
-def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str]) -> None:
+def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str], transformed: Transformed) -> None:
     """Print what was done, the share first; warn of a small one. In the first process of several only."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -319,9 +319,11 @@ def _print_summary(model: nn.Module, config: QATConfig, left: Mapping[str, str])
     if config.kv_cache_scheme is not None:
         cached_layers = len(cache_quantizers(model)) // 2
         lines.append(f"  key/value cache of {cached_layers} attention layers in {config.kv_cache_scheme}")
-    if transformed := transformed_sites(model):
-        names = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in transformed))
-        lines.append(f"  inputs of {len(transformed)} layers transformed by Hadamard blocks of 32: {names}")
+    if transformed.sites:
+        names = ", ".join(dict.fromkeys(site.name.rpartition(".")[2] for site in transformed.sites))
+        count = f"{len(transformed.sites)} of {len({site.name for site in quantized_sites(model)})}"
+        rest = f"; left: {describe_untransformed(transformed.left)}" if transformed.left else ""
+        lines.append(f"  inputs of {count} layers transformed by Hadamard blocks of 32: {names}{rest}")
     lines += [f"  left unquantized: {line}" for line in describe_left(model, left)]
     lines += [f"  {name}: {value}" for name, value in config.training.items()]
     print("\n".join(lines), flush=True)

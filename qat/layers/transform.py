@@ -26,7 +26,6 @@ from ..schemes.spec import VIEW_DTYPE
 from .rounding import Rounding
 
 FORMATS = ("mxfp4", "mxfp8")  # of weights that can be transformed: those in blocks of `SIZE`
-DEFAULT_LAYERS = ("*.down_proj", "*.o_proj")
 
 
 def transformed_input(x: torch.Tensor) -> torch.Tensor:

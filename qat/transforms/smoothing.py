@@ -33,7 +33,7 @@ from .activations import Activation
 from .equality import Equality
 from .factors import apply_factors, factors_of
 from .observation import Observation, observe
-from .strength import AUTO, BETA, best_strengths, check_choosable
+from .strength import AUTO, BETA, OF_EXPERTS, best_strengths, read_by_experts
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Smoothed:
         uncovered: the other inputs, each by one weight that reads it: nothing before them can absorb the factors.
         moved: how far the logits of the smoothed model have moved.
         strengths: how many of the activations have each alpha; 0 of those that are best left as they are.
+        of_experts: how many of the activations quantized experts read, where alpha is "auto"; theirs is `OF_EXPERTS`,
+            and they are not among `strengths`.
     """
 
     inputs: int
@@ -62,6 +64,7 @@ class Smoothed:
     uncovered: tuple[str, ...]
     moved: float
     strengths: dict[float, int]
+    of_experts: int = 0
 
     def __str__(self) -> str:
         text = f"smoothed {self.smoothed} of {self.inputs} activations"
@@ -88,7 +91,8 @@ def smooth(
         batches: what the model is called with, on its device and without padding; the beginning of the longest one also
             serves to check that the model still computes the same.
         alpha: migration strength (SmoothQuant): how much of the outliers moves from activations into weights;
-            above 0 and at most 1. "auto" chooses one for each activation, see strength.py.
+            above 0 and at most 1. "auto" chooses one for each activation that linear layers alone read, see
+            strength.py.
         agreed: gives processes that smooth the same model the same choice of "auto" from their own.
 
     Returns:
@@ -96,11 +100,9 @@ def smooth(
         where nothing is smoothed.
 
     Raises:
-        UserError: alpha is out of range, or there is no batch; or alpha is "auto" and the model has quantized experts.
+        UserError: alpha is out of range, or there is no batch.
     """
-    if alpha == AUTO:
-        check_choosable(model)
-    elif isinstance(alpha, str) or not 0 < alpha <= 1:
+    if alpha != AUTO and (isinstance(alpha, str) or not 0 < alpha <= 1):
         raise UserError(
             f"smoothing alpha {alpha} is out of range; choose a number above 0 and at most 1, such as 0.7, or {AUTO}"
         )
@@ -113,14 +115,16 @@ def smooth(
         with quantizers_off(model), _without_cache(model):
             check = Equality(model, _beginning(max(batches, key=_tokens)))
             seen = observe(model, batches)
+        fixed = read_by_experts(model, seen.activations) if alpha == AUTO else []
         with _without_cache(model):
-            exponents = _exponents(model, batches, seen.activations, alpha, agreed)
+            exponents = _exponents(model, batches, seen.activations, alpha, fixed, agreed)
         with quantizers_off(model), _without_cache(model):
             left: dict[str, float] = {}
             lots = _lots([activation for activation, own in exponents.items() if any(own)])
             kept = [a for lot in lots for a in _smooth_exactly(lot, exponents, check, left)]
-            chosen = Counter(own[0] for a, own in exponents.items() if a in kept or not any(own))
-            result = _summarize(seen, kept, left, check.moved() if kept else 0.0, dict(sorted(chosen.items())))
+            chosen = Counter(o[0] for a, o in exponents.items() if a not in fixed and (a in kept or not any(o)))
+            moved, of_experts = check.moved() if kept else 0.0, sum(a in kept for a in fixed)
+            result = _summarize(seen, kept, left, moved, dict(sorted(chosen.items())), of_experts)
     finally:
         model.train(was_training)
     _log(model, result, alpha)
@@ -132,14 +136,17 @@ def _exponents(
     batches: Sequence[dict[str, torch.Tensor]],
     activations: Sequence[Activation],
     alpha: float | str,
+    fixed: Sequence[Activation],
     agreed: Callable[[list[float]], list[float]] | None,
 ) -> dict[Activation, tuple[float, float]]:
-    """alpha and beta of each activation's factors, see factors.py."""
-    if isinstance(alpha, str):
-        chosen = best_strengths(model, batches, activations)
+    """alpha and beta of each activation's factors, see factors.py; `fixed` are those that "auto" does not choose."""
+    same = OF_EXPERTS if isinstance(alpha, str) else alpha
+    exponents = dict.fromkeys(activations, (same, 1 - same))
+    if isinstance(alpha, str) and (linear := [a for a in activations if a not in fixed]):
+        chosen = best_strengths(model, batches, linear)
         chosen = chosen if agreed is None else agreed(chosen)
-        return {activation: (own, BETA) for activation, own in zip(activations, chosen, strict=True)}
-    return dict.fromkeys(activations, (alpha, 1 - alpha))
+        exponents |= {activation: (own, BETA) for activation, own in zip(linear, chosen, strict=True)}
+    return exponents
 
 
 def _by_kind(left: dict[str, float]) -> Iterator[str]:
@@ -206,7 +213,12 @@ def _lots(activations: Sequence[Activation]) -> Iterator[list[Activation]]:
 
 
 def _summarize(
-    seen: Observation, kept: list[Activation], left: dict[str, float], moved: float, strengths: dict[float, int]
+    seen: Observation,
+    kept: list[Activation],
+    left: dict[str, float],
+    moved: float,
+    strengths: dict[float, int],
+    of_experts: int,
 ) -> Smoothed:
     def read_by(activations: Iterable[Activation]) -> set[int]:
         return {id(reader.parameter) for activation in activations for reader in activation.readers}
@@ -214,12 +226,14 @@ def _summarize(
     smoothed, tried = read_by(kept), read_by(seen.activations)
     count = sum(any(id(weight) in smoothed for weight in readers.values()) for readers in seen.inputs)
     uncovered = [next(iter(r)) for r in seen.inputs if not any(id(weight) in tried for weight in r.values())]
-    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved, strengths)
+    return Smoothed(len(seen.inputs), count, left, tuple(uncovered), moved, strengths, of_experts)
 
 
 def _log(model: nn.Module, result: Smoothed, alpha: float | str) -> None:
     text, name = str(result), type(model).__name__
-    chosen = ", ".join(f"{own:g} x {count}" for own, count in result.strengths.items())
+    parts = [f"{own:g} x {count}" for own, count in result.strengths.items()]
+    parts += [f"{OF_EXPERTS:g} x {result.of_experts} that experts read"] if result.of_experts else []
+    chosen = ", ".join(parts)
     text += f"; alpha {f'{AUTO}: {chosen}' if alpha == AUTO and chosen else alpha}"
     if not result.smoothed:
         logger.warning("%s continues without smoothing, which --smooth_alpha %s asks for: %s", name, alpha, text)

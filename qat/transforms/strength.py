@@ -1,5 +1,7 @@
 """The strength of smoothing that each activation is given by `--smooth_alpha auto`: that of the least output error.
 
+Activations that quantized experts read take `OF_EXPERTS`, since what is run here is linear layers only.
+
 The layers that read an activation are run with each strength of a grid on a few rows of their input, rounded as they
 will be: under their own schemes, scale rules and input transforms. The error is the squared difference from their
 outputs without rounding, summed over rows and layers. A strength of 0 leaves the activation as it is.
@@ -24,7 +26,6 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import UserError
 from ..layers.sites import EXPERTS, Site, quantized_sites, quantizers_off
 from ..numerics.families import family_of
 from .activations import Activation
@@ -32,17 +33,14 @@ from .factors import factors_of
 
 AUTO = "auto"
 GRID, BETA = tuple(i / 10 for i in range(11)), 0.0  # alpha and beta of factors.py: 0 and 0 are no factors
+OF_EXPERTS = 0.7  # alpha where quantized experts read: one for all, with SmoothQuant's beta, 1 - alpha
 _ROWS = 16  # of each sample
 
 
-def check_choosable(model: nn.Module) -> None:
-    """Raise a UserError if the layers of a prepared model are such that no strength can be chosen for them."""
-    site = next((site for site in quantized_sites(model) if site.kind == EXPERTS.name), None)
-    if site is not None:
-        raise UserError(
-            f"--smooth_alpha {AUTO} chooses strengths for linear layers only, and {site.label} is a stack of experts; "
-            "give one strength for all, such as --smooth_alpha 0.7"
-        )
+def read_by_experts(model: nn.Module, activations: Iterable[Activation]) -> list[Activation]:
+    """Those of the activations of a prepared model that quantized experts read."""
+    experts = {id(site.weight) for site in quantized_sites(model) if site.kind == EXPERTS.name}
+    return [a for a in activations if any(id(reader.parameter) in experts for reader in a.readers)]
 
 
 @torch.no_grad()
@@ -52,10 +50,9 @@ def best_strengths(
     """The strength of `GRID` with the least output error for each activation; the smaller of two that are equal.
 
     Args:
-        model: prepared, without experts; its quantizers on, except those that stay off. It is left as it is, by an
-            error, too.
+        model: prepared; its quantizers on, except those that stay off. It is left as it is, by an error, too.
         batches: what it is called with.
-        activations: from `observe`, of the same batches.
+        activations: from `observe`, of the same batches; none that quantized experts read.
     """
     sites = {id(site.weight): site for site in quantized_sites(model)}
     readers = [[sites[id(r.parameter)] for r in a.readers if id(r.parameter) in sites] for a in activations]

@@ -68,7 +68,7 @@ def add_adapters(
     if transformed := transformed_sites(model):
         raise UserError(
             f"adapters are added before weights are rounded, and the inputs of {transformed[0].name} are transformed: "
-            "train all weights (without --lora_r), or leave --input_transform out"
+            "train all weights (without --lora_r), or give --input_transform none"
         )
     asked = set(config.target_parameters or ())
     targets = resolve_targets(model, config, argument)

@@ -15,7 +15,7 @@ from qat.errors import UserError
 from qat.layers.fp8_matmul import MODES
 from qat.layers.learned import SETTINGS, check_learnable, optimizer_settings
 from qat.layers.sites import LINEAR
-from qat.layers.transform import DEFAULT_LAYERS
+from qat.layers.transformed import AUTO as LAYERS_AUTO
 from qat.schemes.mapping_file import DEFAULT_IGNORE, load_mapping, load_measurement, with_patterns
 from qat.schemes.patterns import HELP as PATTERNS
 from qat.schemes.patterns import check_patterns
@@ -121,7 +121,8 @@ class QuantizationArguments:
     input_transform_layers: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Layers whose inputs are transformed: {PATTERNS}; default: {' '.join(DEFAULT_LAYERS)}. '*' is all."
+            "help": f"Layers whose inputs are transformed: {PATTERNS}; default: {LAYERS_AUTO}, all quantized layers "
+            "that vLLM serves so: linear ones without a bias, not experts."
         },
     )
     learn_exponent: bool = field(
@@ -247,10 +248,11 @@ class QuantizationArguments:
             raise UserError(
                 f"--input_transform {self.input_transform!r} is unknown; choose one of {', '.join(choices)}"
             )
+        layers = self.input_transform_layers or [LAYERS_AUTO]
         if self.input_transform == "none":
-            if self.input_transform_layers:
+            if layers != [LAYERS_AUTO]:
                 raise UserError(
-                    f"--input_transform_layers {' '.join(self.input_transform_layers)} has no effect without "
+                    f"--input_transform_layers {' '.join(layers)} has no effect without "
                     f"--input_transform; give that too ({', '.join(INPUT_TRANSFORMS)}), or omit it"
                 )
             return
@@ -259,14 +261,20 @@ class QuantizationArguments:
                 f"--input_transform {self.input_transform} needs --quant_scheme or --quant_mapping beside it; give one "
                 "of them, or omit it (a model that was trained with it keeps it)"
             )
-        check_patterns(self.input_transform_layers or ())
+        if LAYERS_AUTO in layers and len(layers) > 1:
+            raise UserError(
+                f"--input_transform_layers {' '.join(layers)}: {LAYERS_AUTO} chooses the layers itself; give it alone, "
+                "or patterns"
+            )
+        check_patterns(layers)
 
     @property
-    def input_transforms(self) -> dict[str, str]:
-        """The transforms of inputs by pattern, as `prepare_qat` takes them."""
+    def input_transforms(self) -> dict[str, str] | str:
+        """The transforms of inputs as `prepare_qat` takes them: by pattern, or one for all layers that can have it."""
         if self.input_transform == "none":
             return {}
-        return dict.fromkeys(self.input_transform_layers or DEFAULT_LAYERS, self.input_transform)
+        layers = self.input_transform_layers or [LAYERS_AUTO]
+        return self.input_transform if layers == [LAYERS_AUTO] else dict.fromkeys(layers, self.input_transform)
 
     def _check_rules(self, *schemes: str) -> None:
         """Raises UserError for a scale rule that the formats of a scheme do not have."""

@@ -43,7 +43,6 @@ from qat.files.paths import check_apart, check_writable
 from qat.layers.operands import Operands
 from qat.layers.sites import quantized_sites
 from qat.schemes.spec import Scheme
-from qat.transforms import strength
 
 from ..arguments.data import DataArguments
 from ..arguments.model import ModelArguments
@@ -198,8 +197,6 @@ def check(
     with contextlib.redirect_stdout(io.StringIO()):  # prepare prints when the model itself is prepared
         prepare(skeleton_of(start), args, args.wide_scheme)
         prepare(skeleton, args)
-    if args.smooth_alpha == strength.AUTO:
-        strength.check_choosable(skeleton)
     return start, skeleton
 
 

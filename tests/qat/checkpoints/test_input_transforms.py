@@ -29,14 +29,26 @@ same_process = pytest.fixture(logits_in_this_process)
 BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
 
 
-def save_trained(folder, transforms, scheme="MXFP4"):
-    model = prepare_qat(
-        make_llama(layers=1).bfloat16(), {nn.Linear: scheme}, "lm_head", "search", "even", input_transforms=transforms
-    )
+def save_trained(folder, transforms, scheme="MXFP4", **kwargs):
+    model = make_llama(layers=1, **kwargs).bfloat16()
+    prepare_qat(model, {nn.Linear: scheme}, "lm_head", "search", "even", input_transforms=transforms)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     model.qat_config.save(folder)
     return folder
+
+
+def test_without_patterns_the_folder_transforms_no_layer_with_a_bias_and_is_proven(tmp_path, same_process):
+    source = save_trained(tmp_path / "trained", "hadamard", attention_bias=True)
+    folder = export_checkpoint(source, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]["transform_config"]
+    (group,) = TransformConfig.model_validate(config).config_groups.values()
+    mlp = {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert set(group.apply[0].targets) == mlp
+    tensors = load_file(folder / "model.safetensors")
+    assert {name.partition(".hadamard32_input")[0] for name in tensors if "hadamard32" in name} == mlp
+    assert {name.removesuffix(".bias") for name in tensors if name.endswith(".bias")}.isdisjoint(mlp)
+    assert verify(folder, source)["logits"]["bit_equal"]
 
 
 @pytest.mark.parametrize("transforms", [BOTH, {"*": "hadamard"}], ids=["two", "all"])

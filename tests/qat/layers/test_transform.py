@@ -165,6 +165,75 @@ def test_what_cannot_be_transformed_is_refused_and_the_model_unchanged(scheme, t
     assert not quantized_sites(model)
 
 
-def test_experts_are_refused():
-    with pytest.raises(UserError, match="of the kind experts; only linear layers"):
+def names_of(model):
+    return {site.name for site in transformed_sites(model)}
+
+
+def test_without_patterns_all_layers_are_transformed_that_engines_serve_so(tmp_path, capsys):
+    model = prepare_qat(make_llama(), {nn.Linear: "MXFP4"}, input_transforms="hadamard")
+    assert len(names_of(model)) == 14
+    assert "inputs of 14 of 14 layers transformed by Hadamard blocks of 32: q_proj, " in capsys.readouterr().out
+    model.qat_config.save(tmp_path)
+    config = QATConfig.load(tmp_path)
+    assert "model.layers.*.mlp.down_proj" in config.input_transforms and len(config.input_transforms) == 7
+    assert names_of(prepare_as_saved(make_llama(), config)) == names_of(model)
+    with torch.device("meta"):
+        on_meta = prepare_qat(make_llama(), {nn.Linear: "MXFP4"}, input_transforms="hadamard")
+    assert config.same_training(on_meta.qat_config)
+
+
+def test_layers_with_a_bias_and_those_that_are_fused_with_them_are_left(capsys):
+    model = make_llama(layers=2)
+    model.model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.ones(64))
+    model.model.layers[0].mlp.down_proj.bias = nn.Parameter(torch.ones(64))
+    prepare_qat(model, {nn.Linear: "MXFP4", "*.0.self_attn.o_proj": "MXFP8"}, input_transforms="hadamard")
+    left = {"layers.0.mlp.down_proj", *(f"layers.1.self_attn.{own}_proj" for own in "qkv")}
+    assert {site.name.removeprefix("model.") for site in quantized_sites(model)} - left == {
+        name.removeprefix("model.") for name in names_of(model)
+    }
+    assert {key for key in model.qat_config.input_transforms if "*" not in key} == {
+        "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj",
+        "model.layers.1.mlp.down_proj",
+    }  # fmt: skip
+    assert (
+        "left: 2 with a bias, which vLLM's transforms do not take, 2 that engines fuse with one of these"
+        in capsys.readouterr().out
+    )
+
+
+def test_experts_the_head_and_weights_in_other_formats_are_left(capsys):
+    model = make_mixture()
+    mapping = {nn.Linear: "MXFP4", "*.o_proj": "NVFP4"}
+    prepare_qat(model, mapping, (), input_transforms="hadamard")
+    assert names_of(model) == {f"model.layers.{layer}.self_attn.{own}_proj" for layer in (0, 1) for own in "qkv"}
+    out = capsys.readouterr().out
+    assert "inputs of 6 of 11 layers transformed by Hadamard blocks of 32: q_proj, k_proj, v_proj; left: " in out
+    for reason in ("2 with weights in nvfp4", "2 of the kind experts", "1 the output head"):
+        assert reason in out
+
+
+def test_layers_that_are_experts_of_a_list_are_left():
+    model = make_llama(layers=1)
+    model.experts = nn.ModuleList([nn.Linear(64, 64, bias=False)])
+    prepare_qat(model, {nn.Linear: "MXFP4"}, input_transforms="hadamard")
+    assert len(names_of(model)) == 7 and "experts.0" in {site.name for site in quantized_sites(model)}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "transform", "kwargs", "message"),
+    [
+        ("NVFP4", "hadamard", {}, r"no input of this model, .* 7 with weights in nvfp4.*: --input_transform none"),
+        ("MXFP4", "fourier", {}, "the input transform 'fourier' is unknown; choose one of hadamard"),
+        ("MXFP4", "hadamard", {"learn_exponent": True}, "learn_exponent=True and transformed inputs"),
+    ],
+)
+def test_a_transform_of_no_layer_is_refused_and_the_model_unchanged(scheme, transform, kwargs, message):
+    model = make_llama(layers=1)
+    with pytest.raises(UserError, match=message):
+        prepare_qat(model, {nn.Linear: scheme}, input_transforms=transform, **kwargs)
+    assert not quantized_sites(model)
+
+
+def test_experts_that_a_pattern_names_are_refused():
+    with pytest.raises(UserError, match="of the kind experts; only linear layers .* --input_transform_layers auto"):
         prepare_qat(make_mixture(), {nn.Linear: "MXFP4"}, input_transforms={"*": "hadamard"})

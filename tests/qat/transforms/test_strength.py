@@ -10,7 +10,7 @@ from qat import prepare_qat
 from qat.layers.sites import quantized_sites, quantizers_off
 from qat.transforms.observation import observe
 from qat.transforms.smoothing import smooth
-from qat.transforms.strength import GRID, best_strengths, output_errors
+from qat.transforms.strength import GRID, OF_EXPERTS, best_strengths, output_errors
 
 IDS = torch.randint(0, 128, (1, 16), generator=torch.Generator().manual_seed(1))  # as many as are kept of a sample
 BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(1)}]
@@ -147,7 +147,21 @@ def test_inputs_with_a_tensor_scale_are_calibrated_for_each_strength_and_stay_un
     assert chosen in GRID and all(site.module.input_quantizer.divisor is None for site in quantized_sites(model))
 
 
-def test_quantized_experts_are_refused():
-    model = prepare_qat(make_mixture(), {torch.nn.Linear: "MXFP4"})
-    with pytest.raises(ValueError, match=r"auto chooses .*layers.0.mlp.experts.gate_up_proj is a stack of experts"):
-        smooth(model, BATCHES, "auto")
+def test_what_quantized_experts_read_takes_a_fixed_strength_and_the_rest_its_own(caplog):
+    caplog.set_level("INFO")
+    fixed, auto = (prepare_qat(make_mixture().eval(), {torch.nn.Linear: "MXFP4"}) for _ in range(2))
+    before = auto(IDS).logits
+    smooth(fixed, BATCHES, OF_EXPERTS)
+    result = smooth(auto, BATCHES, "auto", lambda own: [0.3] * len(own))
+    assert (result.strengths, result.of_experts, result.inputs) == ({0.3: 4}, 4, 8)
+    assert "alpha auto: 0.3 x 4, 0.7 x 4 that experts read; logits" in caplog.text
+    weights = fixed.state_dict()
+    same = {name for name, value in auto.state_dict().items() if torch.equal(value, weights[name])}
+    ends = ("post_attention_layernorm.weight", "mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    changed = [
+        name for name in weights if "layers.0." in name and not name.endswith(("q_norm.weight", "k_norm.weight"))
+    ]
+    assert all((name in same) == name.endswith(ends) for name in changed)
+    with quantizers_off(auto), quantizers_off(fixed):
+        torch.testing.assert_close(auto(IDS).logits, fixed(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(auto(IDS).logits, before)
