@@ -67,7 +67,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     start.check(quant_args, distill_args)
     start.master_dtype = getattr(torch, args.master_dtype)
     start.device = device_of_weights(args, packs_base=lora_args.base_in_scheme)
-    start.keeps_values = start.is_packed and not args.do_train and not quant_args.names_schemes
+    start.keep_values(not args.do_train and not quant_args.names_schemes)
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)

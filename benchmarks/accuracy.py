@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument(
         "--rows",
-        help="names from ROWS, with -STEPS and @SEED for other steps and another seed (default-30@3); default: all",
+        help="names from ROWS, with -STEPS and @SEED for other steps and another seed (recipe-30@3); default: all",
     )
     parser.add_argument("--generic", help="text for the rows generic-file-*, and for a column; not a JSON file")
     parser.add_argument("--never", help="text for a column, which chooses nothing")

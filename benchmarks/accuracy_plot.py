@@ -1,8 +1,8 @@
 """Plot what rows of benchmarks/accuracy.py recover against their steps, in domain and on each text.
 
-    python benchmarks/accuracy_plot.py --csv benchmarks/results/accuracy.csv --rows default,hadamard-all
+    python benchmarks/accuracy_plot.py --csv benchmarks/results/accuracy.csv --rows plain,recipe
 
-A line is a row at all steps that the file has of it ("default" and "default-600"): the mean over seeds, and a bar from
+A line is a row at all steps that the file has of it ("recipe" and "recipe-600"): the mean over seeds, and a bar from
 the lowest to the highest.
 """
 

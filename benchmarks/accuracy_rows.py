@@ -45,21 +45,28 @@ class Row:
 def of_recipe(name: str, title: str, **changes) -> Row:
     """The quantization, loss and data of recipes/NAME.yaml, with changes.
 
-    Steps and learning rate are chosen for a model of 135 M parameters."""
+    Steps and learning rate are chosen for a model of 135 M parameters.
+    """
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    distill = recipe.get("distill", False)
+    distill, transform = recipe.get("distill", False), recipe.get("input_transform", "none")
     settings = {
         "scheme": recipe["quant_scheme"], "weights": recipe["weight_scale_rule"], "inputs": recipe["input_scale_rule"],
         "distill": distill, "packing": recipe.get("packing", False), "smooth_alpha": recipe.get("smooth_alpha", 0.0),
         "distill_options": {"distill_ce_weight": recipe["distill_ce_weight"]} if distill else {},
+        "prepare_options": {"input_transforms": transform} if transform != "none" else {},
         "steps": 150, "lr": 2e-4 if distill else recipe["learning_rate"],
     }  # fmt: skip
     return Row(title, **settings | changes)
 
 
-def default(title: str, **changes) -> Row:
+def of_ours(title: str, **changes) -> Row:
     """Our recipe, with changes."""
     return of_recipe("mxfp4", title, **changes)
+
+
+def plain(title: str, **changes) -> Row:
+    """Our recipe without transformed inputs and with one strength of smoothing, with changes."""
+    return of_ours(title, **{"smooth_alpha": 0.7, "prepare_options": {}} | changes)
 
 
 ROWS: dict[str, Row] = {"bf16": Row("BF16", scheme=None)}
@@ -76,56 +83,57 @@ for _alpha in (0.3, 0.5, 0.7, 0.9):
 ROWS |= {
     "inc": of_recipe("mxfp4-reference", "cross-entropy, FLOOR, lr 1e-5 (the reference's recipe)"),
     "ce": Row("cross-entropy, FLOOR, lr 5e-5", steps=150, lr=5e-5),
-    "default": default("default"),
-    "cached-teacher": default("default, teacher from a cache", teacher="cache"),
-    "no-smoothing": default("default without smoothing", smooth_alpha=0.0),
-    "no-packing": default("default without packing", packing=False),
-    "no-ce": default("default without cross-entropy", distill_options={}),
-    "more-ce": default("default, 40 % cross-entropy", distill_options={"distill_ce_weight": 0.4}),
-    "no-distillation": default("default, cross-entropy instead of distillation", distill=False, distill_options={}),
-    "rceil": default("default, RCEIL inputs", inputs="rceil"),
-    "floor-weights": default("default, FLOOR weights", weights="floor"),
-    "even-weights": default("default, EVEN weights", weights="even"),
-    "lr-1e-4": default("default, lr 1e-4", lr=1e-4),
-    "lr-4e-4": default("default, lr 4e-4", lr=4e-4),
-    "lr-8e-4": default("default, lr 8e-4", lr=8e-4),
-    "mxfp8-50": of_recipe("mxfp8", "MXFP8, default, 50 steps, lr 1e-4", steps=50, lr=1e-4),
+    "recipe": of_ours("our recipe"),
+    "plain": plain("plain"),
+    "cached-teacher": plain("plain, teacher from a cache", teacher="cache"),
+    "no-smoothing": plain("plain without smoothing", smooth_alpha=0.0),
+    "no-packing": plain("plain without packing", packing=False),
+    "no-ce": plain("plain without cross-entropy", distill_options={}),
+    "more-ce": plain("plain, 40 % cross-entropy", distill_options={"distill_ce_weight": 0.4}),
+    "no-distillation": plain("plain, cross-entropy instead of distillation", distill=False, distill_options={}),
+    "rceil": plain("plain, RCEIL inputs", inputs="rceil"),
+    "floor-weights": plain("plain, FLOOR weights", weights="floor"),
+    "even-weights": plain("plain, EVEN weights", weights="even"),
+    "lr-1e-4": plain("plain, lr 1e-4", lr=1e-4),
+    "lr-4e-4": plain("plain, lr 4e-4", lr=4e-4),
+    "lr-8e-4": plain("plain, lr 8e-4", lr=8e-4),
+    "mxfp8-50": of_recipe("mxfp8", "MXFP8, our recipe, 50 steps, lr 1e-4", steps=50, lr=1e-4),
 }
 
 for _lr in ("3e-3", "1e-2", "3e-2"):
-    ROWS[f"learned-{_lr}"] = default(
-        f"default, learned exponents at lr {_lr}",
+    ROWS[f"learned-{_lr}"] = plain(
+        f"plain, learned exponents at lr {_lr}",
         prepare_options={"learn_exponent": True},
         trainer_options={"parameter_groups": optimizer_settings(exponents=float(_lr))},
     )
 ROWS |= {
-    "progressive": default("default, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
-    "progressive-150": default("default, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
+    "progressive": plain("plain, 50 steps of MXFP8 first (200 in all)", first={"scheme": "MXFP8", "steps": 50}),
+    "progressive-150": plain("plain, MXFP8 for 50 of 150 steps", steps=100, first={"scheme": "MXFP8", "steps": 50}),
     "mixed-untrained": Row("mixed at 5 bits a weight, PTQ", weights="search", inputs="even", bits_budget=5.0),
-    "mixed": default("default, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
+    "mixed": plain("plain, mixed MXFP4 and MXFP8 at 5 bits a weight", bits_budget=5.0),
 }
 
 # Text from elsewhere in the divergence alone (docs/distillation.md): a file, and continuations of the teacher.
 for _share in (0.25, 0.5, 0.75):
     for _text, _name in (("FILE", "text of --generic"), ("teacher:2000", "2,000 continuations of the teacher")):
-        ROWS[f"generic-{_text.partition(':')[0].lower()}-{_share}"] = default(
-            f"default, {_share:.0%} {_name}", generic=_text, generic_share=_share
+        ROWS[f"generic-{_text.partition(':')[0].lower()}-{_share}"] = plain(
+            f"plain, {_share:.0%} {_name}", generic=_text, generic_share=_share
         )
 
-# The same with less memory (docs/memory.md), each beside "default".
+# The same with less memory (docs/memory.md), each beside "plain".
 _IN_BACKWARD: dict = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
 ROWS |= {
-    "memory-bf16": default("default, BF16 without masters", train={"master_dtype": "bfloat16"}),
-    "memory-bf16-fp32-moments": default(
-        "default, BF16 without masters, FP32 moments", train={"master_dtype": "bfloat16", "moment_dtype": "float32"}
+    "memory-bf16": plain("plain, BF16 without masters", train={"master_dtype": "bfloat16"}),
+    "memory-bf16-fp32-moments": plain(
+        "plain, BF16 without masters, FP32 moments", train={"master_dtype": "bfloat16", "moment_dtype": "float32"}
     ),
-    "memory-in-backward": default("default, steps in backward", train=_IN_BACKWARD),
-    "memory-bf16-in-backward": default(
-        "default, BF16 without masters, steps in backward", train={"master_dtype": "bfloat16", **_IN_BACKWARD}
+    "memory-in-backward": plain("plain, steps in backward", train=_IN_BACKWARD),
+    "memory-bf16-in-backward": plain(
+        "plain, BF16 without masters, steps in backward", train={"master_dtype": "bfloat16", **_IN_BACKWARD}
     ),
 }
 for _optim in ("muon", "adafactor", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"):
-    ROWS[f"memory-{_optim}"] = default(f"default, {_optim}", train={"optim": _optim})
+    ROWS[f"memory-{_optim}"] = plain(f"plain, {_optim}", train={"optim": _optim})
 
 # The hidden size of this model, 576, is no multiple of 128: formats in blocks of 128 quantize down_proj alone.
 IN_BLOCKS_OF_128 = {"INT4_G128": "INT4_G32", "MXFP4FP8_G128": "MXFP4FP8"}
@@ -138,7 +146,7 @@ def settings_of(name: str) -> dict:
     scheme = PRESETS[name]
     searched = "search" if "search" in scheme.weight.format.rules else None
     even = "even" if scheme.input is not None and "even" in scheme.input.format.input_rules else None
-    smooth_alpha = 0.0 if scheme.input is None else default("").smooth_alpha
+    smooth_alpha = 0.0 if scheme.input is None else plain("").smooth_alpha
     return {"weights": searched, "inputs": even, "smooth_alpha": smooth_alpha}
 
 
@@ -155,16 +163,16 @@ def served_rows(name: str) -> dict[str, Row]:
     rows = {f"{name}-ptq": Row(f"{label} PTQ", weights=None, inputs=None, **schemes)}
     if prepared:
         rows[f"{name}-ptq-prepared"] = Row(f"{label} PTQ, {', '.join(prepared)}", **schemes | settings)
-    return rows | {f"{name}-qad": default(f"{label}, default", **schemes | settings)}
+    return rows | {f"{name}-qad": plain(f"{label}, plain", **schemes | settings)}
 
 
 for _name in SERVED:
     ROWS |= served_rows(_name)
 for _name in ("MXFP4A16", "MXFP4FP8", "NVFP4", "INT4_G32"):
-    ROWS[f"{_name}-lr-4e-4"] = default(f"{_name}, default, lr 4e-4", scheme=_name, lr=4e-4, **settings_of(_name))
+    ROWS[f"{_name}-lr-4e-4"] = plain(f"{_name}, plain, lr 4e-4", scheme=_name, lr=4e-4, **settings_of(_name))
 for _name in ("MXFP4A16", "MXFP4FP8"):
-    ROWS[f"{_name}-more-ce"] = default(
-        f"{_name}, default, 40 % cross-entropy", scheme=_name, distill_options={"distill_ce_weight": 0.4},
+    ROWS[f"{_name}-more-ce"] = plain(
+        f"{_name}, plain, 40 % cross-entropy", scheme=_name, distill_options={"distill_ce_weight": 0.4},
         **settings_of(_name),
     )  # fmt: skip
 # Learned scales, each beside the same recipe without.
@@ -172,10 +180,10 @@ for _name in ("NVFP4", "INT4_G32"):
     for _rule in ("absmax", "search"):
         _recipe: dict = {"scheme": _name, **settings_of(_name), "weights": _rule}
         if _rule == "absmax":  # with search it is the row NAME-qad
-            ROWS[f"{_name}-absmax"] = default(f"{_name}, default without search", **_recipe)
+            ROWS[f"{_name}-absmax"] = plain(f"{_name}, plain without search", **_recipe)
         for _lr in ("1e-3", "1e-2"):
-            ROWS[f"{_name}-{_rule}-learned-{_lr}"] = default(
-                f"{_name}, default with {_rule} and learned scales, lr {_lr}",
+            ROWS[f"{_name}-{_rule}-learned-{_lr}"] = plain(
+                f"{_name}, plain with {_rule} and learned scales, lr {_lr}",
                 prepare_options={"learn_scale": True},
                 trainer_options={"parameter_groups": optimizer_settings(scales=float(_lr))},
                 **_recipe,
@@ -183,14 +191,14 @@ for _name in ("NVFP4", "INT4_G32"):
 # Low-rank adapters in place of all weights, by rank and learning rate; the scaling is 2 at every rank.
 for _rank in (16, 64):
     for _lr in ("5e-4", "1e-3", "2e-3", "4e-3"):
-        ROWS[f"lora-r{_rank}-{_lr}"] = default(
-            f"adapters of rank {_rank}, default, lr {_lr}", lr=float(_lr), teacher="self",
+        ROWS[f"lora-r{_rank}-{_lr}"] = plain(
+            f"adapters of rank {_rank}, plain, lr {_lr}", lr=float(_lr), teacher="self",
             lora={"lora_r": _rank, "lora_alpha": 2 * _rank},
         )  # fmt: skip
 # The same on a base that is kept in the scheme, whose teacher has to be another model.
 for _rank, _lr in ((16, "1e-3"), (16, "2e-3"), (64, "1e-3")):
-    ROWS[f"qlora-r{_rank}-{_lr}"] = default(
-        f"adapters of rank {_rank} on a packed base, default, lr {_lr}", lr=float(_lr),
+    ROWS[f"qlora-r{_rank}-{_lr}"] = plain(
+        f"adapters of rank {_rank} on a packed base, plain, lr {_lr}", lr=float(_lr),
         lora={"lora_r": _rank, "lora_alpha": 2 * _rank, "base_in_scheme": True},
     )  # fmt: skip
 # The key/value cache in FP8, beside the same without.
@@ -201,8 +209,8 @@ ROWS["MXFP8A16-kv-ptq"] = Row(
 ROWS["MXFP4FP8-kv-ptq"] = Row(
     "MXFP4FP8 PTQ, FP8 key/value cache", scheme="MXFP4FP8", weights=None, inputs=None, **_cache
 )
-ROWS["MXFP4FP8-kv"] = default(
-    "MXFP4FP8, default, FP8 key/value cache", scheme="MXFP4FP8", **settings_of("MXFP4FP8"), **_cache
+ROWS["MXFP4FP8-kv"] = plain(
+    "MXFP4FP8, plain, FP8 key/value cache", scheme="MXFP4FP8", **settings_of("MXFP4FP8"), **_cache
 )
 # Inputs transformed by Hadamard blocks of 32, see qat/layers/transform.py.
 for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-all", ("*",))):
@@ -212,7 +220,7 @@ for _name, _patterns in (("hadamard", ("*.down_proj", "*.o_proj")), ("hadamard-a
         f"MXFP4 PTQ with smoothing 0.7, search, even, Hadamard inputs of {_of}", weights="search", inputs="even",
         smooth_alpha=0.7, **_transforms,
     )  # fmt: skip
-    ROWS[_name] = default(f"default, Hadamard inputs of {_of}", **_transforms)
+    ROWS[_name] = plain(f"plain, Hadamard inputs of {_of}", **_transforms)
 # Smoothing by a strength of each activation's own, with and without transformed inputs, see qat/transforms/strength.py.
 ROWS["smooth-auto-ptq"] = Row(
     "MXFP4 PTQ with smoothing auto, search, even", weights="search", inputs="even", smooth_alpha="auto"
@@ -222,25 +230,25 @@ for _strength in (0, 0.3, 0.5, "auto"):
         f"MXFP4 PTQ with smoothing {_strength}, search, even, Hadamard inputs of all layers", weights="search",
         inputs="even", smooth_alpha=_strength, **_transforms,
     )  # fmt: skip
-ROWS["smooth-auto"] = default("default, smoothing auto", smooth_alpha="auto")
-# Inputs of all layers transformed, and smoothed so, with text from elsewhere; at a higher rate; mixed with MXFP8.
-for _key, _row in [
-    ("", default("default")),
-    *((f"-{_key}", _row) for _key, _row in ROWS.items() if "generic-" in _key),
-]:
-    _title = f"{_row.title}, Hadamard inputs of all layers"
-    ROWS[f"hadamard-all{_key}"] = replace(_row, title=_title, **_transforms)
-    ROWS[f"hadamard-all-smooth-auto{_key}"] = replace(
-        _row, title=f"{_title}, smoothing auto", smooth_alpha="auto", **_transforms
-    )
+ROWS["smooth-auto"] = plain("plain, smoothing auto", smooth_alpha="auto")
+# Our recipe, which has both, with text from elsewhere and other settings.
+for _key in [key for key in ROWS if key.startswith("generic-")]:
+    _row, _ours = ROWS[_key], of_ours("")
+    ROWS[f"recipe-{_key}"] = replace(
+        _row, title=_row.title.replace("plain", "our recipe"), smooth_alpha=_ours.smooth_alpha,
+        prepare_options=_ours.prepare_options,
+    )  # fmt: skip
 for _key, _changes in (
+    ("no-ce", {"distill_options": {}}),
+    ("more-ce", {"distill_options": {"distill_ce_weight": 0.4}}),
+    ("lr-1e-4", {"lr": 1e-4}),
     ("lr-4e-4", {"lr": 4e-4}),
     ("mixed-4.5", {"bits_budget": 4.5}),
     ("mixed-5", {"bits_budget": 5.0}),
 ):
-    ROWS[f"hadamard-all-{_key}"] = default(f"default, Hadamard inputs of all layers, {_key}", **_changes, **_transforms)
-HEADLINE = ("default", "default-600")
-ALL = [*ROWS, *(f"{name}-600" for name in ("default", "lr-4e-4", "more-ce", "hadamard-all")),
+    ROWS[f"recipe-{_key}"] = of_ours(f"our recipe, {_key}", **_changes)
+HEADLINE = ("recipe", "recipe-600", "plain", "plain-600")
+ALL = [*ROWS, *(f"{name}-600" for name in ("recipe", "plain", "lr-4e-4", "more-ce", "hadamard-all")),
        *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]  # fmt: skip
 
 
@@ -256,7 +264,7 @@ def row_of(key: str) -> Row:
         name, steps = f"{name}-{steps}", None
     if name not in ROWS or (steps and not ROWS[name].steps):
         raise UserError(
-            f"--rows {key!r} is no row; names are in benchmarks/accuracy_rows.py, such as default, and -600 or @3 goes "
+            f"--rows {key!r} is no row; names are in benchmarks/accuracy_rows.py, such as recipe, and -600 or @3 goes "
             "behind one that is trained for other steps or another seed"
         )
     row = replace(ROWS[name])

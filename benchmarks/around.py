@@ -51,7 +51,7 @@ def command_of(shape: str, model: Path, data: Path, out: Path, args) -> list[str
         "--do_train", "True", "--do_eval", "True", "--quant_scheme", "MXFP4", "--max_steps", str(args.steps),
         "--save_steps", str(every), "--save_total_limit", "1", "--eval_strategy", "no", "--load_best_model_at_end",
         "False", "--per_device_train_batch_size", str(args.batch), "--model_max_length", str(args.length),
-        "--packing", str(ROWS["default"].packing), "--report_to", "none", "--disable_tqdm", "True",
+        "--packing", str(ROWS["recipe"].packing), "--report_to", "none", "--disable_tqdm", "True",
         *FLAGS.get(shape, ()), *args.flags,
     ]  # fmt: skip
 

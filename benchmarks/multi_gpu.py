@@ -40,7 +40,7 @@ from qat.command_line import OneLineParser, positive, positive_number  # noqa: E
 from qat.errors import reported_in_one_line  # noqa: E402
 
 STAGES = {"BF16": (), "MXFP4": ("--quant_scheme", "MXFP4")}
-CE_WEIGHT = ROWS["default"].distill_options["distill_ce_weight"]
+CE_WEIGHT = ROWS["recipe"].distill_options["distill_ce_weight"]
 STAGES["distilled"] = (*STAGES["MXFP4"], "--distill", "True", "--distill_ce_weight", str(CE_WEIGHT))
 BACKENDS = ("ddp", "fsdp1", "fsdp2")
 COLUMNS = (

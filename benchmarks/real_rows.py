@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from benchmarks.accuracy_rows import Row, default, settings_of
+from benchmarks.accuracy_rows import Row, plain, settings_of
 
 SEEDS = (3, 4)  # beside 2, for the main row
 
@@ -38,7 +38,7 @@ def _without_training(title: str, scheme: str, **settings) -> RealRow:
     return RealRow(title, Row(title, scheme, **settings))
 
 
-_SMOOTHED = default("").smooth_alpha
+_SMOOTHED = plain("").smooth_alpha
 MAIN = "mxfp4-150"
 ROWS: dict[str, RealRow] = {
     "bf16": RealRow("BF16"),
@@ -56,9 +56,9 @@ ROWS: dict[str, RealRow] = {
     MAIN: RealRow("MXFP4, our recipe, 150 steps", recipe="mxfp4", steps=150),
     "mxfp4-600": RealRow("MXFP4, our recipe, 600 steps", recipe="mxfp4", steps=600),
     **{
-        f"mxfp4-hadamard-{steps}": RealRow(
-            f"MXFP4, our recipe, Hadamard inputs, {steps} steps", recipe="mxfp4", steps=steps,
-            flags={"input_transform": "hadamard", "input_transform_layers": "auto"},  # not q, k, v, which have biases
+        f"mxfp4-plain-{steps}": RealRow(
+            f"MXFP4, our recipe without transforms, smoothed {_SMOOTHED}, {steps} steps", recipe="mxfp4", steps=steps,
+            flags={"input_transform": "none", "smooth_alpha": str(_SMOOTHED)},
         )
         for steps in (150, 600)
     },

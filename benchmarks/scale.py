@@ -95,7 +95,7 @@ class Bench:
             *launcher("fsdp2", run.gpus, self.port), "benchmarks/timed_main.py", str(times),
             "--model_name_or_path", str(model), "--dataset", str(data), "--eval_dataset", "none",
             "--data_cache_dir", str(self.args.work / "cache"), "--output_dir", str(folder), "--do_train", "True",
-            "--packing", str(ROWS["default"].packing), "--model_max_length", str(run.tokens),
+            "--packing", str(ROWS["recipe"].packing), "--model_max_length", str(run.tokens),
             "--max_steps", str(steps), *saving,
             "--per_device_train_batch_size", str(run.rows), f"--{checkpointing_flag()}", "True",
             "--learning_rate", "1e-5", "--lr_scheduler_type", "constant", "--logging_steps", "1",

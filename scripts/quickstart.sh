@@ -54,7 +54,8 @@ start=$(date +%s)
 stage bf16 --config recipes/bf16.yaml --model_name_or_path "$out/smollm2" --gguf_file "$gguf" \
   --max_steps "$bf16_steps" --learning_rate 1e-4
 stage mxfp4-untrained --config recipes/mxfp4.yaml --model_name_or_path "$out/bf16" --do_train False \
-  --smooth_alpha 0 --packing False --distill False --distill_ce_weight 0 --metric_for_best_model loss
+  --smooth_alpha 0 --input_transform none --packing False --distill False --distill_ce_weight 0 \
+  --metric_for_best_model loss
 stage mxfp4-qat --config recipes/mxfp4.yaml --model_name_or_path "$out/bf16" \
   --max_steps "$qat_steps" --learning_rate 3e-4
 stage mxfp4-packed --model_name_or_path "$out/mxfp4-qat/MXFP4" --do_eval True

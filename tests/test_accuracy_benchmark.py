@@ -15,8 +15,8 @@ from qat.errors import UserError
 
 @pytest.mark.parametrize(
     "key,steps,seed",
-    [("default", 150, 2), ("default-600", 600, 2), ("default-600@4", 600, 4), ("generic-file-0.5-600", 600, 2),
-     ("mxfp8-50", 50, 2), ("mxfp8-50@3", 50, 3), ("hadamard-all-mixed-5", 150, 2)],
+    [("recipe", 150, 2), ("recipe-600", 600, 2), ("recipe-600@4", 600, 4), ("generic-file-0.5-600", 600, 2),
+     ("mxfp8-50", 50, 2), ("mxfp8-50@3", 50, 3), ("recipe-mixed-5", 150, 2)],
 )  # fmt: skip
 def test_a_name_tells_steps_and_seed(key, steps, seed):
     row = row_of(key)
@@ -26,10 +26,10 @@ def test_a_name_tells_steps_and_seed(key, steps, seed):
 
 def test_all_rows_have_names_and_no_row_is_changed_by_its_name():
     assert all(row_of(key).title for key in ALL)
-    assert ROWS["default"].steps == 150 and ROWS["default"].seed == 2
+    assert ROWS["recipe"].steps == 150 and ROWS["recipe"].seed == 2
 
 
-@pytest.mark.parametrize("key", ["defaults", "default@", "default@x", "default-", "MXFP4-floor-floor-600", ""])
+@pytest.mark.parametrize("key", ["recipes", "recipe@", "recipe@x", "recipe-", "MXFP4-floor-floor-600", ""])
 def test_a_name_of_no_row_is_refused(key):
     with pytest.raises(UserError, match="--rows .* is no row"):
         row_of(key)
@@ -55,42 +55,42 @@ def test_a_row_recovers_what_it_lowers_the_loss_of_rounding_on_each_text(tmp_pat
     figures = {
         "MXFP4-floor-floor": (40.0, 90.0),
         "bf16": (10.0, 10.0),
-        "default": (20.0, 10.0),
-        "default-600": (10.0, 30.0),
+        "recipe": (20.0, 10.0),
+        "recipe-600": (10.0, 30.0),
     }
     for key, (domain, foreign) in figures.items():
         row = {"perplexity": domain, "foreign_perplexity": foreign, "kl": 0.0, "foreign_kl": 0.0}
         (tmp_path / f"{key}.json").write_text(json.dumps(row))
 
-    rows = accuracy.finished_rows(tmp_path, ["bf16", "default", "default-600", "inc"])
+    rows = accuracy.finished_rows(tmp_path, ["bf16", "recipe", "recipe-600", "inc"])
 
-    assert [row["row"] for row in rows] == ["bf16", "default", "default-600"]
+    assert [row["row"] for row in rows] == ["bf16", "recipe", "recipe-600"]
     assert [row["recovered"] for row in rows] == pytest.approx([1, 0.5, 1])
     assert [row["foreign_recovered"] for row in rows] == pytest.approx([1, 1, 0.5])
     alone = accuracy.finished_rows(tmp_path / "other", ["bf16"])
     assert alone == []
     (tmp_path / "bf16.json").unlink()
-    assert math.isnan(accuracy.finished_rows(tmp_path, ["default"])[0]["recovered"])
+    assert math.isnan(accuracy.finished_rows(tmp_path, ["recipe"])[0]["recovered"])
 
 
 def test_the_plot_takes_all_steps_and_seeds_of_a_row(tmp_path):
-    rows = [("default", 150, 0.8), ("default@3", 150, 0.9), ("default-600", 600, 0.95), ("default-600@3", 600, 0.97),
-            ("default-lr", 150, 0.1), ("no-ce", 150, 0.2)]  # fmt: skip
+    rows = [("recipe", 150, 0.8), ("recipe@3", 150, 0.9), ("recipe-600", 600, 0.95), ("recipe-600@3", 600, 0.97),
+            ("recipe-lr", 150, 0.1), ("no-ce", 150, 0.2)]  # fmt: skip
     lines = [{"row": row, "steps": str(steps), "recovered": str(value)} for row, steps, value in rows]
 
-    assert accuracy_plot.series(lines, "default", "recovered") == {150: [0.8, 0.9], 600: [0.95, 0.97]}
-    accuracy_plot.plot(lines, ["default", "no-ce"], tmp_path / "plot.png")
+    assert accuracy_plot.series(lines, "recipe", "recovered") == {150: [0.8, 0.9], 600: [0.95, 0.97]}
+    accuracy_plot.plot(lines, ["recipe", "no-ce"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(UserError, match="'inc'"):
         accuracy_plot.plot(lines, ["inc"], tmp_path / "plot.png")
 
 
 def test_a_row_that_was_not_measured_on_a_text_is_not_done(tmp_path):
-    (tmp_path / "default.json").write_text(json.dumps({"perplexity": 2.0, "foreign_kl": 0.1}))
+    (tmp_path / "recipe.json").write_text(json.dumps({"perplexity": 2.0, "foreign_kl": 0.1}))
 
-    assert accuracy._is_done(tmp_path, "default", ["foreign"])
-    assert not accuracy._is_done(tmp_path, "default", ["foreign", "never"])
-    assert not accuracy._is_done(tmp_path, "default-600", [])
+    assert accuracy._is_done(tmp_path, "recipe", ["foreign"])
+    assert not accuracy._is_done(tmp_path, "recipe", ["foreign", "never"])
+    assert not accuracy._is_done(tmp_path, "recipe-600", [])
 
 
 def test_a_row_that_fails_ends_the_program_with_an_error(tmp_path, monkeypatch):

@@ -81,9 +81,37 @@ def check_no_transforms(checkpoint: CheckpointFolder) -> None:
     """Raise a UserError for a packed folder with transformed inputs: its weights alone are not those of the model."""
     if is_stored(checkpoint.quantization_config):
         raise UserError(
-            f"{checkpoint.path} has transformed inputs ({KEY} in config.json), and cannot be unpacked; give the BF16 "
-            "checkpoint that it was made of"
+            f"{checkpoint.path} has transformed inputs ({KEY} in config.json): it can be evaluated as it is (--do_eval "
+            "without --do_train and without a scheme), but not unpacked; give the BF16 checkpoint that it was made of"
         )
+
+
+def check_matrices(checkpoint: CheckpointFolder, layers: Mapping[str, str], prepared: Iterable[Site]) -> None:
+    """Raise a UserError where qat_config.json and the stored matrices disagree on which inputs are transformed.
+
+    Args:
+        layers: the packed layers, with the names of their sites.
+        prepared: the sites of the model, prepared as qat_config.json says.
+    """
+    said = {site.name for site in prepared if is_transformed(site)}
+    for layer, site in layers.items():
+        if (site in said) != (f"{layer}.{_MODULE}.weight" in checkpoint.stored):
+            raise UserError(
+                f"{checkpoint.path} has {'no' if site in said else 'a'} matrix that transforms the inputs of {layer}, "
+                "and its qat_config.json says the opposite; export or copy the checkpoint again"
+            )
+
+
+def check_matrix_values(checkpoint: CheckpointFolder) -> None:
+    """Raise a UserError for a stored matrix that is not the one which layers here multiply by."""
+    expected = hadamard.matrix(dtype=VIEW_DTYPE)
+    with checkpoint.reading() as read:
+        for name in filter(is_matrix, checkpoint.stored):
+            if not torch.equal(read(name).to(VIEW_DTYPE), expected):
+                raise UserError(
+                    f"{checkpoint.path}: {name} is not Sylvester's matrix of {SIZE} rows, the only one that is computed "
+                    "with here; evaluate it in vLLM, or give the BF16 checkpoint that it was made of"
+                )
 
 
 def is_matrix(name: str) -> bool:

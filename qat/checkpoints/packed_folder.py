@@ -26,7 +26,7 @@ from ..schemes.presets import get_scheme
 from ..schemes.spec import VIEW_DTYPE
 from .fit import check_dtypes, check_finite, fitting, load_checked
 from .folder import CheckpointFolder, Reader
-from .input_transforms import check_no_transforms, is_matrix
+from .input_transforms import check_matrices, check_no_transforms, is_matrix
 from .layouts import PackedLayer, check_tensor, packed_layers
 from .model_config import read_config
 from .packed_sites import SitePart, by_modules, check_formats, parts_of_layers, schemes_of_modules, weights_of
@@ -64,7 +64,7 @@ class PackedFolder:
     def packed_names(self) -> set[str]:
         """All tensors that a plain checkpoint does not have."""
         of_layers = {name for layer in self.layers.values() for name in layer.tensors.values()}
-        return of_layers | set(self.key_value_scales.values())
+        return of_layers | set(self.key_value_scales.values()) | set(filter(is_matrix, self.checkpoint.stored))
 
     def tensors_of(self, name: str, read: Reader | None = None) -> dict[str, torch.Tensor]:
         """The tensors of a layer by the last parts of their names, their values checked.
@@ -97,7 +97,7 @@ def check_packed(
     """Open a packed checkpoint and refuse one that lacks anything, by its headers alone.
 
     Args:
-        allows_transforms: whether its inputs may be transformed: its engine transforms them.
+        allows_transforms: whether its inputs may be transformed: who computes with it transforms them.
 
     Raises:
         UserError: the folder is damaged or incomplete, packed in a format that is not known, or in another than its
@@ -210,3 +210,4 @@ def _check_own_config(packed: PackedFolder, own: QATConfig, model: nn.Module) ->
         raise UserError(f"{folder / QAT_CONFIG_NAME} does not fit the model in {folder}: {error}") from error
     found = {packed.parts[name].site.name: layer.format.name for name, layer in packed.layers.items()}
     check_formats(sites, found, folder)
+    check_matrices(packed.checkpoint, {name: packed.parts[name].site.name for name in packed.layers}, sites)

@@ -26,6 +26,7 @@ from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import get_scheme
 from .fit import check_finite
 from .folder import READ_METHODS
+from .input_transforms import check_matrix_values, check_no_transforms
 from .kept_values import PackedRows, keep_values
 from .layouts import dequantize, engines_divisor, input_divisor
 from .packed_folder import PackedFolder, check_packed, model_of
@@ -56,6 +57,8 @@ def load_packed(
 ) -> tuple[PreTrainedModel, QATConfig]:
     """The model in a packed checkpoint, its weights dequantized exactly, BF16, on the CPU.
 
+    Where inputs are transformed the weights are those for transformed inputs, to be computed with as they are.
+
     Args:
         argument: by which argument the user named the folder, for messages.
         trust_remote_code: run Python code that comes with it.
@@ -68,8 +71,11 @@ def load_packed(
     Raises:
         UserError: see `check_packed`; or a tensor holds NaN or infinity.
     """
-    packed = check_packed(folder, argument, trust_remote_code)
+    packed = check_packed(folder, argument, trust_remote_code, allows_transforms=not rounds_again)
     checkpoint, divisors = packed.checkpoint, {}
+    if packed.own is None:  # nothing would say that inputs are to be transformed
+        check_no_transforms(checkpoint)
+    check_matrix_values(checkpoint)
     plain = dict(packed.plain_tensors())
     with checkpoint.reading() as read:
         for name, layer in tqdm(packed.layers.items(), desc="Dequantizing", unit="layer"):

@@ -77,7 +77,7 @@ def choose_transformed(
     if found.sites and (setting := next(iter(learns), None)):
         raise UserError(f"{setting}=True and transformed inputs do not go together; leave one of them out")
     if not isinstance(transforms, str):
-        _check_named(found.sites, chosen, schemes)
+        _check_named(found.sites, chosen, schemes, head)
     return found
 
 
@@ -128,12 +128,17 @@ def _named(transforms: Mapping[str, str], chosen: Sequence[tuple[Site, str]]) ->
     return Transformed([s for s, _ in chosen if any(matches(s.name, key) for key in transforms)], dict(transforms))
 
 
-def _check_named(found: Iterable[Site], chosen: Sequence[tuple[Site, str]], schemes: Mapping[str, Scheme]) -> None:
+def _check_named(
+    found: Iterable[Site],
+    chosen: Sequence[tuple[Site, str]],
+    schemes: Mapping[str, Scheme],
+    head: nn.Module | None,
+) -> None:
     """Raise a UserError for named sites that cannot be transformed, or without others that engines fuse with them."""
     scheme_of = {site.name: schemes[own] for site, own in chosen}
     transformed = {site.name for site in found}
     for site in found:
-        _check(site, scheme_of[site.name])
+        _check(site, scheme_of[site.name], site.owner is head)
     for group in fused_groups(scheme_of):
         if (rest := [name for name in group if name not in transformed]) and len(rest) < len(group):
             raise UserError(
@@ -142,7 +147,12 @@ def _check_named(found: Iterable[Site], chosen: Sequence[tuple[Site, str]], sche
             )
 
 
-def _check(site: Site, scheme: Scheme) -> None:
+def _check(site: Site, scheme: Scheme, is_head: bool) -> None:
+    if is_head:
+        raise UserError(
+            f"input transforms name {site.name}, {_HEAD}: give --input_transform_layers {AUTO}, which leaves it out, or "
+            "patterns that do not match it"
+        )
     if site.kind != LINEAR.name:
         raise UserError(
             f"input transforms name {site.name}, of the kind {site.kind}; only linear layers can have them: give "

@@ -62,7 +62,10 @@ class QATConfig:
         )
         training = "".join(f", {name} {value}" for name, value in self.training.items())
         cache = "" if self.kv_cache_scheme is None else f", key/value cache {self.kv_cache_scheme}"
-        transforms = "".join(f", {name} inputs of {key}" for key, name in self.input_transforms.items())
+        transforms = "".join(
+            f", {name} inputs of {_shown([key for key, own in self.input_transforms.items() if own == name])}"
+            for name in dict.fromkeys(self.input_transforms.values())
+        )
         return f"{schemes}; scale rules {rules}{training}{cache}{transforms}"
 
     def same_training(self, other: QATConfig) -> bool:
@@ -97,6 +100,12 @@ class QATConfig:
         del content["format_version"]
         kinds = content.get("kinds", _OLD_KINDS)
         return cls(**{**content, "ignore": tuple(content["ignore"]), "kinds": None if kinds is None else tuple(kinds)})
+
+
+def _shown(patterns: list[str], most: int = 8) -> str:
+    """Patterns as part of a line, the first of many."""
+    rest = len(patterns) - most
+    return ", ".join(patterns[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _check(content: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from qat import QATConfig, prepare_qat
 from qat.checkpoints.folder import CheckpointFolder
+from qat.checkpoints.input_transforms import check_no_transforms
 from qat.checkpoints.load import TEACHER_ARGUMENT, check_loadable
 from qat.checkpoints.model_config import check_readable, find_folder
 from qat.checkpoints.native_mxfp4 import is_native
@@ -99,7 +100,7 @@ class Start:
         qat_config = QATConfig.load(folder)
         names = CheckpointFolder.open(name, _ARGUMENT).names
         if is_packed:
-            check_packed(name, _ARGUMENT, model_args.trust_remote_code)
+            check_packed(name, _ARGUMENT, model_args.trust_remote_code, allows_transforms=True)
         elif learns(qat_config):
             check_baked(names, name)
         native = is_native(folder)
@@ -154,6 +155,16 @@ class Start:
             f"--distill True: the teacher would be a copy of --model_name_or_path {folder!r}, which is quantized "
             f"already or was trained to be ({how}); {remedy}"
         )
+
+    def keep_values(self, keeps: bool) -> None:
+        """Whether the stage computes with the values of a packed model as they are, see `keeps_values`.
+
+        Raises:
+            UserError: it does not, and they are those for transformed inputs.
+        """
+        self.keeps_values = keeps and self.is_packed
+        if self.is_packed and not self.keeps_values:
+            check_no_transforms(CheckpointFolder.open(self.model_args.model_name_or_path, _ARGUMENT))
 
     # ---- The model ----
 

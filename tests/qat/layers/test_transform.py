@@ -142,7 +142,7 @@ def test_the_configuration_keeps_them_and_a_saved_model_gets_them_again(tmp_path
     assert len(transformed_sites(model)) == 4
     model.qat_config.save(tmp_path)
     config = QATConfig.load(tmp_path)
-    assert config.input_transforms == BOTH and "hadamard inputs of *.o_proj" in config.summary
+    assert config.input_transforms == BOTH and "hadamard inputs of *.down_proj, *.o_proj" in config.summary
     again = prepare_as_saved(make_llama(), config)
     assert [site.name for site in transformed_sites(again)] == [site.name for site in transformed_sites(model)]
     assert not config.same_training(prepare_qat(make_llama(), {nn.Linear: "MXFP4"}).qat_config)
@@ -156,6 +156,7 @@ def test_the_configuration_keeps_them_and_a_saved_model_gets_them_again(tmp_path
         ("MXFP4", {"*.q_proj": "hadamard"}, {}, "engines fuse .*k_proj is not named"),
         ("INT4_G32", BOTH, {}, "which is in INT4_G32: .* mxfp4 or mxfp8"),
         ("MXFP4", BOTH, {"learn_exponent": True}, "learn_exponent=True and transformed inputs"),
+        ("MXFP4", {"*": "hadamard"}, {"ignore": ()}, "name lm_head, the output head, which vLLM's transforms do not"),
     ],
 )
 def test_what_cannot_be_transformed_is_refused_and_the_model_unchanged(scheme, transforms, kwargs, message):
