@@ -8,6 +8,7 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from helpers import make_llama, make_mixture
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qat import QATConfig, convert, get_scheme, prepare_qat
 from qat.errors import UserError
@@ -98,6 +99,31 @@ def test_gradients_are_products_with_operands_in_the_plain_basis_bit_for_bit(sch
     assert torch.equal(layer.weight.grad, (grad.view(10, 48).t() @ inputs.view(10, 64)).float())
 
 
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4A16"])
+def test_gradients_are_as_near_to_fp64_as_those_of_bf16_training(scheme):
+    torch.manual_seed(0)
+    quantized, plain = convert(nn.Linear(128, 96), get_scheme(scheme), "layer"), nn.Linear(128, 96)
+    quantized.weight_quantizer.is_transformed = True
+    x, grad = torch.randn(512, 128), torch.randn(512, 96).bfloat16()
+    x[:, ::37] *= 40  # outliers
+    x[torch.rand_like(x) < 1e-2] *= 10
+    t, errors = torch.block_diag(*4 * [hadamard().double()]) / 32**0.5, []
+    for layer, spec, its in ((plain, None, None), (quantized, quantized.scheme.input, quantized.scheme.weight)):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(inputs).backward(grad)
+        exact = []  # operands in FP64; quantized, those of the forward pass times T
+        for operand, of in ((layer.weight.detach(), its), (x, spec)):
+            exact.append(operand.double())
+            if of is not None:
+                seen = transform(operand, torch.bfloat16)
+                exact[-1] = ops.fake_quantize(seen, of.format.name, of.rule, torch.bfloat16).double() @ t
+        expected = grad.double() @ exact[0], grad.double().t() @ exact[1]
+        found = inputs.grad, layer.weight.grad
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
+    assert all(ours < 1.2 * theirs < 0.004 for theirs, ours in zip(*errors, strict=True))
+
+
 @pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16", "MXFP4FP8"])
 def test_backward_keeps_what_it_keeps_without_transforms(scheme):
     kept = []
@@ -112,16 +138,17 @@ def test_backward_keeps_what_it_keeps_without_transforms(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16"])
-def test_a_compiled_layer_has_the_same_values_and_gradients(scheme):
+def test_a_layer_that_is_compiled_or_checkpointed_has_the_same_values_and_gradients(scheme):
     layer = convert(nn.Linear(64, 48), get_scheme(scheme), "layer")
     layer.weight_quantizer.is_transformed = True
     found = []
-    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for call in (layer, compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
         x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = call(x)
         found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, layer.weight])])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
 
 def test_a_quantizer_by_itself_gives_the_weight_the_same_gradient():
