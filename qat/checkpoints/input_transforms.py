@@ -109,8 +109,8 @@ def check_matrix_values(checkpoint: CheckpointFolder) -> None:
         for name in filter(is_matrix, checkpoint.stored):
             if not torch.equal(read(name).to(VIEW_DTYPE), expected):
                 raise UserError(
-                    f"{checkpoint.path}: {name} is not Sylvester's matrix of {SIZE} rows, the only one that is computed "
-                    "with here; evaluate it in vLLM, or give the BF16 checkpoint that it was made of"
+                    f"{checkpoint.path}: {name} is not Sylvester's matrix of {SIZE} rows, the only one that is "
+                    "computed with here; evaluate it in vLLM, or give the BF16 checkpoint that it was made of"
                 )
 
 

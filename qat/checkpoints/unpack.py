@@ -26,7 +26,7 @@ from ..schemes.config import QAT_CONFIG_NAME, QATConfig
 from ..schemes.presets import get_scheme
 from .fit import check_finite
 from .folder import READ_METHODS
-from .input_transforms import check_matrix_values, check_no_transforms
+from .input_transforms import check_matrix_values
 from .kept_values import PackedRows, keep_values
 from .layouts import dequantize, engines_divisor, input_divisor
 from .packed_folder import PackedFolder, check_packed, model_of
@@ -73,8 +73,6 @@ def load_packed(
     """
     packed = check_packed(folder, argument, trust_remote_code, allows_transforms=not rounds_again)
     checkpoint, divisors = packed.checkpoint, {}
-    if packed.own is None:  # nothing would say that inputs are to be transformed
-        check_no_transforms(checkpoint)
     check_matrix_values(checkpoint)
     plain = dict(packed.plain_tensors())
     with checkpoint.reading() as read:

@@ -40,7 +40,7 @@ class InputCache(threading.local):
     """The last input quantized in this thread, with its codes and values; forgotten when that input dies.
 
     A spec of None stands for an input that is not quantized: its values are the input in `dtype`. With `hadamard` an
-    input is transformed before it is rounded, see transform.py.
+    input is transformed, before it is rounded if it is: see transform.py.
     """
 
     entry: _Entry | None = None
@@ -73,7 +73,7 @@ class InputCache(threading.local):
         hadamard: bool = False,
     ) -> torch.Tensor:
         """`ops.fake_quantize(x)`, computed once, from the codes where they exist."""
-        if spec is None and x.dtype == dtype:
+        if spec is None and x.dtype == dtype and not hadamard:
             return x
         entry = self._find(x, spec, dtype, None if divisor is None else group, hadamard)
         if entry is None:
@@ -127,5 +127,5 @@ def _values(
     x: torch.Tensor, spec: TensorSpec | None, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
 ) -> torch.Tensor:
     if spec is None:
-        return x.to(dtype)
+        return ops.transform(x, dtype) if hadamard else x.to(dtype)
     return ops.fake_quantize(x, spec.format.name, spec.rule, dtype, divisor, hadamard)

@@ -7,7 +7,8 @@ For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3
 
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
 is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit. An input
-that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. With a low-rank adapter the weight is
+that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. Where inputs are transformed, q(w) and
+q(x) are transformed back for both products (transform.py). With a low-rank adapter the weight is
 merged before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and kept, as its
 codes: see packed_weight.py.
 
@@ -42,7 +43,7 @@ class _Settings(NamedTuple):
     dtype: torch.dtype
     kept: int  # tensors that are saved of a quantized input: its codes and scales
     divisor: torch.Tensor | None  # of the weight, in formats with a tensor scale
-    hadamard: bool = False  # whether the input is transformed before it is rounded
+    hadamard: bool = False  # whether the input is transformed
     of_rows: int = 0  # what is given beside the values where the input is E4M3 rows: scale, lost rows and source
 
 
@@ -71,8 +72,9 @@ def quantized_linear(
         group: the same for layers that have the same `input_divisor`.
         in_fp8: multiply in FP8 where the rounding gives E4M3 rows; the formats are those of `e4m3_rows`, without a
             tensor scale, and `dtype` is BF16.
-        hadamard: x stands for its transform, see `transform.to_be_transformed`; it is rounded.
+        hadamard: x, which is in `dtype`, is transformed; the rounding transforms the weight. See transform.py.
     """
+    assert x.dtype == dtype or not hadamard
     needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
     if torch.is_grad_enabled() and weight.requires_grad:
         rounding.check_trainable()
@@ -112,7 +114,8 @@ class _QuantizedLinear(torch.autograd.Function):
         needs_values = needs[1] or any(needs[5 + settings.kept :])
         needs_weight = needs[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
-        plain = values if needs_values and settings.input_spec is None else None
+        plain = x if settings.hadamard else values
+        plain = plain if needs_values and settings.input_spec is None else None
         ctx.save_for_backward(weight if needs_weight else None, plain, *kept_for_backward, *learned)
         bias = None if bias is None else bias.to(settings.dtype)
         if of_rows:
@@ -137,7 +140,8 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         learned_grads: tuple[torch.Tensor | None, ...] = (None,) * len(learned)
         if needs[0]:
-            grad_x = grad_rows @ settings.rounding.values(weight, settings.dtype, *learned, divisor=settings.divisor)
+            rounding, divisor = settings.rounding, settings.divisor
+            grad_x = grad_rows @ rounding.values_for_backward(weight, settings.dtype, *learned, divisor=divisor)
             if grad_rows is not grad:
                 grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
             grad_x = grad_x.to(x_dtype)
@@ -148,7 +152,7 @@ class _QuantizedLinear(torch.autograd.Function):
             learned_grads = settings.rounding.gradients(grad_rows, values, *learned)
             needs_learned = False
         if needs[1] or needs_learned:
-            grad_weight = settings.rounding.parameter_gradient(_weight_gradient(grad_rows, values, weight_dtype))
+            grad_weight = _weight_gradient(grad_rows, values, weight_dtype)
             if needs_learned:
                 learned_grads = settings.rounding.learned_gradients(
                     grad_weight, weight, settings.dtype, *learned, divisor=settings.divisor
@@ -182,7 +186,8 @@ def _weight_gradient(grad: torch.Tensor, values: torch.Tensor, dtype: torch.dtyp
 
 
 def _kept_values(kept: list[torch.Tensor], settings: _Settings) -> torch.Tensor:
-    """The values of the quantized input that the product was made of."""
+    """The values of the quantized input that the product was made of; transformed back where it was transformed."""
     assert settings.input_spec is not None
     codes, *scales = kept
-    return ops.dequantize(Quantized(codes, tuple(scales)), settings.input_spec.format.name, settings.dtype)
+    quantized, fmt = Quantized(codes, tuple(scales)), settings.input_spec.format.name
+    return ops.dequantize(quantized, fmt, settings.dtype, settings.hadamard)

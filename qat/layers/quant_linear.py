@@ -19,7 +19,7 @@ from .operands import Operands, compute_dtype, is_shard
 from .packed_weight import as_kept, packed_of
 from .rounding import Rounding
 from .swapped_class import swapped_class
-from .transform import to_be_transformed, transformed_input
+from .transform import transformed_input
 
 # By name, since qat/layers imports no transformers.
 _FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
@@ -60,14 +60,12 @@ class LinearProduct(Operands):
         dtype = compute_dtype(input)
         weight, inputs, adapter = self.weight_quantizer, self.input_quantizer, adapter_of(self)
         bias = None if self.adds_bias_apart else self.bias
-        is_transformed = weight.is_transformed and (weight.is_enabled or inputs.is_enabled)
+        is_transformed = weight.is_transformed and (weight.is_enabled or inputs.is_enabled or weight.is_baked)
         is_plain = weight.scale is None and inputs.scale is None
         is_fused = is_plain and (weight.is_enabled or adapter is not None)
         spec = inputs.spec if inputs.is_enabled else None
-        hadamard = False  # whether the input is transformed where it is rounded
-        if is_transformed:
-            hadamard = is_fused and spec is not None and ops.transforms_at_once(input.device.type, spec.format.name)
-            input = self._transformed(input, dtype, hadamard)
+        if is_transformed and input.dtype != dtype:
+            input = self._cast(input, dtype)
         if is_fused:
             rounding, learned = as_kept(self, *self._rounding(adapter))
             assert rounding is not None
@@ -77,26 +75,25 @@ class LinearProduct(Operands):
                 input, kept, bias, spec, rounding, dtype, learned, divisor,
                 self.input_divisor(input.device), self.fused_id,
                 self.in_fp8 and spec is not None and dtype == torch.bfloat16 and rounding.gives_rows,
-                hadamard,
+                is_transformed,
             )  # fmt: skip
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
-            x = inputs(input.to(dtype), self.input_divisor(input.device))
+            x = transformed_input(input) if is_transformed else input.to(dtype)
+            x = inputs(x, self.input_divisor(input.device))
             rows = self.rows(self.effective_weight()).to(dtype)
-            if is_transformed and not weight.is_enabled:
+            if is_transformed and not (weight.is_enabled or weight.is_baked):
                 rows = transformed_input(rows)
             output = F.linear(x, weight(rows, divisor), bias)
         if self.adds_bias_apart and self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return self.output_quantizer(output)
 
-    def _transformed(self, input: torch.Tensor, dtype: torch.dtype, later: bool) -> torch.Tensor:
-        """The transformed input, or what stands for it, made once for the layers that engines fuse: they share it."""
-        make = to_be_transformed if later else transformed_input
+    def _cast(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The input in `dtype`, made once for the layers that engines fuse: they share what is made of it."""
         if len(self.fused_with) == 1:
-            return make(input.to(dtype))
-        key = "transformed", dtype, torch.is_grad_enabled(), later
-        return once_for(input, key, lambda: make(input.to(dtype)))
+            return input.to(dtype)
+        return once_for(input, ("cast", dtype, torch.is_grad_enabled()), lambda: input.to(dtype))
 
     def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding, tuple[torch.Tensor, ...]]:
         """How the weight is rounded, and what is trained beside it."""

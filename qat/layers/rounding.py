@@ -45,6 +45,12 @@ class Rounding:
         """The quantized values [N, K] in `dtype`, without a gradient."""
         return ops.fake_quantize(weight, self.spec.format.name, self.spec.rule, dtype, divisor)
 
+    def values_for_backward(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the gradient of the product is multiplied by to give that of the input: [N, K] in `dtype`."""
+        return self.values(weight, dtype, *learned, divisor=divisor)
+
     def rounded_from(self, weight: torch.Tensor, *learned: torch.Tensor) -> torch.Tensor:
         """What the rule rounds, [N, K], without a gradient; where `gives_rows`."""
         return weight.detach()
@@ -70,10 +76,6 @@ class Rounding:
     ) -> tuple[torch.Tensor, ...]:
         """The gradients of `learned` from that of the quantized values [N, K]."""
         return ()
-
-    def parameter_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of the parameter [N, K] from that of the quantized values."""
-        return grad
 
     def check_trainable(self) -> None:
         """Raise a UserError where a weight under this rounding must not be trained."""

@@ -14,7 +14,7 @@ from .learned import SETTINGS, check_learnable, kind_of
 from .learned_exponents import LearnedExponents
 from .learned_scales import LearnedScales
 from .rounding import Rounding
-from .transform import TransformedRounding
+from .transform import BakedTransformed, TransformedRounding
 
 
 class TensorQuantizer(nn.Module):
@@ -113,7 +113,7 @@ class TensorQuantizer(nn.Module):
     def rounding(self) -> Rounding:
         """How the tensor gets its values; `learned` are its parameters."""
         if self.is_baked:
-            return BakedValues(self.spec)
+            return BakedTransformed(self.spec) if self.is_transformed else BakedValues(self.spec)
         if self.is_transformed:
             return TransformedRounding(self.spec)
         if self.learn_exponent:

@@ -11,6 +11,13 @@ time. Only quantization sees it; with the quantizers off a layer computes x W^T.
 
 Both are computed in FP32, see numerics/hadamard.py: inputs are rounded to their dtype; weights, seen in BF16, to BF16.
 Up to the order of sums, which seldom matters, the numerics of inputs are compressed-tensors'.
+
+In the backward pass of y = q(x T) q(W T)^T the quantized operands are transformed, not the gradients, since T T = 1:
+
+    dx = dy (q(W T) T),    dW = dy^T (q(x T) T)
+
+The operands are computed there anyway, from the parameter and from the codes, and the kernels that do it transform them
+before they write; gradients would take a pass of their own. The operands are rounded to the dtype of the product.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from ..numerics import ops
 from ..numerics.e4m3_rows import Rows
 from ..numerics.formats import Quantized
 from ..schemes.spec import VIEW_DTYPE
+from .baked_values import BakedValues
 from .rounding import Rounding
 
 FORMATS = ("mxfp4", "mxfp8")  # of weights that can be transformed: those in blocks of `SIZE`
@@ -31,21 +39,6 @@ FORMATS = ("mxfp4", "mxfp8")  # of weights that can be transformed: those in blo
 def transformed_input(x: torch.Tensor) -> torch.Tensor:
     """x [..., K] times T, 32 values at a time, in FP32 -> the dtype of x; with a gradient for x."""
     return ops.transform(x, x.dtype)
-
-
-def to_be_transformed(x: torch.Tensor) -> torch.Tensor:
-    """x itself, with the gradient of `transformed_input(x)`: for roundings that transform what they read."""
-    return _ToBeTransformed.apply(x)
-
-
-class _ToBeTransformed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ops.transform(grad, grad.dtype)
 
 
 @torch.no_grad()
@@ -73,6 +66,12 @@ class TransformedRounding(Rounding):
         """As `Rounding.values`, of the transformed weight."""
         return ops.fake_quantize(*self._given(weight, dtype))
 
+    def values_for_backward(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Rounding.values_for_backward`: `values` times T, which are near the weight itself."""
+        return ops.fake_quantize(*self._given(weight, dtype), True)
+
     def _given(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple:
         """Arguments of `ops`: seen in BF16 a weight is transformed where it is rounded."""
         at_once = dtype == VIEW_DTYPE
@@ -90,9 +89,18 @@ class TransformedRounding(Rounding):
         """`values`, with a straight-through gradient for the weight."""
         return _Transformed.apply(weight, self, dtype)
 
-    def parameter_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of the weight [N, K] from that of the transformed one: times T, which is symmetric."""
-        return ops.transform(grad, grad.dtype)
+
+class BakedTransformed(BakedValues):
+    """The rounding of a weight that holds the quantized values of a transformed one, as packed folders do.
+
+    There is no plain weight to go back to, so a layer transforms its input with the quantizers off, too.
+    """
+
+    def values_for_backward(
+        self, weight: torch.Tensor, dtype: torch.dtype, *learned: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Rounding.values_for_backward`: the values times T."""
+        return ops.transform(self.values(weight, dtype), dtype)
 
 
 class _Transformed(torch.autograd.Function):
@@ -100,9 +108,9 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, rounding, dtype):
-        ctx.rounding, ctx.dtype = rounding, weight.dtype
+        ctx.dtype = weight.dtype
         return rounding.values(weight, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.rounding.parameter_gradient(grad.to(ctx.dtype)), None, None
+        return ops.transform(grad, ctx.dtype), None, None  # T is symmetric

@@ -150,8 +150,8 @@ def _check_named(
 def _check(site: Site, scheme: Scheme, is_head: bool) -> None:
     if is_head:
         raise UserError(
-            f"input transforms name {site.name}, {_HEAD}: give --input_transform_layers {AUTO}, which leaves it out, or "
-            "patterns that do not match it"
+            f"input transforms name {site.name}, {_HEAD}: give --input_transform_layers {AUTO}, which leaves it out, "
+            "or patterns that do not match it"
         )
     if site.kind != LINEAR.name:
         raise UserError(

@@ -40,15 +40,9 @@ def _function(verb: str, x: torch.Tensor, fmt: Format) -> Callable:
     return getattr(_module(verb, x.device.type, fmt), verb)
 
 
-def _rounded(
-    verb: str, x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
-) -> Any:
-    """What the function called `verb` makes of x or, if `hadamard`, of `transform(x, dtype)`."""
-    module = _module(verb, x.device.type, fmt)
-    if hadamard and getattr(module, "TRANSFORMS", False):
-        return getattr(module, verb)(x, fmt, rule, dtype, True)
-    x = transform.function(x, dtype) if hadamard else x
-    return getattr(module, verb)(x, fmt, rule, dtype, *_given(divisor))
+def _transforming(module: Any, **transforms: bool) -> dict[str, bool]:
+    """Those of the transforms asked for which the functions of a module do themselves."""
+    return {name: True for name, asked in transforms.items() if asked and getattr(module, "TRANSFORMS", False)}
 
 
 class _Operator:
@@ -103,12 +97,6 @@ def has_kernels(x: torch.Tensor, fmt: str) -> bool:
     return _function("quantize", x, format_) is not family_of(format_).quantize
 
 
-@torch.compiler.assume_constant_result
-def transforms_at_once(device: str, fmt: str) -> bool:
-    """Whether kernels for a type of device take `hadamard`; elsewhere that transforms x before it rounds it."""
-    return getattr(_module("quantize", device, get_format(fmt)), "TRANSFORMS", False)
-
-
 @_operator("fake_quantize")
 def fake_quantize(
     x: torch.Tensor,
@@ -117,6 +105,7 @@ def fake_quantize(
     dtype: torch.dtype,
     divisor: torch.Tensor | None = None,
     hadamard: bool = False,
+    back: bool = False,
 ) -> torch.Tensor:
     """x [..., K] -> its nearest values in the format, [..., K] in `dtype`: first `x.to(dtype)`, then rounding.
 
@@ -126,8 +115,16 @@ def fake_quantize(
         divisor: of the whole tensor, FP32 [1], in formats with a tensor scale; [E] for x [E, N, K], stacked weights;
             default: that of x.
         hadamard: round `transform(x, dtype)`, in formats without a tensor scale; the gradient is transformed, too.
+        back: return `transform(values, dtype)` of the rounded values; the gradient is transformed, too. With both,
+            values are near x itself, and the gradient passes straight through.
     """
-    return _rounded("fake_quantize", x, get_format(fmt), rule, dtype, divisor, hadamard)
+    format_ = get_format(fmt)
+    kernels = _module("fake_quantize", x.device.type, format_)
+    if asked := _transforming(kernels, hadamard=hadamard, back=back):
+        return kernels.fake_quantize(x, format_, rule, dtype, **asked)
+    x = transform.function(x, dtype) if hadamard else x
+    values = kernels.fake_quantize(x, format_, rule, dtype, *_given(divisor))
+    return transform.function(values, dtype) if back else values
 
 
 def _given(divisor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -136,7 +133,7 @@ def _given(divisor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
 
 
 @fake_quantize.register_fake
-def _(x, fmt, rule, dtype, divisor=None, hadamard=False):
+def _(x, fmt, rule, dtype, divisor=None, hadamard=False, back=False):
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -198,12 +195,12 @@ def _remember_dtype(ctx, inputs, output):
 
 
 def _remember_rounding(ctx, inputs, output):
-    ctx.input_dtype, ctx.hadamard = inputs[0].dtype, inputs[5]
+    ctx.input_dtype, ctx.transforms = inputs[0].dtype, inputs[5] != inputs[6]  # both: T T = 1
 
 
 def _straight_through(ctx, grad):
-    grad = transform(grad, grad.dtype) if ctx.hadamard else grad
-    return grad.to(ctx.input_dtype), None, None, None, None, None
+    grad = transform(grad, grad.dtype) if ctx.transforms else grad
+    return grad.to(ctx.input_dtype), None, None, None, None, None, None
 
 
 fake_quantize.register_autograd(_straight_through, setup_context=_remember_rounding)
@@ -269,7 +266,12 @@ def _quantize(
     x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
 ) -> list[torch.Tensor]:
     """Codes and the scales that are not given: an operator must not return what it was given."""
-    tensors = _rounded("quantize", x, get_format(fmt), rule, dtype, divisor, hadamard).tensors
+    format_ = get_format(fmt)
+    kernels = _module("quantize", x.device.type, format_)
+    if asked := _transforming(kernels, hadamard=hadamard):
+        return kernels.quantize(x, format_, rule, dtype, **asked).tensors
+    x = transform.function(x, dtype) if hadamard else x
+    tensors = kernels.quantize(x, format_, rule, dtype, *_given(divisor)).tensors
     return tensors if divisor is None else tensors[:-1]
 
 
@@ -283,19 +285,25 @@ def _(x, fmt, rule, dtype, divisor, hadamard):
     return tensors
 
 
-def dequantize(quantized: Quantized, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `quantize`: [..., K] in `dtype`."""
-    return _dequantize(quantized.codes, list(quantized.scales), fmt, dtype)
+def dequantize(quantized: Quantized, fmt: str, dtype: torch.dtype, back: bool = False) -> torch.Tensor:
+    """Inverse of `quantize`: [..., K] in `dtype`; `back` as in `fake_quantize`."""
+    return _dequantize(quantized.codes, list(quantized.scales), fmt, dtype, back)
 
 
 @_operator("dequantize")
-def _dequantize(codes: torch.Tensor, scales: list[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    format_ = get_format(fmt)
-    return _function("dequantize", codes, format_)(Quantized(codes, tuple(scales)), format_, dtype)
+def _dequantize(
+    codes: torch.Tensor, scales: list[torch.Tensor], fmt: str, dtype: torch.dtype, back: bool
+) -> torch.Tensor:
+    format_, quantized = get_format(fmt), Quantized(codes, tuple(scales))
+    kernels = _module("dequantize", codes.device.type, format_)
+    if asked := _transforming(kernels, back=back):
+        return kernels.dequantize(quantized, format_, dtype, **asked)
+    values = kernels.dequantize(quantized, format_, dtype)
+    return transform.function(values, dtype) if back else values
 
 
 @_dequantize.register_fake
-def _(codes, scales, fmt, dtype):
+def _(codes, scales, fmt, dtype, back):
     return codes.new_empty(get_format(fmt).value_shape(codes), dtype=dtype)
 
 

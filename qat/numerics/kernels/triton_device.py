@@ -252,6 +252,14 @@ def _seen(x, ROWS: tl.constexpr, STORED: tl.constexpr, VIEW: tl.constexpr, HADAM
 
 
 @_jit
+def _stored(values, ROWS: tl.constexpr, VIEW: tl.constexpr, BACK: tl.constexpr):
+    """Rounded values [ROWS, 32] (FP32) in VIEW, transformed back or not."""
+    if BACK:
+        values = _transformed(_to_fp32(_to_view(values, VIEW)), ROWS, VIEW)
+    return _to_view(values, VIEW)
+
+
+@_jit
 def fake_quantize_kernel(
     x_ptr,
     out_ptr,
@@ -265,6 +273,7 @@ def fake_quantize_kernel(
     SEARCH: tl.constexpr,
     VIEW: tl.constexpr,
     HADAMARD: tl.constexpr,
+    BACK: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
     offsets = _offsets(rows, 32)
@@ -273,7 +282,7 @@ def fake_quantize_kernel(
     code = _find_scale(x, ROWS, EMAX, EMIN, MANTISSA_BITS, MAX_NORMAL, THRESHOLD, SEARCH)
     elements = _round(x * _to_scaled_units(code)[:, None], EMIN, MANTISSA_BITS, MAX_NORMAL)
     out = elements * _scale_value(code)[:, None]  # a NaN scale makes its whole block NaN
-    tl.store(out_ptr + offsets, _to_view(out, VIEW), mask=exists[:, None])
+    tl.store(out_ptr + offsets, _stored(out, ROWS, VIEW, BACK), mask=exists[:, None])
 
 
 @_jit
@@ -340,6 +349,7 @@ def dequantize_kernel(
     BITS: tl.constexpr,
     MAX_CODE: tl.constexpr,
     VIEW: tl.constexpr,
+    BACK: tl.constexpr,
 ):
     rows, exists = _tile(blocks, ROWS)
     codes = tl.load(packed_ptr + _offsets(rows, 4 * BITS), mask=exists[:, None], other=0).to(tl.int32)
@@ -353,5 +363,5 @@ def dequantize_kernel(
     # The sign bit is set, not the value negated: Triton negates by subtracting from zero, which has no -0.0.
     value = _float(_bits(element) | (codes >> (BITS - 1)) << 31)
     scale = _scale_value(tl.load(scale_ptr + rows, mask=exists, other=0).to(tl.int32))
-    out = _to_view(value * scale[:, None], VIEW)
+    out = _stored(value * scale[:, None], ROWS, VIEW, BACK)
     tl.store(out_ptr + _offsets(rows, 32), out, mask=exists[:, None])

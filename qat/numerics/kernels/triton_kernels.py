@@ -30,7 +30,7 @@ from .triton_device import (
 from .triton_launch import interpreting, launch
 
 SERVES = tuple(FORMATS)
-TRANSFORMS = True  # `fake_quantize` and `quantize` take `hadamard`
+TRANSFORMS = True  # `fake_quantize` and `quantize` take `hadamard`, `fake_quantize` and `dequantize` take `back`
 # Blocks per program and warps, by kernel: the fastest of 16 to 512 blocks and 1 to 8 warps on an H200.
 _TILES = {
     "fake_quantize": (32, 2),
@@ -49,7 +49,12 @@ def is_available() -> bool:
 
 
 def fake_quantize(
-    x: torch.Tensor, fmt: Format, rule: str, dtype: torch.dtype | None = None, hadamard: bool = False
+    x: torch.Tensor,
+    fmt: Format,
+    rule: str,
+    dtype: torch.dtype | None = None,
+    hadamard: bool = False,
+    back: bool = False,
 ) -> torch.Tensor:
     """x's nearest values on the MX grid; same arguments and bits as `mx.fake_quantize`.
 
@@ -59,6 +64,7 @@ def fake_quantize(
         rule: one of `rules.MX_RULES`.
         dtype: the view of `x` that is quantized (default: its own dtype).
         hadamard: quantize `hadamard.transform(x, dtype)`, which is computed in registers.
+        back: return `hadamard.transform(values, dtype)`, computed there, too.
 
     Returns:
         [..., K] in `dtype`, contiguous.
@@ -68,7 +74,7 @@ def fake_quantize(
     """
     x, dtype = prepare(x, fmt, dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    options = _options("fake_quantize", fmt.name, rule, dtype, hadamard)
+    options = _options("fake_quantize", fmt.name, rule, dtype, hadamard, back)
     name = "search" if rule == "search" else "fake_quantize"
     _launch(name, fake_quantize_kernel, (x, out), x.numel() // BLOCK, options)
     return out
@@ -87,8 +93,11 @@ def quantize(
     return Quantized(codes, (scale_e8m0_biased,))
 
 
-def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `quantize`: [..., K] in `dtype` (float32, bfloat16 or float16), as `mx.dequantize`."""
+def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype, back: bool = False) -> torch.Tensor:
+    """The inverse of `quantize`: [..., K] in `dtype` (float32, bfloat16 or float16), as `mx.dequantize`.
+
+    `back` as in `fake_quantize`.
+    """
     codes, (scale_e8m0_biased,) = quantized.codes, quantized.scales
     shape = fmt.value_shape(codes)
     for tensor in quantized.tensors:
@@ -97,7 +106,7 @@ def dequantize(quantized: Quantized, fmt: Format, dtype: torch.dtype) -> torch.T
     check_dtype(dtype)
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     tensors = (codes.contiguous(), scale_e8m0_biased.contiguous(), out)
-    options = _options("dequantize", fmt.name, None, dtype)
+    options = _options("dequantize", fmt.name, None, dtype, None, back)
     _launch("dequantize", dequantize_kernel, tensors, scale_e8m0_biased.numel(), options)
     return out
 
@@ -173,13 +182,20 @@ def _rule(element: Element, rule: str) -> dict[str, int | float | bool]:
 
 @functools.cache
 def _options(
-    kernel: str, fmt: str, rule: str | None, dtype: torch.dtype, hadamard: bool | None = None
+    kernel: str,
+    fmt: str,
+    rule: str | None,
+    dtype: torch.dtype,
+    hadamard: bool | None = None,
+    back: bool | None = None,
 ) -> dict[str, Any]:
     """The constants of a kernel; callers do not change them."""
     element = FORMATS[fmt].element
     options: dict[str, Any] = {"VIEW": triton_dtype(dtype)}
     if kernel != "fake_quantize":
         options["BITS"] = element.bits
+    if back is not None:
+        options["BACK"] = back
     if kernel == "dequantize":
         options |= {"MANTISSA_BITS": element.mantissa_bits, "BIAS_FACTOR": 2.0 ** (126 + element.emin)}
         return options | {"MAX_CODE": element.largest_code}

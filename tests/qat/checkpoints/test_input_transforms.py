@@ -23,6 +23,7 @@ from qat.checkpoints.verify import verify
 from qat.checkpoints.verify_logits import VerificationError
 from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
+from qat.layers.sites import quantizers_off
 from qat.schemes.config import QATConfig
 
 same_process = pytest.fixture(logits_in_this_process)
@@ -99,6 +100,43 @@ def test_a_folder_with_transforms_is_not_unpacked(tmp_path):
     folder = export_checkpoint(save_trained(tmp_path / "trained", BOTH), tmp_path / "packed")
     with pytest.raises(UserError, match="has transformed inputs .* give the BF16 checkpoint"):
         load_packed(folder)
+    (folder / "qat_config.json").unlink()  # as folders of others
+    with pytest.raises(UserError, match="with a transform_config, .* which is not read"):
+        load_packed(folder, rounds_again=False)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_folder_with_transforms_is_evaluated_with_its_values_as_they_are(tmp_path, autocast):
+    source = save_trained(tmp_path / "trained", {"*": "hadamard"})
+    model, config = load_packed(export_checkpoint(source, tmp_path / "packed"), rounds_again=False)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    packed = prepare_as_saved(model.float() if autocast else model, config, keeps_values=True)
+    trained = prepare_as_saved(AutoModelForCausalLM.from_pretrained(source, dtype=dtype), config)
+    ids = torch.arange(64)[None]
+    embeddings = packed.get_input_embeddings()(ids).detach()
+    found = []
+    for each in (packed, trained):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = each.requires_grad_(False)(inputs_embeds=(x := embeddings.clone().requires_grad_())).logits
+        (logits.float() * torch.linspace(-1, 1, logits.shape[-1])).sum().backward()
+        found.append((logits, x.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=float(found[1][1].abs().max()) * 2**-7)
+    with quantizers_off(packed), quantizers_off(trained), torch.no_grad():
+        off = [each(input_ids=ids).logits.float() for each in (packed, trained)]
+    assert (off[0] - off[1]).norm() < 0.2 * off[1].norm()  # rounded weights, but no other function
+
+
+@pytest.mark.parametrize("change", ["other values", "no matrix"])
+def test_a_folder_whose_matrices_are_not_the_ones_is_not_evaluated(tmp_path, change):
+    folder = export_checkpoint(save_trained(tmp_path / "trained", BOTH), tmp_path / "packed")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("hadamard32_input.weight"))
+    matrix = tensors.pop(name)
+    tensors |= {name: -matrix} if change == "other values" else {}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="not Sylvester's" if change == "other values" else "no matrix that transforms"):
+        load_packed(folder, rounds_again=False)
 
 
 def test_other_formats_refuse_them():

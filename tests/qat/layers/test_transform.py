@@ -8,15 +8,18 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from compressed_tensors.transform.utils.hadamard import deterministic_hadamard_matrix
 from helpers import make_llama, make_mixture
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qat import QATConfig, convert, get_scheme, prepare_qat
 from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import quantized_sites, quantizers_off
-from qat.layers.transform import TransformedRounding, to_be_transformed, transformed_input, transformed_weight
+from qat.layers.transform import TransformedRounding, transformed_input, transformed_weight
 from qat.layers.transformed import transformed_sites
 from qat.numerics import ops
+from qat.numerics.families import family_of
 from qat.numerics.hadamard import matrix as hadamard
+from qat.numerics.hadamard import transform
 
 BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
 
@@ -72,6 +75,82 @@ def test_a_layer_equals_its_plain_composition_in_values_and_gradients(scheme, au
     torch.testing.assert_close(layer.weight.grad.double(), wt.grad.double() @ t, **tolerance)
 
 
+def rounded_and_transformed_back(x: torch.Tensor, spec, dtype: torch.dtype) -> torch.Tensor:
+    """Q(x T) T by the plain functions, not by kernels; x itself if it is not rounded."""
+    if spec is None:
+        return x.to(dtype)
+    fmt = spec.format
+    values = family_of(fmt).fake_quantize(transform(x, torch.bfloat16).to(dtype), fmt, spec.rule, dtype)
+    return transform(values, dtype)
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4A16", "MXFP4FP8"])
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_gradients_are_products_with_operands_in_the_plain_basis_bit_for_bit(scheme, in_fp8):
+    torch.manual_seed(0)
+    layer = convert(nn.Linear(64, 48), get_scheme(scheme), "layer")
+    layer.weight_quantizer.is_transformed, layer.in_fp8 = True, in_fp8
+    x, grad = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 48).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).backward(grad)
+    inputs = rounded_and_transformed_back(x.detach(), layer.scheme.input, torch.bfloat16)
+    weight = rounded_and_transformed_back(layer.weight.detach(), layer.scheme.weight, torch.bfloat16)
+    assert torch.equal(x.grad, (grad.view(10, 48) @ weight).view_as(x).float())
+    assert torch.equal(layer.weight.grad, (grad.view(10, 48).t() @ inputs.view(10, 64)).float())
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4A16"])
+def test_gradients_are_as_near_to_fp64_as_those_of_bf16_training(scheme):
+    torch.manual_seed(0)
+    quantized, plain = convert(nn.Linear(128, 96), get_scheme(scheme), "layer"), nn.Linear(128, 96)
+    quantized.weight_quantizer.is_transformed = True
+    x, grad = torch.randn(512, 128), torch.randn(512, 96).bfloat16()
+    x[:, ::37] *= 40  # outliers
+    x[torch.rand_like(x) < 1e-2] *= 10
+    t, errors = torch.block_diag(*4 * [hadamard().double()]) / 32**0.5, []
+    for layer, spec, its in ((plain, None, None), (quantized, quantized.scheme.input, quantized.scheme.weight)):
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(inputs).backward(grad)
+        exact = []  # operands in FP64; quantized, those of the forward pass times T
+        for operand, of in ((layer.weight.detach(), its), (x, spec)):
+            exact.append(operand.double())
+            if of is not None:
+                seen = transform(operand, torch.bfloat16)
+                exact[-1] = ops.fake_quantize(seen, of.format.name, of.rule, torch.bfloat16).double() @ t
+        expected = grad.double() @ exact[0], grad.double().t() @ exact[1]
+        found = inputs.grad, layer.weight.grad
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
+    assert all(ours < 1.2 * theirs < 0.004 for theirs, ours in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16", "MXFP4FP8"])
+def test_backward_keeps_what_it_keeps_without_transforms(scheme):
+    kept = []
+    for is_transformed in (False, True):
+        layer, saved = convert(nn.Linear(64, 48), get_scheme(scheme), "layer"), []
+        layer.weight_quantizer.is_transformed = is_transformed
+        x = torch.randn(10, 64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            layer(x)
+        kept.append([(t.dtype, t.shape, t.data_ptr() in (x.data_ptr(), layer.weight.data_ptr())) for t in saved])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16"])
+def test_a_layer_that_is_compiled_or_checkpointed_has_the_same_values_and_gradients(scheme):
+    layer = convert(nn.Linear(64, 48), get_scheme(scheme), "layer")
+    layer.weight_quantizer.is_transformed = True
+    found = []
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for call in (layer, compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(x)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, layer.weight])])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
 def test_a_quantizer_by_itself_gives_the_weight_the_same_gradient():
     layer = convert(nn.Linear(64, 48), get_scheme("MXFP4"), "layer")
     layer.weight_quantizer.is_transformed = True
@@ -112,29 +191,20 @@ def test_without_quantizers_the_model_computes_what_it_computed():
     assert not torch.equal(model(input_ids=ids).logits, before)  # transformed inputs alone are rounded
 
 
-@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "MXFP4A16", "MXFP4FP8"])
-@pytest.mark.parametrize("in_fp8", [False, True])
-def test_transforms_where_inputs_are_rounded_give_the_same_bits_and_gradients(scheme, in_fp8, monkeypatch):
-    found = []
-    for at_once in (False, True):
-        monkeypatch.setattr(ops, "transforms_at_once", lambda device, fmt, at_once=at_once: at_once)
-        model = prepare_qat(make_llama(layers=1), {nn.Linear: scheme}, input_transforms={"*": "hadamard"})
-        for site in quantized_sites(model):
-            site.module.in_fp8 = in_fp8 and scheme in ("MXFP4", "MXFP4FP8")
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=torch.arange(48).view(2, 24)).logits
-        logits.float().square().sum().backward()
-        found.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) > 8 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+@pytest.mark.parametrize(("scheme", "verb"), [("MXFP4", "quantize"), ("MXFP4A16", "transform")])
+def test_layers_that_share_an_input_share_what_is_made_of_it(scheme, verb, monkeypatch):
+    model = prepare_qat(make_llama(layers=1), {nn.Linear: scheme}, input_transforms={"*": "hadamard"})
+    operator, shapes = getattr(ops, verb), []
 
+    def counting(x, *args):
+        shapes.append(x.shape)
+        return operator(x, *args)
 
-def test_layers_that_share_an_input_share_its_transform(monkeypatch):
-    model = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"}, input_transforms={"*": "hadamard"})
-    shapes = []
-    for name, make in (("transformed_input", transformed_input), ("to_be_transformed", to_be_transformed)):
-        monkeypatch.setattr(f"qat.layers.quant_linear.{name}", lambda x, make=make: shapes.append(x.shape) or make(x))
-    model(input_ids=torch.arange(16)[None]).logits.sum().backward()
-    assert len(shapes) == 4  # of q, k and v; o; gate and up; down
+    counting.function = getattr(operator, "function", None)
+    monkeypatch.setattr(ops, verb, counting)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(16)[None])
+    assert [shape[:-1] for shape in shapes] == 4 * [(1, 16)]  # q, k and v; o; gate and up; down
 
 
 def test_the_configuration_keeps_them_and_a_saved_model_gets_them_again(tmp_path):

@@ -109,10 +109,18 @@ def compare_fused(device: str, rows: int = 20) -> None:
         for values in (x, x.view(2, -1, 96)[:, ::2], x[:, 32:64], x[:0]):
             for fmt, rule in MX:
                 transformed, given = hadamard.transform(values, view), values.to(device)
+                rounded = mx.fake_quantize(transformed, fmt, rule, view)
                 fake = triton_kernels.fake_quantize(given, fmt, rule, view, True)
-                assert same(fake.cpu(), mx.fake_quantize(transformed, fmt, rule, view)), (fmt, rule)
+                assert same(fake.cpu(), rounded), (fmt, rule)
+                back = triton_kernels.fake_quantize(given, fmt, rule, view, True, True)
+                assert same(back.cpu(), hadamard.transform(rounded, view)), (fmt, rule)
                 quantized = triton_kernels.quantize(given, fmt, rule, view, True)
                 assert all_same(quantized, mx.quantize(transformed, fmt, rule, view)), (fmt, rule)
+                back = triton_kernels.dequantize(quantized, fmt, view, True)
+                assert same(back.cpu(), hadamard.transform(rounded, view)), (fmt, rule)
+            only_back = triton_kernels.fake_quantize(given, fmt, "floor", view, False, True)
+            expected = hadamard.transform(mx.fake_quantize(values, fmt, "floor", view), view)
+            assert same(only_back.cpu(), expected), fmt
     count = torch.zeros(1, dtype=torch.int64, device=device)
     lost = 0
     for at_a_time, stored, rule in ((8192, torch.bfloat16, "even"), (64, torch.float32, "search")):
@@ -182,8 +190,22 @@ def test_operators_round_what_is_transformed(fmt, rule):
         assert same(ops.rows_product(rows, weight, None), ops.rows_product(expected, weight, None))
 
 
-def test_the_gradient_of_rounding_what_is_transformed_is_transformed():
+@pytest.mark.parametrize(("fmt", "rule"), [("mxfp4", "search"), ("mxfp8", "even"), ("fp8_token", "absmax")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_transform_back_what_they_rounded(fmt, rule, dtype):
+    x = wide(8).to(DEVICE)
+    for first in (False, True):
+        rounded = ops.fake_quantize(x, fmt, rule, dtype, None, first)
+        expected = hadamard.transform(rounded.cpu(), dtype)
+        assert same(ops.fake_quantize(x, fmt, rule, dtype, None, first, True).cpu(), expected)
+        quantized = ops.quantize(x, fmt, rule, dtype, None, first)
+        expected = hadamard.transform(ops.dequantize(quantized, fmt, dtype).cpu(), dtype)
+        assert same(ops.dequantize(quantized, fmt, dtype, True).cpu(), expected)
+
+
+@pytest.mark.parametrize(("transforms", "times"), [((True, False), 1), ((False, True), 1), ((True, True), 0)])
+def test_the_gradient_of_rounding_is_transformed_as_often_as_the_values_modulo_two(transforms, times):
     x = torch.randn(3, 64, requires_grad=True)
     grad = torch.randn(3, 64).bfloat16()
-    ops.fake_quantize(x, "mxfp4", "even", torch.bfloat16, None, True).backward(grad)
-    assert same(x.grad, hadamard.transform(grad, torch.bfloat16).float())
+    ops.fake_quantize(x, "mxfp4", "even", torch.bfloat16, None, *transforms).backward(grad)
+    assert same(x.grad, (hadamard.transform(grad, torch.bfloat16) if times else grad).float())
