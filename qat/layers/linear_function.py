@@ -8,9 +8,9 @@ For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
 is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit. An input
 that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. Where inputs are transformed, q(w) and
-q(x) are transformed back for both products (transform.py). With a low-rank adapter the weight is
-merged before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and kept, as its
-codes: see packed_weight.py.
+q(x) are transformed back for these two products: see transform.py. With a low-rank adapter the weight is merged
+before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and kept, as its codes:
+see packed_weight.py.
 
 On GPUs that multiply in FP8, forward products of formats whose rounded values E4M3 holds may be computed in it: see
 numerics/e4m3_rows.py. The products of the backward pass are in BF16, since gradients are not on a grid.
