@@ -98,6 +98,7 @@ def test_borders_are_where_a_position_does_not_follow_the_one_before():
     assert (borders.samples, borders.longest, borders.rows) == (5, 40, 2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_call_for_all_samples_computes_what_a_call_a_sample_does():
     from data.sets.packed_attention import with_lengths

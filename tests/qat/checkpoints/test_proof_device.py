@@ -168,6 +168,7 @@ def test_memory_of_the_host_is_known_on_linux():
     assert 0 < devices.free_host_bytes() < 2**50
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8", "NVFP4A16", "INT4_G32", "FP8"])
 def test_a_gpu_packs_the_bytes_of_the_cpu_and_proves_them(tmp_path, scheme):

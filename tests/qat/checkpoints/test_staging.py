@@ -36,6 +36,7 @@ def test_a_transposed_tensor_is_written_in_the_order_of_its_elements():
     assert bytes_of(tensor) == tensor.contiguous().numpy().tobytes()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_goes_to_a_gpu_and_comes_back_is_the_same_from_every_thread_and_stream(monkeypatch):
     monkeypatch.setattr(staging, "_BYTES", 1000)
@@ -56,6 +57,7 @@ def test_pinned_memory_is_counted_by_powers_of_two_and_twice_for_each_size():
     assert staging.pinned_bytes([torch.zeros(1000)]) == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_pinned_memory_stays_once_it_is_freed():
     device = torch.device("cuda", torch.cuda.current_device())

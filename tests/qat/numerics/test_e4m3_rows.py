@@ -148,6 +148,7 @@ def test_kernels_equal_the_specification_in_tritons_interpreter():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_equal_the_specification_on_the_gpu():
     compare_kernels("cuda")

@@ -167,6 +167,7 @@ def test_kernels_that_transform_equal_two_steps_in_tritons_interpreter():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_that_transform_equal_two_steps_on_the_gpu():
     compare_fused("cuda", 2000)

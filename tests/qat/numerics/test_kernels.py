@@ -396,6 +396,7 @@ def test_triton_kernels_equal_the_reference_in_tritons_interpreter():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_triton_kernels_equal_the_reference_on_the_gpu():
     compare_triton_with_reference("cuda", 1_000_000)

@@ -204,6 +204,7 @@ def test_the_triton_kernel_merges_as_the_plain_function_in_tritons_interpreter()
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_triton_kernel_merges_as_the_plain_function_on_the_gpu():
     compare_triton_with_reference("cuda", False)

@@ -148,6 +148,7 @@ def test_products_that_refuse_fp32_or_round_are_not_used(monkeypatch):
     assert "rounded" in head_gradient.why_not_fp32(cpu, torch.float16)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_this_gpu_adds_products_to_fp32(dtype):

@@ -10,6 +10,7 @@ from training.losses import distillation, triton_losses
 from training.losses.chunked import chunked_loss
 from training.losses.distillation import HiddenRows, Objective, forward_kl, sparse_cross_entropy
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SERVED = triton_losses.serves(torch.zeros(1, 1, device=DEVICE))
 needs_kernels = pytest.mark.skipif(not SERVED, reason="neither a GPU with Triton nor TRITON_INTERPRET=1")

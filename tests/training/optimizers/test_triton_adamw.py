@@ -10,9 +10,12 @@ from training.optimizers.random_bits import keys
 from training.optimizers.stochastic_adamw import Scalars, update_plain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif(
-    not triton_adamw.is_available(DEVICE), reason="neither a GPU with Triton nor TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not triton_adamw.is_available(DEVICE), reason="neither a GPU with Triton nor TRITON_INTERPRET=1"
+    ),
+]
 
 
 @pytest.mark.parametrize("first", [0, 1000, 2**32 + 17])
