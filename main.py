@@ -64,10 +64,9 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     model_args, args, data_args, quant_args, distill_args, lora_args = arguments
     start = Start.read(model_args, args.cache_dir)
     start.is_frozen = lora_args.is_on
-    start.check(quant_args, distill_args)
+    start.check(quant_args, distill_args, args.do_train)
     start.master_dtype = getattr(torch, args.master_dtype)
     start.device = device_of_weights(args, packs_base=lora_args.base_in_scheme)
-    start.keep_values(not args.do_train and not quant_args.names_schemes)
     skeleton = check_model(arguments, start, output)
     tokenizer = start.load_tokenizer(args.model_max_length)
     data = make_supervised_data_module(tokenizer=tokenizer, model=skeleton, **arguments.data_options)

@@ -34,6 +34,7 @@ from .stored_names import StoredNames
 KEY = "transform_config"
 STATUS, REFUSAL = "quantization_status", "inputs need transforms: see README.md"  # pydantic shows 50 characters
 _GROUP = "hadamard32"
+_KIND, _PLACE = ("random-hadamard", SIZE), ("input", False)
 _MODULE = f"{_GROUP}_input"  # what compressed-tensors and vLLM call the submodule of a layer
 NOT_APPLIED = (
     f"it passes over {KEY}, and the weights are those for transformed inputs, so the {STATUS} in config.json makes it "
@@ -51,8 +52,9 @@ def transform_config(sites: Iterable[Site], names: StoredNames) -> dict[str, Any
     found = [spelling for site in sites if is_transformed(site) for spelling in names.spellings(site.name)]
     if not found:
         return {}
-    apply = [{"targets": list(dict.fromkeys(found)), "location": "input", "inverse": False, "ignore": []}]
-    group = {"type": "random-hadamard", "head_dim": SIZE, "precision": "torch.float32", "apply": apply}
+    (kind, size), (location, inverse) = _KIND, _PLACE
+    apply = [{"targets": list(dict.fromkeys(found)), "location": location, "inverse": inverse, "ignore": []}]
+    group = {"type": kind, "head_dim": size, "precision": "torch.float32", "apply": apply}
     return {KEY: {"config_groups": {_GROUP: group}}, STATUS: REFUSAL}
 
 
@@ -79,21 +81,34 @@ def is_stored(quantization_config: Mapping[str, Any] | None) -> bool:
 
 def check_no_transforms(checkpoint: CheckpointFolder) -> None:
     """Raise a UserError for a packed folder with transformed inputs: its weights alone are not those of the model."""
-    if is_stored(checkpoint.quantization_config):
+    if is_stored(checkpoint.quantization_config) or any(map(is_matrix, checkpoint.stored)):
         raise UserError(
-            f"{checkpoint.path} has transformed inputs ({KEY} in config.json): it can be evaluated as it is (--do_eval "
-            "without --do_train and without a scheme), but not unpacked; give the BF16 checkpoint that it was made of"
+            f"{checkpoint.path} has transformed inputs ({KEY}): it can be evaluated as it is (--do_eval without "
+            "--do_train and without a scheme; load_packed(rounds_again=False)), but not unpacked; give the BF16 "
+            "checkpoint that it was made of"
         )
 
 
 def check_matrices(checkpoint: CheckpointFolder, layers: Mapping[str, str], prepared: Iterable[Site]) -> None:
-    """Raise a UserError where qat_config.json and the stored matrices disagree on which inputs are transformed.
+    """Raise a UserError where qat_config.json, config.json and the stored matrices disagree on transformed inputs.
 
     Args:
         layers: the packed layers, with the names of their sites.
         prepared: the sites of the model, prepared as qat_config.json says.
     """
     said = {site.name for site in prepared if is_transformed(site)}
+    groups = ((checkpoint.quantization_config or {}).get(KEY) or {}).get("config_groups") or {}
+    known = all(
+        (group.get("type"), group.get("head_dim")) == _KIND
+        and all((apply.get("location"), apply.get("inverse", False)) == _PLACE for apply in group.get("apply", ()))
+        for group in groups.values()
+    )
+    if bool(groups) != bool(said) or not known:
+        what = "is another" if groups else "is missing"
+        raise UserError(
+            f"{checkpoint.path}: qat_config.json says that the inputs of {len(said)} layers are transformed, and {KEY} "
+            f"in config.json {what}, so engines would compute something else; export or copy the checkpoint again"
+        )
     for layer, site in layers.items():
         if (site in said) != (f"{layer}.{_MODULE}.weight" in checkpoint.stored):
             raise UserError(
@@ -128,6 +143,8 @@ def accept(config: PreTrainedConfig) -> None:
 
 def load_transformed(folder: str, **options: Any) -> PreTrainedModel:
     """A packed folder's model in transformers, which transforms its inputs as the folder says.
+
+    It is for computing, not for saving: transformers saves the matrices, and not that inputs are to be transformed.
 
     Args:
         folder: the packed folder; one without transforms is loaded as it is.

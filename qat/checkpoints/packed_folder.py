@@ -109,6 +109,7 @@ def check_packed(
         raise UserError(f"{checkpoint.path} is not a packed checkpoint: its config.json has no quantization_config")
     if own is None:
         check_settings(settings, checkpoint.path)
+        check_no_transforms(checkpoint)  # nothing says which inputs they belong to
     if not allows_transforms:
         check_no_transforms(checkpoint)
     layers = packed_layers(checkpoint.stored, checkpoint.path, settings["quant_method"])

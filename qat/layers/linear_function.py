@@ -6,11 +6,11 @@ For y = q(x) q(w)^T with straight-through gradients (Bengio et al., arXiv:1308.3
     dx = dy q(w)        needs the quantized weight only: it is computed again from the parameter, which exists anyway.
 
 So a layer saves about a quarter of what nn.Linear saves, and layers that share an input share what is saved. Rounding
-is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit. An input
-that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. Where inputs are transformed, q(w) and
-q(x) are transformed back for these two products: see transform.py. With a low-rank adapter the weight is merged
-before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and kept, as its codes:
-see packed_weight.py.
+is deterministic, so the gradients are those of the plain composition of fake-quantize and linear, bit for bit, except
+where inputs are transformed: there q(w) and q(x) are transformed back for these two products, see transform.py. An
+input that is not quantized (weight-only schemes) is saved as it is, as nn.Linear does. With a low-rank adapter the
+weight is merged before it is rounded, both times, and dw does not exist: see lora.py. A packed weight is given, and
+kept, as its codes: see packed_weight.py.
 
 On GPUs that multiply in FP8, forward products of formats whose rounded values E4M3 holds may be computed in it: see
 numerics/e4m3_rows.py. The products of the backward pass are in BF16, since gradients are not on a grid.
@@ -72,9 +72,8 @@ def quantized_linear(
         group: the same for layers that have the same `input_divisor`.
         in_fp8: multiply in FP8 where the rounding gives E4M3 rows; the formats are those of `e4m3_rows`, without a
             tensor scale, and `dtype` is BF16.
-        hadamard: x, which is in `dtype`, is transformed; the rounding transforms the weight. See transform.py.
+        hadamard: x, seen in `dtype`, is transformed; the rounding transforms the weight. See transform.py.
     """
-    assert x.dtype == dtype or not hadamard
     needs_input = torch.is_grad_enabled() and (weight.requires_grad or any(p.requires_grad for p in learned))
     if torch.is_grad_enabled() and weight.requires_grad:
         rounding.check_trainable()
@@ -114,8 +113,9 @@ class _QuantizedLinear(torch.autograd.Function):
         needs_values = needs[1] or any(needs[5 + settings.kept :])
         needs_weight = needs[0] or bool(learned)
         kept_for_backward = kept if needs_values else [None] * len(kept)
-        plain = x if settings.hadamard else values
-        plain = plain if needs_values and settings.input_spec is None else None
+        plain = None
+        if needs_values and settings.input_spec is None:
+            plain = _seen(x, settings.dtype) if settings.hadamard else values
         ctx.save_for_backward(weight if needs_weight else None, plain, *kept_for_backward, *learned)
         bias = None if bias is None else bias.to(settings.dtype)
         if of_rows:
@@ -161,6 +161,11 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_bias = grad_rows.sum(0).to(bias_dtype)
         nothing = [None] * settings.kept, [None] * settings.of_rows
         return grad_x, grad_weight, grad_bias, None, None, *nothing[0], *learned_grads, *nothing[1]
+
+
+def _seen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`, made once for the layers that share it."""
+    return x if x.dtype == dtype else _inputs.once(x, ("seen", dtype), lambda: x.to(dtype))
 
 
 def _split(tensors: tuple[torch.Tensor, ...], first: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:

@@ -61,11 +61,10 @@ class LinearProduct(Operands):
         weight, inputs, adapter = self.weight_quantizer, self.input_quantizer, adapter_of(self)
         bias = None if self.adds_bias_apart else self.bias
         is_transformed = weight.is_transformed and (weight.is_enabled or inputs.is_enabled or weight.is_baked)
+        assert adapter is None or not is_transformed  # adapters are added to the plain weight
         is_plain = weight.scale is None and inputs.scale is None
         is_fused = is_plain and (weight.is_enabled or adapter is not None)
         spec = inputs.spec if inputs.is_enabled else None
-        if is_transformed and input.dtype != dtype:
-            input = self._cast(input, dtype)
         if is_fused:
             rounding, learned = as_kept(self, *self._rounding(adapter))
             assert rounding is not None
@@ -79,8 +78,8 @@ class LinearProduct(Operands):
             )  # fmt: skip
         else:
             divisor = self._divisor(input, dtype) if weight.is_enabled else None
-            x = transformed_input(input) if is_transformed else input.to(dtype)
-            x = inputs(x, self.input_divisor(input.device))
+            x = input.to(dtype)
+            x = inputs(transformed_input(x) if is_transformed else x, self.input_divisor(input.device))
             rows = self.rows(self.effective_weight()).to(dtype)
             if is_transformed and not (weight.is_enabled or weight.is_baked):
                 rows = transformed_input(rows)
@@ -88,12 +87,6 @@ class LinearProduct(Operands):
         if self.adds_bias_apart and self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return self.output_quantizer(output)
-
-    def _cast(self, input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The input in `dtype`, made once for the layers that engines fuse: they share what is made of it."""
-        if len(self.fused_with) == 1:
-            return input.to(dtype)
-        return once_for(input, ("cast", dtype, torch.is_grad_enabled()), lambda: input.to(dtype))
 
     def _rounding(self, adapter: LowRankAdapter | None) -> tuple[Rounding, tuple[torch.Tensor, ...]]:
         """How the weight is rounded, and what is trained beside it."""

@@ -50,18 +50,23 @@ def load_measurement(path: str | Path) -> dict[str, object]:
     """Under which settings the mapping of a file that `load_mapping` accepts was measured.
 
     Returns:
-        "smooth_alpha", a number or "auto", and "scale_rules", {SCHEME: {"weight": RULE, "input": RULE}}, each if the
-        file records it; one that was written by hand need not.
+        "smooth_alpha", a number or "auto", "input_transform", a name, and "scale_rules", {SCHEME: {"weight": RULE,
+        "input": RULE}}, each if the file records it; one that was written by hand need not.
 
     Raises:
         UserError: one of them is something else.
     """
     content = _read(path)
-    found = {key: content[key] for key in ("smooth_alpha", "scale_rules") if "mapping" in content and key in content}
-    alpha = found.get("smooth_alpha", 0)
-    if not (isinstance(alpha, int | float) or alpha == "auto") or not isinstance(found.get("scale_rules", {}), dict):
-        expected = '"smooth_alpha": 0.7, "scale_rules": {"MXFP4": {"weight": "search", "input": "even"}}'
-        raise UserError(f"the mapping file {str(path)!r} records {found}; expected {expected}, or neither")
+    keys = ("smooth_alpha", "input_transform", "scale_rules")
+    found = {key: content[key] for key in keys if "mapping" in content and key in content}
+    alpha, transform = found.get("smooth_alpha", 0), found.get("input_transform", "none")
+    is_known = (isinstance(alpha, int | float) or alpha == "auto") and isinstance(transform, str)
+    if not is_known or not isinstance(found.get("scale_rules", {}), dict):
+        expected = (
+            '"smooth_alpha": 0.7, "input_transform": "hadamard", "scale_rules": {"MXFP4": {"weight": "search", '
+            '"input": "even"}}'
+        )
+        raise UserError(f"the mapping file {str(path)!r} records {found}; expected {expected}, or none of them")
     return found
 
 

@@ -330,6 +330,13 @@ class QuantizationArguments:
                 "--quant_mapping %s was measured with --smooth_alpha %s, and this run has --smooth_alpha %s, so "
                 "the ranking of layers may differ; give both the same", self.quant_mapping, alpha, self.smooth_alpha,
             )  # fmt: skip
+        transform = measured.get("input_transform", "none" if measured else self.input_transform)
+        if transform != self.input_transform:
+            logger.warning(
+                "--quant_mapping %s was measured with --input_transform %s, and this run has --input_transform %s, so "
+                "the ranking of layers may differ; give both the same", self.quant_mapping, transform,
+                self.input_transform,
+            )  # fmt: skip
         rules = measured.get("scale_rules", {})
         for name in sorted(set(load_mapping(self.quant_mapping)[0].values()) & set(rules)):
             own = get_scheme(name, self.weight_scale_rule, self.input_scale_rule).rules

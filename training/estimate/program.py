@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_model_folder(arguments.model.model_name_or_path)
     start = start_of(arguments.model, arguments.training.cache_dir)
     start.is_frozen = arguments.lora.is_on
-    start.check(arguments.quantization, arguments.distillation)
+    start.check(arguments.quantization, arguments.distillation, arguments.training.do_train)
     student = prepared(arguments, start)
     plan = plan_of(arguments, backend, device.kind, _rank(student))
     _check_backend(plan)

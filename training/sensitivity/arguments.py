@@ -8,7 +8,7 @@ from qat import SCHEMES, get_scheme
 from qat.errors import UserError
 from qat.schemes.mapping_file import DEFAULT_IGNORE, with_patterns
 from qat.schemes.patterns import HELP as PATTERNS
-from qat.schemes.presets import input_rules, weight_rules
+from qat.schemes.presets import INPUT_TRANSFORMS, input_rules, weight_rules
 from qat.schemes.spec import Scheme
 
 from ..arguments.quantization import Strength, check_smooth_alpha
@@ -33,6 +33,13 @@ class SensitivityArguments:
     )
     smooth_alpha: Strength = field(
         default=0.0, metadata={"help": "Smooth the model first, as main.py does with the same value. 0: off."}
+    )
+    input_transform: str = field(
+        default="none",
+        metadata={
+            "help": "Transform the inputs of all layers that can be, as main.py does with the same value.",
+            "choices": ["none", *INPUT_TRANSFORMS],
+        },
     )
     units: str = field(
         default="projection",

@@ -10,9 +10,9 @@ reports, must not choose.
 The divergence that a unit saves by the wide scheme decides which get it (`bits_budget.py`). At the end the narrow,
 the proposed and the wide model are measured as wholes, since divergences of single layers only about add up.
 
-With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes: give both the same value,
-or the ranking is that of a model which is never trained. The model is measured as training computes it: FP32 masters
-under autocast.
+With --smooth_alpha the model is smoothed first, in FP32, by the samples that `main.py` takes, and with
+--input_transform its inputs are transformed: give both programs the same values, or the ranking is that of a model
+which is never trained. The model is measured as training computes it: FP32 masters under autocast.
 
 The results are `mapping.json` (for --quant_mapping and `prepare_qat`, with all figures) and `sensitivity.png`.
 """
@@ -128,6 +128,7 @@ def propose_mapping(sensitivity: Sensitivity, args: SensitivityArguments) -> dic
         "bits_budget": args.bits_budget,
         "kl": dict(zip((narrow.name, "mixed", wide.name), whole, strict=True)),
         "smooth_alpha": args.smooth_alpha,
+        "input_transform": args.input_transform,
         "scale_rules": {scheme.name: scheme.rules for scheme in (narrow, wide)},
         "units": [
             {"name": u.name, "layers": list(u.layers), "weights": u.weights, "kl": u.kl, "wide": u in chosen}
@@ -203,7 +204,8 @@ def check(
 def prepare(model: PreTrainedModel, args: SensitivityArguments, scheme: str | None = None) -> None:
     """Prepare all layers that are measured, for the narrow scheme or another."""
     mapping = {torch.nn.Linear: scheme or args.narrow_scheme}
-    prepare_qat(model, mapping, args.ignore, args.weight_scale_rule, args.input_scale_rule)
+    transforms = {} if args.input_transform == "none" else args.input_transform
+    prepare_qat(model, mapping, args.ignore, args.weight_scale_rule, args.input_scale_rule, input_transforms=transforms)
 
 
 def calibrate(model: PreTrainedModel, data: dict, args: SensitivityArguments, device: torch.device) -> None:
@@ -249,6 +251,7 @@ def report(result: dict, args: SensitivityArguments, folder: Path, model_type: s
     for name, kl in result["kl"].items():
         print(f"  KL of the whole model, {name:<12} {kl:.5f}")
     same = [name for name in ("smooth_alpha", "weight_scale_rule", "input_scale_rule") if getattr(args, name)]
+    same += ["input_transform"] * (args.input_transform != "none")
     flags = "".join(f" --{name} {getattr(args, name)}" for name in same)
     if resolved_format(AUTO, model_type) != CompressedTensors.name:  # a native format holds no mapping of linear layers
         flags += f" --export_format {CompressedTensors.name}"

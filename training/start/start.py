@@ -109,14 +109,18 @@ class Start:
 
     # ---- May this stage start here? ----
 
-    def check(self, quant_args: QuantizationArguments, distill_args: DistillationArguments) -> None:
-        """Refuse what would learn from, or smooth, a model that is quantized already.
+    def check(self, quant_args: QuantizationArguments, distill_args: DistillationArguments, trains: bool) -> None:
+        """Refuse what would learn from, or smooth, a model that is quantized already; set `keeps_values`.
 
         Raises:
             UserError: the teacher cannot be loaded, or would be such a model; smoothing would undo the rounding of a
-                packed one; or a setting of quantization has no effect, because nothing is quantized.
+                packed one; its weights would be rounded again, and are those for transformed inputs; or a setting of
+                quantization has no effect, because nothing is quantized.
         """
         folder = self.model_args.model_name_or_path
+        self.keeps_values = self.is_packed and not trains and not quant_args.names_schemes
+        if self.is_packed and not self.keeps_values:
+            check_no_transforms(CheckpointFolder.open(folder, _ARGUMENT))
         if (teacher := distill_args.teacher_model_name_or_path) is not None:
             check_loadable(teacher, TEACHER_ARGUMENT, self.model_args.trust_remote_code, self.cache_dir)
         if self.is_packed or self.qat_config is not None:
@@ -155,16 +159,6 @@ class Start:
             f"--distill True: the teacher would be a copy of --model_name_or_path {folder!r}, which is quantized "
             f"already or was trained to be ({how}); {remedy}"
         )
-
-    def keep_values(self, keeps: bool) -> None:
-        """Whether the stage computes with the values of a packed model as they are, see `keeps_values`.
-
-        Raises:
-            UserError: it does not, and they are those for transformed inputs.
-        """
-        self.keeps_values = keeps and self.is_packed
-        if self.is_packed and not self.keeps_values:
-            check_no_transforms(CheckpointFolder.open(self.model_args.model_name_or_path, _ARGUMENT))
 
     # ---- The model ----
 

@@ -78,11 +78,14 @@ def to_rows(
 
 
 def _tile(columns: int, with_codes: bool, hadamard: bool, is_fp32: bool) -> tuple[int, int]:
-    """Values of a row at a time, at most, and of them for each warp: the fastest of six on an H100."""
+    """Values of a row at a time, at most, and of them for each warp: the fastest that were tried on an H100.
+
+    benchmarks/results/rows_h100.csv has them: six for BF16 inputs, three for FP32 weights.
+    """
     if columns <= 8192:
         return 8192, 1024
-    if (hadamard or is_fp32) and columns <= 16384:
-        return 16384, 1024  # no second transform, and no second read of FP32
+    if (hadamard or is_fp32) and columns <= 16384:  # no second transform, and no second read of FP32
+        return 16384, 1024 if with_codes or is_fp32 else 512
     return (4096, 512) if with_codes and not hadamard else (8192, 1024)
 
 

@@ -25,6 +25,10 @@ from qat.errors import UserError
 from qat.layers.restore import prepare_as_saved
 from qat.layers.sites import quantizers_off
 from qat.schemes.config import QATConfig
+from training.arguments.distillation import DistillationArguments
+from training.arguments.model import ModelArguments
+from training.arguments.quantization import QuantizationArguments
+from training.start.start import Start
 
 same_process = pytest.fixture(logits_in_this_process)
 BOTH = {"*.down_proj": "hadamard", "*.o_proj": "hadamard"}
@@ -125,6 +129,31 @@ def test_a_folder_with_transforms_is_evaluated_with_its_values_as_they_are(tmp_p
     with quantizers_off(packed), quantizers_off(trained), torch.no_grad():
         off = [each(input_ids=ids).logits.float() for each in (packed, trained)]
     assert (off[0] - off[1]).norm() < 0.2 * off[1].norm()  # rounded weights, but no other function
+
+
+def test_a_stage_that_rounds_the_weights_of_such_a_folder_again_is_refused(tmp_path):
+    folder = export_checkpoint(save_trained(tmp_path / "trained", BOTH), tmp_path / "packed")
+    start = Start.read(ModelArguments(str(folder)))
+    start.check(QuantizationArguments(), DistillationArguments(), trains=False)
+    assert start.keeps_values
+    for settings, trains in ((QuantizationArguments(), True), (QuantizationArguments(quant_scheme="MXFP4"), False)):
+        with pytest.raises(UserError, match="has transformed inputs"):
+            start.check(settings, DistillationArguments(), trains)
+
+
+def test_a_folder_that_transformers_saved_again_without_the_transforms_is_not_read(tmp_path):
+    folder = export_checkpoint(save_trained(tmp_path / "trained", BOTH), tmp_path / "packed")
+    load_transformed(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "again")
+    for rounds_again in (True, False):
+        with pytest.raises(UserError, match="has transformed inputs"):
+            load_packed(tmp_path / "again", rounds_again=rounds_again)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["transform_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="inputs of 2 layers are transformed, and transform_config .* is missing"):
+        load_packed(folder, rounds_again=False)
+    with pytest.raises(UserError, match="has transformed inputs"):
+        load_packed(folder)
 
 
 @pytest.mark.parametrize("change", ["other values", "no matrix"])

@@ -41,7 +41,7 @@ def test_a_name_that_is_no_model_is_refused_by_argument_and_value(tmp_path, name
     assert name[:50] in str(error.value) or "\0" in name
     start = Start(ModelArguments("unused"), str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=said) as error:
-        start.check(QuantizationArguments(), DistillationArguments(teacher_model_name_or_path=name))
+        start.check(QuantizationArguments(), DistillationArguments(teacher_model_name_or_path=name), True)
     assert "--teacher_model_name_or_path" in str(error.value) or "config.json" in str(error.value)
 
 

@@ -138,17 +138,24 @@ def test_backward_keeps_what_it_keeps_without_transforms(scheme):
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4A16"])
-def test_a_layer_that_is_compiled_or_checkpointed_has_the_same_values_and_gradients(scheme):
-    layer = convert(nn.Linear(64, 48), get_scheme(scheme), "layer")
-    layer.weight_quantizer.is_transformed = True
+def test_layers_that_are_compiled_or_checkpointed_have_the_same_values_and_gradients(scheme):
+    layers = [convert(nn.Linear(64, 48), get_scheme(scheme), "layer") for _ in range(3)]
+    for layer in layers:
+        layer.weight_quantizer.is_transformed = True
+        layer.fuse_with(tuple(layers))
+
+    def all_of(x):
+        return torch.stack([layer(x) for layer in layers])
+
     found = []
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for call in (layer, compiled, lambda x: checkpoint(layer, x, use_reentrant=False)):
+    compiled = torch.compile(all_of, fullgraph=True, backend="aot_eager")
+    for call in (all_of, compiled, lambda x: checkpoint(all_of, x, use_reentrant=False)):
         x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = call(x)
-        found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, layer.weight])])
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *(layer.weight for layer in layers)])])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+    assert not torch.equal(found[0][1], found[0][1].bfloat16().float())  # the layers' gradients are summed in FP32
 
 
 def test_a_quantizer_by_itself_gives_the_weight_the_same_gradient():

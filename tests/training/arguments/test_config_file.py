@@ -76,14 +76,13 @@ def test_a_file_that_is_not_there_is_named(capsys):
 def test_the_recipe_stands_nowhere_else():
     """Scripts and benchmarks read recipes; what they set themselves are departures from it."""
     recipe = yaml.safe_load((ROOT / "recipes" / "mxfp4.yaml").read_text())
-    names = ("smooth_alpha", "weight_scale_rule", "input_scale_rule", "distill_ce_weight", "packing")
+    names = ("smooth_alpha", "input_transform", "weight_scale_rule", "input_scale_rule", "distill_ce_weight", "packing")
     pattern = re.compile(
         "|".join(rf"--{name}[ =,\"']+{re.escape(str(recipe[name]))}\b" for name in names), re.IGNORECASE
     )
     files = [*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "serving").rglob("*.py")]
     found = [f"{path.name}: {match}" for path in files for match in pattern.findall(path.read_text())]
     assert len(files) > 20 and not found
-    row = ROWS["default"]
-    assert [row.smooth_alpha, row.weights, row.inputs, row.distill_options["distill_ce_weight"], row.packing] == [
-        recipe[name] for name in names
-    ]
+    row = ROWS["recipe"]
+    own = [row.smooth_alpha, row.prepare_options["input_transforms"], row.weights, row.inputs]
+    assert [*own, row.distill_options["distill_ce_weight"], row.packing] == [recipe[name] for name in names]

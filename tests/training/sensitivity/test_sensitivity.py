@@ -89,12 +89,14 @@ def outliers(tmp_path_factory):
     write_conversations(folder / "data.jsonl")
     flags = ["--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl"), "--eval_size", "6"]
     flags += ["--weight_scale_rule", "search", "--bits_budget", "6", "--samples", "8"]
-    for alpha in ("0", "0.7"):
-        sensitivity.main([*flags, "--smooth_alpha", alpha, "--output_dir", str(folder / alpha)])
-    return folder, {alpha: json.loads((folder / alpha / "mapping.json").read_text()) for alpha in ("0", "0.7")}
+    transforms = {"0": "hadamard", "0.7": "none"}
+    for alpha, name in transforms.items():
+        own = ["--smooth_alpha", alpha, "--input_transform", name, "--output_dir", str(folder / alpha)]
+        sensitivity.main([*flags, *own])
+    return folder, {alpha: json.loads((folder / alpha / "mapping.json").read_text()) for alpha in transforms}
 
 
-def test_the_smoothed_model_is_measured_against_the_unsmoothed_unquantized_one(outliers):
+def test_the_smoothed_or_transformed_model_is_measured_against_the_unsmoothed_unquantized_one(outliers):
     folder, results = outliers
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 512
@@ -103,14 +105,20 @@ def test_the_smoothed_model_is_measured_against_the_unsmoothed_unquantized_one(o
     batches = [data["data_collator"]([training[len(training) * i // 8] for i in range(8)])]
     for alpha, result in results.items():
         assert result["smooth_alpha"] == float(alpha) and result["samples"] == 8
-        model = prepare_qat(outlier_llama(), {nn.Linear: "MXFP4"}, weight_scale_rule="search")
+        assert result["input_transform"] == ("none" if float(alpha) else "hadamard")
+        transforms = {} if float(alpha) else "hadamard"
+        model = prepare_qat(
+            outlier_llama(), {nn.Linear: "MXFP4"}, weight_scale_rule="search", input_transforms=transforms
+        )
         if float(alpha):
             smooth_with_data(model, data, float(alpha), torch.device("cpu"))
         assert result["kl"]["MXFP4"] == pytest.approx(divergence(model, batches), rel=0.03)
         measured = Sensitivity(model, batches)  # with every weight in FP32
         all_narrow = dict.fromkeys(measured.layers, get_scheme("MXFP4", "search"))
         assert result["kl"]["MXFP4"] == pytest.approx(measured.measure([all_narrow])[0], rel=1e-6)
-    assert results["0.7"]["kl"]["MXFP4"] < 0.8 * results["0"]["kl"]["MXFP4"]
+    plain = Sensitivity(prepare_qat(outlier_llama(), {nn.Linear: "MXFP4"}, weight_scale_rule="search"), batches)
+    (without,) = plain.measure([dict.fromkeys(plain.layers, get_scheme("MXFP4", "search"))])
+    assert results["0.7"]["kl"]["MXFP4"] < 0.8 * without != results["0"]["kl"]["MXFP4"]
 
 
 def test_weights_kept_in_bfloat16_are_measured_as_training_computes_with_masters():
@@ -142,6 +150,8 @@ def test_a_mapping_measured_under_other_settings_is_warned_of(outliers, caplog, 
     assert len(messages) == 2 and all(
         "{'weight': 'search'" in m and "run has {'weight': 'floor'" in m for m in messages
     ), messages
+    (message,) = warnings(path, smooth_alpha=0.7, weight_scale_rule="search", input_transform="hadamard")
+    assert "measured with --input_transform none, and this run has --input_transform hadamard" in message
     hand_made = tmp_path / "mapping.json"
     hand_made.write_text('{"mapping": {"torch.nn.Linear": "MXFP4"}}')
     assert warnings(hand_made, smooth_alpha=0.7, weight_scale_rule="search") == []
