@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qat.numerics import ops
+from qat.numerics.registered import Operator
 
 MODULE = "module: "  # before the class of a module in the name of its range
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -183,11 +183,11 @@ def _in_range(function: Callable, name: str) -> Callable:
 @contextmanager
 def named_operators() -> Iterator[None]:
     """Our operators show in a trace where they are called past the dispatcher, too."""
-    plain = ops._Operator.__call__
+    plain = Operator.__call__
 
     def call(self, *args, **kwargs):
         with record_function(f"mx_qat::{self.function.__name__}"):
             return plain(self, *args, **kwargs)
 
-    with patch.object(ops._Operator, "__call__", call):
+    with patch.object(Operator, "__call__", call):
         yield

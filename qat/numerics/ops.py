@@ -9,21 +9,18 @@ Formats and rules travel by name, because operator schemas know no Python object
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
 
 from . import e4m3_rows, fp8, hadamard, low_rank
 from .e4m3_rows import Rows
 from .families import family_of, get_format
 from .formats import Format, Quantized
 from .kernels import E4M3_ROWS, HADAMARD, KERNELS, MERGING
+from .registered import registered
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,59 +42,13 @@ def _transforming(module: Any, **transforms: bool) -> dict[str, bool]:
     return {name: True for name, asked in transforms.items() if asked and getattr(module, "TRANSFORMS", False)}
 
 
-class _Operator:
-    """A function of tensors, registered with `torch.library` under `mx_qat::NAME`.
-
-    Called with plain tensors where no gradient is wanted, as inside of autograd functions, it is the function itself.
-    Through the dispatcher a call takes a processor about 0.1 ms, and more in autograd's thread, which is what a GPU
-    needs for the work. What traces, shards, transforms or differentiates goes through the operator, as do subclasses of
-    tensors and tensors without values.
-    """
-
-    def __init__(self, name: str, function: Callable) -> None:
-        self.function = function
-        self.operator = torch.library.custom_op(f"mx_qat::{name}", function, mutates_args=())
-        self.register_fake, self.register_autograd = self.operator.register_fake, self.operator.register_autograd
-        functools.update_wrapper(self, function)
-
-    def __call__(self, *args, **kwargs):
-        is_watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_intercepted()
-        if is_watched or kwargs or not _are_plain(args):
-            return self.operator(*args, **kwargs)
-        return self.function(*args)
-
-
-def _is_intercepted() -> bool:
-    """Whether a dispatch mode (fake tensors, make_fx, counters) or a transform of torch.func sees every operator."""
-    return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
-
-
-def _are_plain(arguments: Sequence[Any]) -> bool:
-    """Whether all tensors among arguments and in lists have values and are of no subclass."""
-    for argument in arguments:
-        kind = type(argument)
-        if kind in _PLAIN:
-            if argument.is_meta:
-                return False
-        elif kind is list:
-            if not _are_plain(argument):
-                return False
-        elif isinstance(argument, torch.Tensor):
-            return False
-    return True
-
-
-def _operator(name: str) -> Callable[[Callable], _Operator]:
-    return lambda function: _Operator(name, function)
-
-
 def has_kernels(x: torch.Tensor, fmt: str) -> bool:
     """Whether kernels serve `x`'s device; else it is plain PyTorch, which needs several times the memory of `x`."""
     format_ = get_format(fmt)
     return _function("quantize", x, format_) is not family_of(format_).quantize
 
 
-@_operator("fake_quantize")
+@registered("fake_quantize")
 def fake_quantize(
     x: torch.Tensor,
     fmt: str,
@@ -137,7 +88,7 @@ def _(x, fmt, rule, dtype, divisor=None, hadamard=False, back=False):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@_operator("merge")
+@registered("merge")
 def merge(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """W [..., N, K] with the low-rank adapter A [..., r, K] and B [..., N, r] added: see `low_rank.merge`.
 
@@ -153,7 +104,7 @@ def _(weight, a, b, scaling):
     return weight.new_empty(weight.shape)
 
 
-@_operator("fake_quantize_merged")
+@registered("fake_quantize_merged")
 def fake_quantize_merged(
     weight: torch.Tensor,
     a: torch.Tensor,
@@ -206,7 +157,7 @@ def _straight_through(ctx, grad):
 fake_quantize.register_autograd(_straight_through, setup_context=_remember_rounding)
 
 
-@_operator("fake_quantize_static")
+@registered("fake_quantize_static")
 def fake_quantize_static(x: torch.Tensor, scale: torch.Tensor, rule: str, dtype: torch.dtype) -> torch.Tensor:
     """Keys or values x -> their nearest values in FP8 under a static scale, FP32 [1], in `dtype`.
 
@@ -240,7 +191,7 @@ def quantize(
     return Quantized(codes, (*scales, *_given(divisor)))
 
 
-@_operator("tensor_divisor")
+@registered("tensor_divisor")
 def tensor_divisor(tensors: Sequence[torch.Tensor], fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """The divisor, FP32 [1], that tensors share, seen in `dtype`, in a format with a tensor scale."""
     largest = [_largest_magnitude(x) if x.numel() else x.new_zeros(()) for x in tensors]
@@ -261,7 +212,7 @@ def _(tensors, fmt, dtype):
     return tensors[0].new_empty((1,), dtype=torch.float32)
 
 
-@_operator("quantize")
+@registered("quantize")
 def _quantize(
     x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, divisor: torch.Tensor | None, hadamard: bool
 ) -> list[torch.Tensor]:
@@ -290,7 +241,7 @@ def dequantize(quantized: Quantized, fmt: str, dtype: torch.dtype, back: bool = 
     return _dequantize(quantized.codes, list(quantized.scales), fmt, dtype, back)
 
 
-@_operator("dequantize")
+@registered("dequantize")
 def _dequantize(
     codes: torch.Tensor, scales: list[torch.Tensor], fmt: str, dtype: torch.dtype, back: bool
 ) -> torch.Tensor:
@@ -307,7 +258,7 @@ def _(codes, scales, fmt, dtype, back):
     return codes.new_empty(get_format(fmt).value_shape(codes), dtype=dtype)
 
 
-@_operator("quantize_to_scale")
+@registered("quantize_to_scale")
 def quantize_to_scale(
     x: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype, divisor: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -325,7 +276,7 @@ def _(x, scale, fmt, dtype, divisor=None):
     return x.new_empty(get_format(fmt).code_shape(x.shape), dtype=torch.uint8)
 
 
-@_operator("product_in_fp32")
+@registered("product_in_fp32")
 def product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [M, T] times b [T, N], both BF16 on a GPU, with its FP32 sums as they are: [M, N]. Without a gradient."""
     return torch.mm(a, b, out_dtype=torch.float32)
@@ -336,7 +287,7 @@ def _(a, b):
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
-@_operator("transform")
+@registered("transform")
 def transform(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x [..., K], seen in `dtype`, times a Hadamard matrix in blocks of 32 -> [..., K] in `dtype`: see hadamard.py.
 
@@ -391,7 +342,7 @@ def to_rows(
     return rows, Quantized(kept[0], (kept[1],)) if with_codes else None
 
 
-@_operator("to_rows")
+@registered("to_rows")
 def _to_rows(
     x: torch.Tensor, fmt: str, rule: str, dtype: torch.dtype, with_codes: bool, hadamard: bool
 ) -> list[torch.Tensor]:
@@ -429,7 +380,7 @@ def rows_product(x: Rows, weight: Rows, bias: torch.Tensor | None) -> torch.Tens
     return _rows_product(*x[:4], *weight[:4], x.fmt, x.rule, x.hadamard, weight.fmt, weight.rule, weight.hadamard, bias)
 
 
-@_operator("rows_product")
+@registered("rows_product")
 def _rows_product(
     x_values: torch.Tensor,
     x_scale: torch.Tensor,
