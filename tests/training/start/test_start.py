@@ -37,7 +37,7 @@ def folders(tmp_path_factory) -> Path:
 
 def check(folder: Path, quantization: dict | None = None, **distillation) -> None:
     Start.read(ModelArguments(str(folder))).check(
-        QuantizationArguments(**quantization or {}), DistillationArguments(**distillation)
+        QuantizationArguments(**quantization or {}), DistillationArguments(**distillation), trains=True
     )
 
 
