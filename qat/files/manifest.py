@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 import xxhash
@@ -42,10 +43,13 @@ def write_manifest(folder: Path, files: dict[str, dict]) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
+def problems(folder: Path, index: int = 0, count: int = 1, names: Collection[str] | None = None) -> list[str]:
     """List the faults of every `count`-th file in the manifest of `folder`; empty if there are none.
 
     Files that the manifest does not name are somebody else's and are not looked at.
+
+    Args:
+        names: of the files to look at; default: all.
     """
     try:
         files = _read(folder / MANIFEST_NAME)
@@ -53,7 +57,8 @@ def problems(folder: Path, index: int = 0, count: int = 1) -> list[str]:
         return [f"it has no {MANIFEST_NAME}, so it was not written to its end by this program"]
     except (OSError, ValueError, RecursionError) as error:
         return [f"its {MANIFEST_NAME} is damaged ({error})"]
-    found = (_problem(folder / name, name, entry) for name, entry in list(files.items())[index::count])
+    wanted = [item for item in files.items() if names is None or item[0] in names]
+    found = (_problem(folder / name, name, entry) for name, entry in wanted[index::count])
     return [problem for problem in found if problem is not None]
 
 

@@ -35,11 +35,14 @@ EVALUATED = (
     "--eval_strategy", "steps", "--eval_steps", "3", "--per_device_eval_batch_size", "1", "--metric_for_best_model",
     "loss",
 )  # fmt: skip
+TRANSFORMED = (
+    "--packing", "True", "--model_max_length", "64", "--smooth_alpha", "auto", "--input_transform", "hadamard",
+)  # fmt: skip
 EVALUATED_BATCHES = 4 * 6  # at steps 3, 6, 8, and of the final model
 VARIANTS = {
     "BF16": (),
     "MXFP4": ("--quant_scheme", "MXFP4"),
-    "MXFP4, packed rows": ("--quant_scheme", "MXFP4", "--packing", "True", "--model_max_length", "64"),
+    "MXFP4, packed rows, transformed inputs": ("--quant_scheme", "MXFP4", *TRANSFORMED),
     "MXFP8, distilled": ("--quant_scheme", "MXFP8", "--distill", "True"),
     "BF16, grouped by length": ("--group_by_length", "True"),
     "MXFP4, cached teacher": ("--quant_scheme", "MXFP4", "--distill", "True", "--distill_teacher", "cache"),

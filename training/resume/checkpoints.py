@@ -10,6 +10,7 @@ from qat.errors import UserError
 from qat.files.manifest import MANIFEST_NAME, listed, problems
 from qat.files.model_folder import ADAPTER_NAME
 from qat.files.trust import check_checkpoint
+from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
 from .run_record import RECORD_NAME
@@ -17,9 +18,10 @@ from .written import checkpoints_in, step_of
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = (QAT_CONFIG_NAME, ADAPTER_NAME, "adapter_model.safetensors")  # before weights are read
 _READ = (
-    "trainer_state.json", RECORD_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt", "rng_state*",
-    "scaler.pt", "*/*.distcp", "*/.metadata",
+    "trainer_state.json", RECORD_NAME, QAT_CONFIG_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt",
+    "rng_state*", "scaler.pt", "*/*.distcp", "*/.metadata",
 )  # fmt: skip
 
 
@@ -67,8 +69,12 @@ def check_resumable(
 ) -> str | None:
     """Refuse what `find_checkpoint` is going to refuse, as far as a look at small files shows it.
 
+    Where the newest one is to be taken, and these files are damaged in it, nothing is said: `find_checkpoint` takes the
+    one before.
+
     Returns:
-        The checkpoint that was looked at, which may turn out not to be complete; None for a fresh start.
+        The checkpoint that was looked at, which may turn out not to be complete; None for a fresh start, and where none
+        was looked at.
 
     Raises:
         UserError: no such checkpoint, or the newest one belongs to another stage or scheme, or has weights in place of
@@ -81,7 +87,7 @@ def check_resumable(
     if wanted not in ("", "true", "false"):
         _check_is_checkpoint(resume_from_checkpoint)
         found = [Path(resume_from_checkpoint)]
-    if not found:
+    if not found or (wanted in ("", "true") and problems(found[-1], names=_LOOKED_AT)):
         return None
     _check_adapters(str(found[-1]), has_adapters)
     _check_same_training(str(found[-1]), QATConfig.load(found[-1]), qat_config)

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import make_llama, make_tokenizer, write_conversations
+from torch import nn
 from trainers import make_data, make_trainer
 
-from qat import QATConfig
+from qat import QATConfig, prepare_qat
 from qat.errors import DiskFullError, UserError
 from qat.files.manifest import describe, problems, write_manifest
 from training.arguments.training import TrainingArguments
 from training.backends.writers import Writers
-from training.resume.checkpoints import find_checkpoint
+from training.resume.checkpoints import check_resumable, find_checkpoint
 from training.resume.output import OutputFolder
 from training.resume.run_record import RunRecord, model_settings
 from training.resume.sampling import EpochSampler
@@ -79,6 +80,23 @@ def test_a_damaged_manifest_vouches_for_nothing_and_the_checkpoint_before_is_tak
     assert find_checkpoint(str(tmp_path), None, None) == str(older) and "skipping" in caplog.text
 
 
+@pytest.mark.parametrize("damaged", ["{", '{"format_version": 2}', None], ids=["no JSON", "other content", "missing"])
+def test_a_damaged_configuration_of_the_newest_checkpoint_is_no_reason_to_end(tmp_path, caplog, damaged):
+    older, folder = (make_checkpoint(tmp_path, step) for step in (2, 4))
+    config = prepare_qat(make_llama(layers=1), {nn.Linear: "MXFP4"}).qat_config
+    for each in (older, folder):
+        config.save(each)
+        write_manifest(each, describe(each))
+    assert check_resumable(str(tmp_path), None, config) == str(folder)
+    path = folder / "qat_config.json"
+    path.write_text(damaged) if damaged else path.unlink()
+    assert check_resumable(str(tmp_path), None, config) is None
+    assert find_checkpoint(str(tmp_path), None, config) == str(older) and "skipping" in caplog.text
+    said = "qat_config.json" if damaged else "a run without quantization"
+    with pytest.raises(UserError, match=said):  # that one was asked for
+        check_resumable(str(tmp_path), str(folder), config)
+
+
 def test_a_manifest_that_leaves_out_what_resuming_reads_is_not_complete_and_other_files_may_lie_there(tmp_path):
     folder = make_checkpoint(tmp_path, 2)
     (folder / "notes.txt").write_text("somebody else's")
@@ -122,6 +140,7 @@ def test_other_scale_rules_are_refused_naming_both_sides(tmp_path):
         for r in ("floor", "search")
     ]
     configs[0].save(folder)
+    write_manifest(folder, describe(folder))
     with pytest.raises(ValueError, match="weights floor, inputs even.*this run is .*weights search, inputs even"):
         find_checkpoint(str(tmp_path), None, configs[1])
 
