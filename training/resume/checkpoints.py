@@ -87,11 +87,16 @@ def check_resumable(
     if wanted not in ("", "true", "false"):
         _check_is_checkpoint(resume_from_checkpoint)
         found = [Path(resume_from_checkpoint)]
-    if not found or (wanted in ("", "true") and problems(found[-1], names=_LOOKED_AT)):
+    if not found or (wanted in ("", "true") and _is_damaged(found[-1])):
         return None
     _check_adapters(str(found[-1]), has_adapters)
     _check_same_training(str(found[-1]), QATConfig.load(found[-1]), qat_config)
     return str(found[-1])
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    """Whether the small files are others than the manifest says; without one that is not known."""
+    return (checkpoint / MANIFEST_NAME).is_file() and bool(problems(checkpoint, names=_LOOKED_AT))
 
 
 def _check_adapters(checkpoint: str, has_adapters: bool) -> None:
