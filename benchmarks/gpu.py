@@ -32,7 +32,7 @@ from qat.numerics import e4m3_rows, ops  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.kernels import triton_rows  # noqa: E402
 from qat.numerics.mx import FORMATS  # noqa: E402
-from qat.schemes.presets import PRESETS  # noqa: E402
+from qat.schemes.presets import INPUT_TRANSFORMS, PRESETS  # noqa: E402
 from training.teachers.frozen import FrozenTeacher  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
 
@@ -169,11 +169,13 @@ def time_steps(
     checkpointing: bool,
     compiled: bool,
     scheme: str,
+    input_transform: str | None = None,
     repeats: int = 7,
 ) -> None:
     """QAT step over BF16 step, alternating, and peak memory of each."""
     label = f"{'compiled' if compiled else 'eager'}{', checkpointing' if checkpointing else ''}"
-    model = make_model(shape, scheme, layers, "cuda", checkpointing)
+    label += f", {input_transform} inputs" if input_transform else ""
+    model = make_model(shape, scheme, layers, "cuda", checkpointing, input_transform=input_transform)
     variants = Variants(model, scheme, make_batch(model, *batch), compiled)
     if not compiled and not checkpointing and scheme == "MXFP4":
         teacher = FrozenTeacher(load_teacher(make_model(shape, None, layers, "cuda"), None), model.device)
@@ -192,7 +194,7 @@ def time_steps(
         report.add(f"{name} peak memory over BF16, {label}", peaks[name] / peaks[BF16])
     report.add(f"{scheme}, lost rows in these steps, {label}", int(ops.lost_rows(model.device)) - lost)
     if "distilled" in runs:
-        report.add("distillation step over BF16, eager", seconds["distilled"] / seconds[BF16], "1.20")
+        report.add(f"distillation step over BF16, {label}", seconds["distilled"] / seconds[BF16], "1.20")
         report.add("BF16 step, loss in chunks over whole logits", seconds[BF16] / seconds["whole"])
         forward = median_seconds({name: variants.forward(name) for name in variants.names}, repeats, "cuda")
         for name in variants.names[1:]:
@@ -321,6 +323,7 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, default=8, help="decoder layers of the 8B-shaped model")
     parser.add_argument("--sections", default="check,kernels,others,saved,fp8,eager,checkpointing,compiled")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="of the steps")
+    parser.add_argument("--input_transform", choices=INPUT_TRANSFORMS, help="of the steps; default: none")
     args = parser.parse_args()
     schemes = chosen("--schemes", args.schemes, PRESETS)
     report = Report("gpu", device="cuda")
@@ -328,7 +331,8 @@ def main() -> None:
 
     def steps(checkpointing: bool, compiled: bool) -> None:
         for scheme in schemes:
-            time_steps(report, "llama-8b", args.layers, (4, 2048), checkpointing, compiled, scheme)
+            batch, transform = (4, 2048), args.input_transform
+            time_steps(report, "llama-8b", args.layers, batch, checkpointing, compiled, scheme, transform)
             torch._dynamo.reset()
             free_memory()
 

@@ -50,22 +50,27 @@ def make_model(
     checkpointing: bool = False,
     calibrated: bool = True,
     fp8_matmul: str = "auto",
+    input_transform: str | None = None,
 ) -> LlamaForCausalLM:
     """A random Llama in FP32, prepared for `scheme` unless it is None; `layers` overrides the shape's depth."""
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM(llama_config(shape, layers))
-    prepare(model, scheme, checkpointing, calibrated)
+    prepare(model, scheme, checkpointing, calibrated, input_transform)
     use_fp8_matmul(model, fp8_matmul, model.device)
     return model
 
 
 def prepare(
-    model: LlamaForCausalLM, scheme: str | None, checkpointing: bool = False, calibrated: bool = True
+    model: LlamaForCausalLM,
+    scheme: str | None,
+    checkpointing: bool = False,
+    calibrated: bool = True,
+    input_transform: str | None = None,
 ) -> LlamaForCausalLM:
     """A model prepared for `scheme` unless it is None, in training mode; on the meta device nothing is calibrated."""
     if scheme is not None:
-        prepare_qat(model, {nn.Linear: scheme})
+        prepare_qat(model, {nn.Linear: scheme}, input_transforms=input_transform)
         if calibrated:
             calibrate_inputs(model, [{"input_ids": torch.arange(64, device=model.device)[None]}])
     if checkpointing:
