@@ -30,7 +30,7 @@ from helpers import write_conversations  # noqa: E402
 
 from benchmarks.accuracy_rows import ROWS  # noqa: E402
 from benchmarks.arguments import chosen, make_parser  # noqa: E402
-from benchmarks.launch import last_error, offline  # noqa: E402
+from benchmarks.launch import last_error, modules_of, offline  # noqa: E402
 from benchmarks.phases import EXIT, PHASES  # noqa: E402
 from benchmarks.random_llama import SHAPES, write_model  # noqa: E402
 from benchmarks.report import environment  # noqa: E402
@@ -63,7 +63,7 @@ def measure(command: list[str], work: Path, root: Path) -> dict[str, float]:
         UserError: it failed; the message has the line with the error.
     """
     out, log = work / "phases.json", work / "log.txt"
-    env = offline(os.cpu_count() or 1) | {"PYTHONPATH": str(root)}
+    env = offline(os.cpu_count() or 1) | {"PYTHONPATH": modules_of(root)}
     program = [sys.executable, str(Path(__file__).with_name("phases.py"))]
     with log.open("w") as file:
         began = time.time()

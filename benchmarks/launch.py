@@ -33,6 +33,11 @@ def offline(threads: int = 1) -> dict[str, str]:
     }
 
 
+def modules_of(root: Path = ROOT) -> str:
+    """The value of PYTHONPATH that finds the modules of a copy of the repository, then those of this process."""
+    return os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+
+
 def run_logged(command: Sequence[str], log: Path, environment: dict[str, str], timeout: float) -> None:
     """Run `command` in the root of the repository; its output goes to `log`.
 

@@ -162,13 +162,14 @@ def run_clocked(arguments: list[str]) -> list[float]:
     import torch
     from safetensors.torch import save_file
 
+    from benchmarks.launch import modules_of
+
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_file({"input_ids": torch.arange(_TOKENS)[None]}, folder / "in.safetensors")
         files = ["--inputs", str(folder / "in.safetensors"), "--outputs", str(folder / "out.safetensors")]
         command = [sys.executable, "-c", _CLOCKED, str(time.time()), *arguments, *files]
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"PYTHONPATH": path}
+        environment = os.environ | {"PYTHONPATH": modules_of()}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"the program for logits ended with status {done.returncode}:\n{done.stderr[-2000:]}")

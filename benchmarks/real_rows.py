@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from benchmarks.accuracy_rows import Row, plain, settings_of
+from benchmarks.accuracy_rows import Row, of_ours, plain, settings_of
 
 SEEDS = (3, 4)  # beside 2, for the main row
 
@@ -46,6 +46,7 @@ ROWS: dict[str, RealRow] = {
     "mxfp4-rtn-smoothed": _without_training(
         "MXFP4 RTN (EVEN), smoothed", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED
     ),
+    "mxfp4-ptq": RealRow("MXFP4 PTQ, prepared as in our recipe", of_ours("", distill=False, steps=0)),
     "mxfp4-autoround": RealRow(
         "MXFP4, AutoRound, 200 iterations, smoothed",
         Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,

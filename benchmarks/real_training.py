@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def train(key: str, folder: Path, flags_of: Callable[[str], list[str]], deadline
         raise UserError(f"{key} was not trained: {lines[-1][:300]} (see {folder / 'log.txt'})")
     seconds = sum(map(float, (folder / "seconds.txt").read_text().split()))
     figures = {"steps": row.steps, "train_minutes": seconds / 60, "tokens": labelled_tokens(folder / "trained")}
+    for checkpoint in (folder / "trained").glob("checkpoint-*"):  # twelve bytes a parameter, and nothing to go on with
+        shutil.rmtree(checkpoint)
     (folder / "trained.json").write_text(json.dumps(figures))
 
 

@@ -160,12 +160,15 @@ def test_the_table_has_what_is_recovered_minutes_and_the_spread_of_seeds(tmp_pat
     ]
 
 
-@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP4FP8", "MXFP8", "INT4_G32"])
-def test_a_model_with_rounded_weights_computes_the_same(scheme):
+@pytest.mark.parametrize(
+    ("scheme", "transform"),
+    [("MXFP4", None), ("MXFP4", "hadamard"), ("MXFP4FP8", None), ("MXFP8", None), ("INT4_G32", None)],
+)
+def test_a_model_with_rounded_weights_computes_the_same(scheme, transform):
     model = make_llama(layers=1).to(torch.bfloat16).eval()
     with torch.no_grad():
         plain = model(torch.arange(2, 66)[None]).logits
-        prepare_qat(model, {torch.nn.Linear: scheme})
+        prepare_qat(model, {torch.nn.Linear: scheme}, input_transforms=transform)
         wanted = model(torch.arange(2, 66)[None]).logits
         assert not torch.equal(wanted, plain)
         assert torch.equal(real_quantized.round_weights(model)(torch.arange(2, 66)[None]).logits, wanted)
