@@ -195,7 +195,8 @@ def quantize(model, mapping: dict, row: Row, data: dict, **options) -> None:
 
 def calibration_batches(model, data: dict) -> list[dict[str, torch.Tensor]]:
     """The first training samples, one by one, so that none is padded."""
-    samples = [data["train_dataset"][i] for i in range(CALIBRATION_SAMPLES)]
+    count = min(CALIBRATION_SAMPLES, len(data["train_dataset"]))
+    samples = [data["train_dataset"][i] for i in range(count)]
     batches = [data["data_collator"]([{k: v for k, v in sample.items() if k != "length"}]) for sample in samples]
     return [{k: v.to(model.device) for k, v in batch.items() if k != "labels"} for batch in batches]
 
