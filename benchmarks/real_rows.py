@@ -63,6 +63,13 @@ ROWS: dict[str, RealRow] = {
         )
         for steps in (150, 600)
     },
+    **{
+        f"mxfp4-lr-{rate}": RealRow(
+            f"MXFP4, our recipe, 150 steps, learning rate {rate}", recipe="mxfp4", steps=150,
+            flags={"learning_rate": rate},
+        )
+        for rate in ("2e-5", "1e-4")
+    },
     "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, prepared", "MXFP4FP8", **settings_of("MXFP4FP8")),
     "mxfp4fp8": RealRow(
         "MXFP4FP8, our recipe, 150 steps", recipe="int4", steps=150,
