@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT, make_llama, make_tokenizer
 
-from benchmarks.tasks import fetch, problems, sandbox
+from benchmarks.tasks import fetch, generation, problems, sandbox
 from benchmarks.tasks.answers import code_of, final_number
 from benchmarks.tasks.generation import answers
 from benchmarks.tasks.overlap import shared
@@ -101,13 +101,21 @@ def test_standard_errors_are_those_of_the_mean():
     assert problems.mean_and_error(values) == (0.75, pytest.approx(stdev(values) / math.sqrt(4)))
 
 
-def test_answers_do_not_depend_on_the_batch():
+def test_answers_do_not_depend_on_the_batch(monkeypatch):
     torch.manual_seed(0)
     model, tokenizer = make_llama().eval(), make_tokenizer()
     tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, tokenizer.eos_token
     questions = ["What is 1 + 1?", "A", "A much longer question than the others are."]
     alone = [answers(model, tokenizer, [question], 8, 1)[0] for question in questions]
     assert answers(model, tokenizer, questions, 8, 2) == alone and any(alone)
+
+    shapes, of_model = [], model.generate
+    monkeypatch.setattr(generation, "PROMPT_TOKENS", 60)  # the longest fills a batch
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: shapes.append(inputs["input_ids"].shape) or of_model(**inputs)
+    )
+    assert answers(model, tokenizer, questions, 8, 3) == alone
+    assert [rows for rows, _ in shapes] == [1, 2] and all(rows * length <= 60 for rows, length in shapes), shapes
 
 
 def test_lm_eval_and_the_engine_give_the_same_scores(tmp_path):

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+PROMPT_TOKENS = 131_072  # of a batch, padded
+
 
 def as_chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """The text of a one-turn conversation up to where the answer begins."""
@@ -32,7 +34,8 @@ def generate(
 
     The model computes in its own dtype, as in lm_eval: give one in BF16. A batch is padded on the left to its longest
     question and runs until all its answers have ended. Memory for keys and values limits `batch_size`: 29 KB a token
-    for Qwen2.5-Coder-1.5B, or 13 GB for 640 answers of 700 tokens.
+    for Qwen2.5-Coder-1.5B, or 13 GB for 640 answers of 700 tokens. A batch has at most PROMPT_TOKENS of questions, since
+    a layer computes all of them at once: four tensors of 18 KB a token for that model.
     """
     texts = [as_chat(tokenizer, question) for question in questions]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -43,8 +46,10 @@ def generate(
         pad_token_id=tokenizer.pad_token_id, use_cache=True,
     )  # fmt: skip
     found: dict[int, tuple[str, bool]] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    start = 0
+    while start < len(order):
+        chosen = order[start : start + min(batch_size, max(1, PROMPT_TOKENS // max(1, lengths[order[start]])))]
+        start += len(chosen)
         batch = tokenizer(
             [texts[index] for index in chosen], add_special_tokens=False, padding=True, padding_side="left",
             return_tensors="pt",
