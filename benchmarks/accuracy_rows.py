@@ -247,6 +247,11 @@ for _key, _changes in (
     ("mixed-5", {"bits_budget": 5.0}),
 ):
     ROWS[f"recipe-{_key}"] = of_ours(f"our recipe, {_key}", **_changes)
+# Fewer continuations of the teacher, each read more often.
+for _count in (75, 300):
+    ROWS[f"recipe-teacher-{_count}"] = of_ours(
+        f"our recipe, 50% {_count} continuations of the teacher", generic=f"teacher:{_count}", generic_share=0.5
+    )
 HEADLINE = ("recipe", "recipe-600", "plain", "plain-600")
 ALL = [*ROWS, *(f"{name}-600" for name in ("recipe", "plain", "lr-4e-4", "more-ce", "hadamard-all")),
        *(f"{name}@{seed}" for name in HEADLINE for seed in (3, 4))]  # fmt: skip

@@ -9,7 +9,7 @@ answers from the last piece. First the model is written in BF16 and answers the 
 (`benchmarks/training_data.py`); then each row is trained by main.py with its recipe, or quantized, and measured:
 tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, the KL to the BF16
 model on them. Every figure is appended to `OUT/real_models.csv` when it is there, with the minutes of training on this
-device. `benchmarks/real_report.py` prints the table.
+device. `benchmarks/real_report.py` prints the table, `benchmarks/real_many.py` measures rows on several GPUs at once.
 
 The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF16, which is told in the table.
 """
@@ -22,6 +22,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,15 +84,21 @@ class Table:
         """The BF16 model."""
         return load_plain(str(self.base), "--model", torch.bfloat16).to(self.device).eval()
 
+    def training_file_is_there(self) -> bool:
+        """Whether the conversations to learn from were made."""
+        done = self.out / "training_file"
+        return done.exists() and Path(done.read_text()).exists()
+
     def training_file(self) -> Path:
         """The conversations to learn from."""
         rows = training_data.questions(self.args.tasks)[: self.args.questions]
         done = self.out / "training_file"
-        if done.exists() and Path(done.read_text()).exists():
+        if self.training_file_is_there():
             return Path(done.read_text())
         path = training_data.make(
-            self.teacher(), self.tokenizer, rows, self.out / "training", self.args.batch_size, self.deadline
-        )
+            self.teacher(), self.tokenizer, rows, self.out / "training", self.args.batch_size, self.deadline,
+            self.args.training_share,
+        )  # fmt: skip
         if path is None:
             raise OutOfTime
         done.write_text(str(path))
@@ -190,6 +197,11 @@ class Table:
             print(f"{key}: done", flush=True)
 
 
+def _share(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    return int(number), int(of)
+
+
 def _names(text: str, known: list[str], argument: str) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -212,8 +224,8 @@ def _check(args: argparse.Namespace) -> None:
         training_data.questions(args.tasks)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure for some minutes, and print what is there."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, checked."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
@@ -229,13 +241,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")
     parser.add_argument("--learning_rate", type=positive_number, default=5e-5, help="of our recipe")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
+    parser.add_argument("--training_share", type=_share, default=(0, 1), help=argparse.SUPPRESS)  # of real_many.py
     args = parser.parse_args(argv)
     args.rows, args.figures = _names(args.rows, ALL, "--rows"), _names(args.figures, list(FIGURES), "--figures")
     args.batch_size = args.batch_size or (660 if torch.cuda.is_available() else 8)
     _check(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure for some minutes, and print what is there."""
+    args = parse(argv)
     table = Table(args)
     use_device(table.device)
+    if args.training_share != (0, 1):
+        table.write_base()
+        with suppress(OutOfTime):  # other processes have the rest
+            table.training_file()
+        return
     try:
         table.run()
         print("all is done")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -77,10 +78,17 @@ def usable(rows: list[dict], answers: list[tuple[str, bool]]) -> list[dict]:
     return found
 
 
-def make(model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadline: float = float("inf")) -> Path | None:
-    """The file of the conversations; None where `deadline` (of time.monotonic) came first: call it again.
+def make(
+    model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadline: float = float("inf"),
+    share: tuple[int, int] = (0, 1),
+) -> Path | None:  # fmt: skip
+    """The file of the conversations; None where pieces are left: for the next call, or for other processes.
 
     Each piece of PIECE questions is written when it is answered.
+
+    Args:
+        deadline: of time.monotonic(); no piece begins after it.
+        share: k and n: this process answers pieces k, k + n, ...; the last of n processes writes the file.
     """
     content = [fingerprint(model), MAX_NEW_TOKENS, [row["question"] for row in rows]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -89,7 +97,7 @@ def make(model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadlin
         return target
     pieces.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(rows), PIECE)
-    for start in starts:
+    for start in starts[share[0] :: share[1]]:
         path = pieces / f"{start:06}.jsonl"
         if path.exists():
             continue
@@ -102,9 +110,12 @@ def make(model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadlin
         path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         path.with_suffix(".partial").rename(path)
         print(f"{start + len(chosen)} of {len(rows)} questions, {len(kept)} of {len(chosen)} answers kept", flush=True)
-    partial = target.with_suffix(".partial")
-    partial.write_text("".join((pieces / f"{start:06}.jsonl").read_text(encoding="utf-8") for start in starts))
-    partial.rename(target)
+    paths = [pieces / f"{start:06}.jsonl" for start in starts]
+    if not all(path.exists() for path in paths):
+        return None
+    partial = target.with_suffix(f".{os.getpid()}")
+    partial.write_text("".join(path.read_text(encoding="utf-8") for path in paths), encoding="utf-8")
+    partial.replace(target)
     return target
 
 

@@ -34,8 +34,8 @@ def generate(
 
     The model computes in its own dtype, as in lm_eval: give one in BF16. A batch is padded on the left to its longest
     question and runs until all its answers have ended. Memory for keys and values limits `batch_size`: 29 KB a token
-    for Qwen2.5-Coder-1.5B, or 13 GB for 640 answers of 700 tokens. A batch has at most PROMPT_TOKENS of questions, since
-    a layer computes all of them at once: four tensors of 18 KB a token for that model.
+    for Qwen2.5-Coder-1.5B, or 13 GB for 640 answers of 700 tokens. A batch has at most PROMPT_TOKENS of questions: a
+    layer computes all of them at once, in four tensors of 18 KB a token for that model.
     """
     texts = [as_chat(tokenizer, question) for question in questions]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

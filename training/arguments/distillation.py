@@ -84,8 +84,12 @@ class DistillationArguments:
         default=None,
         metadata={
             "help": "Text from elsewhere for the divergence alone: a FILE (.txt, or written like --dataset), or "
-            "teacher:N, N continuations of model_max_length tokens sampled from the teacher. See docs/distillation.md."
+            "teacher:N, N continuations sampled from the teacher. See docs/distillation.md."
         },
+    )
+    distill_generic_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of each continuation of --distill_generic teacher:N. Default: --model_max_length."},
     )
     distill_generic_share: float = field(
         default=0.25, metadata={"help": "Fraction of the rows of each step that are of --distill_generic."}
@@ -159,10 +163,15 @@ class DistillationArguments:
                 "or --eval_strategy steps"
             )
 
-    def check_generic_with(self, trains: bool, streams: bool) -> None:
-        """Raise a UserError where generic text has no effect, or rows of the domain cannot be counted."""
+    def check_generic_with(self, trains: bool, streams: bool, max_length: int) -> None:
+        """Raise a UserError where generic text has no effect or does not fit, or rows cannot be counted."""
         if self.distill_generic is None:
             return
+        if self.distill_generic_length is not None and not 1 < self.distill_generic_length <= max_length:
+            raise UserError(
+                f"--distill_generic_length {self.distill_generic_length} must lie between 2 (the first token and one "
+                f"more) and --model_max_length {max_length}, the tokens of a row"
+            )
         if not trains:
             raise UserError(
                 f"--distill_generic {self.distill_generic} has no effect without --do_train True: an evaluation "
@@ -197,6 +206,8 @@ class DistillationArguments:
             unused |= dict.fromkeys(("distill_generic", "eval_generic"), "--distill True")
         if self.distill_generic is None:
             unused |= {"distill_generic_share": "--distill_generic"}
+        if not self.generic_continuations:
+            unused |= {"distill_generic_length": "--distill_generic teacher:N"}
         if self.distill_teacher != "cache":
             unused |= dict.fromkeys(("distill_top_k", "distill_samples"), "--distill_teacher cache")
             if not self.generic_continuations:

@@ -25,7 +25,8 @@ from .training import TrainingArguments
 
 GROUPS = (ModelArguments, TrainingArguments, DataArguments, QuantizationArguments, DistillationArguments, LoraArguments)
 
-GENERIC = ("distill_generic", "distill_generic_share")  # what decides which rows come next, as settings of data do
+# What decides which rows come next, as settings of data do.
+GENERIC = ("distill_generic", "distill_generic_length", "distill_generic_share")
 
 
 class Arguments(NamedTuple):
@@ -179,7 +180,7 @@ def _check_together(arguments: Arguments) -> None:
     if distillation.distill:
         check_with_teacher(training)
     distillation.check_eval_generic(training.do_eval)
-    distillation.check_generic_with(training.do_train, arguments.data.streaming)
+    distillation.check_generic_with(training.do_train, arguments.data.streaming, training.model_max_length)
     if distillation.distill_generic is not None:
         check_with_generic(training)
     if distillation.distill_teacher == "self" and training.do_train and not lora.is_on:

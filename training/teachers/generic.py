@@ -63,10 +63,11 @@ class GenericText:
     def sample(self, teacher: PreTrainedModel) -> None:
         """Sample continuations from an unquantized teacher, where they are asked for; all processes must call it."""
         if count := self.settings.generic_continuations:
+            length = self.settings.distill_generic_length or self.args.model_max_length
+            begin = first_token(self.tokens_of, teacher)
             self.samples = sample_continuations(
-                teacher, count, self.args.model_max_length, first_token(self.tokens_of, teacher), self.args,
-                self.settings.distill_cache_dir,
-            )  # fmt: skip
+                teacher, count, length, begin, self.args, self.settings.distill_cache_dir
+            )
 
     def mixed_into(self, data: dict) -> dict:
         """The data module with the text between the rows of its training set, and the text that is evaluated."""

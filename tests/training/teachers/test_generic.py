@@ -17,6 +17,7 @@ from trainers import make_data, make_trainer, other_llama
 from data.sets.mixing import MixedDataset
 from data.sets.packing import PackedDataset
 from training.arguments.distillation import CacheSettings, DistillationArguments
+from training.arguments.parse import parse_arguments
 from training.teachers import continuations
 from training.teachers.cache import make_cached_teacher
 from training.teachers.continuations import sample, sample_continuations
@@ -223,6 +224,10 @@ def test_the_log_tells_how_often_the_text_is_read(tmp_path):
         ({"distill": True, "distill_generic": " "}, "--distill_generic is empty"),
         ({"distill": True, "distill_generic": "a.txt", "distill_generic_share": 1.0}, "must lie between 0 and 1"),
         ({"distill": True, "distill_generic_share": 0.5}, "has no effect without --distill_generic"),
+        (
+            {"distill": True, "distill_generic": "a.txt", "distill_generic_length": 64},
+            "--distill_generic_length 64 has no effect without --distill_generic teacher:N",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -279,6 +284,27 @@ def test_one_of_two_processes_samples_the_continuations_that_both_train_on(works
     workspace.run("ddp", {"sampled": settings | {"max_steps": 3}})
     assert len(list(teachers.glob("*/tokens.bin"))) == 1
     assert workspace.logged("sampled", "generic_tokens") == [3 * 63]  # a row of four in each step, BOS is not learned
+
+
+def test_short_continuations_are_packed_into_the_rows(workspace):
+    settings = flags(
+        workspace, distill_generic="teacher:6", distill_generic_length=16, save_strategy="no",
+        distill_cache_dir=str(workspace.folder / "short"),
+    )  # fmt: skip
+    workspace.run("cpu", {"short": settings | {"max_steps": 3, "gradient_accumulation_steps": 2}}, processes=1)
+    assert [path.stat().st_size for path in (workspace.folder / "short").glob("*/tokens.bin")] == [6 * 16 * 4]
+    # Rows of 64 tokens have four or two of the six texts, without the first token of each.
+    assert workspace.logged("short", "generic_tokens") == [(4 + 2 + 4) * 15]
+
+
+@pytest.mark.parametrize("length", [1, 65])
+def test_a_continuation_has_a_length_that_fits_into_a_row(workspace, length, capsys):
+    words = ["--model_name_or_path", str(workspace.folder / "model"), "--dataset", str(workspace.folder / "data.jsonl")]
+    words += ["--output_dir", str(workspace.folder / "no"), "--do_train", "True", "--distill", "True"]
+    words += ["--distill_generic", "teacher:6", "--model_max_length", "64", "--distill_generic_length", str(length)]
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert f"--distill_generic_length {length} must lie between 2" in capsys.readouterr().err
 
 
 # ---- Evaluation ----
