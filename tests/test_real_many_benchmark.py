@@ -67,7 +67,7 @@ def test_rows_run_beside_each_other_on_the_gpu_with_most_memory_once_the_data_is
     assert (gpus["share-0of2"], gpus["share-1of2"], gpus["bf16"]) == ("0", "1", "0")
     shares = [ended["share-0of2"], ended["share-1of2"]]
     assert began["bf16"] < min(shares) and max(shares) < min(began[key] for key in (MAIN, "mxfp4-rtn"))
-    # 80 GB are 78 and less: two rows that are trained do not fit on one GPU, one that is trained and one that is not do.
+    # Into 78 GB fit a row that is trained and one that is not, but not two that are trained.
     assert gpus[MAIN] != gpus["mxfp4-600"] and began["mxfp4-600"] < ended[MAIN]
 
 
