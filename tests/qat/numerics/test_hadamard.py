@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -124,10 +125,11 @@ def compare_fused(device: str, rows: int = 20) -> None:
     count = torch.zeros(1, dtype=torch.int64, device=device)
     lost = 0
     for at_a_time, stored, rule in ((8192, torch.bfloat16, "even"), (64, torch.float32, "search")):
-        triton_rows._tile = lambda *_: (at_a_time, 1024)  # noqa: B023  rows pass in several tiles, the last not full
+        tile = patch.object(triton_rows, "_tile", lambda *_, size=at_a_time: (size, 1024))  # several, the last not full
         x = (wide(rows) * 1e-9).to(stored)
         transformed = hadamard.transform(x, torch.bfloat16)
-        found = triton_rows.to_rows(x.to(device), MXFP4, rule, torch.bfloat16, True, count, True)
+        with tile:
+            found = triton_rows.to_rows(x.to(device), MXFP4, rule, torch.bfloat16, True, count, True)
         quantized = mx.quantize(transformed, MXFP4, rule, torch.bfloat16)
         values, *others = e4m3_rows.from_mx(transformed, quantized, MXFP4)
         held, lost = others[1] == 0, lost + int(others[1].sum())
