@@ -21,6 +21,7 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"  # in the folder of a finished run: the adapters that are merged into its model
 
 _WEIGHT_NAMES = (SINGLE_NAME, INDEX_NAME)

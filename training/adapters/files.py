@@ -12,14 +12,13 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.files.json_file import read_object
-from qat.files.model_folder import ADAPTER_NAME
+from qat.files.model_folder import ADAPTER_NAME, ADAPTER_WEIGHTS_NAME
 from qat.layers.lora import FACTORS, NAME, adapters
 from qat.layers.names import original_name
 
 from .inject import config_of
 from .stacks import as_published, from_published
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -52,7 +51,7 @@ def write_adapter(folder: str | Path, model: nn.Module, factors: dict[str, torch
         published: as_published(name, factors[name].detach()).to("cpu", torch.float32, copy=True).contiguous()
         for name, published in factor_names(model).items()
     }
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
     saved = LoraConfig(**{**_settings(config), "base_model_name_or_path": base, "inference_mode": True})
     if isinstance(saved.init_lora_weights, str):  # peft would decompose the base again
         saved.init_lora_weights = True
@@ -75,7 +74,7 @@ def read_factors(folder: str | Path, model: nn.Module, where: str = "") -> dict[
         UserError: the folder holds no adapters, or others than the model has, or non-finite values.
     """
     check_factors(folder, model, where)
-    found = load_file(Path(folder, WEIGHTS_NAME))
+    found = load_file(Path(folder, ADAPTER_WEIGHTS_NAME))
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise UserError(f"{where or folder}: {name} has NaN or infinite values; take another copy of the adapter")
@@ -91,15 +90,17 @@ def check_factors(folder: str | Path, model: nn.Module, where: str = "") -> None
     Raises:
         UserError: see `read_factors`.
     """
-    path, where = Path(folder, WEIGHTS_NAME), where or str(folder)
+    path, where = Path(folder, ADAPTER_WEIGHTS_NAME), where or str(folder)
     if not path.is_file():
-        raise UserError(f"{where} has no adapters ({WEIGHTS_NAME})")
+        raise UserError(f"{where} has no adapters ({ADAPTER_WEIGHTS_NAME})")
     found, wanted = _shapes(path), factor_names(model)
     parameters = {original_name(name): p for name, p in model.named_parameters()}
     if missing := sorted(published for published in wanted.values() if published not in found):
-        raise UserError(f"{where}: {WEIGHTS_NAME} lacks {_some(missing)}; its adapters are of other layers than here")
+        raise UserError(
+            f"{where}: {ADAPTER_WEIGHTS_NAME} lacks {_some(missing)}; its adapters are of other layers than here"
+        )
     if foreign := sorted(found.keys() - wanted.values()):
-        raise UserError(f"{where}: {WEIGHTS_NAME} has {_some(foreign)}, which no adapter of the model has")
+        raise UserError(f"{where}: {ADAPTER_WEIGHTS_NAME} has {_some(foreign)}, which no adapter of the model has")
     for name, published in wanted.items():
         shape, dtype = found[published]
         own = tuple(as_published(name, torch.empty(parameters[name].shape, device="meta")).shape)

@@ -18,9 +18,7 @@ from transformers.utils import cached_file
 from qat.checkpoints.fit import first_line
 from qat.errors import UserError
 from qat.files.json_file import read_object
-from qat.files.model_folder import ADAPTER_NAME, check_adapter_folder
-
-from .files import WEIGHTS_NAME
+from qat.files.model_folder import ADAPTER_NAME, ADAPTER_WEIGHTS_NAME, check_adapter_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +55,16 @@ def find_adapter(name: str, cache_dir: str | None = None) -> Path:
     folder = check_adapter_folder(name, _ARGUMENT)
     if folder is None:
         folder = _cached(name, ADAPTER_NAME, cache_dir).parent
-        _cached(name, WEIGHTS_NAME, cache_dir)
+        _cached(name, ADAPTER_WEIGHTS_NAME, cache_dir)
         check_adapter_folder(folder, _ARGUMENT)
-    if not (folder / WEIGHTS_NAME).is_file():
+    if not (folder / ADAPTER_WEIGHTS_NAME).is_file():
         if (folder / _PICKLE).is_file():
             raise UserError(
                 f"{_ARGUMENT} {name!r} has its weights in {_PICKLE}, a pickle, which can run code when it is loaded; "
                 "only safetensors are read. If you trust its author, load it with peft once and save it with "
                 "save_pretrained, which writes safetensors"
             )
-        raise UserError(f"{_ARGUMENT} {name!r} has no {WEIGHTS_NAME}; give a complete adapter in PEFT's format")
+        raise UserError(f"{_ARGUMENT} {name!r} has no {ADAPTER_WEIGHTS_NAME}; give a complete adapter in PEFT's format")
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qat import QATConfig
 from qat.errors import UserError
 from qat.files.manifest import MANIFEST_NAME, listed, problems
-from qat.files.model_folder import ADAPTER_NAME
+from qat.files.model_folder import ADAPTER_NAME, ADAPTER_WEIGHTS_NAME
 from qat.files.trust import check_checkpoint
 from qat.schemes.config import QAT_CONFIG_NAME
 
@@ -18,7 +18,7 @@ from .written import checkpoints_in, step_of
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = (QAT_CONFIG_NAME, ADAPTER_NAME, "adapter_model.safetensors")  # before weights are read
+_LOOKED_AT = (QAT_CONFIG_NAME, ADAPTER_NAME, ADAPTER_WEIGHTS_NAME)  # before weights are read
 _READ = (
     "trainer_state.json", RECORD_NAME, QAT_CONFIG_NAME, "model*.safetensors", "adapter_*", "optimizer*", "scheduler.pt",
     "rng_state*", "scaler.pt", "*/*.distcp", "*/.metadata",

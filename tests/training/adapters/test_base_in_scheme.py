@@ -14,10 +14,10 @@ from tiny_families import logits_in_this_process
 
 import main
 from qat import get_scheme, prepare_qat
+from qat.files.model_folder import ADAPTER_WEIGHTS_NAME
 from qat.layers.names import original_name
 from qat.layers.packed_base import pack_base
 from qat.numerics import ops
-from training.adapters.files import WEIGHTS_NAME
 from training.losses.chunked import find_head
 from training.teachers.itself import SelfTeacher
 
@@ -56,14 +56,14 @@ def test_experts_that_are_packed_have_the_adapters_that_are_asked_for(workspace)
     make_tokenizer().save_pretrained(workspace / "mixture")
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     train(workspace, "experts", "--lora_target_parameters", *parameters, "--max_steps", "1", model="mixture")
-    factors = load_file(workspace / "experts" / "adapter" / WEIGHTS_NAME)
+    factors = load_file(workspace / "experts" / "adapter" / ADAPTER_WEIGHTS_NAME)
     trained = [factor for name, factor in factors.items() if ".experts." in name and ".lora_B." in name]
     assert len(trained) == 2 and all(factor.any() for factor in trained)
 
 
 def test_saved_weights_are_those_of_the_rounded_base_merged_under_the_names_and_dtypes_of_the_model(workspace):
     before, after = (load_file(workspace / name / "model.safetensors") for name in ("model", "whole"))
-    factors = load_file(workspace / "whole" / "adapter" / WEIGHTS_NAME)
+    factors = load_file(workspace / "whole" / "adapter" / ADAPTER_WEIGHTS_NAME)
     assert after.keys() == before.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     moved = 0
     for name, weight in before.items():

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qat.errors import UserError
-from training.adapters.files import WEIGHTS_NAME, read_factors
+from qat.files.model_folder import ADAPTER_WEIGHTS_NAME
+from training.adapters.files import read_factors
 from training.adapters.inject import add_adapters
 from training.adapters.published import find_adapter, read_config
 
@@ -38,8 +39,8 @@ def test_an_adapter_of_the_hub_is_read_from_the_cache(adapter, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     assert find_adapter("org/adapter", str(tmp_path / "cache")) == snapshot
-    (snapshot / WEIGHTS_NAME).unlink()
-    with pytest.raises(UserError, match=f"'org/adapter' is neither a folder nor .*{WEIGHTS_NAME}"):
+    (snapshot / ADAPTER_WEIGHTS_NAME).unlink()
+    with pytest.raises(UserError, match=f"'org/adapter' is neither a folder nor .*{ADAPTER_WEIGHTS_NAME}"):
         find_adapter("org/adapter", str(tmp_path / "cache"))
 
 
@@ -63,8 +64,8 @@ def test_settings_of_initialisation_have_no_part_in_what_is_computed(adapter):
 
 
 def test_a_link_out_of_its_folder_is_refused(adapter, tmp_path):
-    (adapter / WEIGHTS_NAME).rename(tmp_path / "elsewhere.safetensors")
-    (adapter / WEIGHTS_NAME).symlink_to(tmp_path / "elsewhere.safetensors")
+    (adapter / ADAPTER_WEIGHTS_NAME).rename(tmp_path / "elsewhere.safetensors")
+    (adapter / ADAPTER_WEIGHTS_NAME).symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(UserError, match="is a link out of its folder"):
         find_adapter(str(adapter))
 
@@ -78,16 +79,16 @@ def test_a_link_out_of_its_folder_is_refused(adapter, tmp_path):
     ],
 )
 def test_damaged_values_are_refused_by_name(adapter, damage, message):
-    tensors = load_file(adapter / WEIGHTS_NAME)
+    tensors = load_file(adapter / ADAPTER_WEIGHTS_NAME)
     name = next(name for name in tensors if "lora_A" in name)
-    save_file(tensors | {name: damage(tensors[name])}, adapter / WEIGHTS_NAME)
+    save_file(tensors | {name: damage(tensors[name])}, adapter / ADAPTER_WEIGHTS_NAME)
     model = add_adapters(make_llama(), read_config(adapter))
     with pytest.raises(UserError, match=f"q_proj.*{message}"):
         read_factors(adapter, model)
 
 
 def test_a_cut_file_is_refused(adapter):
-    path = adapter / WEIGHTS_NAME
+    path = adapter / ADAPTER_WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match=f"{WEIGHTS_NAME} is damaged"):
+    with pytest.raises(UserError, match=f"{ADAPTER_WEIGHTS_NAME} is damaged"):
         read_factors(adapter, add_adapters(make_llama(), read_config(adapter)))
