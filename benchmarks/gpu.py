@@ -27,7 +27,7 @@ from benchmarks.report import Report  # noqa: E402
 from benchmarks.variants import BF16, Variants  # noqa: E402
 from benchmarks.workloads import make_batch, make_model, saved_bytes_of_a_block  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
-from qat.errors import reported_in_one_line  # noqa: E402
+from qat.errors import UserError, reported_in_one_line  # noqa: E402
 from qat.numerics import e4m3_rows, ops  # noqa: E402
 from qat.numerics.families import family_of, formats  # noqa: E402
 from qat.numerics.kernels import triton_rows  # noqa: E402
@@ -38,6 +38,7 @@ from training.teachers.load import load_teacher  # noqa: E402
 
 MXFP4 = FORMATS["mxfp4"]
 SHAPES = ((8192, 8192), (4096, 14336))
+STEPS = {"eager", "checkpointing", "compiled"}  # sections of training steps
 SCHEMES = ("MXFP4", "MXFP8", "FP8", "MXFP4A16", "MXFP8A16", "MXFP4FP8", "MXFP4FP8_G128", "MXFP4MXFP8", "NVFP4",
            "NVFP4A16", "INT4_G32", "INT4_G128")  # fmt: skip
 
@@ -195,10 +196,10 @@ def time_steps(
     report.add(f"{scheme}, lost rows in these steps, {label}", int(ops.lost_rows(model.device)) - lost)
     if "distilled" in runs:
         report.add(f"distillation step over BF16, {label}", seconds["distilled"] / seconds[BF16], "1.20")
-        report.add("BF16 step, loss in chunks over whole logits", seconds[BF16] / seconds["whole"])
+        report.add(f"BF16 step, loss in chunks over whole logits, {label}", seconds[BF16] / seconds["whole"])
         forward = median_seconds({name: variants.forward(name) for name in variants.names}, repeats, "cuda")
         for name in variants.names[1:]:
-            report.add(f"{name} forward without gradients over BF16", forward[name] / forward[BF16])
+            report.add(f"{name} forward without gradients over BF16, {label}", forward[name] / forward[BF16])
 
 
 def peak_of(run: Callable[[], None]) -> int:
@@ -326,6 +327,8 @@ def main() -> None:
     parser.add_argument("--input_transform", choices=INPUT_TRANSFORMS, help="of the steps; default: none")
     args = parser.parse_args()
     schemes = chosen("--schemes", args.schemes, PRESETS)
+    if args.input_transform and not STEPS & set(args.sections.split(",")):
+        raise UserError(f"--input_transform is of steps, so --sections needs one of {', '.join(sorted(STEPS))}")
     report = Report("gpu", device="cuda")
     report.add("decoder layers", args.layers)
 

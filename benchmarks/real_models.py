@@ -8,8 +8,8 @@ One call runs for `--minutes` and is given again until it says that all is done:
 answers from the last piece. First the model is written in BF16 and answers the training questions
 (`benchmarks/training_data.py`); then each row is trained by main.py with its recipe, or quantized, and measured:
 tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, the KL to the BF16
-model on them. Every figure is appended to `OUT/real_models.csv` when it is there, with the minutes of training on this
-device. `benchmarks/real_report.py` prints the table, `benchmarks/real_many.py` measures rows on several GPUs at once.
+model on them. `OUT/real_models.csv` has every figure that is there, with the minutes of training on its device.
+`benchmarks/real_report.py` prints the table, `benchmarks/real_many.py` measures rows on several GPUs at once.
 
 The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF16, which is told in the table.
 """
@@ -17,7 +17,6 @@ The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF1
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -34,10 +33,10 @@ from benchmarks import training_data  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
 from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
-from benchmarks.real_report import BASELINE, LEGEND, lines, read_json  # noqa: E402
+from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E402
 from benchmarks.real_rows import ALL, ROWS, row_of  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
-from benchmarks.report import environment  # noqa: E402
+from benchmarks.report import environment, write_text  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
 from benchmarks.tasks.texts import TEXTS, bits_per_byte, read_text  # noqa: E402
@@ -49,7 +48,7 @@ from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
 FIGURES = (*TASKS, *TEXTS)
-_COLUMNS = ["row", "title", "figure", "value", "error", "kl", "count", "steps", "tokens", "train_minutes", "baseline"]
+ALL_DONE, OVER = "all is done", "{:g} minutes are over; give the same command again"
 
 
 class Table:
@@ -87,7 +86,7 @@ class Table:
     def training_file_is_there(self) -> bool:
         """Whether the conversations to learn from were made."""
         done = self.out / "training_file"
-        return done.exists() and Path(done.read_text()).exists()
+        return done.exists() and Path(done.read_text()).is_file()
 
     def training_file(self) -> Path:
         """The conversations to learn from."""
@@ -97,11 +96,11 @@ class Table:
             return Path(done.read_text())
         path = training_data.make(
             self.teacher(), self.tokenizer, rows, self.out / "training", self.args.batch_size, self.deadline,
-            self.args.training_share,
+            self.args.training_share or (0, 1),
         )  # fmt: skip
         if path is None:
             raise OutOfTime
-        done.write_text(str(path))
+        write_text(done, str(path))
         return path
 
     def model_of(self, key: str) -> torch.nn.Module:
@@ -129,14 +128,17 @@ class Table:
     # ---- Figures ----
 
     def measure(self, key: str, figure: str) -> None:
-        """Measure a figure of a row, in pieces, and append it to the table."""
+        """Measure a figure of a row, in pieces, and write it and the table of what is there."""
         path = self.out / "rows" / key / f"{figure}.json"
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         result = self.text(key, figure) if figure in TEXTS else self.task(key, figure, path.with_suffix(""))
-        path.write_text(json.dumps(result))
-        self.append(key, figure, result)
+        about = environment(self.device)
+        if self.args.rows_on_gpu > 1:
+            about["device"] += f", up to {self.args.rows_on_gpu} rows at once"
+        write_text(path, json.dumps({**result, "baseline": self.baseline, **about}))
+        write_csv(self.out, FIGURES)
 
     def task(self, key: str, name: str, folder: Path) -> dict:
         """Which problems a row solves."""
@@ -150,7 +152,7 @@ class Table:
                 texts = answers(
                     self.model_of(key), self.tokenizer, questions, task.max_new_tokens, self.args.batch_size
                 )
-                piece.write_text(json.dumps({"answers": texts, "right": task.score(chosen, texts)}))
+                write_text(piece, json.dumps({"answers": texts, "right": task.score(chosen, texts)}))
             right += json.loads(piece.read_text())["right"]
         value, error = mean_and_error([float(is_right) for is_right in right])
         return {"value": value, "error": error, "count": len(right), "right": right}
@@ -165,19 +167,6 @@ class Table:
             teacher, rows,
         )  # fmt: skip
         return {"value": figures["bits_per_byte"], "error": figures["error"], "kl": figures.get("kl", 0.0)}
-
-    def append(self, key: str, figure: str, result: dict) -> None:
-        """A line of the CSV file."""
-        about = read_json(self.out / "rows" / key / "trained.json")
-        line = {"row": key, "title": row_of(key).title, "figure": figure, "baseline": self.baseline, **about, **result}
-        line |= environment(self.device)
-        path, names = self.out / "real_models.csv", [*_COLUMNS, *environment(self.device)]
-        is_new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
 
     def run(self) -> None:
         """Everything that is not done, row by row.
@@ -203,7 +192,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _names(text: str, known: list[str], argument: str) -> list[str]:
-    names = text.split(",")
+    names = list(dict.fromkeys(text.split(",")))
     for name in names:
         row, at, seed = name.partition("@")
         is_seed = argument == "--rows" and at and row in ROWS and seed.isdecimal() and ROWS[row].recipe is not None
@@ -241,7 +230,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")
     parser.add_argument("--learning_rate", type=positive_number, default=5e-5, help="of our recipe")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
-    parser.add_argument("--training_share", type=_share, default=(0, 1), help=argparse.SUPPRESS)  # of real_many.py
+    parser.add_argument("--training_share", type=_share, help=argparse.SUPPRESS)  # of real_many.py, as is the next one
+    parser.add_argument("--rows_on_gpu", type=positive, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.rows, args.figures = _names(args.rows, ALL, "--rows"), _names(args.figures, list(FIGURES), "--figures")
     args.batch_size = args.batch_size or (660 if torch.cuda.is_available() else 8)
@@ -255,16 +245,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     table = Table(args)
     use_device(table.device)
-    if args.training_share != (0, 1):
+    if args.training_share is not None:
         table.write_base()
         with suppress(OutOfTime):  # other processes have the rest
             table.training_file()
         return
     try:
         table.run()
-        print("all is done")
+        print(ALL_DONE)
     except OutOfTime:
-        print(f"{args.minutes:g} minutes are over; give the same command again", flush=True)
+        print(OVER.format(args.minutes), flush=True)
     print(f"\nBaseline: {table.baseline}. {LEGEND}", *lines(args.out, args.rows, args.figures), sep="\n")
 
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.accuracy import prepare
 from benchmarks.accuracy_rows import Row
+from benchmarks.launch import kill_with_children
 from benchmarks.real_rows import RealRow
-from benchmarks.real_training import OutOfTime
+from benchmarks.real_training import OutOfTime, forwarded
 from data.supervised import make_supervised_data_module
 from qat.checkpoints.load import load_plain
 from qat.checkpoints.unpack import load_packed
@@ -100,18 +101,29 @@ def _run(row: RealRow, work: Path, seconds: float) -> None:
         "--dataset", work / "texts.jsonl", "--seqlen", _LENGTH, "--nsamples", _SAMPLES,
     ]  # fmt: skip
     log = work.with_name("autoround.txt")
-    with log.open("w") as file:
-        try:
-            status = subprocess.run(
-                [str(word) for word in command], stdout=file, stderr=file, timeout=seconds
-            ).returncode
-        except subprocess.TimeoutExpired:
-            raise UserError(
-                f"AutoRound did not end within the {seconds / 60:.0f} minutes left of this call, and does not resume; "
-                "give more --minutes, or leave its row out with --rows"
-            ) from None
-    if status:
+    if status := _status([str(word) for word in command], log, seconds):
         raise UserError(f"AutoRound ended with status {status}; see {log}")
+
+
+def _status(command: list[str], log: Path, seconds: float) -> int:
+    """How a program ends, which ends with this one.
+
+    Raises:
+        UserError: it takes longer than `seconds`.
+    """
+    with log.open("w") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file)
+        with forwarded(child):
+            try:
+                return child.wait(seconds)
+            except subprocess.TimeoutExpired:
+                raise UserError(
+                    f"AutoRound did not end within the {seconds / 60:.1g} minutes left of this call, and does not "
+                    "resume; give more --minutes, or leave its row out with --rows"
+                ) from None
+            finally:
+                if child.poll() is None:
+                    kill_with_children(child)
 
 
 @torch.no_grad()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.real_rows import row_of
+from benchmarks.real_rows import ALL, row_of
+from benchmarks.report import write_text
 from benchmarks.tasks.texts import TEXTS
 
+_COLUMNS = (
+    "row", "title", "figure", "value", "error", "kl", "count", "steps", "tokens", "train_minutes", "baseline", "device",
+    "threads", "versions", "date", "command",
+)  # fmt: skip
 BASELINE, FLOOR = "bf16", "mxfp4-rtn"
 LEGEND = (
     "Tasks in % +- standard error; texts in bits per byte (KL). After the slash: recovered, the part of the loss of "
@@ -34,6 +41,21 @@ def lines(out: Path, rows: Sequence[str], figures: Sequence[str]) -> list[str]:
     for name in dict.fromkeys(key.partition("@")[0] for key in rows if "@" in key):
         table += _of_seeds(name, [found[key] for key in rows if key.partition("@")[0] == name], figures)
     return table
+
+
+def write_csv(out: Path, figures: Sequence[str]) -> None:
+    """Write `out/real_models.csv`: a line for each figure that is there, rows in the order of the table."""
+    keys = [path.name for path in (out / "rows").iterdir()]
+    keys.sort(key=lambda key: (ALL.index(key), key) if key in ALL else (len(ALL), key))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for key in keys:
+        about = read_json(out / "rows" / key / "trained.json")
+        for figure, result in _figures(out, key, figures).items():
+            line = {"row": key, "title": row_of(key).title, "figure": figure, **about, **result}
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+    write_text(out / "real_models.csv", text.getvalue())
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.real_rows import row_of
+from benchmarks.report import write_text
 from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ class OutOfTime(Exception):
 
 
 def train(key: str, folder: Path, flags_of: Callable[[str], list[str]], deadline: float) -> None:
-    """Train a row with main.py, or go on with it; a deadline or SIGTERM ends main.py, which then keeps a checkpoint.
+    """Train a row with main.py, or resume it; a deadline or SIGTERM ends main.py, which then keeps a checkpoint.
 
     Args:
         folder: of the row; the trained model is in "trained", and "trained.json" has steps, tokens and minutes.
@@ -48,7 +49,7 @@ def train(key: str, folder: Path, flags_of: Callable[[str], list[str]], deadline
     start = time.monotonic()
     with (folder / "log.txt").open("a") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-        with _forwarded(child):
+        with forwarded(child):
             try:
                 child.wait(max(1.0, deadline - time.monotonic() - _SAVING_S))
             except subprocess.TimeoutExpired:
@@ -63,13 +64,13 @@ def train(key: str, folder: Path, flags_of: Callable[[str], list[str]], deadline
         raise UserError(f"{key} was not trained: {lines[-1][:300]} (see {folder / 'log.txt'})")
     seconds = sum(map(float, (folder / "seconds.txt").read_text().split()))
     figures = {"steps": row.steps, "train_minutes": seconds / 60, "tokens": labelled_tokens(folder / "trained")}
-    for checkpoint in (folder / "trained").glob("checkpoint-*"):  # twelve bytes a parameter, and nothing to go on with
+    write_text(folder / "trained.json", json.dumps(figures))
+    for checkpoint in (folder / "trained").glob("checkpoint-*"):  # 12 bytes a parameter; nothing resumes from it
         shutil.rmtree(checkpoint)
-    (folder / "trained.json").write_text(json.dumps(figures))
 
 
 @contextmanager
-def _forwarded(child: subprocess.Popen) -> Iterator[None]:
+def forwarded(child: subprocess.Popen) -> Iterator[None]:
     """SIGTERM goes on to `child`, which would train on alone."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import os
 import platform
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ def check_device(device: str) -> None:
     """Raise a UserError for a GPU that is not there."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("this measures a GPU (cuda), and there is none; where there is --device, give --device cpu")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or not there, whatever ends this process, and whoever writes it too."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def environment(device: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,6 +22,7 @@ from benchmarks.real_rows import ALL, MAIN, ROWS, row_of
 from main import parse_arguments
 from qat import prepare_qat
 from qat.checkpoints.pack import export_checkpoint
+from qat.errors import UserError
 from qat.layers.sites import quantized_sites
 from training.arguments.model import ModelArguments
 from training.start.loading import load_tokenizer
@@ -175,6 +177,29 @@ def test_a_model_with_rounded_weights_computes_the_same(scheme, transform):
         assert torch.equal(real_quantized.round_weights(model)(torch.arange(2, 66)[None]).logits, wanted)
 
 
+def test_autoround_ends_at_the_deadline(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(UserError, match="AutoRound did not end within the 0.005 minutes left"):
+        real_quantized._status([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", 0.3)
+    assert time.monotonic() - began < 20
+    assert real_quantized._status([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 60) == 3
+
+
+def test_the_training_is_there_before_its_checkpoint_goes(tmp_path, monkeypatch):
+    stub = "import json, pathlib, sys; out = pathlib.Path(sys.argv[1]); (out / 'checkpoint-2').mkdir(parents=True); "
+    stub += "(out / 'trainer_state.json').write_text(json.dumps({'log_history': []}))"
+    (tmp_path / "stub.py").write_text(stub)
+    monkeypatch.setattr(real_training, "MAIN", tmp_path / "stub.py")
+    seen = []
+    monkeypatch.setattr(
+        real_training.shutil,
+        "rmtree",
+        lambda path: seen.append((path.name, (path.parents[1] / "trained.json").exists())),
+    )
+    real_training.train(MAIN, tmp_path / "row", lambda _: [str(tmp_path / "row" / "trained")], time.monotonic() + 900)
+    assert seen == [("checkpoint-2", True)]
+
+
 def test_recovered_is_the_part_of_the_way_back():
     assert real_report.recovered(0.5, 0.4, 0.6) == pytest.approx(0.5)
     assert real_report.recovered(1.2, 1.4, 1.0) == pytest.approx(0.5)  # bits per byte: less is better
@@ -187,13 +212,13 @@ def test_the_row_of_autoround_computes_with_its_weights_and_even_inputs(folders,
     (root / "data.jsonl").write_text((json.dumps({"messages": rows}) + "\n") * 40)
     tokenizer = load_tokenizer(ModelArguments(str(root / "model")), 64)
 
-    def run(words, **options):  # AutoRound rounds to nearest here
+    def run(words, log, seconds):  # AutoRound rounds to nearest here
         asked.append(words)
         source, target = words[words.index("--model") + 1], Path(words[words.index("--output_dir") + 1])
         export_checkpoint(source, target / "smoothed-w4", "auto_round", scheme="MXFP4_RCEIL")
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(real_quantized.subprocess, "run", run)
+    monkeypatch.setattr(real_quantized, "_status", run)
     arguments = (row, root / "model", root / "row", root / "data.jsonl", tokenizer)
     with pytest.raises(real_training.OutOfTime):
         real_quantized.autorounded(*arguments, time.monotonic() + 10)

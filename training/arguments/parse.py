@@ -183,6 +183,8 @@ def _check_together(arguments: Arguments) -> None:
     distillation.check_generic_with(training.do_train, arguments.data.streaming, training.model_max_length)
     if distillation.distill_generic is not None:
         check_with_generic(training)
+    if distillation.generic_continuations and distillation.distill_generic_length is None:
+        distillation.distill_generic_length = training.model_max_length  # as a resumed run may give it
     if distillation.distill_teacher == "self" and training.do_train and not lora.is_on:
         raise UserError(SELF_IN_TRAINING)
     if not (training.do_train or training.do_eval):

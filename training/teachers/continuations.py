@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 0  # of the draws; that of a run has no part in it, so runs of several seeds share what was sampled
 TOKENS_AT_ONCE = 32_768  # in the key/value cache: 128 sequences of 256 tokens
+ROWS_AT_ONCE = 256  # of FP32 logits and probabilities: 256 MB for a vocabulary of 128 K
 _FILE = "tokens.bin"
 
 
@@ -108,7 +109,7 @@ def sample(teacher: PreTrainedModel, count: int, length: int, begin: int, seed: 
     Raises:
         UserError: the teacher keeps no keys and values, so each token would cost a whole sequence.
     """
-    device, at_once = teacher.device, max(1, TOKENS_AT_ONCE // length)
+    device, at_once = teacher.device, min(ROWS_AT_ONCE, max(1, TOKENS_AT_ONCE // length))
     generator = torch.Generator(device).manual_seed(seed)
     sequences = []
     with tqdm(total=count * (length - 1), desc="sampling from the teacher", unit="token") as progress:

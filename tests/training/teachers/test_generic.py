@@ -307,6 +307,23 @@ def test_a_continuation_has_a_length_that_fits_into_a_row(workspace, length, cap
     assert f"--distill_generic_length {length} must lie between 2" in capsys.readouterr().err
 
 
+def test_the_length_of_continuations_is_that_of_a_row_where_none_is_given(workspace):
+    words = ["--model_name_or_path", str(workspace.folder / "model"), "--dataset", str(workspace.folder / "data.jsonl")]
+    words += ["--output_dir", str(workspace.folder / "no"), "--do_train", "True", "--distill", "True"]
+    words += ["--model_max_length", "64", "--distill_generic"]
+    lengths = [parse_arguments([*words, name]).distillation.distill_generic_length for name in ("teacher:6", "a.txt")]
+    assert lengths == [64, None]
+
+
+def test_few_rows_are_sampled_at_once(monkeypatch):
+    teacher, rows = other_llama(), []
+    of_teacher = teacher.forward
+    monkeypatch.setattr(
+        teacher, "forward", lambda input_ids, **others: rows.append(len(input_ids)) or of_teacher(input_ids, **others)
+    )
+    assert sample(teacher, 300, 2, 1).shape == (300, 2) and rows == [256, 44]
+
+
 # ---- Evaluation ----
 
 
