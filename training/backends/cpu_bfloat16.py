@@ -42,22 +42,33 @@ def use_fast_bfloat16() -> None:
 # The `out=` forms are operators of their own with their original kernels, so calling them does not come back here.
 
 
+def _check_same(first, *others):
+    """As PyTorch's own kernels do: dtypes that meet without autocast are a fault of the model."""
+    for other in others:
+        if other.dtype != first.dtype:
+            raise RuntimeError(f"expected tensors of the same dtype, but got: {first.dtype} != {other.dtype}")
+
+
 def _mm(a, b):
+    _check_same(a, b)
     out = torch.mm(_up(a), _up(b), out=_fp32_or_same(a, (a.shape[0], b.shape[1])))
     return out.to(a.dtype)
 
 
 def _addmm(bias, a, b, *, beta=1, alpha=1):
+    _check_same(a, b, bias)
     out = _fp32_or_same(a, (a.shape[0], b.shape[1]))
     return torch.addmm(_up(bias), _up(a), _up(b), beta=beta, alpha=alpha, out=out).to(a.dtype)
 
 
 def _bmm(a, b):
+    _check_same(a, b)
     out = _fp32_or_same(a, (a.shape[0], a.shape[1], b.shape[2]))
     return torch.bmm(_up(a), _up(b), out=out).to(a.dtype)
 
 
 def _baddbmm(bias, a, b, *, beta=1, alpha=1):
+    _check_same(a, b, bias)
     out = _fp32_or_same(a, (a.shape[0], a.shape[1], b.shape[2]))
     return torch.baddbmm(_up(bias), _up(a), _up(b), beta=beta, alpha=alpha, out=out).to(a.dtype)
 
@@ -65,6 +76,7 @@ def _baddbmm(bias, a, b, *, beta=1, alpha=1):
 def _grouped_mm(a, b, offs=None, bias=None, out_dtype=None):
     """[S, K] x [E, K, N] -> [S, N], rows in groups; [M, S] x [S, N] -> [E, M, N], columns in groups."""
     assert offs is not None and bias is None and a.dim() == 2, "experts have 2-D inputs"
+    _check_same(a, b)
     ends, start = offs.tolist(), 0
     if b.dim() == 3:
         out = a.new_zeros((a.shape[0], b.shape[2]), dtype=out_dtype)

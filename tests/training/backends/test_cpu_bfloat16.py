@@ -6,12 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from training.backends import cpu_bfloat16
 from training.backends.cpu_bfloat16 import use_fast_bfloat16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def fast_bfloat16():
+    was_there = cpu_bfloat16._library is not None
     use_fast_bfloat16()
+    yield
+    if not was_there:  # other tests of this process compute with PyTorch's own kernels
+        cpu_bfloat16._library._destroy()
+        cpu_bfloat16._library = None
 
 
 def close(actual: torch.Tensor, expected_fp64: torch.Tensor) -> None:
@@ -45,6 +51,18 @@ def test_grouped_products_and_their_gradients_are_those_of_each_group(dtype):
         ):
             expected = a.double() @ b.double()
             torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float16])
+def test_tensors_of_two_dtypes_are_refused_as_by_pytorch(other):
+    a, b, c = torch.randn(1, 4, 8).bfloat16(), torch.randn(1, 8, 6).to(other), torch.randn(1, 4, 6).to(other)
+    for product in (
+        lambda: a[0] @ b[0], lambda: torch.bmm(a, b), lambda: torch.addmm(c[0], a[0], b[0].bfloat16()),
+        lambda: torch.baddbmm(c, a, b.bfloat16()),
+        lambda: F.grouped_mm(a[0], b, offs=torch.tensor([4], dtype=torch.int32)),
+    ):  # fmt: skip
+        with pytest.raises((RuntimeError, ValueError), match="dtype"):
+            product()
 
 
 def test_fp32_products_are_untouched():
