@@ -36,7 +36,7 @@ from transformers import set_seed  # noqa: E402
 
 from benchmarks.accuracy_rows import ALL, Row, row_of  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
-from benchmarks.report import environment  # noqa: E402
+from benchmarks.report import environment, write_text  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
@@ -89,9 +89,7 @@ def texts_to_measure(out: Path, generic: str | None, never: str | None) -> dict[
     if generic is not None:
         paragraphs = Path(generic).read_text(encoding="utf-8").split("\n\n")
         cut = len(paragraphs) * 19 // 20
-        own = out / f"generic-{os.getpid()}.txt"
-        own.write_text("\n\n".join(paragraphs[:cut]), encoding="utf-8")
-        own.replace(out / "generic.txt")
+        write_text(out / "generic.txt", "\n\n".join(paragraphs[:cut]))
         texts["generic"] = "\n\n".join(paragraphs[cut:])
     if never is not None:
         texts["never"] = Path(never).read_text(encoding="utf-8")
@@ -266,7 +264,7 @@ def run_row(key: str, out: Path, device: str, generic: str | None = None, never:
         "seconds": seconds,
         "seed": row.seed,
     }
-    (out / f"{key}.json").write_text(json.dumps(figures))
+    write_text(out / f"{key}.json", json.dumps(figures))
 
 
 def finetune(model_path: str, gguf_file: str | None, out: Path, device: str) -> None:

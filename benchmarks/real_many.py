@@ -64,6 +64,7 @@ class Machine:
 
     def __init__(self, args: argparse.Namespace, words: Sequence[str], own: argparse.Namespace) -> None:
         self.args, self.words, self.own = args, list(words), own
+        self.table = real_models.Table(args)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.names = visible.split(",") if visible else [str(gpu) for gpu in range(own.gpus)]
         self.jobs: list[Job] = []  # rows
@@ -136,7 +137,7 @@ class Machine:
         while self.others and self.left_s() > -ENDS_S:
             self.ended(self.others)
             time.sleep(self.own.pause)
-        if self.left_s() > 0 and not real_models.Table(self.args).training_file_is_there():
+        if self.left_s() > 0 and not self.table.training_file_is_there():
             raise UserError(f"the training data was not made; see training-data-* in {self.args.out / 'logs'}")
 
     def measure(self) -> None:
@@ -144,7 +145,12 @@ class Machine:
         waiting = [key for key in self.args.rows if key not in {job.key for job in self.jobs}]
         while (waiting or self.jobs) and self.left_s() > -ENDS_S:
             for job in self.ended(self.jobs):
-                self.failed.pop(job.key, None) if not job.process.returncode else self._has_failed(job.key, waiting)
+                if job.process.returncode == 0:
+                    self.failed.pop(job.key, None)
+                    continue
+                self.failed[job.key] = self.failed.get(job.key, 0) + 1
+                if self.failed[job.key] == 1:
+                    waiting.insert(0, job.key)
             for key in list(waiting) if self.left_s() > _LEAST_S else ():
                 if (gpu := self.place(self.needs(key))) is not None:
                     waiting.remove(key)
@@ -152,11 +158,6 @@ class Machine:
             if not self.jobs and self.left_s() <= _LEAST_S:
                 return
             time.sleep(self.own.pause)
-
-    def _has_failed(self, key: str, waiting: list[str]) -> None:
-        self.failed[key] = self.failed.get(key, 0) + 1
-        if self.failed[key] == 1:
-            waiting.insert(0, key)
 
     def end(self) -> None:
         """End what still runs: SIGTERM has main.py keep a checkpoint."""
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     own.gpus = own.gpus or torch.cuda.device_count()
     if not own.gpus:
         raise UserError("there is no GPU; benchmarks/real_models.py measures on a CPU, or give --gpus 1")
-    machine, table = Machine(args, rest, own), real_models.Table(args)
+    machine = Machine(args, rest, own)
     if own.gpus > len(machine.names):
         raise UserError(f"--gpus {own.gpus} are more than CUDA_VISIBLE_DEVICES={','.join(machine.names)} has")
     if (most := max(map(machine.needs, args.rows))) > own.gpu_gb:
@@ -205,9 +206,9 @@ def main(argv: list[str] | None = None) -> None:
 
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
     try:
-        table.write_base()
+        machine.table.write_base()
         machine.say("the model is written")
-        if not table.training_file_is_there() and args.rows != [BASELINE] and machine.left_s() > _LEAST_S:
+        if not machine.table.training_file_is_there() and args.rows != [BASELINE] and machine.left_s() > _LEAST_S:
             machine.answer()
         machine.measure()
     finally:
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         write_csv(args.out, real_models.FIGURES)
     missing = machine.missing()
     print(real_models.OVER.format(args.minutes) if missing else real_models.ALL_DONE)
-    print(f"\nBaseline: {table.baseline}. {LEGEND}", *lines(args.out, args.rows, args.figures), sep="\n")
+    print(f"\nBaseline: {machine.table.baseline}. {LEGEND}", *lines(args.out, args.rows, args.figures), sep="\n")
     if machine.failed:
         raise UserError(f"not measured: {', '.join(machine.failed)}; see {args.out / 'logs'}")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from benchmarks.arguments import use_device  # noqa: E402
+from benchmarks.report import write_text  # noqa: E402
 from benchmarks.tasks.generation import generate  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, number_prompt, right_numbers  # noqa: E402
 from data.sources.python_docs import read_python_docs  # noqa: E402
@@ -107,15 +107,12 @@ def make(
         chosen = rows[start : start + PIECE]
         asked = [row["question"] for row in chosen]
         kept = usable(chosen, generate(model, tokenizer, asked, MAX_NEW_TOKENS, batch_size))
-        path.with_suffix(".partial").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        path.with_suffix(".partial").rename(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         print(f"{start + len(chosen)} of {len(rows)} questions, {len(kept)} of {len(chosen)} answers kept", flush=True)
     paths = [pieces / f"{start:06}.jsonl" for start in starts]
     if not all(path.exists() for path in paths):
         return None
-    partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text("".join(path.read_text(encoding="utf-8") for path in paths), encoding="utf-8")
-    partial.replace(target)
+    write_text(target, "".join(path.read_text(encoding="utf-8") for path in paths))
     return target
 
 

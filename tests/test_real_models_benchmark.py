@@ -177,6 +177,24 @@ def test_a_model_with_rounded_weights_computes_the_same(scheme, transform):
         assert torch.equal(real_quantized.round_weights(model)(torch.arange(2, 66)[None]).logits, wanted)
 
 
+def test_processes_that_share_the_questions_make_the_file_that_one_makes(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_data, "PIECE", 2)
+    model, rows = make_llama(layers=1), [{"question": f"What is {n}?", "answer": str(n)} for n in range(7)]
+    files = [training_data.make(model, None, rows, tmp_path / "one", 2)]
+    files += [training_data.make(model, None, rows, tmp_path / "two", 2, share=(number, 3)) for number in (2, 0, 1)]
+    assert files[1:3] == [None, None]
+    assert files[0].read_bytes() == files[3].read_bytes() and len(files[0].read_text().splitlines()) == 7
+
+
+def test_a_folder_of_a_row_that_is_no_more_does_not_stop_the_table(tmp_path):
+    for key in ("mxfp4-rtn", "gone"):
+        (tmp_path / "rows" / key).mkdir(parents=True)
+        (tmp_path / "rows" / key / "gsm8k.json").write_text(json.dumps({"value": 0.5, "error": 0.1}))
+    real_report.write_csv(tmp_path, ["gsm8k"])
+    lines = (tmp_path / "real_models.csv").read_text().splitlines()
+    assert len(lines) == 2 and lines[1].startswith("mxfp4-rtn,")
+
+
 def test_autoround_ends_at_the_deadline(tmp_path):
     began = time.monotonic()
     with pytest.raises(UserError, match="AutoRound did not end within the 0.005 minutes left"):

@@ -113,7 +113,7 @@ def test_one_call_for_all_samples_computes_what_a_call_a_sample_does():
         result.float().square().sum().backward()
         found.append([result.detach(), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*found, strict=True):
-        assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()  # roundings of BF16
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture

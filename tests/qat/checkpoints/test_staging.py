@@ -63,7 +63,8 @@ def test_no_pinned_memory_stays_once_it_is_freed():
     device = torch.device("cuda", torch.cuda.current_device())
     staging.free_pinned(device)
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]  # buffers that threads keep
-    torch.empty(1 << 20, pin_memory=True)
-    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] >= before + (1 << 20)
+    held = torch.empty(1 << 20, pin_memory=True)
+    assert torch.cuda.host_memory_stats()["allocated_bytes.current"] >= before + held.nbytes
+    del held
     staging.free_pinned(device)
     assert torch.cuda.host_memory_stats()["allocated_bytes.current"] == before
