@@ -98,7 +98,7 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
         "output_dir": trained.absolute(), "export_format": "none",
         "dataset": data.absolute(), "eval_dataset": "none", "do_eval": False,
         "eval_strategy": "no", "load_best_model_at_end": False, "max_steps": row.steps,
-        "save_steps": row.steps, "save_total_limit": 1, "seed": row.seed, "data_seed": row.seed,
+        "save_strategy": "no", "seed": row.seed, "data_seed": row.seed,
         "per_device_train_batch_size": args.train_batch_size, "model_max_length": args.length,
         "on_bad_sample": "skip", "report": False, "report_to": "none", "disable_tqdm": True,
     } | rate | row.flags  # fmt: skip
