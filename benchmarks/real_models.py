@@ -34,7 +34,7 @@ from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
 from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
 from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E402
-from benchmarks.real_rows import ALL, ROWS, row_of  # noqa: E402
+from benchmarks.real_rows import ALL, is_row, row_of  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import environment, write_text  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
@@ -194,11 +194,10 @@ def _share(text: str) -> tuple[int, int]:
 def _names(text: str, known: list[str], argument: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
-        row, at, seed = name.partition("@")
-        is_seed = argument == "--rows" and at and row in ROWS and seed.isdecimal() and ROWS[row].recipe is not None
-        if name not in known and not is_seed:
-            seeds = "; @SEED, a whole number, goes behind rows that are trained" if argument == "--rows" else ""
-            raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}{seeds}")
+        if name not in known and not (argument == "--rows" and is_row(name)):
+            more = "; behind rows that are trained go ~RATE, a learning rate, and @SEED, a whole number"
+            more = more if argument == "--rows" else ""
+            raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}{more}")
     return names
 
 
@@ -220,7 +219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
-    parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with @SEED for another seed")
+    parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with ~RATE and @SEED for another learning rate and seed")
     parser.add_argument("--figures", default=",".join(FIGURES))
     parser.add_argument("--minutes", type=positive_number, default=9.0, help="of this call")
     parser.add_argument("--limit", type=positive, help="problems of each task, rows of each text; default: all")
@@ -228,7 +227,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, help="of answers; default: 660 on a GPU, 8 on a CPU")
     parser.add_argument("--train_batch_size", type=positive, default=4)
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")
-    parser.add_argument("--learning_rate", type=positive_number, default=5e-5, help="of our recipe")
+    parser.add_argument("--learning_rate", type=positive_number, default=1e-5, help="of our recipe")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     parser.add_argument("--training_share", type=_share, help=argparse.SUPPRESS)  # of real_many.py, as is the next one
     parser.add_argument("--rows_on_gpu", type=positive, default=1, help=argparse.SUPPRESS)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.real_rows import ALL, ROWS, row_of
+from benchmarks.real_rows import ALL, is_row, row_of
 from benchmarks.report import write_text
 from benchmarks.tasks.texts import TEXTS
 
@@ -45,7 +45,7 @@ def lines(out: Path, rows: Sequence[str], figures: Sequence[str]) -> list[str]:
 
 def write_csv(out: Path, figures: Sequence[str]) -> None:
     """Write `out/real_models.csv`: a line for each figure that is there, of the rows of today, in their order."""
-    keys = [path.name for path in (out / "rows").iterdir() if path.name.partition("@")[0] in ROWS]
+    keys = [path.name for path in (out / "rows").iterdir() if is_row(path.name)]
     keys.sort(key=lambda key: (ALL.index(key), key) if key in ALL else (len(ALL), key))
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from benchmarks.accuracy_rows import Row, of_ours, plain, settings_of
@@ -19,7 +20,7 @@ class RealRow:
         recipe: of a trained row, recipes/NAME.yaml.
         flags: of main.py beside the recipe; a tuple for an argument that takes several words.
         steps: of training.
-        learning_rate: None for that of the command line, "recipe" for that of the recipe.
+        learning_rate: of training; None for that of the command line, "recipe" for that of the recipe.
         seed: of training.
         iterations: of AutoRound, on the model that `quantized` has smoothed; 0 for another row.
     """
@@ -39,6 +40,9 @@ def _without_training(title: str, scheme: str, **settings) -> RealRow:
 
 
 _SMOOTHED = plain("").smooth_alpha
+_SAMPLES: dict[str, str | tuple[str, ...]] = {
+    "distill_generic": "teacher:500", "distill_generic_share": "0.5", "distill_ce_weight": "0.1",
+}  # fmt: skip
 MAIN = "mxfp4-150"
 ROWS: dict[str, RealRow] = {
     "bf16": RealRow("BF16"),
@@ -54,8 +58,10 @@ ROWS: dict[str, RealRow] = {
     "mxfp4-reference": RealRow(
         "MXFP4, the reference's recipe, 150 steps", recipe="mxfp4-reference", steps=150, learning_rate="recipe"
     ),
-    MAIN: RealRow("MXFP4, our recipe, 150 steps", recipe="mxfp4", steps=150),
-    "mxfp4-600": RealRow("MXFP4, our recipe, 600 steps", recipe="mxfp4", steps=600),
+    **{
+        f"mxfp4-{steps}": RealRow(f"MXFP4, our recipe, {steps} steps", recipe="mxfp4", steps=steps)
+        for steps in (150, 300, 600)
+    },
     **{
         f"mxfp4-plain-{steps}": RealRow(
             f"MXFP4, our recipe without transforms, smoothed {_SMOOTHED}, {steps} steps", recipe="mxfp4", steps=steps,
@@ -64,11 +70,11 @@ ROWS: dict[str, RealRow] = {
         for steps in (150, 600)
     },
     **{
-        f"mxfp4-lr-{rate}": RealRow(
-            f"MXFP4, our recipe, 150 steps, learning rate {rate}", recipe="mxfp4", steps=150,
-            flags={"learning_rate": rate},
+        f"mxfp4-samples-{steps}": RealRow(
+            f"MXFP4, our recipe, half of the rows samples of the teacher, {steps} steps", recipe="mxfp4", steps=steps,
+            flags=_SAMPLES,
         )
-        for rate in ("2e-5", "1e-4")
+        for steps in (150, 600)
     },
     "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, prepared", "MXFP4FP8", **settings_of("MXFP4FP8")),
     "mxfp4fp8": RealRow(
@@ -86,6 +92,31 @@ ALL = [*ROWS, *(f"{MAIN}@{seed}" for seed in SEEDS)]
 
 
 def row_of(key: str) -> RealRow:
-    """The row of a key of ROWS, with "@SEED" behind it for another seed."""
-    name, _, seed = key.partition("@")
-    return replace(ROWS[name], seed=int(seed), title=f"{ROWS[name].title}, seed {seed}") if seed else ROWS[name]
+    """The row of a key: a name of ROWS; of a trained one with ~RATE, a learning rate, and @SEED behind it.
+
+    Raises:
+        KeyError: there is no such row.
+    """
+    match = re.fullmatch(r"([^~@]+)(?:~([\d.e-]+))?(?:@(\d+))?", key)
+    name, rate, seed = match.groups() if match else (key, None, None)
+    row = ROWS[name]
+    if (rate or seed) and row.recipe is None or rate and not _is_positive(rate):
+        raise KeyError(key)
+    if rate:
+        row = replace(row, title=f"{row.title}, learning rate {rate}", learning_rate=rate)
+    return replace(row, title=f"{row.title}, seed {seed}", seed=int(seed)) if seed else row
+
+
+def is_row(key: str) -> bool:
+    """Whether there is a row of a key."""
+    try:
+        return row_of(key) is not None
+    except KeyError:
+        return False
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False

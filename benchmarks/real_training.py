@@ -20,6 +20,7 @@ from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "main.py"
+_SAMPLE = 256  # tokens of a continuation that the teacher samples
 _SAVING_S = 60  # left to a training that has to end
 
 
@@ -87,12 +88,18 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
 
     Args:
         base: folder of the BF16 model.
-        trained: folder to write.
+        trained: folder to write, OUT/rows/KEY/trained; samples of the teacher are kept in OUT.
         data: the training file.
         args: of `real_models.py`.
     """
     row = row_of(key)
-    rate = {} if row.learning_rate == "recipe" else {"learning_rate": str(args.learning_rate)}
+    rate = {} if row.learning_rate == "recipe" else {"learning_rate": row.learning_rate or str(args.learning_rate)}
+    samples = {}
+    if "distill_generic" in row.flags:
+        samples = {
+            "distill_generic_length": min(_SAMPLE, args.length),
+            "distill_cache_dir": trained.parents[2].absolute() / "samples",
+        }
     settings = {
         "config": ROOT / "recipes" / f"{row.recipe}.yaml", "model_name_or_path": base.absolute(),
         "output_dir": trained.absolute(), "export_format": "none",
@@ -101,7 +108,7 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
         "save_strategy": "no", "seed": row.seed, "data_seed": row.seed,
         "per_device_train_batch_size": args.train_batch_size, "model_max_length": args.length,
         "on_bad_sample": "skip", "report": False, "report_to": "none", "disable_tqdm": True,
-    } | rate | row.flags  # fmt: skip
+    } | rate | samples | row.flags  # fmt: skip
     return [
         word
         for name, value in settings.items()

@@ -85,18 +85,17 @@ def test_a_table_from_the_model_to_the_csv(folders, capsys):
     assert answered[0] == count and len((root / "out" / "real_models.csv").read_text().splitlines()) == 9
 
 
-@pytest.mark.parametrize("key", [key for key in ALL if row_of(key).recipe])
+@pytest.mark.parametrize("key", [*(key for key in ALL if row_of(key).recipe), "mxfp4-600~3e-6@4"])
 def test_the_arguments_of_every_trained_row_parse(key, folders):
     root, _ = folders
     (root / "data.jsonl").write_text("{}\n")
 
     args = SimpleNamespace(learning_rate=5e-5, train_batch_size=4, length=64)
-    words = real_training.flags(key, root / "model", root / "trained", root / "data.jsonl", args)
+    words = real_training.flags(key, root / "model", root / "rows" / key / "trained", root / "data.jsonl", args)
     arguments = parse_arguments(words)
     row = row_of(key)
     assert arguments.training.max_steps == row.steps and arguments.training.seed == row.seed
-    rate = 1e-5 if key == "mxfp4-reference" else float(row.flags.get("learning_rate", 5e-5))
-    assert arguments.training.learning_rate == rate
+    assert arguments.training.learning_rate == {"mxfp4-reference": 1e-5, "mxfp4-600~3e-6@4": 3e-6}.get(key, 5e-5)
     assert arguments.quantization.quant_scheme == key.split("-")[0].split("@")[0].upper()
     assert arguments.distillation.distill == (key != "mxfp4-reference")
 
