@@ -3,8 +3,11 @@
 Activations that quantized experts read take `OF_EXPERTS`, since what is run here is linear layers only.
 
 The layers that read an activation are run with each strength of a grid on a few rows of their input, rounded as they
-will be: under their own schemes, scale rules and input transforms. The error is the squared difference from their
-outputs without rounding, summed over rows and layers. A strength of 0 leaves the activation as it is.
+will be: under their own schemes, scale rules and input transforms. The error of a row of a layer is the squared
+difference from its output without rounding over the squared output, the bias left out; the mean over rows and layers
+counts. Not the sum of differences: the first token of a text has outputs in some layers that are a hundred times those
+of others (Sun et al., arXiv:2402.17762), and a sum would be of that token alone, if it is drawn, and else of none. A
+strength of 0 leaves the activation as it is.
 
 The factors are powers of the inputs' maxima alone. SmoothQuant's also divide by max|W|^(1 - alpha), which at small
 alphas moves outliers of the weights into the input; their error at the best alpha is larger at down_proj, and about the
@@ -65,8 +68,14 @@ def best_strengths(
 
 
 def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tensor) -> torch.Tensor:
-    """The squared error of the outputs of `layers`, which read x [R, K], at each strength of `GRID`; FP64 [len]."""
-    exact = [F.linear(x, site.module.rows(site.weight), site.module.bias) for site in layers]
+    """The relative squared error of the outputs of `layers`, which read x [R, K], at each strength of `GRID`.
+
+    Returns:
+        FP64 [len(GRID)], the mean over rows and layers; rows of no output count as exact.
+    """
+    plain = [F.linear(x, site.module.rows(site.weight)) for site in layers]
+    exact = [y if site.module.bias is None else y + site.module.bias for y, site in zip(plain, layers, strict=True)]
+    sizes = [_squares(y).clamp(min=torch.finfo(torch.float64).tiny) for y in plain]
     scaled = [reader for reader in activation.readers if any(reader.parameter is site.weight for site in layers)]
     kept = [reader.parameter.clone() for reader in scaled]
     errors = []
@@ -81,8 +90,14 @@ def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tenso
         finally:
             for reader, value in zip(scaled, kept, strict=True):
                 reader.parameter.copy_(value)
-        errors.append(sum((a - b).double().pow(2).sum() for a, b in zip(outputs, exact, strict=True)))
+        relative = [_squares(a - b) / size for a, b, size in zip(outputs, exact, sizes, strict=True)]
+        errors.append(torch.stack(relative).mean())
     return torch.stack(errors)
+
+
+def _squares(y: torch.Tensor) -> torch.Tensor:
+    """The sum of squares of each row of y [R, N]; FP64 [R]."""
+    return y.double().pow(2).sum(-1)
 
 
 def _rows(
