@@ -219,7 +219,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
-    parser.add_argument("--rows", default=",".join(ALL), help="names from ROWS, with ~RATE and @SEED for another learning rate and seed")
+    parser.add_argument(
+        "--rows", default=",".join(ALL), help="names from ROWS, with ~RATE and @SEED for another learning rate and seed"
+    )
     parser.add_argument("--figures", default=",".join(FIGURES))
     parser.add_argument("--minutes", type=positive_number, default=9.0, help="of this call")
     parser.add_argument("--limit", type=positive, help="problems of each task, rows of each text; default: all")

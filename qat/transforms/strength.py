@@ -5,9 +5,9 @@ Activations that quantized experts read take `OF_EXPERTS`, since what is run her
 The layers that read an activation are run with each strength of a grid on a few rows of their input, rounded as they
 will be: under their own schemes, scale rules and input transforms. The error of a row of a layer is the squared
 difference from its output without rounding over the squared output, the bias left out; the mean over rows and layers
-counts. Not the sum of differences: the first token of a text has outputs in some layers that are a hundred times those
-of others (Sun et al., arXiv:2402.17762), and a sum would be of that token alone, if it is drawn, and else of none. A
-strength of 0 leaves the activation as it is.
+counts. Not the sum of differences: in some layers the input of one of the first tokens of a text is ten times that of
+others and more (Sun et al., arXiv:2402.17762), and the sum would be of that token alone where it is drawn. A strength
+of 0 leaves the activation as it is.
 
 The factors are powers of the inputs' maxima alone. SmoothQuant's also divide by max|W|^(1 - alpha), which at small
 alphas moves outliers of the weights into the input; their error at the best alpha is larger at down_proj, and about the
