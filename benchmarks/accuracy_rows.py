@@ -43,9 +43,9 @@ class Row:
 
 
 def of_recipe(name: str, title: str, **changes) -> Row:
-    """The quantization, loss and data of recipes/NAME.yaml, with changes.
+    """The quantization, loss and data of recipes/NAME.yaml without its samples of the teacher, with changes.
 
-    Steps and learning rate are chosen for a model of 135 M parameters.
+    Rows that have samples name them in `generic`. Steps and learning rate are chosen for a model of 135 M parameters.
     """
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     distill, transform = recipe.get("distill", False), recipe.get("input_transform", "none")

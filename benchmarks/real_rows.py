@@ -43,6 +43,7 @@ _SMOOTHED = plain("").smooth_alpha
 _SAMPLES: dict[str, str | tuple[str, ...]] = {
     "distill_generic": "teacher:500", "distill_generic_share": "0.5", "distill_ce_weight": "0.1",
 }  # fmt: skip
+_NO_SAMPLES: dict[str, str | tuple[str, ...]] = {"distill_generic": "none"}  # which the recipe has
 MAIN = "mxfp4-150"
 ROWS: dict[str, RealRow] = {
     "bf16": RealRow("BF16"),
@@ -59,13 +60,15 @@ ROWS: dict[str, RealRow] = {
         "MXFP4, the reference's recipe, 150 steps", recipe="mxfp4-reference", steps=150, learning_rate="recipe"
     ),
     **{
-        f"mxfp4-{steps}": RealRow(f"MXFP4, our recipe, {steps} steps", recipe="mxfp4", steps=steps)
+        f"mxfp4-{steps}": RealRow(
+            f"MXFP4, our recipe, {steps} steps", recipe="mxfp4", steps=steps, flags=_NO_SAMPLES
+        )
         for steps in (150, 300, 600)
     },
     **{
         f"mxfp4-plain-{steps}": RealRow(
             f"MXFP4, our recipe without transforms, smoothed {_SMOOTHED}, {steps} steps", recipe="mxfp4", steps=steps,
-            flags={"input_transform": "none", "smooth_alpha": str(_SMOOTHED)},
+            flags={"input_transform": "none", "smooth_alpha": str(_SMOOTHED), **_NO_SAMPLES},
         )
         for steps in (150, 600)
     },

@@ -95,7 +95,7 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
     row = row_of(key)
     rate = {} if row.learning_rate == "recipe" else {"learning_rate": row.learning_rate or str(args.learning_rate)}
     samples = {}
-    if "distill_generic" in row.flags:
+    if row.flags.get("distill_generic", "none") != "none":
         samples = {
             "distill_generic_length": min(_SAMPLE, args.length),
             "distill_cache_dir": trained.parents[2].absolute() / "samples",

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from helpers import make_llama, make_mixture, make_tokenizer, save_llama, save_qat, write_conversations
+from helpers import ROOT, make_llama, make_mixture, make_tokenizer, save_llama, save_qat, write_conversations
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -65,7 +65,7 @@ _MAPPINGS = {
 
 def make_files(root: Path) -> dict[str, Path]:
     """Files and folders that the rows name, in `root`."""
-    names = {"root": root, "new": root / "new"}
+    names = {"root": root, "new": root / "new", "recipe": ROOT / "recipes" / "mxfp4.yaml"}
     names["plain"] = save_llama(root / "plain")
     names["twin"] = Path(shutil.copytree(root / "plain", root / "twin"))
     names["qat"] = save_qat(root / "qat", {"torch.nn.Linear": "MXFP4"})

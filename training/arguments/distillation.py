@@ -13,6 +13,14 @@ SELF_IN_TRAINING = (
     "weights train, the teacher changes with the student, and nothing holds both to the model that the stage starts "
     "from. Choose --distill_teacher copy or cache"
 )
+NO_GENERIC = "--distill_generic none"  # which a recipe may set, so that each refusal names what switches it off
+# What leaves a setting out that a recipe sets.
+_LEFT_OUT = {
+    "distill_temperature": "--distill_temperature 1", "distill_ce_weight": "--distill_ce_weight 0",
+    "distill_generic": NO_GENERIC, "distill_generic_share": NO_GENERIC,
+    "distill_generic_length": "--distill_generic_length 0", "distill_top_k": "--distill_top_k 16",
+    "distill_samples": "--distill_samples 16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class CacheSettings:
 @dataclass
 class DistillationArguments:
     """Whether to learn from an unquantized teacher instead of from the data's own tokens."""
+
+    unread_generic = None  # what --distill_generic named in an evaluation alone, which leaves it out; no argument
 
     distill: bool = field(
         default=False,
@@ -84,12 +94,15 @@ class DistillationArguments:
         default=None,
         metadata={
             "help": "Text from elsewhere for the divergence alone: a FILE (.txt, or written like --dataset), or "
-            "teacher:N, N continuations sampled from the teacher. See docs/distillation.md."
+            "teacher:N, N continuations sampled from the teacher; none switches off what a recipe sets. See "
+            "docs/distillation.md."
         },
     )
     distill_generic_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens of each continuation of --distill_generic teacher:N. Default: --model_max_length."},
+        metadata={
+            "help": "Tokens of each continuation of --distill_generic teacher:N. Default, and 0: --model_max_length."
+        },
     )
     distill_generic_share: float = field(
         default=0.25, metadata={"help": "Fraction of the rows of each step that are of --distill_generic."}
@@ -136,51 +149,63 @@ class DistillationArguments:
         """The FILE of `--distill_generic`; None for continuations, and for none."""
         return None if self.generic_continuations else self.distill_generic
 
+    def leave_generic_unread(self) -> None:
+        """Have no generic text, for an evaluation alone; `unread_generic` names what was asked for."""
+        if self.distill_generic is not None:
+            self.unread_generic = self.distill_generic
+            self._have_no_generic()
+
+    def _have_no_generic(self) -> None:
+        for name in ("distill_generic", "distill_generic_length", "distill_generic_share"):
+            setattr(self, name, getattr(type(self), name))
+
     def _check_generic(self) -> None:
         name = self.distill_generic
         if name is not None and not name.strip():
-            raise UserError("--distill_generic is empty; give a FILE of text, or teacher:N, such as teacher:1000")
+            raise UserError("--distill_generic is empty; give a FILE of text, teacher:N, such as teacher:1000, or none")
         if name is not None and (name == "teacher" or name.startswith("teacher:")) and not self.generic_continuations:
             raise UserError(
-                f"--distill_generic {name}: N of teacher:N is a positive number of continuations, such as teacher:1000"
+                f"--distill_generic {name}: N of teacher:N is a positive number of continuations, such as "
+                "teacher:1000; give one, or none"
             )
         if not 0 < self.distill_generic_share < 1:
             raise UserError(
                 f"--distill_generic_share {self.distill_generic_share} must lie between 0 and 1, and be neither: the "
                 "fraction of the rows of a step, such as 0.25"
             )
+        self.distill_generic_length = self.distill_generic_length or None
+        if name == "none":
+            self._have_no_generic()
 
     def check_eval_generic(self, evaluates: bool) -> None:
         """Raise a UserError where nothing is evaluated, or what is evaluated is trained on."""
         if self.eval_generic is None:
             return
         if self.eval_generic.startswith("teacher:") or self.eval_generic == self.distill_generic:
-            what = "is no FILE" if self.eval_generic != self.distill_generic else "is what --distill_generic trains on"
-            raise UserError(f"--eval_generic {self.eval_generic} {what}; give a FILE of text that is not trained on")
+            is_trained_on = self.eval_generic == self.distill_generic
+            what = "is what --distill_generic trains on" if is_trained_on else "is no FILE"
+            remedy = f"; give a FILE of text that is not trained on{f', or {NO_GENERIC}' * is_trained_on}"
+            raise UserError(f"--eval_generic {self.eval_generic} {what}{remedy}")
         if not evaluates:
             raise UserError(
                 f"--eval_generic {self.eval_generic} has no effect, since nothing is evaluated; give --do_eval True, "
                 "or --eval_strategy steps"
             )
 
-    def check_generic_with(self, trains: bool, streams: bool, max_length: int) -> None:
-        """Raise a UserError where generic text has no effect or does not fit, or rows cannot be counted."""
+    def check_generic_with(self, streams: bool, max_length: int) -> None:
+        """Raise a UserError where generic text does not fit into a row, or rows cannot be counted."""
         if self.distill_generic is None:
             return
         if self.distill_generic_length is not None and not 1 < self.distill_generic_length <= max_length:
             raise UserError(
                 f"--distill_generic_length {self.distill_generic_length} must lie between 2 (the first token and one "
-                f"more) and --model_max_length {max_length}, the tokens of a row"
-            )
-        if not trains:
-            raise UserError(
-                f"--distill_generic {self.distill_generic} has no effect without --do_train True: an evaluation "
-                "measures on the data alone; leave it out"
+                f"more) and --model_max_length {max_length}, the tokens of a row; give such a number, 0 for "
+                f"--model_max_length, or {NO_GENERIC}"
             )
         if streams:
             raise UserError(
                 f"--distill_generic {self.distill_generic} needs a training set that can be read ahead, to divide its "
-                "rows evenly; give --streaming False"
+                f"rows evenly; give --streaming False, or {NO_GENERIC}"
             )
 
     def choose_teacher(self, has_adapters: bool) -> None:
@@ -214,4 +239,5 @@ class DistillationArguments:
                 unused |= {"distill_cache_dir": "--distill_teacher cache"}
         for name, wanted in unused.items():
             if (value := getattr(self, name)) != getattr(type(self), name):
-                raise UserError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out")
+                how = f" ({_LEFT_OUT[name]}, where a recipe sets it)" if name in _LEFT_OUT else ""
+                raise UserError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out{how}")

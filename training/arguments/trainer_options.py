@@ -116,7 +116,7 @@ def check_with_generic(args: transformers.TrainingArguments) -> None:
     if strategy not in ("random", "group_by_length"):
         raise UserError(
             f"--train_sampling_strategy {strategy} cannot have the rows of --distill_generic between those of "
-            "--dataset; choose random or group_by_length"
+            "--dataset; choose random or group_by_length, or give --distill_generic none"
         )
 
 

@@ -114,9 +114,11 @@ class RunRecord:
         if differing := _differences(content["order"], self.order):
             complaint = f"{checkpoint} was written with other data or another order of it: {'; '.join(differing)}"
             if not ignore_data_skip:
+                began_without = self.order.get("distill_generic") and not content["order"].get("distill_generic")
+                none = " (--distill_generic none: the run began without generic text)" if began_without else ""
                 raise UserError(
-                    f"{complaint}. Give the same values; or --ignore_data_skip True, to resume from the checkpoint's "
-                    "weights at the beginning of the data; or another --output_dir, to start anew"
+                    f"{complaint}. Give the same values{none}; or --ignore_data_skip True, to resume from the "
+                    "checkpoint's weights at the beginning of the data; or another --output_dir, to start anew"
                 )
             logger.warning("%s; --ignore_data_skip True: the run resumes at the beginning of the data", complaint)
         for difference in _differences(content["learning"], self.learning):

@@ -52,10 +52,7 @@ def sample_continuations(
     """
     builds = training_args.local_process_index == 0
     if builds and any(parameter.is_meta for parameter in teacher.parameters()):
-        raise UserError(
-            f"--distill_generic teacher:{count} is sampled by the first process of each machine, which has no weights "
-            "here; set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, or give a FILE"
-        )
+        raise UserError(no_weights(count))
     digest = [weights_digest(teacher) if builds else None]
     if training_args.world_size > 1:
         broadcast_object_list(digest)
@@ -79,11 +76,20 @@ def sample_continuations(
     return Dataset.from_dict({"input_ids": list(tokens), "labels": list(labels), "length": [length] * count})
 
 
+def no_weights(count: int) -> str:
+    """Why `count` continuations are not sampled where one machine alone has read the weights."""
+    return (
+        f"--distill_generic teacher:{count} is sampled by the first process of each machine, and that of the first "
+        "machine alone has weights; set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, give a "
+        "FILE, or --distill_generic none"
+    )
+
+
 def _check_alike(digest: str) -> None:
     if len(set(gather_object([digest]))) > 1:
         raise UserError(
             "--distill_generic teacher:N: machines sampled different continuations; give --distill_cache_dir a folder "
-            "that all of them share"
+            "that all of them share, or give --distill_generic none"
         )
 
 
@@ -122,7 +128,7 @@ def sample(teacher: PreTrainedModel, count: int, length: int, begin: int, seed: 
                 if past is None:
                     raise UserError(
                         f"--distill_generic teacher:{count}: a {type(teacher).__name__} keeps no keys and values to "
-                        "sample with; give a FILE of text"
+                        "sample with; give a FILE of text, or --distill_generic none"
                     )
                 probabilities = output.logits[:, -1].float().softmax(-1)
                 tokens.append(torch.multinomial(probabilities, 1, generator=generator))

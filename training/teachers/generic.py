@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -15,7 +16,8 @@ from qat.errors import UserError
 
 from ..arguments.data import DataArguments
 from ..arguments.distillation import DistillationArguments
-from .continuations import sample_continuations
+from ..backends.weightless import first_process_loads
+from .continuations import no_weights, sample_continuations
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +50,17 @@ class GenericText:
         data_args: DataArguments,
         tokenizer: PreTrainedTokenizerBase,
     ) -> GenericText:
-        """Read the text of a FILE; continuations of a teacher are sampled later.
+        """Read the text of a FILE; continuations of a teacher are sampled later. An evaluation alone reads none.
 
         Raises:
-            UserError: it cannot be read, or is empty.
+            UserError: it cannot be read, or is empty; or continuations cannot be sampled on each machine.
         """
         text = cls(settings, args, data_args.packing, tokenizer)
+        if settings.unread_generic is not None:
+            logger.info(_unread(settings))
+        several_machines = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) < args.world_size
+        if settings.generic_continuations and several_machines and first_process_loads():
+            raise UserError(no_weights(settings.generic_continuations))
         if settings.generic_file is not None:
             text.samples = read_generic(settings.generic_file, tokenizer, **_how_to_read(data_args))
         if settings.eval_generic is not None:
@@ -82,6 +89,16 @@ class GenericText:
         return {**data, "train_dataset": mixed}
 
 
+def _unread(settings: DistillationArguments) -> str:
+    """One line: what an evaluation alone leaves out."""
+    folder = settings.distill_cache_dir if settings.distill_teacher != "cache" else None
+    unused = f", and --distill_cache_dir {folder} has no effect" if folder else ""
+    return (
+        f"generic text (--distill_generic {settings.unread_generic}) is for training only and is not read: this run "
+        f"evaluates alone{unused}"
+    )
+
+
 def _how_to_read(data_args: DataArguments) -> dict:
     names = ("chat_template", "train_on", "on_bad_sample", "data_cache_dir", "preprocessing_num_workers")
     return {name: getattr(data_args, name) for name in names}
@@ -99,7 +116,7 @@ def first_token(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) ->
             return token
     raise UserError(
         "--distill_generic teacher:N begins each continuation with BOS or EOS, and the tokenizer has neither; give a "
-        "FILE of text"
+        "FILE of text, or --distill_generic none"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from helpers import ROOT
 
+from benchmarks.accuracy import LENGTH
 from benchmarks.accuracy_rows import ROWS
 from training.arguments.config_file import as_flags
 from training.arguments.parse import GROUPS, parse_arguments
@@ -29,6 +30,40 @@ def test_a_recipe_says_what_is_trained_and_where_to(recipe):
     different = {name for name, value in content.items() if groups[name] != value}
     assert different <= {"report_to", "lr_scheduler_type", "eval_strategy", "save_strategy"}  # a list, and enums
     assert arguments.training.do_train and arguments.training.do_eval and arguments.training.output_dir
+
+
+def test_none_switches_off_the_generic_text_of_a_recipe_as_if_it_had_none(tmp_path):
+    text = (ROOT / "recipes" / "mxfp4.yaml").read_text()
+    without = write(tmp_path, "".join(line for line in text.splitlines(True) if not line.startswith("distill_generic")))
+    switched_off = parse_arguments(["--config", str(ROOT / "recipes" / "mxfp4.yaml"), "--distill_generic", "none"])
+    plain = parse_arguments([without])
+    assert vars(switched_off.distillation) == vars(plain.distillation) and not plain.distillation.distill_generic
+    assert switched_off.trainer_options == plain.trainer_options
+    off = ["--distill", "False", "--distill_ce_weight", "0", "--distill_generic", "none"]
+    assert not parse_arguments([without, *off, "--metric_for_best_model", "loss"]).distillation.distill
+
+
+@pytest.mark.parametrize("settings", ["distill_generic_share: 0.5", "distill_generic_length: 64"])
+def test_a_share_or_length_of_a_file_without_text_is_refused_and_not_with_none(tmp_path, capsys, settings):
+    path = write(tmp_path, f"model_name_or_path: m\noutput_dir: o\ndo_train: true\ndistill: true\n{settings}\n")
+    with pytest.raises(SystemExit):
+        parse_arguments([path])
+    assert "has no effect without --distill_generic" in capsys.readouterr().err
+    assert parse_arguments([path, "--distill_generic", "none"]).distillation.distill_generic_share == 0.25
+
+
+def test_an_evaluation_over_a_recipe_has_no_generic_text_whatever_a_training_would_refuse():
+    words = [str(ROOT / "recipes" / "mxfp4.yaml"), "--do_train", "False", "--model_max_length", "64"]
+    words += ["--train_sampling_strategy", "sequential"]
+    found = parse_arguments(words).distillation
+    assert (found.distill_generic, found.distill_generic_length, found.generic_continuations) == (None, None, 0)
+    assert found.unread_generic == "teacher:2000"
+
+
+def test_a_file_over_a_recipe_takes_no_length(tmp_path):
+    words = [str(ROOT / "recipes" / "mxfp4.yaml"), "--distill_generic"]
+    found = parse_arguments([*words, "a.txt", "--distill_generic_length", "0"]).distillation
+    assert (found.generic_file, found.distill_generic_length, found.distill_generic_share) == ("a.txt", None, 0.5)
 
 
 def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
@@ -86,3 +121,6 @@ def test_the_recipe_stands_nowhere_else():
     row = ROWS["recipe"]
     own = [row.smooth_alpha, row.prepare_options["input_transforms"], row.weights, row.inputs]
     assert [*own, row.distill_options["distill_ce_weight"], row.packing] == [recipe[name] for name in names]
+    sampled = ROWS["recipe-generic-teacher-0.5"]
+    assert (sampled.generic, sampled.generic_share) == (recipe["distill_generic"], recipe["distill_generic_share"])
+    assert recipe["distill_generic_length"] == LENGTH and not row.generic

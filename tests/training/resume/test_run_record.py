@@ -1,4 +1,4 @@
-"""What a run's record holds of a stream."""
+"""What a run's record holds of a stream, and of generic text that a recipe has now and the run had not."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def test_processes_and_workers_that_share_files_change_the_order_of_a_stream(tmp
     record(3, 1, 0).save(tmp_path, {})
     with pytest.raises(ValueError, match="that share the files: 1 in the checkpoint, 2 now"):
         record(3, processes, workers).check(tmp_path)
+
+
+@pytest.mark.parametrize("began_with,remedy", [(None, True), ("book.txt", False)])
+def test_a_run_that_began_without_generic_text_is_told_how_to_resume_without(tmp_path, began_with, remedy):
+    args, rows = SimpleNamespace(world_size=1), datasets.Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})
+    before, now = (RunRecord.of(args, rows, 4, 1, {"distill_generic": name}) for name in (began_with, "teacher:2000"))
+    before.save(tmp_path, {})
+    with pytest.raises(ValueError, match="distill_generic: .* in the checkpoint, 'teacher:2000' now") as refused:
+        now.check(tmp_path)
+    assert ("--distill_generic none: the run began without" in str(refused.value)) == remedy

@@ -9,16 +9,18 @@ import pytest
 import torch
 from datasets import Dataset
 from faults.runs import difference
-from helpers import make_llama, make_tokenizer, save_llama, write_conversations
+from helpers import ROOT, make_llama, make_tokenizer, save_llama, write_conversations
 from sharded_runs import Workspace
 from torch.nn import functional
 from trainers import make_data, make_trainer, other_llama
 
+import main
 from data.sets.mixing import MixedDataset
 from data.sets.packing import PackedDataset
+from training.arguments.data import DataArguments
 from training.arguments.distillation import CacheSettings, DistillationArguments
 from training.arguments.parse import parse_arguments
-from training.teachers import continuations
+from training.teachers import continuations, generic
 from training.teachers.cache import make_cached_teacher
 from training.teachers.continuations import sample, sample_continuations
 from training.teachers.generic import describe, first_token
@@ -138,7 +140,7 @@ def test_generic_text_needs_a_teacher_and_an_order_of_ours(tmp_path):
     data = mixed_data(tmp_path)
     with pytest.raises(ValueError, match="give a teacher"):
         make_trainer(tmp_path, make_llama(), data, None)
-    with pytest.raises(ValueError, match="--train_sampling_strategy sequential cannot have"):
+    with pytest.raises(ValueError, match="--train_sampling_strategy sequential cannot have .*_generic none"):
         make_trainer(tmp_path, make_llama(), data, other_llama(), train_sampling_strategy="sequential")
 
 
@@ -183,9 +185,9 @@ def test_a_teacher_without_keys_and_values_and_one_without_weights_are_refused(t
     model = make_llama()
     forward = model.forward
     model.forward = lambda **kwargs: SimpleNamespace(logits=forward(**kwargs).logits)
-    with pytest.raises(ValueError, match="keeps no keys and values to sample with; give a FILE"):
+    with pytest.raises(ValueError, match="keeps no keys and values to sample with; give a FILE .*_generic none"):
         sample(model, 2, 4, 1)
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false .*_generic none"):
         sample_continuations(make_llama().to("meta"), 2, 4, 1, CPU, str(tmp_path))
 
 
@@ -196,7 +198,7 @@ def test_a_text_begins_with_bos_or_with_the_end_of_the_one_before():
     model.config.bos_token_id = 7
     assert first_token(tokenizer, model) == 7
     tokenizer.eos_token, model.config.bos_token_id = None, None
-    with pytest.raises(ValueError, match="has neither; give a FILE"):
+    with pytest.raises(ValueError, match="has neither; give a FILE .*_generic none"):
         first_token(tokenizer, model)
 
 
@@ -217,13 +219,14 @@ def test_the_log_tells_how_often_the_text_is_read(tmp_path):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ({"distill_generic": "a.txt"}, "--distill_generic a.txt has no effect without --distill True"),
+        ({"distill_generic": "a.txt"}, "--distill_generic a.txt has no effect without --distill True.*_generic none"),
         ({"distill": True, "distill_generic": "teacher:0"}, "N of teacher:N is a positive number"),
         ({"distill": True, "distill_generic": "teacher:many"}, "N of teacher:N is a positive number"),
         ({"distill": True, "distill_generic": "teacher"}, "N of teacher:N is a positive number"),
         ({"distill": True, "distill_generic": " "}, "--distill_generic is empty"),
         ({"distill": True, "distill_generic": "a.txt", "distill_generic_share": 1.0}, "must lie between 0 and 1"),
-        ({"distill": True, "distill_generic_share": 0.5}, "has no effect without --distill_generic"),
+        ({"distill": True, "distill_generic_share": 0.5}, "has no effect without --distill_generic;.*_generic none"),
+        ({"distill": True, "distill_generic": "none", "distill_generic_share": 2.0}, "must lie between 0 and 1"),
         (
             {"distill": True, "distill_generic": "a.txt", "distill_generic_length": 64},
             "--distill_generic_length 64 has no effect without --distill_generic teacher:N",
@@ -295,6 +298,34 @@ def test_short_continuations_are_packed_into_the_rows(workspace):
     assert [path.stat().st_size for path in (workspace.folder / "short").glob("*/tokens.bin")] == [6 * 16 * 4]
     # Rows of 64 tokens have four or two of the six texts, without the first token of each.
     assert workspace.logged("short", "generic_tokens") == [(4 + 2 + 4) * 15]
+
+
+def test_an_evaluation_over_a_recipe_samples_nothing_and_logs_it(workspace, monkeypatch, caplog):
+    def never(*_args, **_kwargs):
+        raise AssertionError("texts are sampled")
+
+    monkeypatch.setattr(generic, "sample_continuations", never)
+    words = ["--config", str(ROOT / "recipes" / "mxfp4.yaml"), "--do_train", "False", "--report_to", "none"]
+    paths = {"model_name_or_path": "model", "dataset": "data.jsonl", "output_dir": "evaluated"}
+    paths["distill_cache_dir"] = "unused"
+    words += [f"--{name}={workspace.folder / path}" for name, path in paths.items()]
+    main.main([*words, "--model_max_length", "64"])
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    lines = [line for line in lines if "is for training only" in line]
+    assert len(lines) == 1 and "(--distill_generic teacher:2000) is for training only and is not read" in lines[0]
+    assert "--distill_cache_dir" in lines[0]
+    assert json.loads((workspace.folder / "evaluated" / "eval_results.json").read_text())["eval_kl"] > 0
+
+
+def test_several_machines_of_which_one_has_weights_are_refused_before_weights_are_read(monkeypatch):
+    settings = DistillationArguments(True, distill_generic="teacher:6")
+    several = SimpleNamespace(world_size=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(generic, "first_process_loads", lambda: True)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false .*or --distill_generic none"):
+        generic.GenericText.read(settings, several, DataArguments(), None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert generic.GenericText.read(settings, several, DataArguments(), None).samples is None
 
 
 @pytest.mark.parametrize("length", [1, 65])
