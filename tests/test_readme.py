@@ -224,6 +224,16 @@ def test_the_flags_of_a_stage_script_parse_and_can_be_overridden(script, tmp_pat
     assert (training.max_steps, training.num_train_epochs)[script == "finetune_bf16.sh"] in (1000, 2.0)
 
 
+def test_no_stage_of_the_quickstart_samples_from_the_teacher():
+    text = (ROOT / "scripts" / "quickstart.sh").read_text().replace("\\\n", " ")
+    stages = [line.split() for line in text.splitlines() if line.startswith("stage ") and "mxfp4.yaml" in line]
+    for _, _, *flags in stages:
+        words = [re.sub(r'"\$\w+_steps"', "3", word) for word in flags]
+        distillation = main.parse_arguments(["--output_dir", "out", "--model_max_length", "96", *words]).distillation
+        assert distillation.distill_generic is None and distillation.unread_generic is None
+    assert [words[1] for words in stages] == ["mxfp4-untrained", "mxfp4-qat"]
+
+
 def test_the_progressive_script_trains_in_mxfp8_first_and_goes_on_in_mxfp4_from_there(tmp_path):
     stub = tmp_path / "accelerate"
     stub.write_text('#!/usr/bin/env bash\n{ printf "%s\\t" "$@"; echo; } >>"$RECORD"\n')
