@@ -10,6 +10,9 @@ from benchmarks.accuracy_rows import Row, of_ours, plain, settings_of
 SEEDS = (3, 4)  # beside 2, for the main row
 
 
+_Flags = dict[str, str | tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class RealRow:
     """A line of the table.
@@ -28,7 +31,7 @@ class RealRow:
     title: str
     quantized: Row | None = None
     recipe: str | None = None
-    flags: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
+    flags: _Flags = field(default_factory=dict)
     steps: int = 0
     learning_rate: str | None = None
     seed: int = 2
@@ -40,10 +43,15 @@ def _without_training(title: str, scheme: str, **settings) -> RealRow:
 
 
 _SMOOTHED = plain("").smooth_alpha
-_SAMPLES: dict[str, str | tuple[str, ...]] = {
+_SAMPLES: _Flags = {
     "distill_generic": "teacher:500", "distill_generic_share": "0.5", "distill_ce_weight": "0.1",
 }  # fmt: skip
 _NO_SAMPLES: dict[str, str | tuple[str, ...]] = {"distill_generic": "none"}  # which the recipe has
+_MXFP4FP8: tuple[tuple[str, str, _Flags], ...] = (
+    ("", "", {}),
+    ("-hadamard", ", Hadamard", {"input_transform": "hadamard"}),
+    ("-smoothed", f", smoothed {_SMOOTHED}", {"smooth_alpha": str(_SMOOTHED)}),
+)
 MAIN = "mxfp4-150"
 ROWS: dict[str, RealRow] = {
     "bf16": RealRow("BF16"),
@@ -79,11 +87,21 @@ ROWS: dict[str, RealRow] = {
         )
         for steps in (150, 600)
     },
-    "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, prepared", "MXFP4FP8", **settings_of("MXFP4FP8")),
-    "mxfp4fp8": RealRow(
-        "MXFP4FP8, our recipe, 150 steps", recipe="int4", steps=150,
-        flags={"quant_scheme": "MXFP4FP8", "smooth_alpha": str(_SMOOTHED)},
+    "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, searched weights", "MXFP4FP8", weights="search"),
+    "mxfp4fp8-hadamard-ptq": _without_training(
+        "MXFP4FP8 PTQ, searched weights, Hadamard", "MXFP4FP8", weights="search",
+        prepare_options={"input_transforms": "hadamard"},
     ),
+    "mxfp4fp8-smoothed-ptq": _without_training(
+        f"MXFP4FP8 PTQ, searched weights, smoothed {_SMOOTHED}", "MXFP4FP8", **settings_of("MXFP4FP8")
+    ),
+    **{
+        f"mxfp4fp8{name}": RealRow(
+            f"MXFP4FP8, our recipe, 150 steps{title}", recipe="int4", steps=150,
+            flags={**flags, "quant_scheme": "MXFP4FP8"},
+        )
+        for name, title, flags in _MXFP4FP8
+    },
     "mxfp8-ptq": _without_training("MXFP8 PTQ, prepared", "MXFP8", **settings_of("MXFP8")),
     "mxfp8": RealRow("MXFP8, our recipe, 150 steps", recipe="mxfp8", steps=150),
     "int4_g32-ptq": _without_training("INT4_G32 PTQ, searched weights", "INT4_G32", **settings_of("INT4_G32")),
