@@ -34,7 +34,7 @@ from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
 from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
 from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E402
-from benchmarks.real_rows import ALL, is_row, row_of  # noqa: E402
+from benchmarks.real_rows import ALL, is_row, row_of, settings_text  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import environment, write_text  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
@@ -125,6 +125,28 @@ class Table:
         """The arguments of main.py for a row."""
         return flags(key, self.base, self.out / "rows" / key / "trained", self.training_file(), self.args)
 
+    def check_settings(self, key: str) -> None:
+        """Note what a row is measured with, in its folder.
+
+        Raises:
+            UserError: the folder has figures of other settings, or of an earlier version that did not note them.
+        """
+        path = self.out / "rows" / key / "settings.json"
+        wanted = {"row": settings_text(key)}
+        if row_of(key).recipe is not None:
+            names = ("learning_rate", "train_batch_size", "length", "questions")
+            wanted |= {name: getattr(self.args, name) for name in names}
+        if not path.exists() and not any(path.parent.glob("*")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(wanted))
+            return
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if differing := [name for name, value in wanted.items() if found.get(name, self) != value]:
+            raise UserError(
+                f"{path.parent} was measured with another {differing[0]}: {found.get(differing[0], 'not noted')}, not "
+                f"{wanted[differing[0]]}; remove the folder, or give another --out"
+            )
+
     # ---- Figures ----
 
     def measure(self, key: str, figure: str) -> None:
@@ -177,6 +199,7 @@ class Table:
         self.write_base()
         for key in self.args.rows:
             self.check_time()
+            self.check_settings(key)
             train(key, self.out / "rows" / key, self.flags, self.deadline)
             for figure in self.args.figures:
                 self.measure(key, figure)

@@ -46,7 +46,7 @@ _SMOOTHED = plain("").smooth_alpha
 _SAMPLES: _Flags = {
     "distill_generic": "teacher:500", "distill_generic_share": "0.5", "distill_ce_weight": "0.1",
 }  # fmt: skip
-_NO_SAMPLES: dict[str, str | tuple[str, ...]] = {"distill_generic": "none"}  # which the recipe has
+_NO_SAMPLES: _Flags = {"distill_generic": "none"}  # which the recipe has
 _MXFP4FP8: tuple[tuple[str, str, _Flags], ...] = (
     ("", "", {}),
     ("-hadamard", ", Hadamard", {"input_transform": "hadamard"}),
@@ -118,14 +118,21 @@ def row_of(key: str) -> RealRow:
     Raises:
         KeyError: there is no such row.
     """
-    match = re.fullmatch(r"([^~@]+)(?:~([\d.e-]+))?(?:@(\d+))?", key)
+    match = re.fullmatch(r"([^~@]+)(?:~([0-9.e-]+))?(?:@([0-9]+))?", key)
     name, rate, seed = match.groups() if match else (key, None, None)
     row = ROWS[name]
-    if (rate or seed) and row.recipe is None or rate and not _is_positive(rate):
+    if (rate or seed) and row.recipe is None or rate and not _is_rate(rate):
         raise KeyError(key)
     if rate:
         row = replace(row, title=f"{row.title}, learning rate {rate}", learning_rate=rate)
     return replace(row, title=f"{row.title}, seed {seed}", seed=int(seed)) if seed else row
+
+
+def settings_text(key: str) -> str:
+    """What a row is, apart from titles: two rows with the same text have the same figures under the same arguments."""
+    row = row_of(key)
+    quantized = None if row.quantized is None else replace(row.quantized, title="")
+    return repr(replace(row, title="", quantized=quantized))
 
 
 def is_row(key: str) -> bool:
@@ -136,8 +143,8 @@ def is_row(key: str) -> bool:
         return False
 
 
-def _is_positive(text: str) -> bool:
+def _is_rate(text: str) -> bool:
     try:
-        return float(text) > 0
+        return 0 < float(text) < 1
     except ValueError:
         return False

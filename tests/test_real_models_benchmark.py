@@ -18,7 +18,7 @@ import torch
 from helpers import make_llama, make_tokenizer
 
 from benchmarks import real_models, real_quantized, real_report, real_training, training_data
-from benchmarks.real_rows import ALL, MAIN, ROWS, row_of
+from benchmarks.real_rows import ALL, MAIN, ROWS, is_row, row_of
 from main import parse_arguments
 from qat import prepare_qat
 from qat.checkpoints.pack import export_checkpoint
@@ -100,6 +100,30 @@ def test_the_arguments_of_every_trained_row_parse(key, folders):
     assert arguments.distillation.distill == (key != "mxfp4-reference")
     sampled = ("teacher:500", 64) if "samples" in key else (None, None)  # the recipe's are no part of another row
     assert (arguments.distillation.distill_generic, arguments.distillation.distill_generic_length) == sampled
+
+
+@pytest.mark.parametrize(
+    "key", ["mxfp4-rtn~1e-5", "bf16@3", "mxfp4-150@3~1e-5", "mxfp4-150~0", "mxfp4-150~1e5", "nosuch"]
+)
+def test_a_key_without_a_row_is_refused(key):
+    assert not is_row(key)
+
+
+def test_figures_of_other_settings_are_not_taken_for_those_of_a_row(folders):
+    root, _ = folders
+    out = root / "out"
+    words = ["--model", str(root / "model"), "--out", str(out), "--tasks", str(root / "tasks"), "--figures", "gsm8k"]
+    table = real_models.Table(real_models.parse([*words, "--rows", f"{MAIN},bf16"]))
+    for key in (MAIN, "bf16", MAIN):
+        table.check_settings(key)
+    (out / "rows" / "mxfp4-300").mkdir()
+    (out / "rows" / "mxfp4-300" / "gsm8k.json").write_text("{}")
+    with pytest.raises(UserError, match="mxfp4-300 was measured with another row: not noted"):
+        table.check_settings("mxfp4-300")
+    table.args.learning_rate = 3e-4
+    table.check_settings("bf16")
+    with pytest.raises(UserError, match=rf"{MAIN} was measured with another learning_rate: 1e-05, not 0.0003; remove"):
+        table.check_settings(MAIN)
 
 
 # main.py as far as `train` sees it: it waits for SIGTERM, keeps what it has, and goes on with it the next time.

@@ -71,11 +71,11 @@ def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tenso
     """The relative squared error of the outputs of `layers`, which read x [R, K], at each strength of `GRID`.
 
     Returns:
-        FP64 [len(GRID)], the mean over rows and layers; rows of no output count as exact.
+        FP64 [len(GRID)], the mean over rows and layers; a row whose output is zero counts as exact.
     """
     plain = [F.linear(x, site.module.rows(site.weight)) for site in layers]
     exact = [y if site.module.bias is None else y + site.module.bias for y, site in zip(plain, layers, strict=True)]
-    sizes = [_squares(y).clamp(min=torch.finfo(torch.float64).tiny) for y in plain]
+    sizes = [_squares(y) for y in plain]
     scaled = [reader for reader in activation.readers if any(reader.parameter is site.weight for site in layers)]
     kept = [reader.parameter.clone() for reader in scaled]
     errors = []
@@ -91,7 +91,7 @@ def output_errors(activation: Activation, layers: Sequence[Site], x: torch.Tenso
             for reader, value in zip(scaled, kept, strict=True):
                 reader.parameter.copy_(value)
         relative = [_squares(a - b) / size for a, b, size in zip(outputs, exact, sizes, strict=True)]
-        errors.append(torch.stack(relative).mean())
+        errors.append(torch.stack([r.where(size != 0, 0) for r, size in zip(relative, sizes, strict=True)]).mean())
     return torch.stack(errors)
 
 

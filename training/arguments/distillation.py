@@ -174,7 +174,7 @@ class DistillationArguments:
                 "fraction of the rows of a step, such as 0.25"
             )
         self.distill_generic_length = self.distill_generic_length or None
-        if name == "none":
+        if name is not None and name.strip().lower() == "none":
             self._have_no_generic()
 
     def check_eval_generic(self, evaluates: bool) -> None:

@@ -179,9 +179,9 @@ def _check_together(arguments: Arguments) -> None:
             )
     if distillation.distill:
         check_with_teacher(training)
-    distillation.check_eval_generic(training.do_eval)
     if not training.do_train:
         distillation.leave_generic_unread()
+    distillation.check_eval_generic(training.do_eval)
     distillation.check_generic_with(arguments.data.streaming, training.model_max_length)
     if distillation.distill_generic is not None:
         check_with_generic(training)

@@ -94,14 +94,23 @@ def _check_alike(digest: str) -> None:
 
 
 def _on_device(teacher: PreTrainedModel, training_args, count: int, length: int, begin: int) -> np.ndarray:
-    """Sample on the device of the run, and leave the teacher where and as it was."""
+    """Sample on the device of the run, and leave the teacher where and as it was.
+
+    Raises:
+        UserError: the teacher does not fit there.
+    """
     home, was_training, device = teacher.device, teacher.training, training_args.device
-    teacher.to(device).eval()
     parameters_are_wide = next(teacher.parameters()).dtype == torch.float32
     wide = getattr(training_args, "bf16", False) and parameters_are_wide
     try:
+        teacher.to(device).eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=wide or needs_autocast(teacher, None)):
             return sample(teacher, count, length, begin)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--distill_generic teacher:{count} is sampled by the whole teacher on one device, and {device} has too "
+            f"little memory for it ({str(error).splitlines()[0]}); give a FILE of text, or --distill_generic none"
+        ) from None
     finally:
         teacher.to(home).train(was_training)
         if home.type != device.type:

@@ -96,6 +96,25 @@ def test_a_token_of_large_outputs_counts_as_much_as_another():
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-6, atol=0)
 
 
+def test_a_token_of_no_output_counts_as_exact():
+    model = prepare_qat(OneNorm(), {torch.nn.Linear: "MXFP4"}, ())
+    with torch.no_grad():
+        for layer in (model.one, model.two):  # of 0.5 in channels 0 and 1 and of -0.5 in channel 1, the sum is zero
+            layer.weight[:, 1] = -layer.weight[:, 0]
+    with quantizers_off(model), torch.no_grad():
+        (activation,) = observe(model, BATCHES).activations
+        x = model.norm(model.embed(IDS))[0]
+        nothing, cancelling = torch.zeros(1, 64), torch.zeros(1, 64)
+        cancelling[0, :2] = 0.5
+        errors = [output_errors(activation, quantized_sites(model), x)]
+    with torch.no_grad():
+        errors = [
+            output_errors(activation, quantized_sites(model), torch.cat((x, *more)))
+            for more in ((), (nothing, cancelling))
+        ]
+    torch.testing.assert_close(errors[1], errors[0] * len(x) / (len(x) + 2), rtol=1e-6, atol=0)
+
+
 def test_auto_smooths_each_activation_by_its_own_strength_and_the_function_stays(caplog):
     caplog.set_level("INFO")
     weights = []

@@ -54,10 +54,11 @@ def test_a_share_or_length_of_a_file_without_text_is_refused_and_not_with_none(t
 
 def test_an_evaluation_over_a_recipe_has_no_generic_text_whatever_a_training_would_refuse():
     words = [str(ROOT / "recipes" / "mxfp4.yaml"), "--do_train", "False", "--model_max_length", "64"]
-    words += ["--train_sampling_strategy", "sequential"]
+    words += ["--train_sampling_strategy", "sequential", "--distill_generic", "a.txt", "--eval_generic", "a.txt"]
+    words += ["--distill_generic_length", "0"]
     found = parse_arguments(words).distillation
     assert (found.distill_generic, found.distill_generic_length, found.generic_continuations) == (None, None, 0)
-    assert found.unread_generic == "teacher:2000"
+    assert (found.unread_generic, found.eval_generic) == ("a.txt", "a.txt")
 
 
 def test_a_file_over_a_recipe_takes_no_length(tmp_path):

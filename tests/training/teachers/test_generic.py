@@ -191,6 +191,15 @@ def test_a_teacher_without_keys_and_values_and_one_without_weights_are_refused(t
         sample_continuations(make_llama().to("meta"), 2, 4, 1, CPU, str(tmp_path))
 
 
+def test_a_teacher_that_does_not_fit_on_the_device_is_refused_with_a_remedy(monkeypatch, tmp_path):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(continuations, "sample", fails)
+    with pytest.raises(ValueError, match=r"too little memory for it \(CUDA out of memory.*_generic none"):
+        sample_continuations(make_llama(), 2, 4, 1, CPU, str(tmp_path))
+
+
 def test_a_text_begins_with_bos_or_with_the_end_of_the_one_before():
     tokenizer, model = make_tokenizer(), make_llama()
     tokenizer.bos_token, model.config.bos_token_id = None, None
