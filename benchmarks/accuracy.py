@@ -36,7 +36,7 @@ from transformers import set_seed  # noqa: E402
 
 from benchmarks.accuracy_rows import ALL, Row, row_of  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
-from benchmarks.report import environment, write_text  # noqa: E402
+from benchmarks.report import check_source, environment, write_text  # noqa: E402
 from qat import prepare_qat  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
@@ -372,6 +372,7 @@ def main() -> None:
         result = subprocess.run(command, capture_output=True, text=True, env=share)
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
+    write_text(args.out / "model.txt", check_source(args.out / "model.txt", args.model, args.gguf_file))
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
     texts = ["foreign", *(name for name in ("generic", "never") if getattr(args, name))]

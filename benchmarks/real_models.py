@@ -36,7 +36,7 @@ from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E4
 from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E402
 from benchmarks.real_rows import ALL, is_row, row_of, settings_text  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
-from benchmarks.report import environment, write_text  # noqa: E402
+from benchmarks.report import check_source, environment, write_text  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
 from benchmarks.tasks.texts import TEXTS, bits_per_byte, read_text  # noqa: E402
@@ -72,11 +72,13 @@ class Table:
 
     def write_base(self) -> None:
         """The unquantized model as a plain folder in BF16, which everything starts from."""
-        if not (self.base / "finished").exists():
+        done = self.base / "finished"
+        source = check_source(done, self.args.model, self.args.gguf_file)
+        if not done.exists():
             arguments = ModelArguments(self.args.model, self.args.gguf_file)
             load_unquantized(arguments).bfloat16().save_pretrained(self.base)
             load_tokenizer(arguments, self.args.length).save_pretrained(self.base)
-            (self.base / "finished").touch()
+            write_text(done, source)
         self.tokenizer = load_tokenizer(ModelArguments(str(self.base)), self.args.length)
 
     def teacher(self) -> torch.nn.Module:
@@ -85,13 +87,17 @@ class Table:
 
     def training_file_is_there(self) -> bool:
         """Whether the conversations to learn from were made."""
-        done = self.out / "training_file"
+        done = self._training_file()
         return done.exists() and Path(done.read_text()).is_file()
+
+    def _training_file(self) -> Path:
+        """Where the path of the conversations is kept; those of fewer questions are others."""
+        return self.out / ("training_file" if self.args.questions is None else f"training_file-{self.args.questions}")
 
     def training_file(self) -> Path:
         """The conversations to learn from."""
         rows = training_data.questions(self.args.tasks)[: self.args.questions]
-        done = self.out / "training_file"
+        done = self._training_file()
         if self.training_file_is_there():
             return Path(done.read_text())
         path = training_data.make(
@@ -132,9 +138,9 @@ class Table:
             UserError: the folder has figures of other settings, or of an earlier version that did not note them.
         """
         path = self.out / "rows" / key / "settings.json"
-        wanted = {"row": settings_text(key)}
+        wanted = {"row": settings_text(key), "limit": self.args.limit, "length": self.args.length}
         if row_of(key).recipe is not None:
-            names = ("learning_rate", "train_batch_size", "length", "questions")
+            names = ("learning_rate", "train_batch_size", "questions")
             wanted |= {name: getattr(self.args, name) for name in names}
         if not path.exists() and not any(path.parent.glob("*")):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +174,7 @@ class Table:
         folder.mkdir(exist_ok=True)
         for start in range(0, len(problems), self.args.batch_size):
             piece, chosen = folder / f"{start:06}.json", problems[start : start + self.args.batch_size]
-            if not piece.exists():
+            if not (piece.exists() and len(json.loads(piece.read_text())["right"]) == len(chosen)):
                 self.check_time()
                 questions = [task.prompt(problem) for problem in chosen]
                 texts = answers(

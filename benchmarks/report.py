@@ -86,3 +86,18 @@ class Report:
             writer = csv.DictWriter(file, fieldnames=["figure", "value", "unit", "reach", *about], lineterminator="\n")
             writer.writeheader()
             writer.writerows({**row, **about} for row in self.rows)
+
+
+def check_source(note: Path, model: str, gguf_file: str | None) -> str:
+    """What `note` should hold for the figures beside it to be of this model.
+
+    Raises:
+        UserError: it holds another one.
+    """
+    source = f"{Path(model).resolve()} {gguf_file or ''}".strip()
+    if note.exists() and (written := note.read_text()) != source:
+        raise UserError(
+            f"--out: {note.parent} is of another model, {written or 'which it does not name'}, and not of {source}; "
+            "give another folder"
+        )
+    return source

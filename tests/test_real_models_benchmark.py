@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -124,6 +125,43 @@ def test_figures_of_other_settings_are_not_taken_for_those_of_a_row(folders):
     table.check_settings("bf16")
     with pytest.raises(UserError, match=rf"{MAIN} was measured with another learning_rate: 1e-05, not 0.0003; remove"):
         table.check_settings(MAIN)
+
+
+def test_a_quick_try_leaves_nothing_that_a_full_call_would_take_for_its_own(folders):
+    root, answered = folders
+    words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
+    words += ["--length", "128", "--figures", "gsm8k"]
+    real_models.main([*words, "--rows", "bf16", "--limit", "3", "--batch_size", "2"])
+    with pytest.raises(UserError, match="bf16 was measured with another limit: 3, not None; remove the folder"):
+        real_models.main([*words, "--rows", "bf16"])
+    tables = [real_models.Table(real_models.parse([*words, "--questions", count])) for count in ("3", "5")]
+    for table in tables:
+        table.write_base()
+    files = [table.training_file() for table in tables]
+    assert files[0] != files[1] and answered[0] == 8 and tables[0].training_file() == files[0]
+
+
+def test_answers_in_pieces_of_another_batch_size_are_given_again(folders):
+    root, _ = folders
+    words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
+    words += ["--rows", "bf16", "--figures", "gsm8k", "--batch_size"]
+    piece = root / "out" / "rows" / "bf16" / "gsm8k"
+    table = real_models.Table(real_models.parse([*words, "32"]))
+    table.run()
+    (piece.with_suffix(".json")).unlink()
+    (piece / "000032.json").unlink()
+    table = real_models.Table(real_models.parse([*words, "16"]))
+    table.run()
+    assert len(json.loads(piece.with_suffix(".json").read_text())["right"]) == 40
+
+
+def test_a_folder_of_another_model_is_refused(folders):
+    root, _ = folders
+    words = ["--out", str(root / "out"), "--tasks", str(root / "tasks"), "--rows", "bf16", "--figures", "gsm8k"]
+    real_models.main(["--model", str(root / "model"), *words])
+    shutil.copytree(root / "model", root / "other")
+    with pytest.raises(UserError, match="is of another model, .*model, and not of .*other; give another folder"):
+        real_models.main(["--model", str(root / "other"), *words])
 
 
 # main.py as far as `train` sees it: it waits for SIGTERM, keeps what it has, and goes on with it the next time.

@@ -106,7 +106,6 @@ def test_a_token_of_no_output_counts_as_exact():
         x = model.norm(model.embed(IDS))[0]
         nothing, cancelling = torch.zeros(1, 64), torch.zeros(1, 64)
         cancelling[0, :2] = 0.5
-        errors = [output_errors(activation, quantized_sites(model), x)]
     with torch.no_grad():
         errors = [
             output_errors(activation, quantized_sites(model), torch.cat((x, *more)))
