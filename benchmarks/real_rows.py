@@ -87,9 +87,9 @@ ROWS: dict[str, RealRow] = {
         )
         for steps in (150, 600)
     },
-    "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, searched weights", "MXFP4FP8", weights="search"),
+    "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, searched weights", "MXFP4FP8", weights="search", inputs=None),
     "mxfp4fp8-hadamard-ptq": _without_training(
-        "MXFP4FP8 PTQ, searched weights, Hadamard", "MXFP4FP8", weights="search",
+        "MXFP4FP8 PTQ, searched weights, Hadamard", "MXFP4FP8", weights="search", inputs=None,
         prepare_options={"input_transforms": "hadamard"},
     ),
     "mxfp4fp8-smoothed-ptq": _without_training(

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import make_llama, make_tokenizer
+from helpers import make_llama, make_tokenizer, write_conversations
 
 from benchmarks import real_models, real_quantized, real_report, real_training, training_data
 from benchmarks.real_rows import ALL, MAIN, ROWS, is_row, row_of
@@ -162,6 +162,19 @@ def test_a_folder_of_another_model_is_refused(folders):
     shutil.copytree(root / "model", root / "other")
     with pytest.raises(UserError, match="is of another model, .*model, and not of .*other; give another folder"):
         real_models.main(["--model", str(root / "other"), *words])
+
+
+@pytest.mark.parametrize("key", [key for key in ALL if row_of(key).quantized and not row_of(key).iterations])
+def test_every_row_without_training_quantizes_a_model(key, folders):
+    root, _ = folders
+    data = root / "data.jsonl"
+    write_conversations(data, 4)
+    tokenizer = real_models.load_tokenizer(real_models.ModelArguments(str(root / "model")), 128)
+    ids, plain = torch.arange(2, 66)[None], real_models.trained(root / "model", "cpu")
+    model = real_models.prepared(row_of(key).quantized, root / "model", data, tokenizer, "cpu")
+    with torch.no_grad():
+        error = (model(ids).logits - plain(ids).logits).norm() / plain(ids).logits.norm()
+    assert 0 < error < 0.5
 
 
 # main.py as far as `train` sees it: it waits for SIGTERM, keeps what it has, and goes on with it the next time.
