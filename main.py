@@ -17,7 +17,6 @@ gc.disable()  # imports make a million objects and no garbage, and each collecti
 
 import logging
 import sys
-from functools import partial
 
 import torch
 
@@ -37,8 +36,8 @@ from training.start.calibration import ScaleRefresh, calibrate_with_data
 from training.start.end_tokens import stop_where_answers_end
 from training.start.loading import device_of_weights
 from training.start.set_up import set_up
-from training.start.smoothing import smooth_with_data
 from training.start.start import Start
+from training.start.weights import change_of_weights
 from training.teachers.choose import cached_where_asked, choose_teacher
 from training.teachers.generic import GenericText
 from utils import QATTrainer, make_supervised_data_module
@@ -89,14 +88,12 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)
     teacher = cached_where_asked(teacher, distill_args, args, training_data)
-    smooth = None
-    if quant_args.smooth_alpha:
-        smooth = partial(smooth_with_data, model, data, quant_args.smooth_alpha, args.device)
+    change = change_of_weights(model, data, training_data, quant_args, args.device)
     at_start = None
     if lora_args.is_on:
-        at_start = Adapters(lora_args, start).begin(model, tokenizer, output, checkpoint, smooth, args.seed)
-    elif smooth is not None and checkpoint is None:
-        smooth()
+        at_start = Adapters(lora_args, start).begin(model, tokenizer, output, checkpoint, change, args.seed)
+    elif change is not None and checkpoint is None:
+        change()
     calibrate_with_data(model, data, quant_args.calibration_samples, args.device, checkpoint)
     if data_args.streaming and not args.do_train:
         training_data["train_dataset"] = None  # without a number of steps, Trainer refuses one that has no length

@@ -48,6 +48,7 @@ from training.arguments.data import DataArguments  # noqa: E402
 from training.arguments.distillation import CacheSettings, DistillationArguments  # noqa: E402
 from training.arguments.lora import LoraArguments  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
+from training.arguments.quantization import QuantizationArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
 from training.backends.masters import to_master_dtype  # noqa: E402
 from training.losses.distillation import forward_kl, labelled_rows  # noqa: E402
@@ -56,6 +57,7 @@ from training.sensitivity.measure import Sensitivity, SensitivityArguments, prop
 from training.start.loading import load_tokenizer  # noqa: E402
 from training.start.smoothing import smooth_with_data  # noqa: E402
 from training.start.start import load_model  # noqa: E402
+from training.start.weights import compensate_with_data  # noqa: E402
 from training.teachers.cache import make_cached_teacher  # noqa: E402
 from training.teachers.generic import GenericText  # noqa: E402
 from training.teachers.load import load_teacher  # noqa: E402
@@ -172,21 +174,23 @@ def train(model, tokenizer, data, folder: Path, row: Row, teacher=None) -> QATTr
     return trainer
 
 
-def prepare(model, row: Row, data: dict) -> None:
-    """Quantize `model` as in `row`."""
+def prepare(model, row: Row, data: dict, training_data: dict | None = None) -> None:
+    """Quantize `model` as in `row`; `training_data` has the text that is mixed into training, too."""
     if row.scheme is None:
         return
     mapping = {torch.nn.Linear: row.scheme, **row.others}
     if row.bits_budget is not None:
         mapping = mixed_mapping(model, row, data)
-    quantize(model, mapping, row, data, **row.prepare_options)
+    quantize(model, mapping, row, data, training_data, **row.prepare_options)
 
 
-def quantize(model, mapping: dict, row: Row, data: dict, **options) -> None:
-    """Prepare, smooth, and calibrate the inputs that need it."""
+def quantize(model, mapping: dict, row: Row, data: dict, training_data: dict | None = None, **options) -> None:
+    """Prepare, smooth, compensate, and calibrate the inputs that need it."""
     prepare_qat(model, mapping, ("lm_head",), row.weights, row.inputs, **options)
     if row.smooth_alpha:
         smooth_with_data(model, data, row.smooth_alpha, model.device)
+    if row.weight_init != "none":
+        compensate_with_data(model, training_data or data, QuantizationArguments.weight_init_samples, model.device)
     with torch.autocast(model.device.type, torch.bfloat16):
         calibrate_inputs(model, calibration_batches(model, data))
 
@@ -243,7 +247,8 @@ def run_row(key: str, out: Path, device: str, generic: str | None = None, never:
         trainer.save_model(str(out / "runs" / f"{key}-first"))
         model = load(str(out / "runs" / f"{key}-first"), None, device, row.packing)[0]
         steps, tokens = steps + stage.steps, trainer.labelled_tokens
-    prepare(model, row, data)
+    mixed = with_generic(data, row, teacher, tokenizer, out) if row.steps else data
+    prepare(model, row, data, mixed)
     if row.lora:  # the weights that a run freezes have the dtype that they are saved in
         arguments = LoraArguments(**row.lora)
         model.bfloat16()
@@ -251,7 +256,6 @@ def run_row(key: str, out: Path, device: str, generic: str | None = None, never:
             pack_base(model)
         add_adapters(model, lora_config(arguments), row.seed)
     if row.steps:
-        mixed = with_generic(data, row, teacher, tokenizer, out)
         trainer = train(model, tokenizer, mixed, out / "runs" / key, row, teacher if row.distill else None)
         tokens += trainer.labelled_tokens
     seconds = time.perf_counter() - start

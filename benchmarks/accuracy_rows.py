@@ -31,6 +31,7 @@ class Row:
     distill_options: dict = field(default_factory=dict)
     packing: bool = False
     smooth_alpha: float | str = 0.0
+    weight_init: str = "none"
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
     teacher: str = "copy"  # or "cache" or "self", as with --distill_teacher
@@ -52,6 +53,7 @@ def of_recipe(name: str, title: str, **changes) -> Row:
     settings = {
         "scheme": recipe["quant_scheme"], "weights": recipe["weight_scale_rule"], "inputs": recipe["input_scale_rule"],
         "distill": distill, "packing": recipe.get("packing", False), "smooth_alpha": recipe.get("smooth_alpha", 0.0),
+        "weight_init": recipe.get("weight_init", "none"),
         "distill_options": {"distill_ce_weight": recipe["distill_ce_weight"]} if distill else {},
         "prepare_options": {"input_transforms": transform} if transform != "none" else {},
         "steps": 150, "lr": 2e-4 if distill else recipe["learning_rate"],
@@ -66,7 +68,7 @@ def of_ours(title: str, **changes) -> Row:
 
 def plain(title: str, **changes) -> Row:
     """Our recipe without transformed inputs and with one strength of smoothing, with changes."""
-    return of_ours(title, **{"smooth_alpha": 0.7, "prepare_options": {}} | changes)
+    return of_ours(title, **{"smooth_alpha": 0.7, "weight_init": "none", "prepare_options": {}} | changes)
 
 
 ROWS: dict[str, Row] = {"bf16": Row("BF16", scheme=None)}
@@ -252,6 +254,17 @@ ROWS["recipe-teacher-ce-0.1"] = of_ours(
     "our recipe, 50% 2,000 continuations of the teacher, 10 % cross-entropy", generic="teacher:2000",
     generic_share=0.5, distill_options={"distill_ce_weight": 0.1},
 )  # fmt: skip
+# Weights that make up for their own rounding before training, see qat/compensation/gptq.py.
+_gptq: dict = {"weight_init": "gptq"}
+ROWS["recipe-gptq-ptq"] = of_ours("MXFP4 PTQ, prepared as in our recipe, GPTQ", distill=False, steps=0, **_gptq)
+ROWS["recipe-gptq"] = of_ours("our recipe, GPTQ", **_gptq)
+ROWS["recipe-gptq-generic-teacher-0.5"] = of_ours(
+    "our recipe, GPTQ, 50% 2,000 continuations of the teacher", generic="teacher:2000", generic_share=0.5, **_gptq
+)
+# W4A8 with and without what W4A4 needs.
+_w4a8: dict = {"scheme": "MXFP4FP8", "weights": "search", "inputs": None}
+ROWS["MXFP4FP8-search-ptq"] = Row("MXFP4FP8 PTQ, searched weights", **_w4a8)
+ROWS["MXFP4FP8-hadamard-ptq"] = Row("MXFP4FP8 PTQ, searched weights, Hadamard inputs", **_w4a8, **_transforms)
 # Fewer continuations of the teacher, each read more often.
 for _count in (75, 300):
     ROWS[f"recipe-teacher-{_count}"] = of_ours(

@@ -47,9 +47,11 @@ _SAMPLES: _Flags = {
     "distill_generic": "teacher:500", "distill_generic_share": "0.5", "distill_ce_weight": "0.1",
 }  # fmt: skip
 _NO_SAMPLES: _Flags = {"distill_generic": "none"}  # which the recipe has
+_GPTQ: _Flags = {"weight_init": "gptq"}
 _MXFP4FP8: tuple[tuple[str, str, _Flags], ...] = (
     ("", "", {}),
     ("-hadamard", ", Hadamard", {"input_transform": "hadamard"}),
+    ("-gptq", ", Hadamard, GPTQ", {"input_transform": "hadamard", **_GPTQ}),
     ("-smoothed", f", smoothed {_SMOOTHED}", {"smooth_alpha": str(_SMOOTHED)}),
 )
 MAIN = "mxfp4-150"
@@ -60,6 +62,9 @@ ROWS: dict[str, RealRow] = {
         "MXFP4 RTN (EVEN), smoothed", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED
     ),
     "mxfp4-ptq": RealRow("MXFP4 PTQ, prepared as in our recipe", of_ours("", distill=False, steps=0)),
+    "mxfp4-gptq-ptq": RealRow(
+        "MXFP4 PTQ, prepared as in our recipe, GPTQ", of_ours("", distill=False, steps=0, weight_init="gptq")
+    ),
     "mxfp4-autoround": RealRow(
         "MXFP4, AutoRound, 200 iterations, smoothed",
         Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,
@@ -87,20 +92,38 @@ ROWS: dict[str, RealRow] = {
         )
         for steps in (150, 600)
     },
+    **{
+        f"mxfp4-gptq-{steps}": RealRow(
+            f"MXFP4, our recipe, GPTQ, {steps} steps", recipe="mxfp4", steps=steps, flags=_NO_SAMPLES | _GPTQ
+        )
+        for steps in (150, 600)
+    },
+    **{
+        f"mxfp4-gptq-samples-{steps}": RealRow(
+            f"MXFP4, our recipe, GPTQ, half of the rows samples of the teacher, {steps} steps", recipe="mxfp4",
+            steps=steps, flags=_SAMPLES | _GPTQ,
+        )
+        for steps in (150, 600)
+    },
     "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, searched weights", "MXFP4FP8", weights="search", inputs=None),
     "mxfp4fp8-hadamard-ptq": _without_training(
         "MXFP4FP8 PTQ, searched weights, Hadamard", "MXFP4FP8", weights="search", inputs=None,
         prepare_options={"input_transforms": "hadamard"},
     ),
+    "mxfp4fp8-gptq-ptq": _without_training(
+        "MXFP4FP8 PTQ, searched weights, Hadamard, GPTQ", "MXFP4FP8", weights="search", inputs=None,
+        weight_init="gptq", prepare_options={"input_transforms": "hadamard"},
+    ),
     "mxfp4fp8-smoothed-ptq": _without_training(
         f"MXFP4FP8 PTQ, searched weights, smoothed {_SMOOTHED}", "MXFP4FP8", **settings_of("MXFP4FP8")
     ),
     **{
-        f"mxfp4fp8{name}": RealRow(
-            f"MXFP4FP8, our recipe, 150 steps{title}", recipe="int4", steps=150,
+        f"mxfp4fp8{name}{'' if steps == 150 else f'-{steps}'}": RealRow(
+            f"MXFP4FP8, our recipe, {steps} steps{title}", recipe="int4", steps=steps,
             flags={**flags, "quant_scheme": "MXFP4FP8"},
         )
         for name, title, flags in _MXFP4FP8
+        for steps in (150, 600)
     },
     "mxfp8-ptq": _without_training("MXFP8 PTQ, prepared", "MXFP8", **settings_of("MXFP8")),
     "mxfp8": RealRow("MXFP8, our recipe, 150 steps", recipe="mxfp8", steps=150),

@@ -64,8 +64,8 @@ def load_base(folder: Path, model: nn.Module, trust_remote_code: bool) -> None:
     """
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(
-            f"cannot resume: {folder} is missing, the frozen weights that --smooth_alpha and --lora_init changed when "
-            "the run began. If it began without them, leave them out; else give another --output_dir, or "
+            f"cannot resume: {folder} is missing, the frozen weights that --smooth_alpha, --weight_init or --lora_init "
+            "changed when the run began. If it began without them, leave them out; else give another --output_dir, or "
             "--resume_from_checkpoint False to start anew"
         )
     saved = load_plain(folder, f"--output_dir ({BASE_FOLDER})", trust_remote_code=trust_remote_code).state_dict()

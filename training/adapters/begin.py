@@ -87,7 +87,7 @@ class Adapters:
         tokenizer: PreTrainedTokenizerBase,
         output: OutputFolder,
         checkpoint: str | None,
-        smooth: Callable[[], None] | None,
+        change: Callable[[], None] | None,
         seed: int,
     ) -> str | None:
         """Attach them to the model of a run, with frozen weights and A and B as they were when the run began.
@@ -96,7 +96,7 @@ class Adapters:
 
         Args:
             checkpoint: that the run resumes from.
-            smooth: smooths the model in place; None where it is not asked for.
+            change: changes the weights of the model in place, such as smoothing does; None where nothing is asked for.
 
         Returns:
             A fingerprint of the model then; None in a process that has no weights.
@@ -104,12 +104,12 @@ class Adapters:
         Raises:
             UserError: see `check`; or the checkpoint has other adapters, or its frozen weights are gone.
         """
-        changes = self.arguments.changes_base or smooth is not None or self.arguments.base_in_scheme
+        changes = self.arguments.changes_base or change is not None or self.arguments.base_in_scheme
         source = Path(checkpoint).resolve().parent / BASE_FOLDER if changes and checkpoint else None
-        self._freeze(model, source, smooth)
+        self._freeze(model, source, change)
         self.add(model, seed, decompose=source is None)
         if self.arguments.base_in_scheme:  # after PEFT, which knows no packed experts
-            pack_base(model, exact=source is not None and smooth is not None)
+            pack_base(model, exact=source is not None and change is not None)
         if source is not None and self.arguments.changes_base:
             _load(model, source / START_FOLDER)
         start = self.folder
@@ -123,14 +123,14 @@ class Adapters:
             check_same_adapters(checkpoint, model)
         return fingerprint(model)
 
-    def _freeze(self, model: PreTrainedModel, source: Path | None, smooth: Callable[[], None] | None) -> None:
+    def _freeze(self, model: PreTrainedModel, source: Path | None, change: Callable[[], None] | None) -> None:
         """Give a model its frozen weights: those in the folder `source` of the run that is resumed, or made anew."""
         packs = self.arguments.base_in_scheme
         has_weights = not any(parameter.is_meta for parameter in model.parameters())
-        if source is not None and has_weights and (smooth is not None or not packs):  # else it is packed anew
+        if source is not None and has_weights and (change is not None or not packs):  # else it is packed anew
             load_base(source, model, self.start.model_args.trust_remote_code)
-        elif source is None and smooth is not None:
-            smooth()
+        elif source is None and change is not None:
+            change()
 
     def _keep(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, own: Path, writers: Writers, is_new: bool

@@ -208,10 +208,14 @@ class DistillationArguments:
                 f"rows evenly; give --streaming False, or {NO_GENERIC}"
             )
 
-    def choose_teacher(self, has_adapters: bool) -> None:
-        """Decide on the teacher's kind where none is given."""
+    def choose_teacher(self, keeps_model: bool) -> None:
+        """Decide on the teacher's kind where none is given.
+
+        Args:
+            keeps_model: whether the model that the run starts from is there all the time, its quantizers off.
+        """
         if self.distill_teacher is None:
-            is_free = has_adapters and self.teacher_model_name_or_path is None
+            is_free = keeps_model and self.teacher_model_name_or_path is None
             self.distill_teacher = "self" if is_free else "copy"
 
     def check_unquantized(self) -> None:

@@ -139,12 +139,13 @@ class LoraArguments:
                 f"--{name} True: it trains scales beside weights that are trained themselves, and with adapters these "
                 f"are frozen; leave --{name} out, or --lora_r"
             )
-        if self.adapter_name_or_path is not None and quantization.smooth_alpha:
-            raise UserError(
-                f"--smooth_alpha {quantization.smooth_alpha} changes the weights that --adapter_name_or_path "
-                f"{self.adapter_name_or_path!r} was trained for; give --smooth_alpha 0, or give the model that peft "
-                "merged (merge_and_unload) as --model_name_or_path"
-            )
+        for name, off in (("smooth_alpha", 0), ("weight_init", "none")):
+            if self.adapter_name_or_path is not None and (value := getattr(quantization, name)) != off:
+                raise UserError(
+                    f"--{name} {value} changes the weights that --adapter_name_or_path {self.adapter_name_or_path!r} "
+                    f"was trained for; give --{name} {off}, or give the model that peft merged (merge_and_unload) as "
+                    "--model_name_or_path"
+                )
 
     def check_base(self, distillation: DistillationArguments) -> None:
         """Raise a UserError for settings that do not go with a packed base, if one is asked for."""

@@ -125,7 +125,7 @@ def _check_together(arguments: Arguments) -> None:
     """Raise a UserError for settings of two groups that exclude each other."""
     training, distillation, lora = arguments.training, arguments.distillation, arguments.lora
     lora.check_base(distillation)
-    distillation.choose_teacher(lora.is_on)
+    distillation.choose_teacher(lora.is_on and arguments.quantization.weight_init == "none")
     if lora.is_on:
         lora.check_with(arguments.quantization)
         lora.check_trains(training.do_train)

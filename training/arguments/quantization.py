@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _RATES = ("exponent_learning_rate", "scale_learning_rate")  # of what SETTINGS let layers learn
 
 
+WEIGHT_INITS = ("none", "gptq")
+
 _YAML_WORDS = {"True": "on", "False": "off"}  # what YAML makes of on and off
 
 
@@ -95,6 +97,18 @@ class QuantizationArguments:
             "the weights exactly, at no cost in serving. 0: off; 0.7 is a good start for MXFP4; auto: for each "
             "activation the strength with the least error in the outputs of the layers that read it."
         },
+    )
+    weight_init: str = field(
+        default="none",
+        metadata={
+            "help": f"Change weights before training: {', '.join(WEIGHT_INITS)}. gptq lets those of linear layers make "
+            "up for their own rounding in the outputs on --weight_init_samples; training starts nearer to the "
+            "unquantized model, most where it is short or its learning rate low."
+        },
+    )
+    weight_init_samples: int = field(
+        default=128,
+        metadata={"help": "Training samples that --weight_init reads. At most 512 tokens of each are read."},
     )
     quant_mapping: str | None = field(
         default=None,
@@ -185,6 +199,7 @@ class QuantizationArguments:
         if self.fp8_matmul not in MODES:
             raise UserError(f"--fp8_matmul {self.fp8_matmul!r} is unknown; choose one of {', '.join(MODES)}")
         check_smooth_alpha(self.smooth_alpha)
+        self._check_weight_init()
         self._check_cache()
         self._check_ignore()
         self._check_transform()
@@ -222,6 +237,18 @@ class QuantizationArguments:
                 raise UserError(f"--{name} {rate} must be greater than 0, and finite")
             if rate != getattr(type(self), name) and not getattr(self, setting):
                 raise UserError(f"--{name} {rate} has no effect without --{setting} True; give that too, or omit it")
+
+    def _check_weight_init(self) -> None:
+        """Raises UserError for a change of weights that does not exist, and for samples that nothing reads."""
+        name, samples, default = self.weight_init, self.weight_init_samples, type(self).weight_init_samples
+        if name not in WEIGHT_INITS:
+            raise UserError(f"--weight_init {name!r} is unknown; choose one of {', '.join(WEIGHT_INITS)}")
+        if samples < 1:
+            raise UserError(f"--weight_init_samples {samples} must be at least 1, such as {default}")
+        if name == "none" and samples != default:
+            raise UserError(
+                f"--weight_init_samples {samples} has no effect without --weight_init gptq; give that too, or omit it"
+            )
 
     def _check_cache(self) -> None:
         """Raises UserError for a scheme of the cache that does not exist, or has no scheme of weights beside it."""
@@ -354,7 +381,8 @@ class QuantizationArguments:
 
     def check_unused(self) -> None:
         """Raise a UserError for a setting that has no effect where nothing is quantized."""
-        for name in (*SETTINGS, "smooth_alpha", "calibration_samples", "input_scale_refresh", "fp8_matmul"):
+        names = ("smooth_alpha", "weight_init", "calibration_samples", "input_scale_refresh", "fp8_matmul")
+        for name in (*SETTINGS, *names):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 raise UserError(
                     f"--{name} {value} needs a model to quantize: give --quant_scheme (one of {', '.join(SCHEMES)}) or "

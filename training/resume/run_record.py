@@ -40,6 +40,7 @@ _FIXED = {
     "master_dtype": "the state belongs to weights of that dtype",
     "moment_dtype": "the optimizer's state has that dtype",
     "smooth_alpha": "the model was smoothed when the run began",
+    "weight_init": "the weights were changed when the run began",
     "base_in_scheme": "its adapters are for the one base, rounded or not",
     "lora_init": "adapters and frozen weights were made when the run began",
 }

@@ -55,6 +55,20 @@ def computing_in_fp32(model: nn.Module, device: torch.device, what: str, remedy:
 
 
 @contextmanager
+def weights_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Have the tensors of a model in FP32 inside; afterwards each is rounded once to its dtype from before."""
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    model.float()
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(dtypes[name])
+        if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes.values()) and model.device.type == "cuda":
+            torch.cuda.empty_cache()  # memory of the FP32 weights: of another size, so of no use
+
+
+@contextmanager
 def _computing_on(model: nn.Module, device: torch.device, what: str, remedy: str) -> Iterator[None]:
     """Have `model` on `device` inside, or else, with a warning, on the CPU with all its cores."""
     home, threads = model.device, torch.get_num_threads()
@@ -107,3 +121,7 @@ def _attention_in_fp32(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(name)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

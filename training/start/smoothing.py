@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -13,7 +10,7 @@ from torch import nn
 from qat.transforms.smoothing import smooth
 
 from ..backends.weightless import first_process_loads
-from .samples import computing_in_fp32, first_samples
+from .samples import computing_in_fp32, first_samples, weights_in_fp32
 
 
 def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, device: torch.device) -> None:
@@ -36,7 +33,7 @@ def smooth_with_data(model: nn.Module, data_module: dict, alpha: float | str, de
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    with _weights_in_fp32(model), computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):
+    with weights_in_fp32(model), computing_in_fp32(model, device, "smoothing", "leave it off with --smooth_alpha 0"):
         smooth(model, first_samples(data_module, model.device), alpha, _of_first_process)
 
 
@@ -47,21 +44,3 @@ def _of_first_process(strengths: list[float]) -> list[float]:
     if PartialState().num_processes > 1 and not first_process_loads():  # else the others are not here
         broadcast_object_list(shared)
     return shared[0]
-
-
-@contextmanager
-def _weights_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Have the tensors of a model in FP32 inside; afterwards each is rounded once to its dtype from before."""
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
-    model.float()
-    try:
-        yield
-    finally:
-        for name, tensor in _tensors(model):
-            tensor.data = tensor.data.to(dtypes[name])
-        if any(dtype in (torch.bfloat16, torch.float16) for dtype in dtypes.values()) and model.device.type == "cuda":
-            torch.cuda.empty_cache()  # memory of the FP32 weights: of another size, so of no use
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]

@@ -127,13 +127,20 @@ class Start:
             self._check_teacher(distill_args)
         elif not quant_args.names_schemes:
             quant_args.check_unused()
-        is_packed = self.is_packed or self.is_native
-        if (is_packed or self._has_learned_scales) and quant_args.smooth_alpha:
-            how = "packed" if is_packed else "saved"
+        if quant_args.weight_init != "none" and distill_args.distill and distill_args.distill_teacher == "self":
             raise UserError(
-                f"--smooth_alpha {quant_args.smooth_alpha} would undo the rounding that --model_name_or_path "
-                f"{folder!r} was {how} with; give --smooth_alpha 0, or start from the unquantized model"
+                f"--weight_init {quant_args.weight_init} changes the weights, and with --distill_teacher self they are "
+                "the teacher's, too; choose --distill_teacher copy or cache, or --weight_init none"
             )
+        is_packed = self.is_packed or self.is_native
+        if is_packed or self._has_learned_scales:
+            how = "packed" if is_packed else "saved"
+            for name, off in (("smooth_alpha", 0), ("weight_init", "none")):
+                if (value := getattr(quant_args, name)) != off:
+                    raise UserError(
+                        f"--{name} {value} would undo the rounding that --model_name_or_path {folder!r} was {how} "
+                        f"with; give --{name} {off}, or start from the unquantized model"
+                    )
 
     @property
     def _has_learned_scales(self) -> bool:

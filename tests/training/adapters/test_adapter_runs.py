@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import main
 from qat.errors import UserError
 from qat.numerics import low_rank
+from training.start import weights as changes_of_weights
 from utils import QATTrainer
 
 CHANGES = {
@@ -25,6 +26,7 @@ CHANGES = {
     "olora": ("--lora_init", "olora"),
     "smoothing": ("--smooth_alpha", "0.7"),
     "both": ("--lora_init", "pissa", "--smooth_alpha", "0.7"),
+    "gptq": ("--weight_init", "gptq"),
 }
 TRAIN = ("--do_train", "True", "--max_steps", "4", "--save_steps", "2", "--lora_r", "4")
 DISTILLED = (*TRAIN, "--quant_scheme", "MXFP4", "--distill", "True")
@@ -83,10 +85,8 @@ class _PowerCut(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["default", "both"])
-def test_a_killed_run_resumes_bit_for_bit_without_decomposing_or_smoothing_again(
-    workspace, finished, monkeypatch, name
-):
+@pytest.mark.parametrize("name", ["default", "both", "gptq"])
+def test_a_killed_run_resumes_bit_for_bit_without_changing_weights_again(workspace, finished, monkeypatch, name):
     step = QATTrainer.training_step
 
     def cut_the_power(self, *args, **kwargs):
@@ -98,7 +98,8 @@ def test_a_killed_run_resumes_bit_for_bit_without_decomposing_or_smoothing_again
     with monkeypatch.context() as patch, pytest.raises(_PowerCut):
         patch.setattr(QATTrainer, "training_step", cut_the_power)
         run(workspace, f"cut-{name}", *flags)
-    monkeypatch.setattr(main, "smooth_with_data", never)
+    for change in ("smooth_with_data", "compensate_with_data"):
+        monkeypatch.setattr(changes_of_weights, change, never)
     monkeypatch.setattr(torch.linalg, "svd", never)
     cut = run(workspace, f"cut-{name}", *flags)
     assert equal(weights(cut), weights(finished[name]))
@@ -133,12 +134,12 @@ def test_a_base_is_written_where_frozen_weights_change_and_only_there(workspace,
     original = weights(workspace / "model")
     assert not (finished["default"] / "base").exists()
     assert config_of(finished["default"] / "adapter")["base_model_name_or_path"] == str(workspace / "model")
-    for name in ("olora", "smoothing", "both"):
+    for name in ("olora", "smoothing", "both", "gptq"):
         base = weights(finished[name] / "base")
         assert base.keys() == original.keys() and not equal(base, original)
         assert {tensor.dtype for tensor in base.values()} == {torch.bfloat16}
         assert config_of(finished[name] / "adapter")["base_model_name_or_path"] == str(finished[name] / "base")
-        assert (finished[name] / "base" / "start").is_dir() == (name != "smoothing")
+        assert (finished[name] / "base" / "start").is_dir() == (name in ("olora", "both"))
         assert AutoTokenizer.from_pretrained(finished[name] / "base")("a")["input_ids"]
         assert not (finished[name] / "base" / "qat_config.json").exists()
 

@@ -1,0 +1,123 @@
+"""Second moments of the inputs of quantized layers, as these are rounded before the product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from tqdm import tqdm
+
+from ..layers.kv_cache import cache_quantizers
+from ..layers.operands import compute_dtype
+from ..layers.sites import EXPERTS, Site, quantized_sites
+from ..layers.transform import transformed_input
+
+MEMORY = 4 << 30  # bytes of moments that are summed up at once; more layers take more passes over the samples
+
+
+def linear_sites(model: nn.Module) -> list[Site]:
+    """The sites of a prepared model that have one weight for all tokens: all but experts."""
+    return [site for site in quantized_sites(model) if site.kind != EXPERTS.name]
+
+
+@torch.no_grad()
+def groups_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[list[Site]]:
+    """The linear sites that a batch reaches, in the order of the model; those with the same rounded input together."""
+    seen: dict[tuple, list[Site]] = {}
+    reached: set[str] = set()
+    alive = []  # inputs, which keep their addresses from reuse
+
+    def hook(site: Site) -> Callable[[nn.Module, tuple], None]:
+        def see(module: nn.Module, args: tuple) -> None:
+            if site.label in reached:  # a layer that is called twice belongs to its first input
+                return
+            reached.add(site.label)
+            x, quantizers = args[0], (site.module.input_quantizer, site.module.weight_quantizer)
+            how = quantizers[0].spec, quantizers[0].is_enabled, quantizers[1].is_transformed
+            key = StorageWeakRef(x.untyped_storage()), x.shape, x.storage_offset(), *how
+            alive.append(x)
+            seen.setdefault(key, []).append(site)
+
+        return see
+
+    with _hooked(linear_sites(model), hook), _what_is_calibrated_later_off(model):
+        model(**batch)
+    return list(seen.values())
+
+
+def lots(groups: Sequence[list[Site]]) -> Iterator[list[list[Site]]]:
+    """Runs of groups whose moments take `MEMORY` at most, or one group."""
+    lot: list[list[Site]] = []
+    filled = 0
+    for group in groups:
+        size = 4 * group[0].shape[1] ** 2
+        if lot and filled + size > MEMORY:
+            yield lot
+            lot, filled = [], 0
+        lot.append(group)
+        filled += size
+    if lot:
+        yield lot
+
+
+@torch.no_grad()
+def second_moments(
+    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], sites: Sequence[Site], what: str
+) -> list[torch.Tensor]:
+    """X^T X for each site, FP32 [K, K]: X [tokens, K] are its inputs, rounded as in its product, of all batches.
+
+    Inputs whose scale is calibrated later are taken as they are.
+
+    Args:
+        what: is done with them, for the progress bar.
+    """
+    moments = [torch.zeros(site.shape[1], site.shape[1], device=site.weight.device) for site in sites]
+    numbers = {site.label: number for number, site in enumerate(sites)}
+
+    def hook(site: Site) -> Callable[[nn.Module, tuple], None]:
+        def add(module: nn.Module, args: tuple) -> None:
+            x = rounded_input(site, args[0]).flatten(0, -2).float()
+            moments[numbers[site.label]].addmm_(x.T, x)
+
+        return add
+
+    with _hooked(sites, hook), _what_is_calibrated_later_off(model):
+        for batch in tqdm(batches, desc=what, unit="sample"):
+            model(**batch)
+    return moments
+
+
+def rounded_input(site: Site, x: torch.Tensor) -> torch.Tensor:
+    """What a site multiplies its weight by, from its input [..., K]; see `LinearProduct.forward`."""
+    x = x.to(compute_dtype(x))
+    if site.module.weight_quantizer.is_transformed:
+        x = transformed_input(x)
+    return site.module.input_quantizer(x, site.module.input_divisor(x.device))
+
+
+@contextmanager
+def _hooked(sites: Sequence[Site], hook: Callable[[Site], Callable[[nn.Module, tuple], None]]) -> Iterator[None]:
+    handles = [site.module.register_forward_pre_hook(hook(site)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _what_is_calibrated_later_off(model: nn.Module) -> Iterator[None]:
+    """Switch off quantizers without the scale that they need: of inputs with a tensor scale, and of the cache."""
+    inputs = [site.module.input_quantizer for site in quantized_sites(model)]
+    quantizers = [q for q in inputs if q.is_enabled and q.needs_divisor and q.divisor is None]
+    quantizers += [q for q in cache_quantizers(model) if q.is_enabled and q.scale is None]
+    for quantizer in quantizers:
+        quantizer.disable()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable()

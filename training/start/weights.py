@@ -1,0 +1,55 @@
+"""What changes weights before training: smoothing, and GPTQ on a few training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qat.compensation.gptq import compensate
+
+from ..arguments.quantization import QuantizationArguments
+from .samples import computing_in_fp32, first_samples, weights_in_fp32
+from .smoothing import smooth_with_data
+
+
+def change_of_weights(
+    model: nn.Module, data: dict, training_data: dict, settings: QuantizationArguments, device: torch.device
+) -> Callable[[], None] | None:
+    """What changes the weights of a prepared model in place as the settings say; None where they ask for nothing.
+
+    Args:
+        data: from `make_supervised_data_module`.
+        training_data: the same with the text that is mixed into training.
+        device: where the model computes.
+    """
+    if not settings.smooth_alpha and settings.weight_init == "none":
+        return None
+
+    def change() -> None:
+        if settings.smooth_alpha:
+            smooth_with_data(model, data, settings.smooth_alpha, device)
+        if settings.weight_init != "none":
+            compensate_with_data(model, training_data, settings.weight_init_samples, device)
+
+    return change
+
+
+def compensate_with_data(model: nn.Module, data_module: dict, samples: int, device: torch.device) -> None:
+    """Run `qat.compensation.gptq.compensate` on the beginnings of the first training samples, without padding.
+
+    Every process does the same with the same samples. Under FSDP with `cpu_ram_efficient_loading` only the first one
+    has weights; the others are given its own when the model is sharded. Elsewhere the rows of a weight do not depend on
+    each other, so that shards of several processes fit together.
+
+    Args:
+        model: prepared by `prepare_qat`, and smoothed if it is going to be.
+        data_module: from `make_supervised_data_module`, with the text that is mixed into training.
+        samples: how many, at most.
+        device: where the model computes, see `samples.computing_in_fp32`.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return
+    with weights_in_fp32(model), computing_in_fp32(model, device, "GPTQ", "leave it off with --weight_init none"):
+        compensate(model, first_samples(data_module, model.device, samples))
