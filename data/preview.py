@@ -61,7 +61,7 @@ class PreviewArguments:
             raise UserError(f"--model_max_length {self.model_max_length} is too short; samples need at least 2 tokens")
         if self.count < 1:
             raise UserError(f"--count {self.count} shows nothing; give a positive number")
-        if (self.distill_generic or "").startswith("teacher:"):
+        if (self.distill_generic or "").startswith(("teacher:", "chat:")):
             raise UserError(
                 f"--distill_generic {self.distill_generic} is sampled by main.py from its teacher, which no preview "
                 "loads; give a FILE, or leave it out"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
@@ -80,6 +81,7 @@ def second_moments(
     def hook(site: Site) -> Callable[[nn.Module, tuple], None]:
         def add(module: nn.Module, args: tuple) -> None:
             x = rounded_input(site, args[0]).flatten(0, -2).float()
+            x = F.normalize(x, dim=-1)
             moments[numbers[site.label]].addmm_(x.T, x)
 
         return add

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from qat.errors import UserError
 
 TEACHERS = ("copy", "cache", "self")
+SAMPLES = ("teacher", CHAT := "chat")  # of the teacher: texts, and conversations
 SELF_IN_TRAINING = (
     "--distill_teacher self is for evaluation (--do_eval without --do_train) and for adapters (--lora_r): while all "
     "weights train, the teacher changes with the student, and nothing holds both to the model that the stage starts "
@@ -21,6 +22,11 @@ _LEFT_OUT = {
     "distill_generic_length": "--distill_generic_length 0", "distill_top_k": "--distill_top_k 16",
     "distill_samples": "--distill_samples 16",
 }  # fmt: skip
+
+
+def is_sampled(name: str) -> bool:
+    """Whether generic text of this name is sampled from a teacher, in place of a FILE."""
+    return name.partition(":")[0] in SAMPLES and ":" in name
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class DistillationArguments:
     distill_cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where --distill_teacher cache keeps distributions, and --distill_generic teacher:N continuations. "
+            "help": "Where --distill_teacher cache keeps distributions, and --distill_generic teacher:N its samples. "
             "Default: beside the data's."
         },
     )
@@ -93,15 +99,15 @@ class DistillationArguments:
     distill_generic: str | None = field(
         default=None,
         metadata={
-            "help": "Text from elsewhere for the divergence alone: a FILE (.txt, or written like --dataset), or "
-            "teacher:N, N continuations sampled from the teacher; none switches off what a recipe sets. See "
-            "docs/distillation.md."
+            "help": "Text from elsewhere for the divergence alone: a FILE (.txt, or written like --dataset), or N "
+            "samples of the teacher: teacher:N are texts, chat:N conversations in its chat template; none switches off "
+            "what a recipe sets. See docs/distillation.md."
         },
     )
     distill_generic_length: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of each continuation of --distill_generic teacher:N. Default, and 0: --model_max_length."
+            "help": "Tokens of each sample of --distill_generic teacher:N, chat:N. Default, and 0: --model_max_length."
         },
     )
     distill_generic_share: float = field(
@@ -140,13 +146,18 @@ class DistillationArguments:
 
     @property
     def generic_continuations(self) -> int:
-        """The N of `--distill_generic teacher:N`; 0 for a FILE, and for none."""
+        """The N of `--distill_generic teacher:N` and `chat:N`; 0 for a FILE, and for none."""
         kind, _, number = (self.distill_generic or "").partition(":")
-        return int(number) if kind == "teacher" and number.isdecimal() else 0
+        return int(number) if kind in SAMPLES and number.isdecimal() else 0
+
+    @property
+    def samples_conversations(self) -> bool:
+        """Whether what is sampled are conversations."""
+        return bool(self.generic_continuations) and str(self.distill_generic).startswith(CHAT)
 
     @property
     def generic_file(self) -> str | None:
-        """The FILE of `--distill_generic`; None for continuations, and for none."""
+        """The FILE of `--distill_generic`; None for samples, and for none."""
         return None if self.generic_continuations else self.distill_generic
 
     def leave_generic_unread(self) -> None:
@@ -162,11 +173,14 @@ class DistillationArguments:
     def _check_generic(self) -> None:
         name = self.distill_generic
         if name is not None and not name.strip():
-            raise UserError("--distill_generic is empty; give a FILE of text, teacher:N, such as teacher:1000, or none")
-        if name is not None and (name == "teacher" or name.startswith("teacher:")) and not self.generic_continuations:
             raise UserError(
-                f"--distill_generic {name}: N of teacher:N is a positive number of continuations, such as "
-                "teacher:1000; give one, or none"
+                "--distill_generic is empty; give a FILE of text, teacher:N or chat:N, such as teacher:1000, or none"
+            )
+        kind = (name or "").partition(":")[0]
+        if name is not None and (name in SAMPLES or is_sampled(name)) and not self.generic_continuations:
+            raise UserError(
+                f"--distill_generic {name}: N of {kind}:N is a positive number of samples, such as {kind}:1000; give "
+                "one, or none"
             )
         if not 0 < self.distill_generic_share < 1:
             raise UserError(
@@ -181,7 +195,7 @@ class DistillationArguments:
         """Raise a UserError where nothing is evaluated, or what is evaluated is trained on."""
         if self.eval_generic is None:
             return
-        if self.eval_generic.startswith("teacher:") or self.eval_generic == self.distill_generic:
+        if is_sampled(self.eval_generic) or self.eval_generic == self.distill_generic:
             is_trained_on = self.eval_generic == self.distill_generic
             what = "is what --distill_generic trains on" if is_trained_on else "is no FILE"
             remedy = f"; give a FILE of text that is not trained on{f', or {NO_GENERIC}' * is_trained_on}"
@@ -236,7 +250,7 @@ class DistillationArguments:
         if self.distill_generic is None:
             unused |= {"distill_generic_share": "--distill_generic"}
         if not self.generic_continuations:
-            unused |= {"distill_generic_length": "--distill_generic teacher:N"}
+            unused |= {"distill_generic_length": "--distill_generic teacher:N or chat:N"}
         if self.distill_teacher != "cache":
             unused |= dict.fromkeys(("distill_top_k", "distill_samples"), "--distill_teacher cache")
             if not self.generic_continuations:

@@ -1,8 +1,10 @@
-"""Continuations sampled from a teacher: text of its own, on which a student can learn from it without any data.
+"""Samples of a teacher: text of its own, on which a student can learn from it without any data.
 
-Each begins with the teacher's first token alone (BOS) and is drawn token by token from the teacher's distribution at
-temperature 1, to a fixed length; a sequence does not stop at EOS, so what follows is the next text. They are sampled
-once and kept under a fingerprint of the teacher's weights and the settings.
+Each is drawn token by token from the teacher's distribution at temperature 1, to a fixed length. A text begins with the
+teacher's first token alone (BOS) and does not stop at EOS: what follows is the next text. A conversation begins as the
+chat template begins one for the user, whose words the teacher makes up, too (Magpie, arXiv:2406.08464); behind a token
+that ends a turn the template opens the next one. Samples are drawn once and kept under a fingerprint of the teacher's
+weights and the settings.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from qat.files.build_once import build_once
 from .cache import wait_for
 from .precision import needs_autocast
 from .sample_keys import weights_digest
+from .turns import Opening
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +39,15 @@ _FILE = "tokens.bin"
 
 
 def sample_continuations(
-    teacher: PreTrainedModel, count: int, length: int, begin: int, training_args, folder: str | None
+    teacher: PreTrainedModel, count: int, length: int, opening: Opening, training_args, folder: str | None
 ) -> Dataset:
-    """`count` sequences of `length` tokens: columns `input_ids`, `labels`, `length`; all tokens but BOS are labelled.
+    """`count` sequences of `length` tokens: columns `input_ids`, `labels`, `length`; all but the first are labelled.
 
     The first process of each machine samples, unless they are there; the others wait. All processes must call it.
 
     Args:
         teacher: unquantized; on the other processes its weights may be empty. It is where it was afterwards.
-        begin: id of the token that each sequence begins with.
+        opening: what each sequence begins with, whose tokens are not labelled, and what is put behind turns.
         folder: where they are kept; None: beside the caches of the data.
 
     Raises:
@@ -52,48 +55,48 @@ def sample_continuations(
     """
     builds = training_args.local_process_index == 0
     if builds and any(parameter.is_meta for parameter in teacher.parameters()):
-        raise UserError(no_weights(count))
+        raise UserError(no_weights(opening.name(count)))
     digest = [weights_digest(teacher) if builds else None]
     if training_args.world_size > 1:
         broadcast_object_list(digest)
     root = Path(folder) if folder else default_root().with_name("teachers")
     code = hashlib.blake2b(Path(__file__).read_bytes()).hexdigest()
-    settings = {"count": count, "length": length, "begin": begin, "seed": SEED, "at once": TOKENS_AT_ONCE}
+    settings = {"count": count, "length": length, "opening": repr(opening), "seed": SEED, "at once": TOKENS_AT_ONCE}
     key = fingerprint({"continuations of": digest[0], "code": code, **settings})
 
     def build(partial: Path) -> None:
-        tokens = _on_device(teacher, training_args, count, length, begin)
+        tokens = _on_device(teacher, training_args, count, length, opening)
         (partial / _FILE).write_bytes(tokens.astype("<i4").tobytes())
 
     path = (build_once(root, key, build, "--distill_cache_dir") if builds else wait_for(root / key)) / _FILE
     content = path.read_bytes()
     if training_args.world_size > 1:
-        _check_alike(hashlib.blake2b(content).hexdigest())
-    logger.info("continuations of the teacher: %d of %d tokens, %s", count, length, path.parent)
+        _check_alike(hashlib.blake2b(content).hexdigest(), opening.name(count))
+    logger.info("samples of the teacher (%s): %d of %d tokens, %s", opening.kind, count, length, path.parent)
     tokens = np.frombuffer(content, dtype="<i4").reshape(count, length)
     labels = tokens.copy()
-    labels[:, 0] = IGNORE_INDEX
+    labels[:, : len(opening.begin)] = IGNORE_INDEX
     return Dataset.from_dict({"input_ids": list(tokens), "labels": list(labels), "length": [length] * count})
 
 
-def no_weights(count: int) -> str:
-    """Why `count` continuations are not sampled where one machine alone has read the weights."""
+def no_weights(name: str) -> str:
+    """Why samples (teacher:N) are not drawn where one machine alone has read the weights."""
     return (
-        f"--distill_generic teacher:{count} is sampled by the first process of each machine, and that of the first "
+        f"--distill_generic {name} is sampled by the first process of each machine, and that of the first "
         "machine alone has weights; set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, give a "
         "FILE, or --distill_generic none"
     )
 
 
-def _check_alike(digest: str) -> None:
+def _check_alike(digest: str, name: str) -> None:
     if len(set(gather_object([digest]))) > 1:
         raise UserError(
-            "--distill_generic teacher:N: machines sampled different continuations; give --distill_cache_dir a folder "
-            "that all of them share, or give --distill_generic none"
+            f"--distill_generic {name}: machines sampled different tokens; give --distill_cache_dir a folder that all "
+            "of them share, or give --distill_generic none"
         )
 
 
-def _on_device(teacher: PreTrainedModel, training_args, count: int, length: int, begin: int) -> np.ndarray:
+def _on_device(teacher: PreTrainedModel, training_args, count: int, length: int, opening: Opening) -> np.ndarray:
     """Sample on the device of the run, and leave the teacher where and as it was.
 
     Raises:
@@ -105,11 +108,11 @@ def _on_device(teacher: PreTrainedModel, training_args, count: int, length: int,
     try:
         teacher.to(device).eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=wide or needs_autocast(teacher, None)):
-            return sample(teacher, count, length, begin)
+            return sample(teacher, count, length, opening)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--distill_generic teacher:{count} is sampled by the whole teacher on one device, and {device} has too "
-            f"little memory for it ({str(error).splitlines()[0]}); give a FILE of text, or --distill_generic none"
+            f"--distill_generic {opening.name(count)} is sampled by the whole teacher on one device, and {device} has "
+            f"too little memory for it ({str(error).splitlines()[0]}); give a FILE of text, or --distill_generic none"
         ) from None
     finally:
         teacher.to(home).train(was_training)
@@ -118,7 +121,7 @@ def _on_device(teacher: PreTrainedModel, training_args, count: int, length: int,
 
 
 @torch.no_grad()
-def sample(teacher: PreTrainedModel, count: int, length: int, begin: int, seed: int = SEED) -> np.ndarray:
+def sample(teacher: PreTrainedModel, count: int, length: int, opening: Opening, seed: int = SEED) -> np.ndarray:
     """Tokens int64 [count, length], drawn from the teacher's own distribution; a function of the arguments alone.
 
     Raises:
@@ -126,21 +129,21 @@ def sample(teacher: PreTrainedModel, count: int, length: int, begin: int, seed: 
     """
     device, at_once = teacher.device, min(ROWS_AT_ONCE, max(1, TOKENS_AT_ONCE // length))
     generator = torch.Generator(device).manual_seed(seed)
-    sequences = []
-    with tqdm(total=count * (length - 1), desc="sampling from the teacher", unit="token") as progress:
+    begin, sequences = torch.tensor(opening.begin, device=device), []
+    with tqdm(total=count * (length - len(begin)), desc="sampling from the teacher", unit="token") as progress:
         for first in range(0, count, at_once):
             rows = min(at_once, count - first)
-            tokens, past = [torch.full((rows, 1), begin, device=device)], None
-            for _ in range(length - 1):
+            tokens, past, given = [begin.expand(rows, -1)], None, opening.given(rows, device)
+            for _ in range(length - len(begin)):
                 output = teacher(input_ids=tokens[-1], past_key_values=past, use_cache=True)
                 past = getattr(output, "past_key_values", None)
                 if past is None:
                     raise UserError(
-                        f"--distill_generic teacher:{count}: a {type(teacher).__name__} keeps no keys and values to "
-                        "sample with; give a FILE of text, or --distill_generic none"
+                        f"--distill_generic {opening.name(count)}: a {type(teacher).__name__} keeps no keys and values "
+                        "to sample with; give a FILE of text, or --distill_generic none"
                     )
                 probabilities = output.logits[:, -1].float().softmax(-1)
-                tokens.append(torch.multinomial(probabilities, 1, generator=generator))
+                tokens.append(given.instead_of(torch.multinomial(probabilities, 1, generator=generator)))
                 progress.update(rows)
             sequences.append(torch.cat(tokens, 1).cpu())
     return torch.cat(sequences).numpy()

@@ -18,6 +18,7 @@ from ..arguments.data import DataArguments
 from ..arguments.distillation import DistillationArguments
 from ..backends.weightless import first_process_loads
 from .continuations import no_weights, sample_continuations
+from .turns import Opening, of_conversations, of_text
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class GenericText:
         tokens_of: the tokenizer of student and teacher.
         samples: the text, of columns `input_ids`, `labels`, `length`; None until it is sampled, or where none is asked.
         evaluated: likewise, that of --eval_generic.
+        chat: how conversations begin and go on that are to be sampled; None for other text.
     """
 
     settings: DistillationArguments
@@ -41,6 +43,7 @@ class GenericText:
     tokens_of: PreTrainedTokenizerBase
     samples: Dataset | None = None
     evaluated: Dataset | None = None
+    chat: Opening | None = None
 
     @classmethod
     def read(
@@ -53,14 +56,17 @@ class GenericText:
         """Read the text of a FILE; continuations of a teacher are sampled later. An evaluation alone reads none.
 
         Raises:
-            UserError: it cannot be read, or is empty; or continuations cannot be sampled on each machine.
+            UserError: it cannot be read, or is empty; or it cannot be sampled on each machine, or in this tokenizer.
         """
         text = cls(settings, args, data_args.packing, tokenizer)
         if settings.unread_generic is not None:
             logger.info(_unread(settings))
         several_machines = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) < args.world_size
         if settings.generic_continuations and several_machines and first_process_loads():
-            raise UserError(no_weights(settings.generic_continuations))
+            raise UserError(no_weights(str(settings.distill_generic)))
+        if settings.samples_conversations:
+            text.chat = of_conversations(tokenizer)
+            _check_length(len(text.chat.begin), settings, args)
         if settings.generic_file is not None:
             text.samples = read_generic(settings.generic_file, tokenizer, **_how_to_read(data_args))
         if settings.eval_generic is not None:
@@ -71,9 +77,9 @@ class GenericText:
         """Sample continuations from an unquantized teacher, where they are asked for; all processes must call it."""
         if count := self.settings.generic_continuations:
             length = self.settings.distill_generic_length or self.args.model_max_length
-            begin = first_token(self.tokens_of, teacher)
+            opening = self.chat or of_text(self.tokens_of, teacher)
             self.samples = sample_continuations(
-                teacher, count, length, begin, self.args, self.settings.distill_cache_dir
+                teacher, count, length, opening, self.args, self.settings.distill_cache_dir
             )
 
     def mixed_into(self, data: dict) -> dict:
@@ -104,20 +110,14 @@ def _how_to_read(data_args: DataArguments) -> dict:
     return {name: getattr(data_args, name) for name in names}
 
 
-def first_token(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> int:
-    """The token that a text begins with: the tokenizer's BOS, else the model's, else EOS, which ends the text before.
-
-    Raises:
-        UserError: there is none of them.
-    """
-    config = teacher.config.get_text_config()
-    for token in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise UserError(
-        "--distill_generic teacher:N begins each continuation with BOS or EOS, and the tokenizer has neither; give a "
-        "FILE of text, or --distill_generic none"
-    )
+def _check_length(begin: int, settings: DistillationArguments, args: TrainingArguments) -> None:
+    """Raise a UserError where a conversation has no room behind what its template begins with."""
+    length = settings.distill_generic_length or args.model_max_length
+    if length <= begin:
+        raise UserError(
+            f"--distill_generic_length {length}: the chat template begins a conversation with {begin} tokens; give "
+            f"more, such as {begin + 256}"
+        )
 
 
 def describe(mixed: MixedDataset, name: str, tokens: int, args: TrainingArguments) -> str:

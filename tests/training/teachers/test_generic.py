@@ -23,9 +23,11 @@ from training.arguments.parse import parse_arguments
 from training.teachers import continuations, generic
 from training.teachers.cache import make_cached_teacher
 from training.teachers.continuations import sample, sample_continuations
-from training.teachers.generic import describe, first_token
+from training.teachers.generic import describe
 from training.teachers.load import load_teacher
+from training.teachers.turns import Opening, of_conversations, of_text
 
+BOS = Opening((1,))
 CPU = SimpleNamespace(local_process_index=0, world_size=1, device=torch.device("cpu"), bf16=False)
 
 
@@ -152,7 +154,7 @@ def test_continuations_have_the_teachers_distribution_whatever_the_batch():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)  # far from uniform
-    tokens = sample(model, 3000, 3, begin=1)
+    tokens = sample(model, 3000, 3, BOS)
     assert tokens.shape == (3000, 3) and (tokens[:, 0] == 1).all()
     with torch.no_grad():
         expected = model(torch.tensor([[1]])).logits[0, 0].softmax(-1)
@@ -164,21 +166,22 @@ def test_continuations_have_the_teachers_distribution_whatever_the_batch():
         second = model(torch.tensor([[1, likeliest]])).logits[0, 1].softmax(-1)
     counts = torch.bincount(torch.tensor(after), minlength=vocabulary) / len(after)
     assert ((counts - second).abs() < 5 * (second / len(after)).sqrt() + 2e-2).all()
-    assert (sample(model, 50, 3, 1) == sample(model, 50, 3, 1)).all()
-    assert (sample(model, 50, 3, 1) != sample(model, 50, 3, 1, seed=1)).any()
+    assert (sample(model, 50, 3, BOS) == sample(model, 50, 3, BOS)).all()
+    assert (sample(model, 50, 3, BOS) != sample(model, 50, 3, BOS, seed=1)).any()
 
 
 def test_continuations_are_sampled_once_and_kept_by_teacher_and_settings(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(continuations, "sample", lambda *args: (calls.append(args), sample(*args))[1])
     teacher = load_teacher(make_llama(), None)
-    first, again = (sample_continuations(teacher, 4, 8, 1, CPU, str(tmp_path)) for _ in range(2))
+    first, again = (sample_continuations(teacher, 4, 8, BOS, CPU, str(tmp_path)) for _ in range(2))
     assert len(calls) == 1 and first.to_list() == again.to_list() and set(first["length"]) == {8}
     assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in first)
-    others = [(load_teacher(other_llama(), None), 4, 8, 1), (teacher, 5, 8, 1), (teacher, 4, 9, 1), (teacher, 4, 8, 2)]
+    others = [(load_teacher(other_llama(), None), 4, 8, BOS), (teacher, 5, 8, BOS), (teacher, 4, 9, BOS)]
+    others += [(teacher, 4, 8, Opening((2,))), (teacher, 4, 8, Opening((1,), ((2,), (2,))))]
     for changed in others:
         sample_continuations(*changed, CPU, str(tmp_path))
-    assert len(calls) == 5
+    assert len(calls) == 6
 
 
 def test_a_teacher_without_keys_and_values_and_one_without_weights_are_refused(tmp_path):
@@ -186,9 +189,9 @@ def test_a_teacher_without_keys_and_values_and_one_without_weights_are_refused(t
     forward = model.forward
     model.forward = lambda **kwargs: SimpleNamespace(logits=forward(**kwargs).logits)
     with pytest.raises(ValueError, match="keeps no keys and values to sample with; give a FILE .*_generic none"):
-        sample(model, 2, 4, 1)
+        sample(model, 2, 4, BOS)
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false .*_generic none"):
-        sample_continuations(make_llama().to("meta"), 2, 4, 1, CPU, str(tmp_path))
+        sample_continuations(make_llama().to("meta"), 2, 4, BOS, CPU, str(tmp_path))
 
 
 def test_a_teacher_that_does_not_fit_on_the_device_is_refused_with_a_remedy(monkeypatch, tmp_path):
@@ -197,18 +200,106 @@ def test_a_teacher_that_does_not_fit_on_the_device_is_refused_with_a_remedy(monk
 
     monkeypatch.setattr(continuations, "sample", fails)
     with pytest.raises(ValueError, match=r"too little memory for it \(CUDA out of memory.*_generic none"):
-        sample_continuations(make_llama(), 2, 4, 1, CPU, str(tmp_path))
+        sample_continuations(make_llama(), 2, 4, BOS, CPU, str(tmp_path))
 
 
 def test_a_text_begins_with_bos_or_with_the_end_of_the_one_before():
     tokenizer, model = make_tokenizer(), make_llama()
     tokenizer.bos_token, model.config.bos_token_id = None, None
-    assert first_token(tokenizer, model) == tokenizer.eos_token_id
+    assert of_text(tokenizer, model) == Opening((tokenizer.eos_token_id,))
     model.config.bos_token_id = 7
-    assert first_token(tokenizer, model) == 7
+    assert of_text(tokenizer, model) == Opening((7,))
     tokenizer.eos_token, model.config.bos_token_id = None, None
     with pytest.raises(ValueError, match="has neither; give a FILE .*_generic none"):
-        first_token(tokenizer, model)
+        of_text(tokenizer, model)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(template: str | None = CHATML):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_conversations_open_as_the_chat_template_opens_them():
+    tokenizer = chat_tokenizer()
+    found = of_conversations(tokenizer)
+    pieces = [tokenizer.decode(ids) for ids in (found.begin, *found.turns)]
+    assert pieces == ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n"]
+    assert (found.kind, found.name(5), Opening((1,)).name(5)) == ("chat", "chat:5", "teacher:5")
+
+
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        (None, "needs a chat template"),
+        ("{{ raise_exception('no') }}", "cannot write a dialogue"),
+        ("{{ messages[0].content }}", "cannot write a dialogue"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "begins with no special token"),
+    ],
+)
+def test_chat_templates_whose_turns_cannot_be_sampled_are_refused(template, message):
+    with pytest.raises(ValueError, match=f"--distill_generic chat:N.*{message}.*teacher:N.*_generic none"):
+        of_conversations(chat_tokenizer(template))
+
+
+@pytest.mark.parametrize("turns", [((9, 20, 21, 22), (9, 30)), ((8,), (9, 30, 31))])
+def test_behind_the_end_of_a_turn_comes_what_the_template_puts_there_and_nothing_else_changes(turns):
+    """Against a loop over each sequence; the tokens that are drawn in the place of given ones are dropped."""
+    opening, generator = Opening((1, 2), turns), torch.Generator().manual_seed(0)
+    drawn = torch.randint(7, 12, (40, 50), generator=generator)
+    given = opening.given(40, torch.device("cpu"))
+    found = torch.cat([given.instead_of(drawn[:, i : i + 1]) for i in range(50)], 1)
+    for row, sampled in zip(found.tolist(), drawn.tolist(), strict=True):
+        expected, turn, waiting = [], 0, []
+        for token in sampled:
+            if waiting:
+                expected.append(waiting.pop(0))
+                continue
+            expected.append(token)
+            if token == turns[turn][0]:
+                waiting, turn = list(turns[turn][1:]), 1 - turn
+        assert row == expected
+    assert {20, 30} & set(found.flatten().tolist())
+
+
+def test_conversations_are_sampled_with_the_template_between_turns_and_all_but_its_beginning_is_learned(tmp_path):
+    opening = Opening((5, 6, 7), ((8, 3), (8, 4)))
+    model = load_teacher(make_llama(), None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0)  # uniform over the vocabulary
+    rows = sample_continuations(model, 200, 64, opening, CPU, str(tmp_path))
+    after_ends = set()
+    for row in rows:
+        assert row["input_ids"][:3] == [5, 6, 7]
+        assert row["labels"] == [-100] * 3 + row["input_ids"][3:]
+        ends = [i for i, token in enumerate(row["input_ids"][:-1]) if token == 8]
+        after_ends |= {(number % 2, row["input_ids"][i + 1]) for number, i in enumerate(ends)}
+    assert after_ends == {(0, 3), (1, 4)}
+
+
+def test_conversations_that_are_asked_for_are_sampled_and_mixed_into_the_training_data(tmp_path):
+    tokenizer, model = chat_tokenizer(), make_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    settings = DistillationArguments(True, distill_generic="chat:6", distill_cache_dir=str(tmp_path))
+    args = SimpleNamespace(**vars(CPU), model_max_length=48, seed=1, data_seed=None, max_steps=2)
+    args.train_batch_size, args.gradient_accumulation_steps = 4, 1
+    asked = generic.GenericText.read(settings, args, DataArguments(), tokenizer)
+    asked.sample(load_teacher(model, None))
+    begin = list(of_conversations(tokenizer).begin)
+    assert all(row["input_ids"][: len(begin)] == begin and row["length"] == 48 for row in asked.samples)
+    mixed = asked.mixed_into({"train_dataset": text()})["train_dataset"]
+    assert sum(row["generic"][0] for row in mixed) == mixed.generic_rows > 0
+    args.model_max_length = len(begin)
+    with pytest.raises(ValueError, match=f"begins a conversation with {len(begin)} tokens; give more"):
+        generic.GenericText.read(settings, args, DataArguments(), tokenizer)
 
 
 def test_the_log_tells_how_often_the_text_is_read(tmp_path):
@@ -232,13 +323,15 @@ def test_the_log_tells_how_often_the_text_is_read(tmp_path):
         ({"distill": True, "distill_generic": "teacher:0"}, "N of teacher:N is a positive number"),
         ({"distill": True, "distill_generic": "teacher:many"}, "N of teacher:N is a positive number"),
         ({"distill": True, "distill_generic": "teacher"}, "N of teacher:N is a positive number"),
+        ({"distill": True, "distill_generic": "chat:0"}, "N of chat:N is a positive number"),
+        ({"distill": True, "distill_generic": "chat"}, "N of chat:N is a positive number"),
         ({"distill": True, "distill_generic": " "}, "--distill_generic is empty"),
         ({"distill": True, "distill_generic": "a.txt", "distill_generic_share": 1.0}, "must lie between 0 and 1"),
         ({"distill": True, "distill_generic_share": 0.5}, "has no effect without --distill_generic;.*_generic none"),
         ({"distill": True, "distill_generic": "none", "distill_generic_share": 2.0}, "must lie between 0 and 1"),
         (
             {"distill": True, "distill_generic": "a.txt", "distill_generic_length": 64},
-            "--distill_generic_length 64 has no effect without --distill_generic teacher:N",
+            "--distill_generic_length 64 has no effect without --distill_generic teacher:N or chat:N",
         ),
     ],
 )
@@ -361,7 +454,7 @@ def test_few_rows_are_sampled_at_once(monkeypatch):
     monkeypatch.setattr(
         teacher, "forward", lambda input_ids, **others: rows.append(len(input_ids)) or of_teacher(input_ids, **others)
     )
-    assert sample(teacher, 300, 2, 1).shape == (300, 2) and rows == [256, 44]
+    assert sample(teacher, 300, 2, BOS).shape == (300, 2) and rows == [256, 44]
 
 
 # ---- Evaluation ----
