@@ -34,7 +34,7 @@ from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
 from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
 from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E402
-from benchmarks.real_rows import ALL, is_row, row_of, settings_text  # noqa: E402
+from benchmarks.real_rows import ALL, TRAINED, VARIANTS, is_row, row_of, settings_text  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import check_source, environment, write_text  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
@@ -224,7 +224,10 @@ def _names(text: str, known: list[str], argument: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in known and not (argument == "--rows" and is_row(name)):
-            more = "; behind rows that are trained go ~RATE, a learning rate, and @SEED, a whole number"
+            more = (
+                f"; or {', '.join(TRAINED)} with -STEPS, and behind them +VARIANT ({', '.join(VARIANTS)}), ~RATE, a "
+                "learning rate, and @SEED, a whole number"
+            )
             more = more if argument == "--rows" else ""
             raise UserError(f"{argument} {name!r} is unknown; choose from {', '.join(known)}{more}")
     return names
@@ -248,9 +251,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gguf_file", help="its GGUF file, if that is what the folder holds")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
-    parser.add_argument(
-        "--rows", default=",".join(ALL), help="names from ROWS, with ~RATE and @SEED for another learning rate and seed"
-    )
+    parser.add_argument("--rows", default=",".join(ALL), help="names from real_rows.py, such as mxfp4-600+gptq~5e-6@3")
     parser.add_argument("--figures", default=",".join(FIGURES))
     parser.add_argument("--minutes", type=positive_number, default=9.0, help="of this call")
     parser.add_argument("--limit", type=positive, help="problems of each task, rows of each text; default: all")

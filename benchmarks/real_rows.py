@@ -1,4 +1,8 @@
-"""The rows of the table of real models: how each is quantized, and the arguments of main.py that train it."""
+"""The rows of the table of real models: how each is quantized, and the arguments of main.py that train it.
+
+A row without training has a name of UNTRAINED. One that is trained is named by what it is: a name of TRAINED, its
+steps, names of VARIANTS, a learning rate and a seed, as in mxfp4-600+gptq+chat~3e-6@4.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,6 @@ import re
 from dataclasses import dataclass, field, replace
 
 from benchmarks.accuracy_rows import Row, of_ours, plain, settings_of
-
-SEEDS = (3, 4)  # beside 2, for the main row
-
 
 _Flags = dict[str, str | tuple[str, ...]]
 
@@ -43,19 +44,8 @@ def _without_training(title: str, scheme: str, **settings) -> RealRow:
 
 
 _SMOOTHED = plain("").smooth_alpha
-_SAMPLES: _Flags = {
-    "distill_generic": "teacher:500", "distill_generic_share": "0.5", "distill_ce_weight": "0.1",
-}  # fmt: skip
-_NO_SAMPLES: _Flags = {"distill_generic": "none"}  # which the recipe has
-_GPTQ: _Flags = {"weight_init": "gptq"}
-_MXFP4FP8: tuple[tuple[str, str, _Flags], ...] = (
-    ("", "", {}),
-    ("-hadamard", ", Hadamard", {"input_transform": "hadamard"}),
-    ("-gptq", ", Hadamard, GPTQ", {"input_transform": "hadamard", **_GPTQ}),
-    ("-smoothed", f", smoothed {_SMOOTHED}", {"smooth_alpha": str(_SMOOTHED)}),
-)
-MAIN = "mxfp4-150"
-ROWS: dict[str, RealRow] = {
+_HADAMARD: dict = {"weights": "search", "inputs": None, "prepare_options": {"input_transforms": "hadamard"}}
+UNTRAINED: dict[str, RealRow] = {
     "bf16": RealRow("BF16"),
     "mxfp4-rtn": _without_training("MXFP4 RTN (EVEN)", "MXFP4", weights="even", inputs="even"),
     "mxfp4-rtn-smoothed": _without_training(
@@ -69,93 +59,87 @@ ROWS: dict[str, RealRow] = {
         "MXFP4, AutoRound, 200 iterations, smoothed",
         Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,
     ),
-    "mxfp4-reference": RealRow(
-        "MXFP4, the reference's recipe, 150 steps", recipe="mxfp4-reference", steps=150, learning_rate="recipe"
-    ),
-    **{
-        f"mxfp4-{steps}": RealRow(
-            f"MXFP4, our recipe, {steps} steps", recipe="mxfp4", steps=steps, flags=_NO_SAMPLES
-        )
-        for steps in (150, 300, 600)
-    },
-    **{
-        f"mxfp4-plain-{steps}": RealRow(
-            f"MXFP4, our recipe without transforms, smoothed {_SMOOTHED}, {steps} steps", recipe="mxfp4", steps=steps,
-            flags={"input_transform": "none", "smooth_alpha": str(_SMOOTHED), **_NO_SAMPLES},
-        )
-        for steps in (150, 600)
-    },
-    **{
-        f"mxfp4-samples-{steps}": RealRow(
-            f"MXFP4, our recipe, half of the rows samples of the teacher, {steps} steps", recipe="mxfp4", steps=steps,
-            flags=_SAMPLES,
-        )
-        for steps in (150, 600)
-    },
-    **{
-        f"mxfp4-gptq-{steps}": RealRow(
-            f"MXFP4, our recipe, GPTQ, {steps} steps", recipe="mxfp4", steps=steps, flags=_NO_SAMPLES | _GPTQ
-        )
-        for steps in (150, 600)
-    },
-    **{
-        f"mxfp4-gptq-samples-{steps}": RealRow(
-            f"MXFP4, our recipe, GPTQ, half of the rows samples of the teacher, {steps} steps", recipe="mxfp4",
-            steps=steps, flags=_SAMPLES | _GPTQ,
-        )
-        for steps in (150, 600)
-    },
     "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, searched weights", "MXFP4FP8", weights="search", inputs=None),
-    "mxfp4fp8-hadamard-ptq": _without_training(
-        "MXFP4FP8 PTQ, searched weights, Hadamard", "MXFP4FP8", weights="search", inputs=None,
-        prepare_options={"input_transforms": "hadamard"},
-    ),
-    "mxfp4fp8-gptq-ptq": _without_training(
-        "MXFP4FP8 PTQ, searched weights, Hadamard, GPTQ", "MXFP4FP8", weights="search", inputs=None,
-        weight_init="gptq", prepare_options={"input_transforms": "hadamard"},
-    ),
     "mxfp4fp8-smoothed-ptq": _without_training(
         f"MXFP4FP8 PTQ, searched weights, smoothed {_SMOOTHED}", "MXFP4FP8", **settings_of("MXFP4FP8")
     ),
-    **{
-        f"mxfp4fp8{name}{'' if steps == 150 else f'-{steps}'}": RealRow(
-            f"MXFP4FP8, our recipe, {steps} steps{title}", recipe="int4", steps=steps,
-            flags={**flags, "quant_scheme": "MXFP4FP8"},
-        )
-        for name, title, flags in _MXFP4FP8
-        for steps in (150, 600)
-    },
-    "mxfp8-ptq": _without_training("MXFP8 PTQ, prepared", "MXFP8", **settings_of("MXFP8")),
-    "mxfp8": RealRow("MXFP8, our recipe, 150 steps", recipe="mxfp8", steps=150),
-    "int4_g32-ptq": _without_training("INT4_G32 PTQ, searched weights", "INT4_G32", **settings_of("INT4_G32")),
-    "int4_g32": RealRow(
-        "INT4_G32, our recipe, 150 steps", recipe="int4", steps=150, flags={"quant_scheme": "INT4_G32"}
+    "mxfp4fp8-hadamard-ptq": _without_training("MXFP4FP8 PTQ, searched weights, Hadamard", "MXFP4FP8", **_HADAMARD),
+    "mxfp4fp8-auto-ptq": _without_training(
+        "MXFP4FP8 PTQ, searched weights, Hadamard, smoothed auto", "MXFP4FP8", smooth_alpha="auto", **_HADAMARD
     ),
+    "mxfp4fp8-gptq-ptq": _without_training(
+        "MXFP4FP8 PTQ, searched weights, Hadamard, GPTQ", "MXFP4FP8", weight_init="gptq", **_HADAMARD
+    ),
+    "mxfp8-ptq": _without_training("MXFP8 PTQ, prepared", "MXFP8", **settings_of("MXFP8")),
+    "int4_g32-ptq": _without_training("INT4_G32 PTQ, searched weights", "INT4_G32", **settings_of("INT4_G32")),
 }  # fmt: skip
-ALL = [*ROWS, *(f"{MAIN}@{seed}" for seed in SEEDS)]
+
+_NO_SAMPLES: _Flags = {"distill_generic": "none"}  # which recipes/mxfp4.yaml has
+TRAINED: dict[str, RealRow] = {
+    "mxfp4-reference": RealRow("MXFP4, the reference's recipe", recipe="mxfp4-reference", learning_rate="recipe"),
+    "mxfp4": RealRow("MXFP4, our recipe without samples", recipe="mxfp4", flags=_NO_SAMPLES),
+    "mxfp4fp8": RealRow("MXFP4FP8, our recipe", recipe="int4", flags={"quant_scheme": "MXFP4FP8"}),
+    "mxfp8": RealRow("MXFP8, our recipe", recipe="mxfp8"),
+    "int4_g32": RealRow("INT4_G32, our recipe", recipe="int4", flags={"quant_scheme": "INT4_G32"}),
+}
+VARIANTS: dict[str, tuple[str, _Flags]] = {
+    "samples": (
+        "half of the rows 500 texts of the teacher",
+        {"distill_generic": "teacher:500", "distill_generic_share": "0.5"},
+    ),
+    "chat": (
+        "half of the rows 500 conversations of the teacher",
+        {"distill_generic": "chat:500", "distill_generic_share": "0.5"},
+    ),
+    "kl": ("no cross-entropy", {"distill_ce_weight": "0"}),
+    "half-ce": ("10 % cross-entropy", {"distill_ce_weight": "0.1"}),
+    "gptq": ("GPTQ", {"weight_init": "gptq"}),
+    "hadamard": ("Hadamard", {"input_transform": "hadamard"}),
+    "all": ("all inputs transformed", {"input_transform_layers": "*"}),
+    "auto": ("smoothed auto", {"smooth_alpha": "auto"}),
+    "smoothed": (f"smoothed {_SMOOTHED}", {"smooth_alpha": str(_SMOOTHED)}),
+    "plain": (f"no transforms, smoothed {_SMOOTHED}", {"input_transform": "none", "smooth_alpha": str(_SMOOTHED)}),
+    "x4": ("4 times the batch", {"gradient_accumulation_steps": "4"}),
+}  # fmt: skip
+SEEDS = (3, 4)  # beside 2, for the main row
+MAIN = "mxfp4-150"
+ALL = [
+    *UNTRAINED, "mxfp4-reference-150", MAIN, "mxfp4-600", "mxfp4-150+gptq", "mxfp4-600+gptq", "mxfp4-150+samples",
+    "mxfp4-600+samples", "mxfp4fp8-150+hadamard", "mxfp4fp8-150+hadamard+gptq", "mxfp8-150", "int4_g32-150",
+    *(f"{MAIN}@{seed}" for seed in SEEDS),
+]  # fmt: skip
 
 
 def row_of(key: str) -> RealRow:
-    """The row of a key: a name of ROWS; of a trained one with ~RATE, a learning rate, and @SEED behind it.
+    """The row of a key, see above.
 
     Raises:
         KeyError: there is no such row.
     """
-    match = re.fullmatch(r"([^~@]+)(?:~([0-9.e-]+))?(?:@([0-9]+))?", key)
-    name, rate, seed = match.groups() if match else (key, None, None)
-    row = ROWS[name]
-    if (rate or seed) and row.recipe is None or rate and not _is_rate(rate):
+    if key in UNTRAINED:
+        return UNTRAINED[key]
+    match = re.fullmatch(r"([a-z0-9_-]+)-(\d+)((?:\+[a-z0-9-]+)*)(?:~([0-9.e-]+))?(?:@(\d+))?", key)
+    if match is None:
         raise KeyError(key)
-    if rate:
-        row = replace(row, title=f"{row.title}, learning rate {rate}", learning_rate=rate)
-    return replace(row, title=f"{row.title}, seed {seed}", seed=int(seed)) if seed else row
+    name, steps, variants, rate, seed = match.groups()
+    row, names = TRAINED[name], variants.split("+")[1:]
+    if not int(steps) or rate and not _is_rate(rate):
+        raise KeyError(key)
+    title = ", ".join((row.title, *(VARIANTS[variant][0] for variant in names), f"{int(steps)} steps"))
+    flags = row.flags
+    for variant in names:
+        flags = flags | VARIANTS[variant][1]
+    title += f", learning rate {rate}" if rate else ""
+    title += f", seed {seed}" if seed else ""
+    learning_rate, seed = rate or row.learning_rate, int(seed) if seed else row.seed
+    return replace(row, title=title, flags=flags, steps=int(steps), learning_rate=learning_rate, seed=seed)
 
 
 def settings_text(key: str) -> str:
     """What a row is, apart from titles: two rows with the same text have the same figures under the same arguments."""
     row = row_of(key)
     quantized = None if row.quantized is None else replace(row.quantized, title="")
-    return repr(replace(row, title="", quantized=quantized))
+    return repr(replace(row, title="", quantized=quantized, flags=dict(sorted(row.flags.items()))))
 
 
 def is_row(key: str) -> bool:

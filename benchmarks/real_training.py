@@ -20,7 +20,7 @@ from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "main.py"
-_SAMPLE = 256  # tokens of a continuation that the teacher samples
+_SAMPLE = {"teacher": 256, "chat": 512}  # tokens of a text, and of a conversation, that the teacher samples
 _SAVING_S = 60  # left to a training that has to end
 
 
@@ -95,9 +95,9 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
     row = row_of(key)
     rate = {} if row.learning_rate == "recipe" else {"learning_rate": row.learning_rate or str(args.learning_rate)}
     samples = {}
-    if row.flags.get("distill_generic", "none") != "none":
+    if (kind := str(row.flags.get("distill_generic", "none")).partition(":")[0]) != "none":
         samples = {
-            "distill_generic_length": min(_SAMPLE, args.length),
+            "distill_generic_length": min(_SAMPLE[kind], args.length),
             "distill_cache_dir": trained.parents[2].absolute() / "samples",
         }
     settings = {

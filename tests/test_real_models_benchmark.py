@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ import torch
 from helpers import make_llama, make_tokenizer, write_conversations
 
 from benchmarks import real_models, real_quantized, real_report, real_training, training_data
-from benchmarks.real_rows import ALL, MAIN, ROWS, is_row, row_of
+from benchmarks.real_rows import ALL, MAIN, is_row, row_of
 from main import parse_arguments
 from qat import prepare_qat
 from qat.checkpoints.pack import export_checkpoint
@@ -32,6 +31,8 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{{ '<assistant>' if add_generation_prompt }}"
 )
+
+SHORT = "mxfp4-2"  # a row that is soon trained
 
 
 @pytest.fixture
@@ -59,14 +60,13 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(
         real_models, "answers", lambda model, tokenizer, questions, *_: [f"{q[8:10]}" for q in questions]
     )
-    monkeypatch.setitem(ROWS, MAIN, replace(ROWS[MAIN], steps=2))
     return tmp_path, answered
 
 
 def test_a_table_from_the_model_to_the_csv(folders, capsys):
     root, answered = folders
     words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
-    words += ["--rows", f"bf16,mxfp4-rtn,mxfp4-rtn-smoothed,{MAIN}", "--figures", "gsm8k,text_never", "--limit", "3"]
+    words += ["--rows", f"bf16,mxfp4-rtn,mxfp4-rtn-smoothed,{SHORT}", "--figures", "gsm8k,text_never", "--limit", "3"]
     words += ["--length", "128", "--batch_size", "2", "--train_batch_size", "1"]
     real_models.main([*words, "--minutes", "0.0001"])
     assert "give the same command again" in capsys.readouterr().out and answered[0] <= 40
@@ -75,18 +75,26 @@ def test_a_table_from_the_model_to_the_csv(folders, capsys):
     assert "all is done" in output and "Baseline: " in output
     with (root / "out" / "real_models.csv").open() as file:
         lines = {(line["row"], line["figure"]): line for line in csv.DictReader(file)}
-    assert len(lines) == 8 and lines[MAIN, "gsm8k"]["value"] == "1" and lines[MAIN, "gsm8k"]["count"] == "3"
+    assert len(lines) == 8 and lines[SHORT, "gsm8k"]["value"] == "1" and lines[SHORT, "gsm8k"]["count"] == "3"
     assert lines["bf16", "text_never"]["kl"] == "0" and float(lines["mxfp4-rtn", "text_never"]["kl"]) > 0
     assert lines["mxfp4-rtn", "text_never"]["kl"] != lines["mxfp4-rtn-smoothed", "text_never"]["kl"]
-    assert int(lines[MAIN, "text_never"]["tokens"]) > 0 and lines[MAIN, "text_never"]["steps"] == "2"
-    assert not (root / "out" / "rows" / MAIN / "trained").exists()  # measured, so it is removed
+    assert int(lines[SHORT, "text_never"]["tokens"]) > 0 and lines[SHORT, "text_never"]["steps"] == "2"
+    assert not (root / "out" / "rows" / SHORT / "trained").exists()  # measured, so it is removed
     assert "2 steps, " in output and " minutes\n" in output
     count = answered[0]
     real_models.main(words)
     assert answered[0] == count and len((root / "out" / "real_models.csv").read_text().splitlines()) == 9
 
 
-@pytest.mark.parametrize("key", [*(key for key in ALL if row_of(key).recipe), "mxfp4-600~3e-6@4"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(key for key in ALL if row_of(key).recipe),
+        "mxfp4-600+chat+kl+all+x4~3e-6@4",
+        "mxfp4fp8-2+hadamard+auto",
+        "mxfp4-9+plain+half-ce",
+    ],
+)
 def test_the_arguments_of_every_trained_row_parse(key, folders):
     root, _ = folders
     (root / "data.jsonl").write_text("{}\n")
@@ -96,15 +104,32 @@ def test_the_arguments_of_every_trained_row_parse(key, folders):
     arguments = parse_arguments(words)
     row = row_of(key)
     assert arguments.training.max_steps == row.steps and arguments.training.seed == row.seed
-    assert arguments.training.learning_rate == {"mxfp4-reference": 1e-5, "mxfp4-600~3e-6@4": 3e-6}.get(key, 5e-5)
-    assert arguments.quantization.quant_scheme == key.split("-")[0].split("@")[0].upper()
-    assert arguments.distillation.distill == (key != "mxfp4-reference")
-    sampled = ("teacher:500", 64) if "samples" in key else (None, None)  # the recipe's are no part of another row
+    assert arguments.training.learning_rate == (1e-5 if "reference" in key else 3e-6 if "~3e-6" in key else 5e-5)
+    assert arguments.quantization.quant_scheme == key.split("-")[0].upper()
+    assert arguments.distillation.distill == ("reference" not in key)
+    assert arguments.quantization.weight_init == ("gptq" if "gptq" in key else "none")
+    assert arguments.training.gradient_accumulation_steps == (4 if "x4" in key else 1)
+    assert (arguments.distillation.distill_ce_weight == 0) == ("+kl" in key or "reference" in key)
+    sampled = (None, None)  # the recipe's are no part of another row
+    for variant, name in (("samples", "teacher:500"), ("chat", "chat:500")):
+        sampled = (name, 64) if variant in key else sampled
     assert (arguments.distillation.distill_generic, arguments.distillation.distill_generic_length) == sampled
 
 
 @pytest.mark.parametrize(
-    "key", ["mxfp4-rtn~1e-5", "bf16@3", "mxfp4-150@3~1e-5", "mxfp4-150~0", "mxfp4-150~1e5", "nosuch"]
+    "key",
+    [
+        "mxfp4-rtn~1e-5",
+        "bf16@3",
+        "mxfp4-150@3~1e-5",
+        "mxfp4-150~0",
+        "mxfp4-150~1e5",
+        "mxfp4",
+        "mxfp4-0",
+        "mxfp4-9+no",
+        "mxfp4-rtn+gptq",
+        "nosuch",
+    ],
 )
 def test_a_key_without_a_row_is_refused(key):
     assert not is_row(key)
@@ -218,7 +243,7 @@ def test_a_training_that_is_ended_goes_on_in_the_next_call_and_its_minutes_add_u
     once(50)
     figures, seconds = json.loads((folder / "trained.json").read_text()), (folder / "seconds.txt").read_text().split()
     assert len(seconds) == 2 and figures["train_minutes"] == pytest.approx(sum(map(float, seconds)) / 60)
-    assert figures["tokens"] == 7 and figures["steps"] == ROWS[MAIN].steps
+    assert figures["tokens"] == 7 and figures["steps"] == row_of(MAIN).steps
 
 
 def test_the_table_has_what_is_recovered_minutes_and_the_spread_of_seeds(tmp_path):
@@ -229,12 +254,12 @@ def test_the_table_has_what_is_recovered_minutes_and_the_spread_of_seeds(tmp_pat
     for key, value in {"bf16": 0.6, "mxfp4-rtn": 0.4, MAIN: 0.5, f"{MAIN}@3": 0.54}.items():
         write(key, "gsm8k", {"value": value, "error": 0.01})
     write(MAIN, "trained", {"steps": 150, "train_minutes": 2.5, "tokens": 12345})
-    table = real_report.lines(tmp_path, [MAIN, f"{MAIN}@3", "mxfp8"], ["gsm8k", "text_never"])
-    title = ROWS[MAIN].title
+    table = real_report.lines(tmp_path, [MAIN, f"{MAIN}@3", "mxfp8-150"], ["gsm8k", "text_never"])
+    title = row_of(MAIN).title
     assert table == [
         f"{title}: gsm8k 50.0 +- 1.0 / 50%; 150 steps, 12,345 tokens, 2.5 minutes",
         f"{title}, seed 3: gsm8k 54.0 +- 1.0 / 70%",
-        f"{ROWS['mxfp8'].title}: not measured",
+        f"{row_of('mxfp8-150').title}: not measured",
         f"{title}, mean and standard deviation over seeds: gsm8k 52.0 +- 2.8 (2 seeds)",
     ]
 
