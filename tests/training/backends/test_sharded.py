@@ -30,7 +30,7 @@ STAGES = {  # FP32 shows sums in another order as what they are; BF16 adds a rou
     "mxfp4": (QAT | {"save_strategy": "steps", "save_steps": 5, "do_eval": True, "eval_strategy": "steps",
                      "eval_steps": 5}, 1e-3),
     "distill": (QAT | {"distill": True, "smooth_alpha": "auto", "input_transform": "hadamard", "packing": True,
-                       "model_max_length": 64, "max_steps": 4}, 1e-3),
+                       "weight_init": "gptq", "model_max_length": 64, "max_steps": 4}, 1e-3),
     # Scales that layers share, of weights in each step, of inputs from samples and again in training.
     "nvfp4": ({"quant_scheme": "NVFP4", "input_scale_refresh": 3, "max_steps": 4}, 1e-3),
 }  # fmt: skip
