@@ -265,6 +265,11 @@ ROWS["recipe-gptq-generic-teacher-0.5"] = of_ours(
 _w4a8: dict = {"scheme": "MXFP4FP8", "weights": "search", "inputs": None}
 ROWS["MXFP4FP8-search-ptq"] = Row("MXFP4FP8 PTQ, searched weights", **_w4a8)
 ROWS["MXFP4FP8-hadamard-ptq"] = Row("MXFP4FP8 PTQ, searched weights, Hadamard inputs", **_w4a8, **_transforms)
+for _name, _changes in (("", {}), ("-gptq", _gptq)):
+    ROWS[f"MXFP4FP8-hadamard-auto{_name}-ptq"] = Row(
+        f"MXFP4FP8 PTQ, searched weights, Hadamard inputs, smoothing auto{', GPTQ' * bool(_name)}",
+        smooth_alpha="auto", **_w4a8, **_transforms, **_changes,
+    )  # fmt: skip
 # Fewer continuations of the teacher, each read more often.
 for _count in (75, 300):
     ROWS[f"recipe-teacher-{_count}"] = of_ours(
