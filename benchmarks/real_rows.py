@@ -77,7 +77,7 @@ UNTRAINED: dict[str, RealRow] = {
 _NO_SAMPLES: _Flags = {"distill_generic": "none"}  # which recipes/mxfp4.yaml has
 TRAINED: dict[str, RealRow] = {
     "mxfp4-reference": RealRow("MXFP4, the reference's recipe", recipe="mxfp4-reference", learning_rate="recipe"),
-    "mxfp4": RealRow("MXFP4, our recipe without samples", recipe="mxfp4", flags=_NO_SAMPLES),
+    "mxfp4": RealRow("MXFP4, our recipe", recipe="mxfp4", flags=_NO_SAMPLES),
     "mxfp4fp8": RealRow("MXFP4FP8, our recipe", recipe="int4", flags={"quant_scheme": "MXFP4FP8"}),
     "mxfp8": RealRow("MXFP8, our recipe", recipe="mxfp8"),
     "int4_g32": RealRow("INT4_G32, our recipe", recipe="int4", flags={"quant_scheme": "INT4_G32"}),
@@ -118,17 +118,20 @@ def row_of(key: str) -> RealRow:
     """
     if key in UNTRAINED:
         return UNTRAINED[key]
-    match = re.fullmatch(r"([a-z0-9_-]+)-(\d+)((?:\+[a-z0-9-]+)*)(?:~([0-9.e-]+))?(?:@(\d+))?", key)
+    match = re.fullmatch(r"([a-z0-9_-]+)-([1-9]\d*)((?:\+[a-z0-9-]+)*)(?:~([0-9.e-]+))?(?:@(\d+))?", key)
     if match is None:
         raise KeyError(key)
     name, steps, variants, rate, seed = match.groups()
     row, names = TRAINED[name], variants.split("+")[1:]
-    if not int(steps) or rate and not _is_rate(rate):
-        raise KeyError(key)
-    title = ", ".join((row.title, *(VARIANTS[variant][0] for variant in names), f"{int(steps)} steps"))
+    changes = [VARIANTS[variant][1] for variant in names]
+    given = [flag for change in changes for flag in change]
+    if len(given) > len(set(given)) or rate and not _is_rate(rate) or seed == str(row.seed):
+        raise KeyError(key)  # two of the variants exclude each other, or the row has another name already
     flags = row.flags
-    for variant in names:
-        flags = flags | VARIANTS[variant][1]
+    for change in changes:
+        flags = flags | change
+    unsampled = ["without samples of the teacher"] if flags.get("distill_generic") == "none" else []
+    title = ", ".join((row.title, *unsampled, *(VARIANTS[variant][0] for variant in names), f"{steps} steps"))
     title += f", learning rate {rate}" if rate else ""
     title += f", seed {seed}" if seed else ""
     learning_rate, seed = rate or row.learning_rate, int(seed) if seed else row.seed

@@ -42,9 +42,16 @@ class MixedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """A row of the domain, or from len(domain) on of the generic text; `generic` says which, for each token."""
+        if index >= len(self.domain) + max(self.generic_rows, len(self.generic)):
+            raise IndexError(f"there is no row {index}")
         is_generic = index >= len(self.domain)
         row = self.generic[(index - len(self.domain)) % len(self.generic)] if is_generic else self.domain[index]
         return {**row, COLUMN: [int(is_generic)] * len(row["input_ids"])}
+
+    def first(self, count: int) -> list[dict]:
+        """The first rows of an epoch whose domain is not shuffled: as many generic ones between them as in training."""
+        order = self.interleave(list(range(min(count, len(self.domain)))), 0)
+        return [self[index] for index in order[:count]]
 
     def interleave(self, domain_order: list[int], epoch: int) -> list[int]:
         """The indices of the rows of an epoch, in order, given those of its rows of the domain."""

@@ -5,7 +5,8 @@ in the outputs on some samples. Here a column is kept as it was just before it w
 weights are almost the values that GPTQ chooses, and training moves them as any others, which values on the grid would
 not let it do. In MX formats with inputs in Hadamard blocks that is MR-GPTQ (arXiv:2509.23202) as a starting point.
 
-With H = X^T X of the rounded inputs, U the upper Cholesky factor of H^-1, and q the rounding:
+With H = X^T X of the rounded inputs, each token's divided by its norm (see moments.py), U the upper Cholesky factor of
+H^-1, and q the rounding:
 
     e_j = (w_j - q(w_j)) / U_jj,    w_k -= e_j U_jk for each k > j
 """
@@ -25,11 +26,13 @@ from ..layers.sites import EXPERTS, Site, quantized_sites
 from ..numerics import ops
 from ..numerics.formats import Quantized
 from ..schemes.spec import TensorSpec
-from .moments import groups_of, lots, second_moments
+from .moments import groups_of, linear_sites, lots, second_moments
 
 logger = logging.getLogger(__name__)
 
 DAMPING = 0.1  # of the mean of H's diagonal, added to it; more than GPTQ's 0.01, for text unlike the samples
+_UNREACHED = "no sample reaches it"
+_SHARED = "it shares its weight with another module, or its weight is not rounded"
 _CHUNK = 128  # columns whose errors are passed on to the others at once
 
 
@@ -38,14 +41,14 @@ class Compensated:
     """What was done to a model.
 
     Attributes:
-        layers: whose weights make up for their rounding now.
-        experts: stacks of experts, whose weights are as before.
-        unreached: linear layers that no sample has reached, whose weights are as before.
+        layers: how many have weights that make up for their rounding now.
+        experts: how many stacks of experts have weights as before.
+        left: other layers whose weights are as before, by name, and why.
     """
 
     layers: int
     experts: int
-    unreached: tuple[str, ...]
+    left: dict[str, str]
 
 
 @torch.no_grad()
@@ -61,7 +64,7 @@ def compensate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], dam
         damping: of the mean of the diagonal of the moments, added to it.
 
     Raises:
-        UserError: there is no batch.
+        UserError: there is no batch, or a layer's inputs are not finite.
     """
     batches = list(batches)
     if not batches:
@@ -69,23 +72,32 @@ def compensate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], dam
     was_training = model.training
     model.eval()
     try:
-        groups = groups_of(model, batches[0])
+        chosen = linear_sites(model)
+        groups = groups_of(model, batches, chosen)
         for lot in lots(groups):
             moments = second_moments(model, batches, [group[0] for group in lot], "Inputs of layers")
-            for group, moment in tqdm(list(zip(lot, moments, strict=True)), desc="GPTQ", unit="input"):
-                _compensate_group(group, moment, damping)
+            moments.reverse()
+            for group in tqdm(lot, desc="GPTQ", unit="input"):
+                _compensate_group(group, moments.pop(), damping)
     finally:
         model.train(was_training)
     reached = {site.label for group in groups for site in group}
-    sites = quantized_sites(model)
-    linear = [site.label for site in sites if site.kind != EXPERTS.name]
-    result = Compensated(len(reached), len(sites) - len(linear), tuple(n for n in linear if n not in reached))
+    could = {site.label for site in chosen}
+    others = [site for site in quantized_sites(model) if site.label not in reached]
+    linear = [site.label for site in others if site.kind != EXPERTS.name]
+    left = {name: _UNREACHED if name in could else _SHARED for name in linear}
+    result = Compensated(len(reached), len(others) - len(linear), left)
     _log(result)
     return result
 
 
 def _compensate_group(group: Sequence[Site], moment: torch.Tensor, damping: float) -> None:
     """The weights of sites with one input; those with the same rounding are done together."""
+    if not moment.isfinite().all():
+        raise UserError(
+            f"GPTQ: inputs of {group[0].label} are NaN or infinite on the samples; look at the data and the weights, "
+            "or leave it off (weight_init none)"
+        )
     factor = inverse_factor(moment, damping)
     together: dict[TensorSpec, list[Site]] = {}
     for site in group:
@@ -178,8 +190,8 @@ def _log(result: Compensated) -> None:
     text = f"{result.layers} linear layers start from weights that make up for their own rounding (GPTQ)"
     if result.experts:
         text += f"; left as they are: {result.experts} stacks of experts"
-    if not result.unreached:
-        logger.info(text)
-        return
-    names = ", ".join(result.unreached[:3]) + (" ..." if len(result.unreached) > 3 else "")
-    logger.warning("%s; left as they are, since no sample reaches them: %s", text, names)
+    for reason in dict.fromkeys(result.left.values()):
+        names = [name for name, own in result.left.items() if own == reason]
+        text += f"; left as they are, since {reason}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3)
+    log = logger.info if result.layers and not result.left else logger.warning
+    log("%s", text)

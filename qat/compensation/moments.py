@@ -1,4 +1,8 @@
-"""Second moments of the inputs of quantized layers, as these are rounded before the product."""
+"""Second moments of the inputs of quantized layers, as these are rounded before the product.
+
+Each token counts alike: its input is divided by its norm. In some layers the inputs of a text's first tokens are ten
+times larger and more, and the sum of plain squares would be of these alone.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +19,50 @@ from ..layers.kv_cache import cache_quantizers
 from ..layers.operands import compute_dtype
 from ..layers.sites import EXPERTS, Site, quantized_sites
 from ..layers.transform import transformed_input
+from ..transforms.observation import shared_parameters
 
+_Hook = Callable[[nn.Module, tuple, dict], None]
 MEMORY = 4 << 30  # bytes of moments that are summed up at once; more layers take more passes over the samples
 
 
 def linear_sites(model: nn.Module) -> list[Site]:
-    """The sites of a prepared model that have one weight for all tokens: all but experts."""
-    return [site for site in quantized_sites(model) if site.kind != EXPERTS.name]
+    """The sites of a prepared model with a weight of their own that is rounded, one for all tokens: no experts."""
+    shared = shared_parameters(model)
+    sites = [site for site in quantized_sites(model) if site.kind != EXPERTS.name and id(site.weight) not in shared]
+    return [site for site in sites if site.module.weight_quantizer.is_enabled]
 
 
 @torch.no_grad()
-def groups_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[list[Site]]:
-    """The linear sites that a batch reaches, in the order of the model; those with the same rounded input together."""
+def groups_of(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], sites: Sequence[Site]) -> list[list[Site]]:
+    """Those of the sites that batches reach, in the order of their calls; sites with the same rounded input together.
+
+    No more batches are read when all sites are reached.
+    """
     seen: dict[tuple, list[Site]] = {}
     reached: set[str] = set()
+    calls = 0
     alive = []  # inputs, which keep their addresses from reuse
 
-    def hook(site: Site) -> Callable[[nn.Module, tuple], None]:
-        def see(module: nn.Module, args: tuple) -> None:
+    def hook(site: Site) -> _Hook:
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if site.label in reached:  # a layer that is called twice belongs to its first input
                 return
             reached.add(site.label)
-            x, quantizers = args[0], (site.module.input_quantizer, site.module.weight_quantizer)
+            x, quantizers = _given(args, kwargs), (site.module.input_quantizer, site.module.weight_quantizer)
             how = quantizers[0].spec, quantizers[0].is_enabled, quantizers[1].is_transformed
-            key = StorageWeakRef(x.untyped_storage()), x.shape, x.storage_offset(), *how
+            key = calls, StorageWeakRef(x.untyped_storage()), x.shape, x.storage_offset(), *how
             alive.append(x)
             seen.setdefault(key, []).append(site)
 
         return see
 
-    with _hooked(linear_sites(model), hook), _what_is_calibrated_later_off(model):
-        model(**batch)
+    with _hooked(sites, hook), _what_is_calibrated_later_off(model):
+        for batch in batches:
+            model(**batch)
+            alive.clear()
+            if len(reached) == len(sites):
+                break
+            calls += 1
     return list(seen.values())
 
 
@@ -68,7 +85,7 @@ def lots(groups: Sequence[list[Site]]) -> Iterator[list[list[Site]]]:
 def second_moments(
     model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], sites: Sequence[Site], what: str
 ) -> list[torch.Tensor]:
-    """X^T X for each site, FP32 [K, K]: X [tokens, K] are its inputs, rounded as in its product, of all batches.
+    """X^T X for each site, FP32 [K, K]: a row of X [tokens, K] is an input, rounded as in the product, over its norm.
 
     Inputs whose scale is calibrated later are taken as they are.
 
@@ -78,9 +95,9 @@ def second_moments(
     moments = [torch.zeros(site.shape[1], site.shape[1], device=site.weight.device) for site in sites]
     numbers = {site.label: number for number, site in enumerate(sites)}
 
-    def hook(site: Site) -> Callable[[nn.Module, tuple], None]:
-        def add(module: nn.Module, args: tuple) -> None:
-            x = rounded_input(site, args[0]).flatten(0, -2).float()
+    def hook(site: Site) -> _Hook:
+        def add(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = rounded_input(site, _given(args, kwargs)).flatten(0, -2).float()
             x = F.normalize(x, dim=-1)
             moments[numbers[site.label]].addmm_(x.T, x)
 
@@ -100,9 +117,14 @@ def rounded_input(site: Site, x: torch.Tensor) -> torch.Tensor:
     return site.module.input_quantizer(x, site.module.input_divisor(x.device))
 
 
+def _given(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The input of a layer that is called."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 @contextmanager
-def _hooked(sites: Sequence[Site], hook: Callable[[Site], Callable[[nn.Module, tuple], None]]) -> Iterator[None]:
-    handles = [site.module.register_forward_pre_hook(hook(site)) for site in sites]
+def _hooked(sites: Sequence[Site], hook: Callable[[Site], _Hook]) -> Iterator[None]:
+    handles = [site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites]
     try:
         yield
     finally:

@@ -50,7 +50,7 @@ def observe(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> Obs
         for handle in handles:
             handle.remove()
     quantized = {id(site.weight) for site in observer.sites}
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     found = [
         activation
         for activation in observer.activations()
@@ -159,7 +159,7 @@ class _Observer(TorchFunctionMode):
         return hook
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """The ids of parameters that several modules have."""
     seen: set[int] = set()
     shared: set[int] = set()

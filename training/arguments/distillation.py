@@ -79,8 +79,8 @@ class DistillationArguments:
     distill_cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where --distill_teacher cache keeps distributions, and --distill_generic teacher:N its samples. "
-            "Default: beside the data's."
+            "help": "Where --distill_teacher cache keeps distributions, and --distill_generic teacher:N or chat:N its "
+            "samples. Default: beside the data's."
         },
     )
     distill_top_k: int = field(

@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import nn
 
+from data.sets.mixing import COLUMN, MixedDataset
 from data.sets.packing import needs_one_row
 
 from ..backends.weightless import first_process_loads
@@ -18,7 +19,7 @@ from ..backends.weightless import first_process_loads
 logger = logging.getLogger(__name__)
 
 SAMPLES, TOKENS = 32, 512  # more samples, and more tokens of each, change the maxima of channels little
-_WORKSPACE = 2 << 30  # bytes beside the weights: a few logits of TOKENS x 256,000 in FP32, 0.5 GiB each
+WORKSPACE = 2 << 30  # bytes beside the weights: a few logits of TOKENS x 256,000 in FP32, 0.5 GiB each
 
 
 def first_samples(data_module: dict, device: torch.device, count: int = SAMPLES) -> Iterator[dict[str, torch.Tensor]]:
@@ -27,18 +28,21 @@ def first_samples(data_module: dict, device: torch.device, count: int = SAMPLES)
     When samples are packed, the first rows are those of the longest samples.
 
     Args:
-        data_module: from `make_supervised_data_module`.
+        data_module: from `make_supervised_data_module`; of text that is mixed in, its share of the samples is read.
         device: where the tensors go.
         count: how many, at most.
     """
-    for sample in islice(iter(data_module["train_dataset"]), count):
+    rows = data_module["train_dataset"]
+    for sample in rows.first(count) if isinstance(rows, MixedDataset) else islice(iter(rows), count):
         beginning = {name: column[:TOKENS] for name, column in sample.items() if name != "length"}
         batch = data_module["data_collator"]([beginning])
-        yield {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        yield {key: value.to(device) for key, value in batch.items() if key not in ("labels", COLUMN)}
 
 
 @contextmanager
-def computing_in_fp32(model: nn.Module, device: torch.device, what: str, remedy: str) -> Iterator[None]:
+def computing_in_fp32(
+    model: nn.Module, device: torch.device, what: str, remedy: str, workspace: int = WORKSPACE
+) -> Iterator[None]:
     """Have `model` on `device` inside, with an attention that computes in FP32.
 
     A model that is to be sharded computes there if it fits, or else, with a warning, on the CPU with all its cores, and
@@ -47,10 +51,11 @@ def computing_in_fp32(model: nn.Module, device: torch.device, what: str, remedy:
     Args:
         what: is done inside, for messages: "smoothing".
         remedy: against a long time on the CPU: "leave it off with --smooth_alpha 0".
+        workspace: bytes that are needed beside the weights.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         model.to(device)
-    with _computing_on(model, device, what, remedy), _attention_in_fp32(model):
+    with _computing_on(model, device, what, remedy, workspace), _attention_in_fp32(model):
         yield
 
 
@@ -69,11 +74,11 @@ def weights_in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _computing_on(model: nn.Module, device: torch.device, what: str, remedy: str) -> Iterator[None]:
+def _computing_on(model: nn.Module, device: torch.device, what: str, remedy: str, workspace: int) -> Iterator[None]:
     """Have `model` on `device` inside, or else, with a warning, on the CPU with all its cores."""
     home, threads = model.device, torch.get_num_threads()
     try:
-        if home.type != device.type and (needed := _bytes(model)) <= (free := _free_bytes(device)):
+        if home.type != device.type and (needed := workspace + _bytes(model)) <= (free := _free_bytes(device)):
             model.to(device)
         elif home.type != device.type:
             if first_process_loads() or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":  # no other process computes
@@ -93,8 +98,8 @@ def _computing_on(model: nn.Module, device: torch.device, what: str, remedy: str
 
 
 def _bytes(model: nn.Module) -> int:
-    """Parameters, buffers and room to compute in."""
-    return _WORKSPACE + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _free_bytes(device: torch.device) -> int:

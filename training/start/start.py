@@ -136,6 +136,8 @@ class Start:
         if is_packed or self._has_learned_scales:
             how = "packed" if is_packed else "saved"
             for name, off in (("smooth_alpha", 0), ("weight_init", "none")):
+                if name == "weight_init" and self.is_native:  # GPTQ leaves experts alone, which alone are packed there
+                    continue
                 if (value := getattr(quant_args, name)) != off:
                     raise UserError(
                         f"--{name} {value} would undo the rounding that --model_name_or_path {folder!r} was {how} "

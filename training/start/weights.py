@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from qat.compensation.gptq import compensate
+from qat.compensation.moments import MEMORY, linear_sites
+from qat.errors import UserError
 
 from ..arguments.quantization import QuantizationArguments
-from .samples import computing_in_fp32, first_samples, weights_in_fp32
+from .samples import WORKSPACE, computing_in_fp32, first_samples, weights_in_fp32
 from .smoothing import smooth_with_data
 
 
@@ -51,5 +53,19 @@ def compensate_with_data(model: nn.Module, data_module: dict, samples: int, devi
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
-    with weights_in_fp32(model), computing_in_fp32(model, device, "GPTQ", "leave it off with --weight_init none"):
-        compensate(model, first_samples(data_module, model.device, samples))
+    remedy = "leave it off with --weight_init none"
+    try:
+        with weights_in_fp32(model), computing_in_fp32(model, device, "GPTQ", remedy, _workspace(model)):
+            compensate(model, first_samples(data_module, model.device, samples))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--weight_init gptq: {device} has too little memory for the model in FP32 and up to "
+            f"{_workspace(model) / 2**30:.0f} GiB beside it ({str(error).splitlines()[0]}); take a device with more "
+            f"memory, or {remedy}"
+        ) from None
+
+
+def _workspace(model: nn.Module) -> int:
+    """Bytes beside the weights: the moments of a lot, three more matrices of the widest input, and a forward pass."""
+    widest = max((site.shape[1] for site in linear_sites(model)), default=0)
+    return WORKSPACE + MEMORY + 3 * 4 * widest**2

@@ -25,6 +25,7 @@ from data.sets.cache import default_root, fingerprint
 from qat.errors import UserError
 from qat.files.build_once import build_once
 
+from . import turns
 from .cache import wait_for
 from .precision import needs_autocast
 from .sample_keys import weights_digest
@@ -60,7 +61,7 @@ def sample_continuations(
     if training_args.world_size > 1:
         broadcast_object_list(digest)
     root = Path(folder) if folder else default_root().with_name("teachers")
-    code = hashlib.blake2b(Path(__file__).read_bytes()).hexdigest()
+    code = hashlib.blake2b(b"".join(Path(file).read_bytes() for file in (__file__, turns.__file__))).hexdigest()
     settings = {"count": count, "length": length, "opening": repr(opening), "seed": SEED, "at once": TOKENS_AT_ONCE}
     key = fingerprint({"continuations of": digest[0], "code": code, **settings})
 
@@ -74,13 +75,29 @@ def sample_continuations(
         _check_alike(hashlib.blake2b(content).hexdigest(), opening.name(count))
     logger.info("samples of the teacher (%s): %d of %d tokens, %s", opening.kind, count, length, path.parent)
     tokens = np.frombuffer(content, dtype="<i4").reshape(count, length)
+    if opening.turns and builds:
+        _check_turns(tokens, opening)
     labels = tokens.copy()
     labels[:, : len(opening.begin)] = IGNORE_INDEX
     return Dataset.from_dict({"input_ids": list(tokens), "labels": list(labels), "length": [length] * count})
 
 
+def _check_turns(tokens: np.ndarray, opening: Opening) -> None:
+    """Log how many turns the teacher has ended; a warning where most conversations have not even a question."""
+    body = tokens[:, len(opening.begin) :]
+    ended = np.isin(body, [turn[0] for turn in opening.turns]).sum(1)
+    if (ended > 0).mean() < 0.5:
+        logger.warning(
+            "The teacher ended the user's turn in %d of %d conversations, so most have no answer: it may not know the "
+            "chat template's end of a turn, or --distill_generic_length %d is short; consider teacher:%d",
+            (ended > 0).sum(), len(tokens), tokens.shape[1], len(tokens),
+        )  # fmt: skip
+    else:
+        logger.info("the teacher ended %.1f turns a conversation", ended.mean())
+
+
 def no_weights(name: str) -> str:
-    """Why samples (teacher:N) are not drawn where one machine alone has read the weights."""
+    """Why samples (teacher:N, chat:N) are not drawn where one machine alone has read the weights."""
     return (
         f"--distill_generic {name} is sampled by the first process of each machine, and that of the first "
         "machine alone has weights; set fsdp_cpu_ram_efficient_loading: false in the accelerate configuration, give a "

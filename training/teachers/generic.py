@@ -34,7 +34,7 @@ class GenericText:
         tokens_of: the tokenizer of student and teacher.
         samples: the text, of columns `input_ids`, `labels`, `length`; None until it is sampled, or where none is asked.
         evaluated: likewise, that of --eval_generic.
-        chat: how conversations begin and go on that are to be sampled; None for other text.
+        chat: how sampled conversations begin and continue; None where none are sampled.
     """
 
     settings: DistillationArguments
@@ -65,6 +65,12 @@ class GenericText:
         if settings.generic_continuations and several_machines and first_process_loads():
             raise UserError(no_weights(str(settings.distill_generic)))
         if settings.samples_conversations:
+            if data_args.chat_template == "none":
+                raise UserError(
+                    f"--distill_generic {settings.distill_generic} samples conversations in the tokenizer's chat "
+                    "template, and --chat_template none writes the data without it; give teacher:N, or another "
+                    "--chat_template"
+                )
             text.chat = of_conversations(tokenizer)
             _check_length(len(text.chat.begin), settings, args)
         if settings.generic_file is not None:
@@ -115,8 +121,8 @@ def _check_length(begin: int, settings: DistillationArguments, args: TrainingArg
     length = settings.distill_generic_length or args.model_max_length
     if length <= begin:
         raise UserError(
-            f"--distill_generic_length {length}: the chat template begins a conversation with {begin} tokens; give "
-            f"more, such as {begin + 256}"
+            f"a sampled conversation has {length} tokens (--distill_generic_length, else --model_max_length), and the "
+            f"chat template begins it with {begin}; give more of both, such as {begin + 256}, or --distill_generic none"
         )
 
 

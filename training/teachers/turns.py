@@ -10,12 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qat.errors import UserError
 
 _REMEDY = "give teacher:N, which samples plain text, a FILE, or --distill_generic none"
-_WORDS = ("QUESTION", "ANSWER", "ANOTHER")  # stand in for what is said
+_WORDS = ("FirstQuestionOfThree", "AnswerOfThree", "LastQuestionOfThree")  # stand in for what is said
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How sampled sequences begin and go on.
+    """How sampled sequences begin and continue.
 
     Attributes:
         begin: ids of the first tokens.
@@ -60,7 +60,7 @@ class Given:
         self.place = torch.full((rows,), longest - 1, device=device)  # in `behind` of the turn before
 
     def instead_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens that go on, int64 [rows, 1], from those that were sampled."""
+        """The next tokens, int64 [rows, 1], from those that were sampled."""
         if not len(self.ends):
             return tokens
         sampled, count = tokens[:, 0], len(self.ends)
@@ -89,7 +89,7 @@ def of_text(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel) -> Ope
 
 
 def of_conversations(tokenizer: PreTrainedTokenizerBase) -> Opening:
-    """Conversations begin and go on as the tokenizer's chat template writes them.
+    """Conversations begin and continue as the tokenizer's chat template writes them.
 
     Raises:
         UserError: there is no template, it cannot write two turns, or it ends a turn with no special token.
@@ -101,17 +101,30 @@ def of_conversations(tokenizer: PreTrainedTokenizerBase) -> Opening:
         asked = tokenizer.apply_chat_template(said[:1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(said, tokenize=False)
         begin, to_assistant = str(asked).split(_WORDS[0])
-        to_user = str(whole).split(_WORDS[1])[1].split(_WORDS[2])[0]
+        _, after = str(whole).split(_WORDS[1])
+        to_user, _ = after.split(_WORDS[2])
+        _, to_end = str(tokenizer.apply_chat_template(said[:2], tokenize=False)).split(_WORDS[1])
     except Exception as error:  # whatever a template raises
         raise UserError(
             f"--distill_generic chat:N: the chat template cannot write a dialogue ({error}); {_REMEDY}"
         ) from error
-    texts = (begin, to_assistant, to_user)
+    texts = (begin, to_assistant, to_user, to_end)
     pieces = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    for piece, text in zip(pieces[1:], texts[1:], strict=True):
-        if not piece or piece[0] not in tokenizer.all_special_ids:
+    if not pieces[0]:
+        raise UserError(
+            "--distill_generic chat:N: the chat template writes nothing before a question, so there is nothing to "
+            f"sample from; {_REMEDY}"
+        )
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    for piece, text in zip(pieces[1:3], texts[1:3], strict=True):
+        if not piece or piece[0] not in special:
             raise UserError(
                 f"--distill_generic chat:N: the chat template ends a turn with {text!r}, which begins with no special "
                 f"token, so a sampled end is not recognized; {_REMEDY}"
             )
-    return Opening(pieces[0], tuple(pieces[1:]))
+    if pieces[2][0] != (pieces[3] or (None,))[0]:
+        raise UserError(
+            f"--distill_generic chat:N: the chat template ends the last answer with {to_end!r} and others with "
+            f"{to_user!r}, so a sampled end is not recognized; {_REMEDY}"
+        )
+    return Opening(pieces[0], tuple(pieces[1:3]))

@@ -109,6 +109,7 @@ def test_moments_are_those_of_the_inputs_as_they_are_rounded(transform):
     model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 32, bias=False))
     prepare_qat(model, {"0": "MXFP4", "1": "MXFP8"}, (), input_transforms={"1": "hadamard"} if transform else {})
     x = torch.randn(5, 64)
+    x[2] *= 100
     found = second_moments_of(model, x)
     matrix = torch.eye(1)
     for _ in range(5):
@@ -117,7 +118,9 @@ def test_moments_are_those_of_the_inputs_as_they_are_rounded(transform):
     hidden = (hidden.unflatten(-1, (-1, 32)) @ matrix / 32**0.5).flatten(-2) if transform else hidden
     for moment, given, fmt in ((found[0], x, "mxfp4"), (found[1], hidden, "mxfp8")):
         values = ops.fake_quantize(given, fmt, "floor", torch.float32)
+        values = values / values.norm(dim=-1, keepdim=True)  # each token counts alike
         torch.testing.assert_close(moment, values.T @ values)
+        assert float(moment.trace()) == pytest.approx(5)
 
 
 def second_moments_of(model, x: torch.Tensor) -> list[torch.Tensor]:
@@ -155,7 +158,7 @@ def test_a_models_logits_come_nearer_to_those_of_the_unquantized_model(make, sch
     before = (outputs(model) - outputs(plain)).square().mean()
     result = compensate(model, BATCHES, damping=0.01)
     assert (outputs(model) - outputs(plain)).square().mean() < 0.9 * before
-    assert (result.layers, result.experts, result.unreached) == (len(quantized_sites(model)), 0, ())
+    assert (result.layers, result.experts, result.left) == (len(quantized_sites(model)), 0, {})
 
 
 def test_what_is_calibrated_later_is_not_rounded_and_on_again_afterwards():
@@ -185,13 +188,71 @@ def test_a_layer_that_no_sample_reaches_is_named_in_a_warning(caplog):
     model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
     with caplog.at_level(logging.WARNING, "qat.compensation.gptq"):
         result = compensate(model, BATCHES)
-    assert result.unreached[0] == "model.layers.1.self_attn.q_proj"
-    assert "no sample reaches them: model.layers.1.self_attn.q_proj" in caplog.text
+    assert list(result.left)[0] == "model.layers.1.self_attn.q_proj" and len(result.left) == 7
+    assert "no sample reaches it: model.layers.1.self_attn.q_proj" in caplog.text
+
+
+class Routed(torch.nn.Module):
+    """Four linear experts; a sample is sent to the one that its first token says."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(128, 64)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(4))
+
+    def forward(self, input_ids):
+        return self.experts[int(input_ids[0, 0]) % 4](input=self.embed(input_ids))
+
+
+def test_a_layer_is_reached_if_any_sample_reaches_it_and_may_be_called_by_keyword():
+    model = Routed()
+    before = [expert.weight.detach().clone() for expert in model.experts]
+    prepare_qat(model, {torch.nn.Linear: "MXFP4"}, ())
+    ids = [torch.tensor([[first, 5, 9, 23]]) for first in (0, 1, 2)]
+    result = compensate(model, [{"input_ids": row} for row in ids])
+    assert (result.layers, list(result.left)) == (3, ["experts.3"])
+    moved = [not torch.equal(expert.weight, old) for expert, old in zip(model.experts, before, strict=True)]
+    assert moved == [True, True, True, False]
+
+
+def test_a_weight_that_several_modules_share_or_that_is_not_rounded_stays(caplog):
+    model = make_llama(tie_word_embeddings=True).eval()
+    prepare_qat(model, {torch.nn.Linear: "MXFP4"}, ())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    down = model.model.layers[0].mlp.down_proj
+    down.weight_quantizer.disable()
+    before = model.lm_head.weight.detach().clone(), down.weight.detach().clone()
+    with caplog.at_level(logging.WARNING, "qat.compensation.gptq"):
+        result = compensate(model, BATCHES)
+    assert set(result.left) == {"model.layers.0.mlp.down_proj", "lm_head"}
+    assert torch.equal(model.lm_head.weight, before[0]) and torch.equal(down.weight, before[1])
+    assert "shares its weight with another module" in caplog.text
+
+
+def test_layers_behind_see_the_inputs_that_the_weights_before_them_give(monkeypatch):
+    """With memory for one input at a time each lot is that of a model whose earlier layers are done."""
+    at_once, apart = prepared()[0], prepared()[0]
+    compensate(at_once, BATCHES)
+    monkeypatch.setattr(moments, "MEMORY", 1)
+    compensate(apart, BATCHES)
+    first, last = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    weights = [dict(model.named_parameters()) for model in (at_once, apart)]
+    assert torch.equal(weights[0][first], weights[1][first])
+    assert not torch.equal(weights[0][last], weights[1][last])
+
+
+def test_inputs_that_are_not_finite_are_named():
+    model, _ = prepared()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(UserError, match="inputs of model.layers.1.self_attn.q_proj are NaN or infinite"):
+        compensate(model, BATCHES)
 
 
 def test_layers_with_the_same_input_share_its_moments_and_lots_fit_the_memory(monkeypatch):
     model, _ = prepared()
-    groups = groups_of(model, BATCHES[0])
+    groups = groups_of(model, BATCHES[:1], moments.linear_sites(model))
     names = [[site.name.rpartition(".")[2] for site in group] for group in groups]
     assert names[:4] == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     monkeypatch.setattr(moments, "MEMORY", 4 * 2 * groups[0][0].shape[1] ** 2)

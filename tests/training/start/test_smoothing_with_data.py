@@ -8,6 +8,7 @@ import torch
 from helpers import make_llama
 
 from data.sets.collating import SupervisedCollator
+from data.sets.mixing import MixedDataset
 from qat import prepare_qat
 from qat.transforms.smoothing import smooth
 from training.backends.masters import to_master_dtype
@@ -43,6 +44,14 @@ def test_no_more_than_the_beginning_of_each_sample_is_read(monkeypatch):
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
     monkeypatch.setattr(samples, "TOKENS", 20)
     assert any(not torch.equal(value, ours[name]) for name, value in smoothed(whole).items())
+
+
+def test_of_text_that_is_mixed_in_its_share_of_the_samples_is_read():
+    domain, text = make_data(20), make_data(20, 12)
+    mixed = MixedDataset(domain["train_dataset"], text["train_dataset"], 0.25)
+    batches = list(samples.first_samples(domain | {"train_dataset": mixed}, CPU, 8))
+    assert [batch["input_ids"].shape[1] for batch in batches] == [20, 20, 20, 12, 20, 20, 20, 12]
+    assert all("generic" not in batch for batch in batches)
 
 
 @pytest.mark.parametrize("alpha", [0.7, "auto"])

@@ -242,6 +242,11 @@ def test_conversations_open_as_the_chat_template_opens_them():
         ("{{ raise_exception('no') }}", "cannot write a dialogue"),
         ("{{ messages[0].content }}", "cannot write a dialogue"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "begins with no special token"),
+        ("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "writes nothing before a question"),
+        (
+            CHATML.replace("<|im_end|>", "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}"),
+            "ends the last answer with '</s>",
+        ),
     ],
 )
 def test_chat_templates_whose_turns_cannot_be_sampled_are_refused(template, message):
@@ -285,6 +290,20 @@ def test_conversations_are_sampled_with_the_template_between_turns_and_all_but_i
     assert after_ends == {(0, 3), (1, 4)}
 
 
+def test_a_teacher_that_ends_no_turns_is_named_in_a_warning(tmp_path, caplog):
+    model = load_teacher(make_llama(), None)
+    with caplog.at_level("INFO", "training.teachers.continuations"):
+        sample_continuations(model, 20, 8, Opening((5,), ((8, 3), (8, 4))), CPU, str(tmp_path))
+    assert "conversations, so most have no answer" in caplog.text
+
+
+def test_conversations_need_the_template_that_the_data_is_written_in():
+    settings = DistillationArguments(True, distill_generic="chat:6")
+    args = SimpleNamespace(**vars(CPU), model_max_length=48)
+    with pytest.raises(ValueError, match="--chat_template none writes the data without it; give teacher:N"):
+        generic.GenericText.read(settings, args, DataArguments(chat_template="none"), chat_tokenizer())
+
+
 def test_conversations_that_are_asked_for_are_sampled_and_mixed_into_the_training_data(tmp_path):
     tokenizer, model = chat_tokenizer(), make_llama()
     model.resize_token_embeddings(len(tokenizer))
@@ -296,9 +315,11 @@ def test_conversations_that_are_asked_for_are_sampled_and_mixed_into_the_trainin
     begin = list(of_conversations(tokenizer).begin)
     assert all(row["input_ids"][: len(begin)] == begin and row["length"] == 48 for row in asked.samples)
     mixed = asked.mixed_into({"train_dataset": text()})["train_dataset"]
-    assert sum(row["generic"][0] for row in mixed) == mixed.generic_rows > 0
+    rows = list(mixed)  # which ends: of either kind all
+    assert sum(row["generic"][0] for row in rows) == max(mixed.generic_rows, 6) == len(rows) - 5
+    assert [row["generic"][0] for row in mixed.first(4)] == [0, 0, 0, 1]
     args.model_max_length = len(begin)
-    with pytest.raises(ValueError, match=f"begins a conversation with {len(begin)} tokens; give more"):
+    with pytest.raises(ValueError, match=f"chat template begins it with {len(begin)}; give more of both"):
         generic.GenericText.read(settings, args, DataArguments(), tokenizer)
 
 
