@@ -1,8 +1,9 @@
 """The frozen weights of adapters, written once where a run changes them before it trains.
 
 Smoothing, GPTQ, and adapters that begin as a part of the weights (PiSSA, OLoRA), leave frozen weights that no published
-model has. A run writes them into its folder before the first step, with the adapters as they were then: what the finished
-adapters belong to exists, and a resumed run computes with the same bits whatever its machine would smooth or decompose.
+model has. A run writes them into its folder before the first step, with the adapters as they were then: what the
+finished adapters belong to exists, and a resumed run computes with the same bits whatever its machine would smooth or
+decompose.
 """
 
 from __future__ import annotations
