@@ -7,8 +7,8 @@
 One call runs for `--minutes` and is given again until it says that all is done: training resumes from its checkpoint,
 answers from the last piece. First the model is written in BF16 and answers the training questions
 (`benchmarks/training_data.py`); then each row is trained by main.py with its recipe, or quantized, and measured:
-tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, the KL to the BF16
-model on them. `OUT/real_models.csv` has every figure that is there, with the minutes of training on its device.
+tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, and the KL to the
+BF16 model on them and on its own answers. `OUT/real_models.csv` has every figure that is there, with the minutes of training on its device.
 `benchmarks/real_report.py` prints the table, `benchmarks/real_many.py` measures rows on several GPUs at once.
 
 The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF16, which is told in the table.
@@ -37,6 +37,7 @@ from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E
 from benchmarks.real_rows import ALL, TRAINED, VARIANTS, is_row, row_of, settings_text  # noqa: E402
 from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import check_source, environment, write_text  # noqa: E402
+from benchmarks.tasks.divergence import ANSWERS, PROBLEMS, kl_on_answers, task_of  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
 from benchmarks.tasks.texts import TEXTS, bits_per_byte, read_text  # noqa: E402
@@ -47,7 +48,7 @@ from qat.files.model_folder import check_model_folder  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
-FIGURES = (*TASKS, *TEXTS)
+FIGURES = (*TASKS, *TEXTS, *ANSWERS)
 ALL_DONE, OVER = "all is done", "{:g} minutes are over; give the same command again"
 
 
@@ -161,7 +162,10 @@ class Table:
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = self.text(key, figure) if figure in TEXTS else self.task(key, figure, path.with_suffix(""))
+        if figure in ANSWERS:
+            result = self.on_answers(key, task_of(figure))
+        else:
+            result = self.text(key, figure) if figure in TEXTS else self.task(key, figure, path.with_suffix(""))
         about = environment(self.device)
         if self.args.rows_on_gpu > 1:
             about["device"] += f", up to {self.args.rows_on_gpu} rows at once"
@@ -184,6 +188,18 @@ class Table:
             right += json.loads(piece.read_text())["right"]
         value, error = mean_and_error([float(is_right) for is_right in right])
         return {"value": value, "error": error, "count": len(right), "right": right}
+
+    def on_answers(self, key: str, name: str) -> dict:
+        """The KL to the BF16 model on its own answers to the first problems of a task."""
+        self.check_time()
+        if key == BASELINE:
+            return {"value": 0.0, "error": 0.0, "kl": 0.0}
+        task, problems = TASKS[name], read(name, self.args.tasks)[: self.args.limit or PROBLEMS][:PROBLEMS]
+        questions = [task.prompt(problem) for problem in problems]
+        figures = kl_on_answers(
+            self.model_of(key), self.teacher(), self.tokenizer, questions, task.max_new_tokens
+        )  # fmt: skip
+        return {**figures, "kl": figures["value"], "count": len(questions)}
 
     def text(self, key: str, name: str) -> dict:
         """Bits per byte of a text, and the KL to the BF16 model."""
@@ -239,7 +255,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.gguf_file is not None and not Path(args.model, args.gguf_file).is_file():
         raise UserError(f"--gguf_file {args.gguf_file!r} is not in --model {args.model!r}; name a .gguf file in there")
     for figure in args.figures:
-        (read_text if figure in TEXTS else read)(figure, args.tasks)
+        (read_text if figure in TEXTS else read)(task_of(figure), args.tasks)
     if any(row_of(key).quantized or row_of(key).recipe for key in args.rows):
         training_data.questions(args.tasks)
 

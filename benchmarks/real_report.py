@@ -12,6 +12,7 @@ from statistics import mean, stdev
 
 from benchmarks.real_rows import ALL, is_row, row_of
 from benchmarks.report import write_text
+from benchmarks.tasks.divergence import ANSWERS
 from benchmarks.tasks.texts import TEXTS
 
 _COLUMNS = (
@@ -20,7 +21,8 @@ _COLUMNS = (
 )  # fmt: skip
 BASELINE, FLOOR = "bf16", "mxfp4-rtn"
 LEGEND = (
-    "Tasks in % +- standard error; texts in bits per byte (KL). After the slash: recovered, the part of the loss of "
+    "Tasks in % +- standard error; texts in bits per byte (KL); answers of the BF16 model in KL. After the slash: "
+    "recovered, the part of the loss of "
     "the first rounded row that a row gains back. Minutes are those of main.py on the device of the CSV file."
 )
 
@@ -76,6 +78,8 @@ def _figures(out: Path, key: str, figures: Sequence[str]) -> dict[str, dict]:
 def _cell(figure: str, result: dict, found: dict[str, dict]) -> str:
     best, floor = (found[key].get(figure) for key in (BASELINE, FLOOR))
     part = f" / {recovered(result['value'], floor['value'], best['value']):.0%}" if best and floor else ""
+    if figure in ANSWERS:
+        return f"{figure} {result['value']:.4f} +- {result['error']:.4f}{part}"
     if figure in TEXTS:
         return f"{figure} {result['value']:.4f} ({result['kl']:.4f}){part}"
     return f"{figure} {100 * result['value']:.1f} +- {100 * result['error']:.1f}{part}"
@@ -92,7 +96,7 @@ def _of_seeds(name: str, results: list[dict[str, dict]], figures: Sequence[str])
     for figure in figures:
         values = [result[figure]["value"] for result in results if figure in result]
         if len(values) > 1:
-            (middle, deviation), is_text = spread(values), figure in TEXTS
+            (middle, deviation), is_text = spread(values), figure in (*TEXTS, *ANSWERS)
             shown = f"{middle:.4f} +- {deviation:.4f}" if is_text else f"{100 * middle:.1f} +- {100 * deviation:.1f}"
             cells.append(f"{figure} {shown} ({len(values)} seeds)")
     return [f"{row_of(name).title}, mean and standard deviation over seeds: {'; '.join(cells)}"] if cells else []

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from helpers import make_llama, make_tokenizer, write_conversations
 
 from benchmarks import real_models, real_quantized, real_report, real_training, training_data
 from benchmarks.real_rows import ALL, MAIN, is_row, row_of
+from benchmarks.tasks.divergence import kl_on_answers
+from benchmarks.tasks.generation import answers, as_chat
 from main import parse_arguments
 from qat import prepare_qat
 from qat.checkpoints.pack import export_checkpoint
@@ -60,13 +63,15 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(
         real_models, "answers", lambda model, tokenizer, questions, *_: [f"{q[8:10]}" for q in questions]
     )
+    monkeypatch.setitem(real_models.TASKS, "gsm8k", replace(real_models.TASKS["gsm8k"], max_new_tokens=8))
     return tmp_path, answered
 
 
 def test_a_table_from_the_model_to_the_csv(folders, capsys):
     root, answered = folders
     words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
-    words += ["--rows", f"bf16,mxfp4-rtn,mxfp4-rtn-smoothed,{SHORT}", "--figures", "gsm8k,text_never", "--limit", "3"]
+    words += ["--rows", f"bf16,mxfp4-rtn,mxfp4-rtn-smoothed,{SHORT}", "--figures", "gsm8k,text_never,gsm8k_answers"]
+    words += ["--limit", "3"]
     words += ["--length", "128", "--batch_size", "2", "--train_batch_size", "1"]
     real_models.main([*words, "--minutes", "0.0001"])
     assert "give the same command again" in capsys.readouterr().out and answered[0] <= 40
@@ -75,7 +80,12 @@ def test_a_table_from_the_model_to_the_csv(folders, capsys):
     assert "all is done" in output and "Baseline: " in output
     with (root / "out" / "real_models.csv").open() as file:
         lines = {(line["row"], line["figure"]): line for line in csv.DictReader(file)}
-    assert len(lines) == 8 and lines[SHORT, "gsm8k"]["value"] == "1" and lines[SHORT, "gsm8k"]["count"] == "3"
+    assert len(lines) == 12 and float(lines["mxfp4-rtn", "gsm8k_answers"]["kl"]) > 0
+    assert (
+        lines["bf16", "gsm8k_answers"]["value"] == "0"
+        and lines[SHORT, "gsm8k"]["value"] == "1"
+        and lines[SHORT, "gsm8k"]["count"] == "3"
+    )
     assert lines["bf16", "text_never"]["kl"] == "0" and float(lines["mxfp4-rtn", "text_never"]["kl"]) > 0
     assert lines["mxfp4-rtn", "text_never"]["kl"] != lines["mxfp4-rtn-smoothed", "text_never"]["kl"]
     assert int(lines[SHORT, "text_never"]["tokens"]) > 0 and lines[SHORT, "text_never"]["steps"] == "2"
@@ -83,7 +93,7 @@ def test_a_table_from_the_model_to_the_csv(folders, capsys):
     assert "2 steps, " in output and " minutes\n" in output
     count = answered[0]
     real_models.main(words)
-    assert answered[0] == count and len((root / "out" / "real_models.csv").read_text().splitlines()) == 9
+    assert answered[0] == count and len((root / "out" / "real_models.csv").read_text().splitlines()) == 13
 
 
 @pytest.mark.parametrize(
@@ -138,6 +148,26 @@ def test_the_arguments_of_every_trained_row_parse(key, folders):
 )
 def test_a_key_without_a_row_is_refused(key):
     assert not is_row(key)
+
+
+def test_the_divergence_on_answers_is_that_of_the_teachers_own_tokens_behind_the_question():
+    torch.manual_seed(1)
+    tokenizer, teacher, model = make_tokenizer(), make_llama().eval(), make_llama(layers=1).eval()
+    tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, "</s>"
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(3)
+    questions = ["How many legs have 3 ants?", "Write a function."]
+    assert kl_on_answers(teacher, teacher, tokenizer, questions, 9)["value"] == 0
+    found, expected = kl_on_answers(model, teacher, tokenizer, questions, 9), []
+    for question, text in zip(questions, answers(teacher, tokenizer, questions, 9, 2), strict=True):
+        prompt = tokenizer(as_chat(tokenizer, question), add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([prompt + tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, len(prompt) - 1 : -1].double().softmax(-1) for m in (teacher, model))
+        expected.append((p * (p / q).log()).sum(-1).mean().item())
+    assert found["value"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert found["error"] == pytest.approx(abs(expected[0] - expected[1]) / 2, rel=1e-3)
 
 
 def test_figures_of_other_settings_are_not_taken_for_those_of_a_row(folders):
