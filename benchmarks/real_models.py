@@ -8,8 +8,9 @@ One call runs for `--minutes` and is given again until it says that all is done:
 answers from the last piece. First the model is written in BF16 and answers the training questions
 (`benchmarks/training_data.py`); then each row is trained by main.py with its recipe, or quantized, and measured:
 tasks in the model's chat template, zero-shot and greedy; bits per byte of two out-of-domain texts, and the KL to the
-BF16 model on them and on its own answers. `OUT/real_models.csv` has every figure that is there, with the minutes of training on its device.
-`benchmarks/real_report.py` prints the table, `benchmarks/real_many.py` measures rows on several GPUs at once.
+BF16 model on them and on its own answers. `OUT/real_models.csv` has every figure that is there, with the minutes of
+training on its device. `benchmarks/real_report.py` prints the table, `benchmarks/real_many.py` measures rows on several
+GPUs at once.
 
 The baseline is a GGUF file, dequantized: a model of 4 to 6 bits a weight in BF16, which is told in the table.
 """
