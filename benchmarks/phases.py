@@ -35,7 +35,10 @@ FUNCTIONS = {
     "masters, fingerprint": ("main:Start.load_model",),
     "teacher": ("main:choose_teacher", "main:cached_where_asked"),
     "quantized": ("main:Start.quantize",),
-    "smoothing, calibration": ("main:smooth_with_data", "main:calibrate_with_data"),
+    "smoothing, calibration": (
+        "training.start.weights:smooth_with_data", "training.start.weights:compensate_with_data",
+        "main:calibrate_with_data",
+    ),
     "trainer": ("main:QATTrainer.__init__", "main:train"),
     "checkpoints": ("main:QATTrainer._save_checkpoint",),
     "evaluation": ("main:evaluate",),

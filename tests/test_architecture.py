@@ -17,6 +17,7 @@ ROOMS = {
     "qat/schemes": {"qat/files", "qat/numerics"},
     "qat/layers": {"qat/numerics", "qat/schemes"},
     "qat/transforms": {"qat/numerics", "qat/schemes", "qat/layers"},
+    "qat/compensation": {"qat/numerics", "qat/schemes", "qat/layers"},
     "qat/checkpoints": {"qat/files", "qat/numerics", "qat/schemes", "qat/layers"},
     "data/bad_samples.py": set(),
     "data/sources": {"data/bad_samples.py"},

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from ..layers.kv_cache import cache_quantizers
 from ..layers.operands import compute_dtype
-from ..layers.sites import EXPERTS, Site, quantized_sites
+from ..layers.sites import EXPERTS, Site, quantized_sites, shared_parameters
 from ..layers.transform import transformed_input
-from ..transforms.observation import shared_parameters
 
 _Hook = Callable[[nn.Module, tuple, dict], None]
 MEMORY = 4 << 30  # bytes of moments that are summed up at once; more layers take more passes over the samples

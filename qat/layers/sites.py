@@ -161,6 +161,16 @@ def quantized_sites(model: nn.Module) -> list[Site]:
     ]
 
 
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that several modules have."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared
+
+
 @contextmanager
 def quantizers_off(model: nn.Module) -> Iterator[None]:
     """Let a prepared model compute without quantization inside; what was off before stays off afterwards."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..layers.experts import is_quantexperts, layout_of
-from ..layers.sites import Site, quantized_sites
+from ..layers.sites import Site, quantized_sites, shared_parameters
 from .activations import Activation, Reader, largest_of
 from .pairs import Pair, find_pairs
 from .producers import is_norm, norm_producer
@@ -157,13 +157,3 @@ class _Observer(TorchFunctionMode):
                 self.largest[pair] = torch.maximum(self.largest[pair], largest) if pair in self.largest else largest
 
         return hook
-
-
-def shared_parameters(model: nn.Module) -> set[int]:
-    """The ids of parameters that several modules have."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
