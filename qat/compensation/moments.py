@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..layers.kv_cache import cache_quantizers
 from ..layers.operands import compute_dtype
-from ..layers.sites import EXPERTS, Site, quantized_sites, shared_parameters
+from ..layers.sites import EXPERTS, Site, disabled, quantized_sites, shared_parameters
 from ..layers.transform import transformed_input
 
 _Hook = Callable[[nn.Module, tuple, dict], None]
@@ -135,12 +135,6 @@ def _hooked(sites: Sequence[Site], hook: Callable[[Site], _Hook]) -> Iterator[No
 def _what_is_calibrated_later_off(model: nn.Module) -> Iterator[None]:
     """Switch off quantizers without the scale that they need: of inputs with a tensor scale, and of the cache."""
     inputs = [site.module.input_quantizer for site in quantized_sites(model)]
-    quantizers = [q for q in inputs if q.is_enabled and q.needs_divisor and q.divisor is None]
-    quantizers += [q for q in cache_quantizers(model) if q.is_enabled and q.scale is None]
-    for quantizer in quantizers:
-        quantizer.disable()
-    try:
+    without = [quantizer for quantizer in inputs if quantizer.needs_divisor and quantizer.divisor is None]
+    with disabled([*without, *(quantizer for quantizer in cache_quantizers(model) if quantizer.scale is None)]):
         yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.enable()

@@ -5,7 +5,7 @@ A new kind is one more entry of KINDS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -176,11 +176,18 @@ def quantizers_off(model: nn.Module) -> Iterator[None]:
     """Let a prepared model compute without quantization inside; what was off before stays off afterwards."""
     modules = [site.module for site in quantized_sites(model)]
     found = [q for module in modules for q in (module.weight_quantizer, module.input_quantizer)]
-    quantizers = [quantizer for quantizer in (*found, *cache_quantizers(model)) if quantizer.is_enabled]
-    for quantizer in quantizers:
+    with disabled([*found, *cache_quantizers(model)]):
+        yield
+
+
+@contextmanager
+def disabled(quantizers: Iterable[Any]) -> Iterator[None]:
+    """Switch quantizers off inside; what was off before stays off afterwards."""
+    switched = [quantizer for quantizer in quantizers if quantizer.is_enabled]
+    for quantizer in switched:
         quantizer.disable()
     try:
         yield
     finally:
-        for quantizer in quantizers:
+        for quantizer in switched:
             quantizer.enable()
