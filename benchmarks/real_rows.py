@@ -88,8 +88,8 @@ VARIANTS: dict[str, tuple[str, _Flags]] = {
         {"distill_generic": "teacher:500", "distill_generic_share": "0.5"},
     ),
     "chat": (
-        "half of the rows 500 conversations of the teacher",
-        {"distill_generic": "chat:500", "distill_generic_share": "0.5"},
+        "half of the rows 1,000 conversations of the teacher",
+        {"distill_generic": "chat:1000", "distill_generic_share": "0.5"},
     ),
     "kl": ("no cross-entropy", {"distill_ce_weight": "0"}),
     "half-ce": ("10 % cross-entropy", {"distill_ce_weight": "0.1"}),

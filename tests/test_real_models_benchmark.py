@@ -121,7 +121,7 @@ def test_the_arguments_of_every_trained_row_parse(key, folders):
     assert arguments.training.gradient_accumulation_steps == (4 if "x4" in key else 1)
     assert (arguments.distillation.distill_ce_weight == 0) == ("+kl" in key or "reference" in key)
     sampled = (None, None)  # the recipe's are no part of another row
-    for variant, name in (("samples", "teacher:500"), ("chat", "chat:500")):
+    for variant, name in (("samples", "teacher:500"), ("chat", "chat:1000")):
         sampled = (name, 64) if variant in key else sampled
     assert (arguments.distillation.distill_generic, arguments.distillation.distill_generic_length) == sampled
 
