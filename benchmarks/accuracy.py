@@ -15,14 +15,12 @@ Texts from elsewhere: "foreign", the descriptions of installed Python packages; 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -35,6 +33,7 @@ import torch  # noqa: E402
 from transformers import set_seed  # noqa: E402
 
 from benchmarks.accuracy_rows import ALL, Row, row_of  # noqa: E402
+from benchmarks.accuracy_table import check_texts, finished_rows, is_done, print_table, write_csv  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import check_source, environment, write_text  # noqa: E402
 from qat import prepare_qat  # noqa: E402
@@ -68,7 +67,6 @@ OUT_OF_DOMAIN_PACKAGES = (
     "requests", "safetensors", "sympy", "tokenizers", "tqdm", "transformers",
 )  # fmt: skip
 LENGTH, BATCH, CALIBRATION_SAMPLES, ROWS_OF_TEXT = 256, 4, 32, 96
-FLOOR, BF16 = "MXFP4-floor-floor", "bf16"  # the rows that recover none and all of the loss
 
 
 def out_of_domain_text() -> str:
@@ -231,8 +229,15 @@ def with_generic(data: dict, row: Row, teacher, tokenizer, out: Path) -> dict:
     return generic.mixed_into(data)
 
 
-def run_row(key: str, out: Path, device: str, generic: str | None = None, never: str | None = None) -> None:
-    """Train and measure one row; write `out/KEY.json`."""
+def run_row(
+    key: str, out: Path, device: str, generic: str | None = None, never: str | None = None, *, command: str = "",
+    workers: int = 1,
+) -> None:  # fmt: skip
+    """Train and measure one row; write `out/KEY.json`.
+
+    Args:
+        command: that asked for the rows, and how many of them at a time (`workers`).
+    """
     row = row_of(key)
     texts = texts_to_measure(out, generic, never)
     set_seed(row.seed)
@@ -267,7 +272,9 @@ def run_row(key: str, out: Path, device: str, generic: str | None = None, never:
         "labelled_tokens": tokens,
         "seconds": seconds,
         "seed": row.seed,
-    }
+    } | environment(device)
+    figures["device"] += f", {workers} rows at a time"
+    figures["command"] = command or figures["command"]
     write_text(out / f"{key}.json", json.dumps(figures))
 
 
@@ -277,58 +284,6 @@ def finetune(model_path: str, gguf_file: str | None, out: Path, device: str) -> 
     model, tokenizer, data = load(model_path, gguf_file, device)
     trainer = train(model, tokenizer, data, out / "runs" / "bf16", Row("", steps=200, lr=5e-5))
     trainer.save_model(str(out / "bf16-model"))
-
-
-def finished_rows(out: Path, keys: list[str]) -> list[dict]:
-    """The rows that have finished, in order, with the fraction of the loss that they recover on each text."""
-    ends = {end: json.loads((out / f"{end}.json").read_text()) for end in (FLOOR, BF16) if _is_done(out, end)}
-    rows = [json.loads((out / f"{key}.json").read_text()) | {"row": key} for key in keys if _is_done(out, key)]
-    for row in rows:
-        for name in [name for name in row if name.endswith("perplexity")]:
-            floor, bf16 = (math.log(ends.get(end, {}).get(name, math.nan)) for end in (FLOOR, BF16))
-            row[name.replace("perplexity", "recovered")] = (floor - math.log(row[name])) / (floor - bf16)
-    return rows
-
-
-def _is_done(out: Path, key: str, texts: Sequence[str] = ()) -> bool:
-    """Whether a row was measured, on these texts too."""
-    path = out / f"{key}.json"
-    return path.exists() and all(f"{text}_kl" in json.loads(path.read_text()) for text in texts)
-
-
-def print_table(rows: list[dict]) -> None:
-    """Print one line for each row: perplexity, recovered fraction and KL, in domain and on each text."""
-    texts = [name.removesuffix("perplexity") for name in (rows[0] if rows else {}) if name.endswith("perplexity")]
-    print(
-        f"{'':<62}"
-        + "".join(f"{text.strip('_') or 'domain':>8}{'recov.':>8}{'KL':>7}" for text in texts)
-        + "  steps     s"
-    )
-    for row in rows:
-        title = row["title"] + (f" (seed {row['seed']})" if "@" in row["row"] else "")
-        figures = (
-            f"{row.get(f'{text}perplexity', math.nan):>8.2f}{row.get(f'{text}recovered', math.nan):>8.1%}"
-            f"{row.get(f'{text}kl', math.nan):>7.3f}"
-            for text in texts
-        )
-        print(f"{title:<62}{''.join(figures)}{row['steps']:>7}{row['seconds']:>6.0f}")
-
-
-def write_csv(rows: list[dict], path: Path, workers: int, device: str) -> None:
-    """Write the rows with device, versions, date and command."""
-    about = environment(device)
-    about["device"] += f", {workers} rows at a time"
-    texts = [f"{text}_{key}" for text in ("foreign", "generic", "never") for key in ("perplexity", "recovered", "kl")]
-    texts = [name for name in texts if any(name in row for row in rows)]
-    names = ["row", "title", "seed", "perplexity", "recovered", "kl", "agreement", *texts, "steps", "labelled_tokens",
-             "seconds", *about]  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            digits = {name: f"{row[name]:.4g}" for name in names if isinstance(row.get(name), float)}
-            writer.writerow({name: row[name] for name in names if name in row} | digits | about)
 
 
 def main() -> None:
@@ -346,6 +301,7 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, default=1, help="rows trained at the same time")
     parser.add_argument("--csv", type=Path, default=Path("runs/accuracy/accuracy.csv"), help="where the table goes")
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # that started the program for --row
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
@@ -353,7 +309,7 @@ def main() -> None:
     if args.row == "finetune":
         return finetune(args.model, args.gguf_file, args.out, device)
     if args.row:
-        return run_row(args.row, args.out, device, args.generic, args.never)
+        return run_row(args.row, args.out, device, args.generic, args.never, command=args.command, workers=args.workers)
     keys = args.rows.split(",") if args.rows else [key for key in ALL if args.generic or row_of(key).generic != "FILE"]
     if args.generic is None and (wanting := [key for key in keys if row_of(key).generic == "FILE"]):
         parser.error(f"--rows {','.join(wanting)}: no text is named for them; give --generic FILE")
@@ -369,6 +325,7 @@ def main() -> None:
     def spawn(task: tuple[int, str]) -> None:
         number, key = task
         command = [sys.executable, __file__, "--model", args.model, "--out", str(args.out), "--row", key]
+        command += ["--workers", str(args.workers), "--command", environment(device)["command"]]
         command += ["--gguf_file", args.gguf_file] if args.gguf_file else []
         for name in ("generic", "never"):
             command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
@@ -377,16 +334,17 @@ def main() -> None:
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
     write_text(args.out / "model.txt", check_source(args.out / "model.txt", args.model, args.gguf_file))
+    texts = texts_to_measure(args.out, args.generic, args.never)
+    check_texts(args.out, texts)
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
-    texts = ["foreign", *(name for name in ("generic", "never") if getattr(args, name))]
-    todo = sorted((key for key in keys if not _is_done(args.out, key, texts)), key=lambda key: -row_of(key).steps)
+    todo = sorted((key for key in keys if not is_done(args.out, key, texts)), key=lambda key: -row_of(key).steps)
     with ThreadPoolExecutor(args.workers) as pool:  # the longest first
         list(pool.map(spawn, enumerate(todo)))
     rows = finished_rows(args.out, keys)
     print_table(rows)
-    write_csv(rows, args.csv, args.workers, device)
-    if missing := [key for key in keys if not _is_done(args.out, key, texts)]:
+    write_csv(rows, args.csv)
+    if missing := [key for key in keys if not is_done(args.out, key, texts)]:
         raise UserError(f"not measured: {', '.join(missing)}; what each said stands above")
 
 

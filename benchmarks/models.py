@@ -81,6 +81,7 @@ def fetch(name: str, out: Path) -> Path:
     model, folder = MODELS[name], out / name
     target = folder / model.gguf_file
     if target.exists():
+        check_sha256(target, model.sha256)
         print(f"{name}: {target} is there", flush=True)
         return target
     start, parts = time.perf_counter(), folder / "parts"

@@ -36,7 +36,7 @@ from benchmarks.models import MODELS  # noqa: E402
 from benchmarks.real_quantized import autorounded, prepared, trained  # noqa: E402
 from benchmarks.real_report import BASELINE, LEGEND, lines, write_csv  # noqa: E402
 from benchmarks.real_rows import ALL, TRAINED, VARIANTS, is_row, row_of, settings_text  # noqa: E402
-from benchmarks.real_training import OutOfTime, flags, train  # noqa: E402
+from benchmarks.real_training import LEAST_MINUTES, OutOfTime, flags, train  # noqa: E402
 from benchmarks.report import check_source, environment, write_text  # noqa: E402
 from benchmarks.tasks.divergence import ANSWERS, PROBLEMS, kl_on_answers, task_of  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
@@ -122,6 +122,11 @@ class Table:
         row = row_of(key)
         if row.quantized is None:
             folder = self.base if row.recipe is None else self.out / "rows" / key / "trained"
+            if not folder.is_dir():  # it was measured and removed
+                raise UserError(
+                    f"{folder} was removed once all figures asked for were there, and another is asked for now; remove "
+                    f"{folder.parent} to train and measure the row again, or leave it out with --rows"
+                )
             return trained(folder, self.device)
         if row.iterations:
             return autorounded(
@@ -140,10 +145,12 @@ class Table:
             UserError: the folder has figures of other settings, or of an earlier version that did not note them.
         """
         path = self.out / "rows" / key / "settings.json"
-        wanted = {"row": settings_text(key), "limit": self.args.limit, "length": self.args.length}
-        if row_of(key).recipe is not None:
-            names = ("learning_rate", "train_batch_size", "questions")
-            wanted |= {name: getattr(self.args, name) for name in names}
+        row = row_of(key)
+        names = ["limit", "length"]
+        names += ["questions"] if key != BASELINE else []  # made the training data, which calibrates too
+        names += ["train_batch_size"] if row.recipe is not None else []
+        names += ["learning_rate"] if row.recipe is not None and row.learning_rate is None else []
+        wanted = {"row": settings_text(key)} | {name: getattr(self.args, name) for name in names}
         if not path.exists() and not any(path.parent.glob("*")):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted))
@@ -196,10 +203,13 @@ class Table:
         if key == BASELINE:
             return {"value": 0.0, "error": 0.0, "kl": 0.0}
         task, problems = TASKS[name], read(name, self.args.tasks)[: self.args.limit or PROBLEMS][:PROBLEMS]
-        questions = [task.prompt(problem) for problem in problems]
-        figures = kl_on_answers(
-            self.model_of(key), self.teacher(), self.tokenizer, questions, task.max_new_tokens
-        )  # fmt: skip
+        questions, teacher = [task.prompt(problem) for problem in problems], self.teacher()
+        path = self.out / "answers" / f"{name}-{len(questions)}.json"  # once, so that all rows have the same
+        if not path.exists():
+            texts = answers(teacher, self.tokenizer, questions, task.max_new_tokens, self.args.batch_size)
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, json.dumps(texts))
+        figures = kl_on_answers(self.model_of(key), teacher, self.tokenizer, questions, json.loads(path.read_text()))
         return {**figures, "kl": figures["value"], "count": len(questions)}
 
     def text(self, key: str, name: str) -> dict:
@@ -276,7 +286,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, help="of answers; default: 660 on a GPU, 8 on a CPU")
     parser.add_argument("--train_batch_size", type=positive, default=4)
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")
-    parser.add_argument("--learning_rate", type=positive_number, default=1e-5, help="of our recipe")
+    parser.add_argument("--learning_rate", type=positive_number, default=1e-5, help="of rows that name none")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
     parser.add_argument("--training_share", type=_share, help=argparse.SUPPRESS)  # of real_many.py, as is the next one
     parser.add_argument("--rows_on_gpu", type=positive, default=1, help=argparse.SUPPRESS)
@@ -302,7 +312,9 @@ def main(argv: list[str] | None = None) -> None:
         table.run()
         print(ALL_DONE)
     except OutOfTime:
-        print(OVER.format(args.minutes), flush=True)
+        is_short = args.minutes < LEAST_MINUTES and any(row_of(key).recipe for key in args.rows)
+        hint = f", with --minutes {LEAST_MINUTES:g} or more, which a training needs" if is_short else ""
+        print(OVER.format(args.minutes) + hint, flush=True)
     print(f"\nBaseline: {table.baseline}. {LEGEND}", *lines(args.out, args.rows, args.figures), sep="\n")
 
 

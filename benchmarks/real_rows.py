@@ -6,11 +6,16 @@ steps, names of VARIANTS, a learning rate and a seed, as in mxfp4-600+gptq+chat~
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
 
 from benchmarks.accuracy_rows import Row, of_ours, plain, settings_of
 
+_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _Flags = dict[str, str | tuple[str, ...]]
 
 
@@ -142,7 +147,11 @@ def settings_text(key: str) -> str:
     """What a row is, apart from titles: two rows with the same text have the same figures under the same arguments."""
     row = row_of(key)
     quantized = None if row.quantized is None else replace(row.quantized, title="")
-    return repr(replace(row, title="", quantized=quantized, flags=dict(sorted(row.flags.items()))))
+    text = repr(replace(row, title="", quantized=quantized, flags=dict(sorted(row.flags.items()))))
+    if row.recipe is None:
+        return text
+    recipe = yaml.safe_load((_RECIPES / f"{row.recipe}.yaml").read_text(encoding="utf-8"))
+    return f"{text} {json.dumps(recipe, sort_keys=True)}"
 
 
 def is_row(key: str) -> bool:

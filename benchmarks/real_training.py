@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "main.py"
 _SAMPLE = {"teacher": 256, "chat": 512}  # tokens of a text, and of a conversation, that the teacher samples
 _SAVING_S = 60  # left to a training that has to end
+LEAST_MINUTES = 4  # of a call that trains: what it needs to start, and what is left to save
 
 
 class OutOfTime(Exception):
@@ -64,7 +65,7 @@ def train(key: str, folder: Path, flags_of: Callable[[str], list[str]], deadline
         lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["nothing was said"]
         raise UserError(f"{key} was not trained: {lines[-1][:300]} (see {folder / 'log.txt'})")
     seconds = sum(map(float, (folder / "seconds.txt").read_text().split()))
-    figures = {"steps": row.steps, "train_minutes": seconds / 60, "tokens": labelled_tokens(folder / "trained")}
+    figures = {"steps": row.steps, "train_minutes": seconds / 60, "tokens": tokens_trained_on(folder / "trained")}
     write_text(folder / "trained.json", json.dumps(figures))
     for checkpoint in (folder / "trained").glob("checkpoint-*"):  # 12 bytes a parameter; nothing resumes from it
         shutil.rmtree(checkpoint)
@@ -116,7 +117,8 @@ def flags(key: str, base: Path, trained: Path, data: Path, args: argparse.Namesp
     ]
 
 
-def labelled_tokens(folder: Path) -> int:
-    """Tokens with a label that a finished run has trained on, from its trainer_state.json."""
+def tokens_trained_on(folder: Path) -> int:
+    """Labelled and generic tokens that a finished run has trained on, from its trainer_state.json."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return max((entry["labelled_tokens"] for entry in history if "labelled_tokens" in entry), default=0)
+    kinds = ("labelled_tokens", "generic_tokens")
+    return sum(max((entry[kind] for entry in history if kind in entry), default=0) for kind in kinds)

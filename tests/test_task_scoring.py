@@ -39,6 +39,14 @@ ADDING = {
         (r"\boxed{5}, no: \boxed{-6}", "-6"),
         (r"\boxed{x = 12}", "12"),
         ("it is .5", "0.5"),
+        (r"\boxed{1{,}234}", "1234"),
+        (r"\boxed{1\,234 \text{ eggs}}", "1234"),
+        (r"\boxed{3+4=7}", "7"),
+        (r"\boxed{\frac{27}{3}} a day", "9"),
+        (r"\boxed{\dfrac{1}{2}}", "0.5"),
+        ("#### Step 2: add\n9 + 9, so the answer is 18.", "18"),
+        ("#### 18\n", "18"),
+        (r"\boxed{\text{none}} of the 4", "4"),
     ],
 )
 def test_the_final_number_is_the_marked_one_or_else_the_last(answer, number):
@@ -56,6 +64,14 @@ def test_of_several_code_blocks_the_one_that_defines_the_function_counts():
     assert code_of("```\nx = 1\n```", "add") == "x = 1\n"
     assert code_of("```python\ndef add(a, b):\n    return", "add") == "def add(a, b):\n    return"
     assert code_of("    return a + b", "add") == "    return a + b"
+
+
+@pytest.mark.parametrize(
+    "before", ["", "First:\n```bash\npip install add\n```\nThen:\n", "```python\nadd(1, 2)\n```\n"]
+)
+def test_blocks_of_other_languages_are_no_code_and_end_where_they_end(before):
+    answer = before + "```python3\ndef add(a, b):\n    return a + b\n```\nThis adds.\n```text\n3\n```\nDone."
+    assert code_of(answer, "add") == "def add(a, b):\n    return a + b\n"
 
 
 def test_programs_pass_as_a_whole_function_or_as_its_body_and_fail_otherwise():

@@ -6,17 +6,29 @@ import re
 from decimal import Decimal
 
 _NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+"
-_MARKED = re.compile(rf"(?:\\boxed\{{|####)[^\d{{}}.-]*({_NUMBER})")
 _ANY = re.compile(_NUMBER)
-_BLOCK = re.compile(
-    r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
+_BOX = r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+_MARKED = re.compile(rf"{_BOX}|####[ \t]*({_NUMBER})[ \t.%*]*$", re.MULTILINE)
+_GROUPED = re.compile(r"(?<=\d)(?:\{,\}|\\[,!;: ])(?=\d)")  # 1{,}234 and 1\,234, as LaTeX groups digits
+_FRACTION = re.compile(r"\\[dt]?frac\{\s*(\d+)\s*\}\{\s*0*([1-9]\d*)\s*\}")
+_BLOCK = re.compile(r"```[ \t]*([^\s`]*)[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def final_number(answer: str) -> Decimal | None:
-    r"""The last number that the answer marks with \boxed{} or ####; where it marks none, its last number, or None."""
-    found = _MARKED.findall(answer) or _ANY.findall(answer)
+    r"""The last number that the answer marks with \boxed{} or a line of ####, else its last number, or None.
+
+    Of a box with an equation it is the number behind the last equals sign; a fraction is its quotient.
+    """
+    found = [line or _in_box(box) for box, line in _MARKED.findall(answer)]
+    found = [number for number in found if number] or _ANY.findall(answer)
     return as_number(found[-1]) if found else None
+
+
+def _in_box(box: str) -> str:
+    """The number that a box says, or an empty text."""
+    said = _FRACTION.sub(lambda parts: str(Decimal(parts[1]) / Decimal(parts[2])), _GROUPED.sub("", box))
+    found = _ANY.search(said.rpartition("=")[2])
+    return found.group() if found else ""
 
 
 def as_number(text: str) -> Decimal:
@@ -25,11 +37,12 @@ def as_number(text: str) -> Decimal:
 
 
 def code_of(answer: str, function: str) -> str:
-    """The Markdown block that defines `function`, else the first block, else the whole answer.
+    """The Markdown block of Python that defines `function`, else the first such block, else the whole answer.
 
-    A block that the answer does not close ends with the answer.
+    A block without a language may be Python. One that the answer does not close ends with the answer.
     """
-    blocks = _BLOCK.findall(answer)
+    named = [(language.lower(), block) for language, block in _BLOCK.findall(answer)]
+    blocks = [block for language, block in named if not language or language.startswith("py")]
     defining = [
         block for block in blocks if re.search(rf"^\s*(async )?def {re.escape(function)}\b", block, re.MULTILINE)
     ]

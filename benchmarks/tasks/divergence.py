@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.tasks.generation import as_chat, generate
+from benchmarks.tasks.generation import as_chat
 
 ANSWERS = ("gsm8k_answers", "humaneval_answers")
 PROBLEMS = 64  # of a task, its first
@@ -28,19 +28,17 @@ def task_of(figure: str) -> str:
 @torch.no_grad()
 def kl_on_answers(
     model: nn.Module, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str],
-    max_new_tokens: int,
+    answers: Sequence[str],
 ) -> dict[str, float]:  # fmt: skip
     """Forward KL in nats a token: the mean over answers of an answer's mean, "value", and its standard error, "error".
 
     Args:
         model: computes in its own dtype, as `teacher` does.
-        questions: of users, which the teacher answers in its chat template.
-        max_new_tokens: of an answer; a longer one is cut.
+        questions: of users.
+        answers: of the teacher to each, in its chat template.
     """
     found = []
-    for question, (text, _) in zip(
-        questions, generate(teacher, tokenizer, questions, max_new_tokens, len(questions)), strict=True
-    ):
+    for question, text in zip(questions, answers, strict=True):
         prompt, answer = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (
             as_chat(tokenizer, question), text
         ))  # fmt: skip

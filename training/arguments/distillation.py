@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 
 from qat.errors import UserError
@@ -195,8 +196,8 @@ class DistillationArguments:
         """Raise a UserError where nothing is evaluated, or what is evaluated is trained on."""
         if self.eval_generic is None:
             return
-        if is_sampled(self.eval_generic) or self.eval_generic == self.distill_generic:
-            is_trained_on = self.eval_generic == self.distill_generic
+        is_trained_on = self.distill_generic is not None and _is_same(self.eval_generic, self.distill_generic)
+        if is_sampled(self.eval_generic) or is_trained_on:
             what = "is what --distill_generic trains on" if is_trained_on else "is no FILE"
             remedy = f"; give a FILE of text that is not trained on{f', or {NO_GENERIC}' * is_trained_on}"
             raise UserError(f"--eval_generic {self.eval_generic} {what}{remedy}")
@@ -259,3 +260,8 @@ class DistillationArguments:
             if (value := getattr(self, name)) != getattr(type(self), name):
                 how = f" ({_LEFT_OUT[name]}, where a recipe sets it)" if name in _LEFT_OUT else ""
                 raise UserError(f"--{name} {value} has no effect without {wanted}; give that too, or leave it out{how}")
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two names are one text: the same words, or paths of one file."""
+    return first == second or os.path.realpath(first) == os.path.realpath(second)
