@@ -108,10 +108,11 @@ VARIANTS: dict[str, tuple[str, _Flags]] = {
 }  # fmt: skip
 SEEDS = (3, 4)  # beside 2, for the main row
 MAIN = "mxfp4-150"
+_UNRESUMED = [key for key, row in UNTRAINED.items() if row.iterations]  # last, so that others do not wait for it
 ALL = [
-    *UNTRAINED, "mxfp4-reference-150", MAIN, "mxfp4-600", "mxfp4-150+gptq", "mxfp4-600+gptq", "mxfp4-150+samples",
-    "mxfp4-600+samples", "mxfp4fp8-150+hadamard", "mxfp4fp8-150+hadamard+gptq", "mxfp8-150", "int4_g32-150",
-    *(f"{MAIN}@{seed}" for seed in SEEDS),
+    *(key for key in UNTRAINED if key not in _UNRESUMED), "mxfp4-reference-150", MAIN, "mxfp4-600", "mxfp4-150+gptq",
+    "mxfp4-600+gptq", "mxfp4-150+samples", "mxfp4-600+samples", "mxfp4fp8-150+hadamard", "mxfp4fp8-150+hadamard+gptq",
+    "mxfp8-150", "int4_g32-150", *(f"{MAIN}@{seed}" for seed in SEEDS), *_UNRESUMED,
 ]  # fmt: skip
 
 
