@@ -334,17 +334,18 @@ def main() -> None:
         print(f"{key}: {'done' if result.returncode == 0 else result.stderr[-1500:]}", flush=True)
 
     write_text(args.out / "model.txt", check_source(args.out / "model.txt", args.model, args.gguf_file))
-    texts = texts_to_measure(args.out, args.generic, args.never)
-    check_texts(args.out, texts)
+    given = {name: path for name in ("generic", "never") if (path := getattr(args, name))}
+    texts = {"foreign": out_of_domain_text()} | {name: Path(p).read_text(encoding="utf-8") for name, p in given.items()}
+    check_texts(args.out, texts)  # all of each, what is trained on too
     if not (args.out / "bf16-model" / "config.json").exists():
         spawn((0, "finetune"))
-    todo = sorted((key for key in keys if not is_done(args.out, key, texts)), key=lambda key: -row_of(key).steps)
+    todo = sorted((key for key in keys if not is_done(args.out, key, list(texts))), key=lambda key: -row_of(key).steps)
     with ThreadPoolExecutor(args.workers) as pool:  # the longest first
         list(pool.map(spawn, enumerate(todo)))
     rows = finished_rows(args.out, keys)
     print_table(rows)
     write_csv(rows, args.csv)
-    if missing := [key for key in keys if not is_done(args.out, key, texts)]:
+    if missing := [key for key in keys if not is_done(args.out, key, list(texts))]:
         raise UserError(f"not measured: {', '.join(missing)}; what each said stands above")
 
 

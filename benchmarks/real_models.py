@@ -208,7 +208,8 @@ class Table:
         if not path.exists():
             texts = answers(teacher, self.tokenizer, questions, task.max_new_tokens, self.args.batch_size)
             path.parent.mkdir(exist_ok=True)
-            write_text(path, json.dumps(texts))
+            if not path.exists():  # of another process meanwhile
+                write_text(path, json.dumps(texts))
         figures = kl_on_answers(self.model_of(key), teacher, self.tokenizer, questions, json.loads(path.read_text()))
         return {**figures, "kl": figures["value"], "count": len(questions)}
 

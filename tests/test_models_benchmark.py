@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import models, packages
 from benchmarks.packages import UnreachableError, members
+from benchmarks.tasks import fetch as tasks
 from qat.errors import UserError
 
 PARTS = [b"GGUF" + bytes(range(200)), b"second", b"the end"]
@@ -118,3 +119,14 @@ def test_files_of_an_archive_lose_the_name_of_its_first_folder(tmp_path):
         archive.add(tmp_path / "name-1", "name-1")
     found = list(members(tmp_path / "name-1.tar.gz", "docs/", ".txt"))
     assert found == [("docs/a.txt", b"a"), ("docs/b.txt", b"b")]
+
+
+def test_files_of_tasks_that_are_there_are_compared_with_their_digests(tmp_path, monkeypatch):
+    content = tasks.Content(lambda _: b"pinned", hashlib.sha256(b"pinned").hexdigest())
+    monkeypatch.setattr(tasks, "FILES", {"text.txt": content})
+    tasks.fetch(tmp_path)
+    tasks.fetch(tmp_path)
+    assert (tmp_path / "text.txt").read_bytes() == b"pinned"
+    (tmp_path / "text.txt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="text.txt has the SHA-256 .* remove it"):
+        tasks.fetch(tmp_path)

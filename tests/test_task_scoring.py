@@ -44,6 +44,7 @@ ADDING = {
         (r"\boxed{3+4=7}", "7"),
         (r"\boxed{\frac{27}{3}} a day", "9"),
         (r"\boxed{\dfrac{1}{2}}", "0.5"),
+        (r"\boxed{\frac{1}{10000000}}", "0.0000001"),
         ("#### Step 2: add\n9 + 9, so the answer is 18.", "18"),
         ("#### 18\n", "18"),
         (r"\boxed{\text{none}} of the 4", "4"),

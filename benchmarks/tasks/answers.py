@@ -26,7 +26,7 @@ def final_number(answer: str) -> Decimal | None:
 
 def _in_box(box: str) -> str:
     """The number that a box says, or an empty text."""
-    said = _FRACTION.sub(lambda parts: str(Decimal(parts[1]) / Decimal(parts[2])), _GROUPED.sub("", box))
+    said = _FRACTION.sub(lambda parts: f"{Decimal(parts[1]) / Decimal(parts[2]):f}", _GROUPED.sub("", box))
     found = _ANY.search(said.rpartition("=")[2])
     return found.group() if found else ""
 
