@@ -40,6 +40,7 @@ from benchmarks.real_training import LEAST_MINUTES, OutOfTime, flags, train  # n
 from benchmarks.report import check_source, environment, write_text  # noqa: E402
 from benchmarks.tasks.divergence import ANSWERS, PROBLEMS, kl_on_answers, task_of  # noqa: E402
 from benchmarks.tasks.generation import answers  # noqa: E402
+from benchmarks.tasks.overlap import runs_of_tasks  # noqa: E402
 from benchmarks.tasks.problems import FOLDER, TASKS, mean_and_error, read  # noqa: E402
 from benchmarks.tasks.texts import TEXTS, bits_per_byte, read_text  # noqa: E402
 from qat.checkpoints.load import load_plain  # noqa: E402
@@ -104,7 +105,7 @@ class Table:
             return Path(done.read_text())
         path = training_data.make(
             self.teacher(), self.tokenizer, rows, self.out / "training", self.args.batch_size, self.deadline,
-            self.args.training_share or (0, 1),
+            self.args.training_share or (0, 1), runs_of_tasks(self.args.tasks, training_data.AVOIDED),
         )  # fmt: skip
         if path is None:
             raise OutOfTime

@@ -3,11 +3,12 @@
     python benchmarks/training_data.py --model runs/models/qwen2.5-coder-0.5b \\
       --gguf_file Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf --out runs/models/training
 
-Questions are problems of reasoning-gym (`benchmarks/tasks/fetch.py` writes them; none is evaluated) and questions about
-Python's standard library, by template from its docstrings. The teacher answers greedily in its own chat template. An
-answer that is cut is left out, and so is a wrong one where the right one is known. The file has a key of the teacher's
-weights, the questions and the settings in its name: what is there is not made again, and an interrupted run resumes
-with the next piece. Rows are {"messages": [...]}, as `--dataset` reads them.
+Questions are problems of reasoning-gym (`benchmarks/tasks/fetch.py` writes them; none is evaluated), questions about
+Python's standard library, by template from its docstrings, and some that the teacher writes itself
+(`benchmarks/written_questions.py`). The teacher answers greedily in its own chat template. An answer that is cut is
+left out, and so is a wrong one where the right one is known. The file has a key of the teacher's weights, the questions
+and the settings in its name: what is there is not made again, and an interrupted run resumes with the next piece.
+Rows are {"messages": [...]}, as `--dataset` reads them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from benchmarks import written_questions  # noqa: E402
 from benchmarks.arguments import use_device  # noqa: E402
 from benchmarks.report import write_text  # noqa: E402
 from benchmarks.tasks.generation import generate  # noqa: E402
-from benchmarks.tasks.problems import FOLDER, number_prompt, right_numbers  # noqa: E402
+from benchmarks.tasks.overlap import runs_of_tasks, runs_of_words  # noqa: E402
+from benchmarks.tasks.problems import FOLDER, code_prompt, number_prompt, right_numbers  # noqa: E402
+from benchmarks.written_questions import question_of, requests  # noqa: E402
 from data.sources.python_docs import read_python_docs  # noqa: E402
 from qat.command_line import OneLineParser, positive  # noqa: E402
 from qat.errors import UserError, reported_in_one_line  # noqa: E402
@@ -37,6 +41,11 @@ from training.backends.fingerprint import fingerprint  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
 MAX_NEW_TOKENS, PIECE = 384, 512
+AVOIDED = 8  # words: a question that the teacher writes has no run of them in common with an evaluated one
+PROMPTS = {
+    "number": lambda question: number_prompt({"question": question}),
+    "code": lambda question: code_prompt({"prompt": question}),
+}
 _DOCUMENTATION_CHARACTERS = 1500
 _TEMPLATES = (
     "{question}\nExplain it in your own words and show a short example.\n\n{answer}",
@@ -47,6 +56,8 @@ _TEMPLATES = (
 
 def questions(folder: Path) -> list[dict]:
     """{"question", "answer"} in a fixed, mixed order; "answer" is the right number, or None.
+
+    Among them {"request", "kind", "answer"}, for questions that the teacher writes.
 
     Raises:
         UserError: the problems of reasoning-gym were not fetched.
@@ -64,8 +75,25 @@ def questions(folder: Path) -> list[dict]:
         template = _TEMPLATES[number % len(_TEMPLATES)]
         text = template.format(question=question, answer=answer[:_DOCUMENTATION_CHARACTERS])
         rows.append({"question": text, "answer": None})
+    rows += [{**row, "answer": None} for row in requests()]
     random.Random(0).shuffle(rows)
     return rows
+
+
+def with_questions(model, tokenizer, rows: list[dict], batch_size: int, seed: int, avoided: set[int]) -> list[dict]:
+    """`rows` in which the teacher has written the questions; those are left out that are none, or share runs."""
+    asking = [row for row in rows if "request" in row]
+    if not asking:
+        return rows
+    texts = generate(
+        model, tokenizer, [row["request"] for row in asking], written_questions.MAX_NEW_TOKENS, batch_size, seed
+    )
+    found = [row for row in rows if "request" not in row]
+    for row, (text, _) in zip(asking, texts, strict=True):  # a question is whole, or is none
+        question = question_of(row["kind"], text)
+        if question is not None and not runs_of_words(question, AVOIDED) & avoided:
+            found.append({"question": PROMPTS[row["kind"]](question), "answer": None})
+    return found
 
 
 def usable(rows: list[dict], answers: list[tuple[str, bool]]) -> list[dict]:
@@ -80,7 +108,7 @@ def usable(rows: list[dict], answers: list[tuple[str, bool]]) -> list[dict]:
 
 def make(
     model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadline: float = float("inf"),
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] = (0, 1), avoided: set[int] | None = None,
 ) -> Path | None:  # fmt: skip
     """The file of the conversations; None where pieces are left: for the next call, or for other processes.
 
@@ -89,8 +117,9 @@ def make(
     Args:
         deadline: of time.monotonic(); no piece begins after it.
         share: k and n: this process answers pieces k, k + n, ...; the last of n processes writes the file.
+        avoided: runs of words (`overlap.runs_of_tasks`) that no question which the teacher writes may have.
     """
-    content = [fingerprint(model), MAX_NEW_TOKENS, [row["question"] for row in rows]]
+    content = [fingerprint(model), MAX_NEW_TOKENS, [row.get("question") or row["request"] for row in rows]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     target, pieces = out / f"training-{key}.jsonl", out / f"training-{key}"
     if target.exists():
@@ -104,15 +133,18 @@ def make(
         if time.monotonic() > deadline:
             print(f"{start} of {len(rows)} questions are answered; the next run resumes here", flush=True)
             return None
-        chosen = rows[start : start + PIECE]
+        chosen = with_questions(model, tokenizer, rows[start : start + PIECE], batch_size, start, avoided or set())
         asked = [row["question"] for row in chosen]
         kept = usable(chosen, generate(model, tokenizer, asked, MAX_NEW_TOKENS, batch_size))
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        print(f"{start + len(chosen)} of {len(rows)} questions, {len(kept)} of {len(chosen)} answers kept", flush=True)
+        end = min(start + PIECE, len(rows))
+        print(f"{end} of {len(rows)} questions, {len(kept)} of {end - start} answers kept", flush=True)
     paths = [pieces / f"{start:06}.jsonl" for start in starts]
     if not all(path.exists() for path in paths):
         return None
-    write_text(target, "".join(path.read_text(encoding="utf-8") for path in paths))
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
+    first = {json.loads(line)["messages"][0]["content"]: line for line in reversed(lines)}  # no question twice
+    write_text(target, "".join(reversed(first.values())))
     return target
 
 
@@ -131,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     use_device(device)
     arguments = ModelArguments(args.model, args.gguf_file)
     model, tokenizer = load_unquantized(arguments).to(device).eval(), load_tokenizer(arguments, 2048)
-    path = make(model, tokenizer, rows, args.out, args.batch_size or (256 if device == "cuda" else 8))
+    avoided = runs_of_tasks(args.tasks, AVOIDED)
+    path = make(model, tokenizer, rows, args.out, args.batch_size or (256 if device == "cuda" else 8), avoided=avoided)
     print(f"--dataset {path}")
 
 

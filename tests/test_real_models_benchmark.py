@@ -54,12 +54,13 @@ def folders(tmp_path, monkeypatch):
         (tasks / f"{name}.txt").write_text("Readability counts. " * 40)
     answered = [0]
 
-    def generate(model, tokenizer, questions, max_new_tokens, batch_size):
+    def generate(model, tokenizer, questions, max_new_tokens, batch_size, seed=None):
         answered[0] += len(questions)
         return [(question[8:-1].split("?")[0], True) for question in questions]
 
     monkeypatch.setattr(training_data, "generate", generate)
     monkeypatch.setattr(training_data, "read_python_docs", list)
+    monkeypatch.setattr(training_data, "requests", list)
     monkeypatch.setattr(
         real_models, "answers", lambda model, tokenizer, questions, *_: [f"{q[8:10]}" for q in questions]
     )

@@ -1,4 +1,4 @@
-"""Greedy answers to questions in the model's chat template, in batches of similar length."""
+"""Answers to questions in the model's chat template, greedy or sampled, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def answers(
 @torch.no_grad()
 def generate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int,
-    batch_size: int,
+    batch_size: int, seed: int | None = None,
 ) -> list[tuple[str, bool]]:  # fmt: skip
-    """Greedy answers and whether they have ended, in the order of the questions; the longest are answered first.
+    """Answers and whether they have ended, in the order of the questions; the longest are answered first.
+
+    They are greedy; with a seed they are sampled, at temperature 1 from the likeliest tokens that have 95 % together.
 
     The model computes in its own dtype, as in lm_eval: give one in BF16. A batch is padded on the left to its longest
     question and runs until all its answers have ended. Memory for keys and values limits `batch_size`: 29 KB a token
@@ -41,10 +43,13 @@ def generate(
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(texts)), key=lambda index: -lengths[index])
     ends = _ends(model, tokenizer)
+    sampling = {"do_sample": False} if seed is None else {"do_sample": True, "top_p": 0.95, "top_k": 0}
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=ends,
+        **sampling, max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id, use_cache=True,
     )  # fmt: skip
+    if seed is not None:
+        torch.manual_seed(seed)
     found: dict[int, tuple[str, bool]] = {}
     start = 0
     while start < len(order):

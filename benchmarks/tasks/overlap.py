@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.tasks.problems import TASKS, read
 
 WORDS = 13  # of a run that is no coincidence, as in GPT-3's report (Brown et al. 2020, appendix C)
 _DISTINCT = 5  # words; runs with fewer are lists of numbers and the like
@@ -24,3 +27,12 @@ def shared(texts: Sequence[str], training: Iterable[str], length: int = WORDS) -
         seen |= runs_of_words(text, length)
     own = [runs_of_words(text, length) for text in texts]
     return [len(runs & seen) / len(runs) if runs else 0.0 for runs in own]
+
+
+def runs_of_tasks(folder: Path, length: int) -> set[int]:
+    """The runs of words of all problems that are evaluated and were fetched."""
+    found: set[int] = set()
+    for name in TASKS:
+        for problem in read(name, folder) if (folder / f"{name}.jsonl").is_file() else ():
+            found |= runs_of_words(str(problem.get("question", problem.get("prompt"))), length)
+    return found
