@@ -178,6 +178,8 @@ class Table:
         about = environment(self.device)
         if self.args.rows_on_gpu > 1:
             about["device"] += f", up to {self.args.rows_on_gpu} rows at once"
+        if key != BASELINE:
+            about["data"] = self.training_file().stem
         write_text(path, json.dumps({**result, "baseline": self.baseline, **about}))
         write_csv(self.out, FIGURES)
 

@@ -16,8 +16,8 @@ from benchmarks.tasks.divergence import ANSWERS
 from benchmarks.tasks.texts import TEXTS
 
 _COLUMNS = (
-    "row", "title", "figure", "value", "error", "kl", "count", "steps", "tokens", "train_minutes", "baseline", "device",
-    "threads", "versions", "date", "command",
+    "row", "title", "figure", "value", "error", "kl", "count", "steps", "tokens", "train_minutes", "data", "baseline",
+    "device", "threads", "versions", "date", "command",
 )  # fmt: skip
 BASELINE, FLOOR = "bf16", "mxfp4-rtn"
 LEGEND = (

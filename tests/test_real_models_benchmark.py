@@ -83,6 +83,8 @@ def test_a_table_from_the_model_to_the_csv(folders, capsys):
     with (root / "out" / "real_models.csv").open() as file:
         lines = {(line["row"], line["figure"]): line for line in csv.DictReader(file)}
     assert len(lines) == 12 and float(lines["mxfp4-rtn", "gsm8k_answers"]["kl"]) > 0
+    (data,) = (root / "out" / "training").glob("*.jsonl")
+    assert {(row == "bf16", line["data"]) for (row, _), line in lines.items()} == {(True, ""), (False, data.stem)}
     assert (
         lines["bf16", "gsm8k_answers"]["value"] == "0"
         and lines[SHORT, "gsm8k"]["value"] == "1"
