@@ -99,7 +99,7 @@ def _run(row: RealRow, work: Path, seconds: float) -> None:
         sys.executable, "-m", "auto_round", "--model", work / "smoothed", "--scheme", row.quantized.scheme,
         "--iters", row.iterations, "--format", "auto_round", "--output_dir", work / "packed",
         "--dataset", work / "texts.jsonl", "--seqlen", _LENGTH, "--nsamples", _SAMPLES,
-        "--disable_torch_compile",  # compiled, on an H100, it gave a model with a KL of 14 (LOG.md)
+        "--enable_alg_ext",  # a loss without the largest differences, those of first tokens (LOG.md)
     ]  # fmt: skip
     log = work.with_name("autoround.txt")
     if status := _status([str(word) for word in command], log, seconds):

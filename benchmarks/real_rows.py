@@ -61,7 +61,7 @@ UNTRAINED: dict[str, RealRow] = {
         "MXFP4 PTQ, prepared as in our recipe, GPTQ", of_ours("", distill=False, steps=0, weight_init="gptq")
     ),
     "mxfp4-autoround": RealRow(
-        "MXFP4, AutoRound, 200 iterations, smoothed",
+        "MXFP4, AutoRound with its extension, 200 iterations, smoothed",
         Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,
     ),
     "mxfp4fp8-ptq": _without_training("MXFP4FP8 PTQ, searched weights", "MXFP4FP8", weights="search", inputs=None),
