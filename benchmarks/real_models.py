@@ -105,7 +105,7 @@ class Table:
             return Path(done.read_text())
         path = training_data.make(
             self.teacher(), self.tokenizer, rows, self.out / "training", self.args.batch_size, self.deadline,
-            self.args.training_share or (0, 1), runs_of_tasks(self.args.tasks, training_data.AVOIDED),
+            self.args.training_share or (0, 1), avoided=runs_of_tasks(self.args.tasks, training_data.AVOIDED),
         )  # fmt: skip
         if path is None:
             raise OutOfTime

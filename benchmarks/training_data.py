@@ -108,7 +108,7 @@ def usable(rows: list[dict], answers: list[tuple[str, bool]]) -> list[dict]:
 
 def make(
     model, tokenizer, rows: list[dict], out: Path, batch_size: int, deadline: float = float("inf"),
-    share: tuple[int, int] = (0, 1), avoided: set[int] | None = None,
+    share: tuple[int, int] = (0, 1), *, avoided: set[int],
 ) -> Path | None:  # fmt: skip
     """The file of the conversations; None where pieces are left: for the next call, or for other processes.
 
@@ -133,7 +133,7 @@ def make(
         if time.monotonic() > deadline:
             print(f"{start} of {len(rows)} questions are answered; the next run resumes here", flush=True)
             return None
-        chosen = with_questions(model, tokenizer, rows[start : start + PIECE], batch_size, start, avoided or set())
+        chosen = with_questions(model, tokenizer, rows[start : start + PIECE], batch_size, start, avoided)
         asked = [row["question"] for row in chosen]
         kept = usable(chosen, generate(model, tokenizer, asked, MAX_NEW_TOKENS, batch_size))
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

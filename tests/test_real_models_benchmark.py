@@ -48,7 +48,7 @@ def folders(tmp_path, monkeypatch):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     rows = [{"generator": "gcd", "question": f"What is {number}?", "answer": str(number)} for number in range(40)]
-    for name in ("gsm8k", "training"):
+    for name in (*real_models.TASKS, "training"):
         (tasks / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("text_mixed", "text_never"):
         (tasks / f"{name}.txt").write_text("Readability counts. " * 40)
@@ -347,8 +347,11 @@ def test_a_model_with_rounded_weights_computes_the_same(scheme, transform):
 def test_processes_that_share_the_questions_make_the_file_that_one_makes(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(training_data, "PIECE", 2)
     model, rows = make_llama(layers=1), [{"question": f"What is {n}?", "answer": str(n)} for n in range(7)]
-    files = [training_data.make(model, None, rows, tmp_path / "one", 2)]
-    files += [training_data.make(model, None, rows, tmp_path / "two", 2, share=(number, 3)) for number in (2, 0, 1)]
+    files = [training_data.make(model, None, rows, tmp_path / "one", 2, avoided=set())]
+    files += [
+        training_data.make(model, None, rows, tmp_path / "two", 2, share=(number, 3), avoided=set())
+        for number in (2, 0, 1)
+    ]
     assert files[1:3] == [None, None]
     assert files[0].read_bytes() == files[3].read_bytes() and len(files[0].read_text().splitlines()) == 7
 

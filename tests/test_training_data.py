@@ -11,7 +11,7 @@ from helpers import make_llama, make_tokenizer
 from benchmarks import training_data
 from benchmarks.tasks import generation
 from benchmarks.tasks.overlap import runs_of_tasks, runs_of_words
-from benchmarks.tasks.problems import number_prompt
+from benchmarks.tasks.problems import TASKS, number_prompt
 from benchmarks.written_questions import question_of, requests
 from data.sources.readers import parse_sources
 from qat.errors import UserError
@@ -41,19 +41,23 @@ def test_pieces_resume_and_a_finished_file_is_not_made_again(tmp_path, monkeypat
     monkeypatch.setattr(training_data, "generate", generate)
     monkeypatch.setattr(training_data, "PIECE", 2)
     model, tokenizer = make_llama(), make_tokenizer()
-    assert training_data.make(model, tokenizer, ROWS, tmp_path, 8, deadline=time.monotonic() - 1) is None and not asked
-    path = training_data.make(model, tokenizer, ROWS, tmp_path, 8)
     assert (
-        asked == [row["question"] for row in ROWS] and training_data.make(model, tokenizer, ROWS, tmp_path, 8) == path
+        training_data.make(model, tokenizer, ROWS, tmp_path, 8, deadline=time.monotonic() - 1, avoided=set()) is None
+        and not asked
+    )
+    path = training_data.make(model, tokenizer, ROWS, tmp_path, 8, avoided=set())
+    assert (
+        asked == [row["question"] for row in ROWS]
+        and training_data.make(model, tokenizer, ROWS, tmp_path, 8, avoided=set()) == path
     )
     assert [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()] == asked
     (path.parent / path.stem / "000002.jsonl").unlink()
     path.unlink()
     asked.clear()
-    training_data.make(model, tokenizer, ROWS, tmp_path, 8)
+    training_data.make(model, tokenizer, ROWS, tmp_path, 8, avoided=set())
     assert asked == ["Question 2?", "Question 3?"]
     model.lm_head.weight.data += 1
-    assert training_data.make(model, tokenizer, ROWS, tmp_path, 8) != path
+    assert training_data.make(model, tokenizer, ROWS, tmp_path, 8, avoided=set()) != path
     assert parse_sources(str(path))  # what --dataset reads
 
 
@@ -135,12 +139,16 @@ def test_requests_are_enough_and_of_both_kinds():
     assert counts == {"number": 64 * 12, "code": 20 * 20} and len(found) > 5000
 
 
-def test_runs_of_tasks_are_those_of_problems_that_are_there(tmp_path):
-    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": PROBLEM, "answer": "33"}) + "\n")
+def test_runs_of_tasks_are_those_of_all_problems(tmp_path):
+    for name in TASKS:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": PROBLEM, "answer": "33"}) + "\n")
     (tmp_path / "humaneval.jsonl").write_text(json.dumps({"prompt": "def one two three four five six seven"}) + "\n")
     assert runs_of_tasks(tmp_path, 8) == runs_of_words(PROBLEM, 8) | runs_of_words(
         "def one two three four five six seven", 8
     )
+    (tmp_path / "reasoning_leg_counting.jsonl").unlink()
+    with pytest.raises(UserError, match=r"problems of reasoning_leg_counting are not in .*fetch.py --out"):
+        runs_of_tasks(tmp_path, 8)
 
 
 def test_sampled_answers_are_those_of_their_seed():

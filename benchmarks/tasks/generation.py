@@ -43,7 +43,9 @@ def generate(
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(texts)), key=lambda index: -lengths[index])
     ends = _ends(model, tokenizer)
-    sampling = {"do_sample": False} if seed is None else {"do_sample": True, "top_p": 0.95, "top_k": 0}
+    sampling = (
+        {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    )
     config = GenerationConfig(
         **sampling, max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id, use_cache=True,

@@ -30,9 +30,13 @@ def shared(texts: Sequence[str], training: Iterable[str], length: int = WORDS) -
 
 
 def runs_of_tasks(folder: Path, length: int) -> set[int]:
-    """The runs of words of all problems that are evaluated and were fetched."""
+    """The runs of words of all problems that are evaluated.
+
+    Raises:
+        UserError: those of a task were not fetched.
+    """
     found: set[int] = set()
     for name in TASKS:
-        for problem in read(name, folder) if (folder / f"{name}.jsonl").is_file() else ():
+        for problem in read(name, folder):
             found |= runs_of_words(str(problem.get("question", problem.get("prompt"))), length)
     return found
