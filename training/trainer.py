@@ -27,6 +27,7 @@ from .adapters.inject import config_of
 from .arguments.lora import check_with_adapters
 from .arguments.trainer_options import check_trainer_options, check_with_generic, check_with_teacher
 from .arguments.training import TrainingArguments
+from .backends.cuda_attention import attention_without_cudnn
 from .backends.fingerprint import fingerprint
 from .backends.parameter_groups import separate
 from .backends.saved_dtypes import SavedDtypes
@@ -249,7 +250,8 @@ class QATTrainer(LossTrainer, SavingTrainer):
         check_trainable(self.accelerator.unwrap_model(self.model))
         self._labelled_tokens, self._generic_tokens = None, 0
         self._term_means.clear(), self._generic_means.clear()
-        return super().train(*args, **kwargs)
+        with attention_without_cudnn():
+            return super().train(*args, **kwargs)
 
     @property
     def labelled_tokens(self) -> int:
