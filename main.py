@@ -3,7 +3,8 @@ evaluate.
 
     python main.py --config recipes/bf16.yaml --model_name_or_path M --dataset D       # BF16 fine-tuning
     python main.py --config recipes/mxfp4.yaml --model_name_or_path M --dataset D      # quantization-aware training
-    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_eval True          # PTQ: round, do not train
+    python main.py --model_name_or_path M --quant_scheme MXFP4 --do_eval True          # what rounding alone costs
+    python main.py --model_name_or_path M --quant_scheme MXFP4 --ptq True --dataset D  # round, do not train, and pack
 
 The same file runs under `accelerate launch` on one device or many, see accelerate_config/.
 """
@@ -88,7 +89,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     stop_where_answers_end(model, tokenizer, data)
     checkpoint = output.find_checkpoint(args, getattr(model, "qat_config", None), lora_args.is_on)
     teacher = cached_where_asked(teacher, distill_args, args, training_data)
-    change = change_of_weights(model, data, training_data, quant_args, args.device)
+    change = change_of_weights(model, data, training_data, quant_args, args.device, rounds=args.ptq)
     at_start = None
     if lora_args.is_on:
         at_start = Adapters(lora_args, start).begin(model, tokenizer, output, checkpoint, change, args.seed)
@@ -108,8 +109,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     if args.do_train:
         train(trainer, checkpoint)
     if args.do_eval:
-        evaluate(trainer, rounded=args.do_train)
-    if args.do_train:
+        evaluate(trainer, rounded=args.saves)
+    if args.saves:
         save(trainer, arguments, output)
 
 

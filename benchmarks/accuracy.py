@@ -188,7 +188,8 @@ def quantize(model, mapping: dict, row: Row, data: dict, training_data: dict | N
     if row.smooth_alpha:
         smooth_with_data(model, data, row.smooth_alpha, model.device)
     if row.weight_init != "none":
-        compensate_with_data(model, training_data or data, QuantizationArguments.weight_init_samples, model.device)
+        samples = QuantizationArguments.weight_init_samples
+        compensate_with_data(model, training_data or data, samples, model.device, rounds=row.steps == 0)
     with torch.autocast(model.device.type, torch.bfloat16):
         calibrate_inputs(model, calibration_batches(model, data))
 

@@ -349,3 +349,23 @@ def test_distillation_loss_is_a_mean_over_the_tokens_of_the_whole_step(tmp_path,
     rows = [labelled_rows(m(**batch).logits, labels).float().log_softmax(-1) for m in (model, teacher)]
     expected = F.kl_div(*rows, log_target=True, reduction="sum") / len(rows[0])
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_init", ["none", "gptq"])
+def test_post_training_quantization_packs_what_it_evaluates_and_trains_nothing(workspace, weight_init):
+    """The packed model, evaluated as engines compute it, has the loss of the run that packed it."""
+    name = f"ptq-{weight_init}"
+    scheme = ("--quant_scheme", "MXFP4", "--weight_scale_rule", "search", "--input_transform", "hadamard")
+    quantized = (*scheme, "--smooth_alpha", "0.5", "--weight_init", weight_init)
+    found = run(
+        workspace, name, "--ptq", "True", "--do_eval", "True", *quantized, "--export_format", "compressed-tensors",
+        "--report", "True", "--weight_decay", "0.0",
+    )  # fmt: skip
+    folder = workspace / name
+    assert "train_loss" not in found and not list(folder.glob("checkpoint-*"))
+    assert (folder / "MXFP4" / "verification.json").exists()
+    packed = run(workspace, f"{name}-packed", "--do_eval", "True", model=f"{name}/MXFP4")
+    assert packed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
+    assert (folder / "report.md").read_text().startswith("# Post-training quantization")
+    plain = run(workspace, f"{name}-plain", "--do_eval", "True")
+    assert found["eval_loss"] != plain["eval_loss"]

@@ -64,7 +64,7 @@ def check_paths(arguments: Arguments) -> None:
     inputs += [("--eval_dataset", path) for path in local_paths(data_args.eval_dataset)]
     inputs += [("--distill_generic", path) for path in local_paths(distill_args.generic_file)]
     inputs += [("--eval_generic", path) for path in local_paths(distill_args.eval_generic)]
-    if args.do_train:
+    if args.saves:
         inputs.append(("--model_name_or_path", Path(model_args.model_name_or_path)))
         inputs += [] if teacher is None else [("--teacher_model_name_or_path", Path(teacher))]
         adapter = lora_args.adapter_name_or_path
@@ -96,7 +96,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             check_writable(name, folder)
     skeleton = skeleton_of(start)
     check_autocast(args, skeleton.config)
-    if args.do_train:
+    if args.saves:
         check_loads_again(start, skeleton.config)
     check_length(args.model_max_length, type(args).model_max_length, skeleton.config)
     if distill_args.distill:
@@ -112,7 +112,7 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         config = cast("QATConfig | None", getattr(skeleton, "qat_config", None))
         if not (start.is_packed and config is None):  # which is known once it is unpacked
             check_calibration(skeleton, quant_args)
-        exports = args.do_train and config is not None and quant_args.export_format != "none"
+        exports = args.saves and config is not None and quant_args.export_format != "none"
         if exports:
             check_exportable(skeleton, quant_args.export_format, _plain_folder(start))
     if exports:

@@ -1,9 +1,10 @@
-"""GPTQ as the start of training: weights that make up for their own rounding, without being rounded.
+"""GPTQ as the start of training: weights that make up for their own rounding.
 
 GPTQ (arXiv:2210.17323) rounds a weight W [N, K] column by column; the columns that follow make up for the error of each
 in the outputs on some samples. Here a column is kept as it was just before it was rounded. Rounded to the nearest these
 weights are almost the values that GPTQ chooses, and training moves them as any others, which values on the grid would
-not let it do. In MX formats with inputs in Hadamard blocks that is MR-GPTQ (arXiv:2509.23202) as a starting point.
+not let it do. Where nothing is trained, weights in MX formats get GPTQ's own values. In MX formats with inputs in
+Hadamard blocks that is MR-GPTQ (arXiv:2509.23202).
 
 With H = X^T X of the rounded inputs, each token's divided by its norm (see moments.py), U the upper Cholesky factor of
 H^-1, and q the rounding:
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..layers.sites import EXPERTS, Site, quantized_sites
 from ..numerics import ops
-from ..numerics.formats import Quantized
+from ..numerics.formats import E8M0, Quantized
 from ..schemes.spec import TensorSpec
 from .moments import groups_of, linear_sites, lots, second_moments
 
@@ -52,7 +53,12 @@ class Compensated:
 
 
 @torch.no_grad()
-def compensate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], damping: float = DAMPING) -> Compensated:
+def compensate(
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    damping: float = DAMPING,
+    rounds: bool = False,
+) -> Compensated:
     """Have the weights of linear layers make up for their own rounding, in place.
 
     Layers are done in the order of the model, as many at once as fit into `moments.MEMORY`: those that follow see the
@@ -62,6 +68,9 @@ def compensate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], dam
         model: prepared by `prepare_qat`, with weights in FP32; its quantizers on, except those that stay off.
         batches: what it is called with, on its device; without padding, since all tokens count.
         damping: of the mean of the diagonal of the moments, added to it.
+        rounds: weights in MX formats become GPTQ's rounded values, which these formats round to themselves; nearer to
+            the unquantized model than rounding later, and no start for training. Other formats choose their scales by
+            the largest value again, so their weights stay unrounded.
 
     Raises:
         UserError: there is no batch, or a layer's inputs are not finite.
@@ -78,7 +87,7 @@ def compensate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], dam
             moments = second_moments(model, batches, [group[0] for group in lot], "Inputs of layers")
             moments.reverse()
             for group in tqdm(lot, desc="GPTQ", unit="input"):
-                _compensate_group(group, moments.pop(), damping)
+                _compensate_group(group, moments.pop(), damping, rounds)
     finally:
         model.train(was_training)
     reached = {site.label for group in groups for site in group}
@@ -91,7 +100,7 @@ def compensate(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], dam
     return result
 
 
-def _compensate_group(group: Sequence[Site], moment: torch.Tensor, damping: float) -> None:
+def _compensate_group(group: Sequence[Site], moment: torch.Tensor, damping: float, rounds: bool) -> None:
     """The weights of sites with one input; those with the same rounding are done together."""
     if not moment.isfinite().all():
         raise UserError(
@@ -107,7 +116,8 @@ def _compensate_group(group: Sequence[Site], moment: torch.Tensor, damping: floa
         tensor_scale = spec.format.tensor_scale is not None
         divisors = [_divisor(site) if tensor_scale else None for site in sites]
         parts = [(torch.cat(rows), None)] if not tensor_scale else list(zip(rows, divisors, strict=True))
-        found = torch.cat([compensated(weight, factor, spec, divisor)[0] for weight, divisor in parts])
+        which = int(rounds and spec.format.scale is E8M0)
+        found = torch.cat([compensated(weight, factor, spec, divisor)[which] for weight, divisor in parts])
         for site, own in zip(sites, found.split([len(r) for r in rows]), strict=True):
             if site.module.weight_quantizer.is_transformed:
                 own = ops.transform(own.contiguous(), torch.float32)  # T is its own inverse

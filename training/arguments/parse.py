@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple
 
 from data.command_line import DataclassParser
+from qat import SCHEMES
 from qat.checkpoints.model_card import CardFacts
 from qat.command_line import OneLineParser
 from qat.errors import UserError
@@ -136,7 +137,9 @@ def _check_together(arguments: Arguments) -> None:
         check_with_stream(training)
     if training.do_train and training.learning_rate == 0 and not arguments.quantization.learns:
         raise UserError("--learning_rate 0.0: nothing would be learned; give a positive number, such as 1e-5")
-    if arguments.quantization.export_format == "auto_round" and not training.do_train:
+    if training.ptq:
+        _check_ptq(arguments)
+    if arguments.quantization.export_format == "auto_round" and not training.saves:
         raise UserError(
             "--export_format auto_round has no effect without --do_train True: an evaluation packs nothing; leave it "
             "out, or pack the folder with scripts/export.py"
@@ -189,5 +192,27 @@ def _check_together(arguments: Arguments) -> None:
         distillation.distill_generic_length = training.model_max_length  # as a resumed run may give it
     if distillation.distill_teacher == "self" and training.do_train and not lora.is_on:
         raise UserError(SELF_IN_TRAINING)
-    if not (training.do_train or training.do_eval):
-        raise UserError("nothing is asked for: give --do_train True, --do_eval True, or both")
+    if not (training.saves or training.do_eval):
+        raise UserError("nothing is asked for: give --do_train True, --do_eval True, or both; or --ptq True")
+
+
+def _check_ptq(arguments: Arguments) -> None:
+    """Raise a UserError for what does not go with a run that quantizes, packs and trains nothing."""
+    training, quantization = arguments.training, arguments.quantization
+    if training.do_train:
+        raise UserError(
+            "--ptq True and --do_train True: post-training quantization trains nothing; give --do_train False where a "
+            "recipe trains, or leave --ptq out"
+        )
+    if not quantization.names_schemes:
+        raise UserError(
+            f"--ptq True needs a scheme: give --quant_scheme (one of {', '.join(SCHEMES)}) or --quant_mapping; a "
+            "folder that QAT has saved is packed by scripts/export.py"
+        )
+    if arguments.lora.is_on:
+        raise UserError(
+            "--ptq True trains no adapters, and reads none; the folder that their training has saved is merged: name "
+            "it with --model_name_or_path"
+        )
+    if fsdp_version():
+        raise UserError("--ptq True under FSDP: nothing is trained, and so nothing sharded; start it as python main.py")

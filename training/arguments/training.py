@@ -43,6 +43,13 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Compute in bfloat16 (autocast) over FP32 master weights, on CPUs too."},
     )
 
+    ptq: bool = field(
+        default=False,
+        metadata={
+            "help": "Post-training quantization: prepare the model as for training, evaluate it with --do_eval, save "
+            "and pack it, and train nothing. See docs/quantization.md."
+        },
+    )
     report: bool = field(
         default=True, metadata={"help": "After training, write report.md and report.png with curves and final figures."}
     )
@@ -123,6 +130,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self._read_by_transformers()
         if not (self.bf16 or self.fp16):  # or accelerate would follow its configuration file's mixed_precision
             self.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run writes a model."""
+        return self.do_train or self.ptq
 
     def _check_choices(self) -> None:
         """Raise a UserError for a dtype of masters or moments that is none; main.py's parser has checked its own."""

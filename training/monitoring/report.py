@@ -44,14 +44,15 @@ def write_report(folder: str | Path, log_history: list[dict], settings: dict[str
 
 
 def report_run(folder: str | Path, trainer, groups: Sequence) -> Path:
-    """`write_report` of a finished training.
+    """`write_report` of a finished training, or of a post-training quantization.
 
     Args:
         trainer: a QATTrainer.
         groups: dataclasses of arguments.
     """
     settings = run_settings(trainer, *(group for group in groups if group is not trainer.args))
-    return write_report(folder, trainer.state.log_history, settings, "Training report")
+    title = "Training report" if trainer.args.do_train else "Post-training quantization"
+    return write_report(folder, trainer.state.log_history, settings, title)
 
 
 def collect_curves(log_history: list[dict]) -> Curves:

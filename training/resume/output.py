@@ -46,7 +46,7 @@ class OutputFolder:
     @classmethod
     def of(cls, args: TrainingArguments) -> OutputFolder:
         """The folder of a run; that of an evaluation is a new one inside where `args.output_dir` is not empty."""
-        if not args.do_train:
+        if not args.saves:
             args.output_dir = str(unused_folder(args.output_dir))
         return cls(args.output_dir, Writers.of(args))
 

@@ -17,7 +17,12 @@ from .smoothing import smooth_with_data
 
 
 def change_of_weights(
-    model: nn.Module, data: dict, training_data: dict, settings: QuantizationArguments, device: torch.device
+    model: nn.Module,
+    data: dict,
+    training_data: dict,
+    settings: QuantizationArguments,
+    device: torch.device,
+    rounds: bool = False,
 ) -> Callable[[], None] | None:
     """What changes the weights of a prepared model in place as the settings say; None where they ask for nothing.
 
@@ -25,6 +30,7 @@ def change_of_weights(
         data: from `make_supervised_data_module`.
         training_data: the same with the text that is mixed into training.
         device: where the model computes.
+        rounds: whether nothing is going to be trained, see `compensate`.
     """
     if not settings.smooth_alpha and settings.weight_init == "none":
         return None
@@ -33,12 +39,14 @@ def change_of_weights(
         if settings.smooth_alpha:
             smooth_with_data(model, data, settings.smooth_alpha, device)
         if settings.weight_init != "none":
-            compensate_with_data(model, training_data, settings.weight_init_samples, device)
+            compensate_with_data(model, training_data, settings.weight_init_samples, device, rounds)
 
     return change
 
 
-def compensate_with_data(model: nn.Module, data_module: dict, samples: int, device: torch.device) -> None:
+def compensate_with_data(
+    model: nn.Module, data_module: dict, samples: int, device: torch.device, rounds: bool = False
+) -> None:
     """Run `qat.compensation.gptq.compensate` on the beginnings of the first training samples, without padding.
 
     Every process does the same with the same samples. Under FSDP with `cpu_ram_efficient_loading` only the first one
@@ -50,13 +58,14 @@ def compensate_with_data(model: nn.Module, data_module: dict, samples: int, devi
         data_module: from `make_supervised_data_module`, with the text that is mixed into training.
         samples: how many, at most.
         device: where the model computes, see `samples.computing_in_fp32`.
+        rounds: see `compensate`.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     remedy = "leave it off with --weight_init none"
     try:
         with weights_in_fp32(model), computing_in_fp32(model, device, "GPTQ", remedy, _workspace(model)):
-            compensate(model, first_samples(data_module, model.device, samples))
+            compensate(model, first_samples(data_module, model.device, samples), rounds=rounds)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--weight_init gptq: {device} has too little memory for the model in FP32 and up to "

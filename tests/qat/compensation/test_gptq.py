@@ -266,3 +266,34 @@ def test_layers_with_the_same_input_share_its_moments_and_lots_fit_the_memory(mo
 def test_no_sample_is_refused():
     with pytest.raises(UserError, match="at least one sample"):
         compensate(prepared()[0], [])
+
+
+@pytest.mark.parametrize("options", [{}, {"input_transforms": "hadamard"}])
+@pytest.mark.parametrize("rule", ["even", "search"])
+def test_where_nothing_is_trained_weights_in_mx_formats_are_the_values_that_gptq_chooses(options, rule):
+    untouched, chosen, kept = (prepared(weight_scale_rule=rule, **options)[0] for _ in range(3))
+    compensate(chosen, BATCHES, rounds=True)
+    compensate(kept, BATCHES)
+
+    def seen(weight: torch.Tensor) -> torch.Tensor:
+        return ops.transform(weight.contiguous(), torch.float32) if options else weight
+
+    # The first layer's: later ones see other inputs.
+    site, of_chosen, of_kept = (quantized_sites(model)[0] for model in (untouched, chosen, kept))
+    spec = site.module.weight_quantizer.spec
+    moment = second_moments(untouched, BATCHES, [site], "")[0]
+    columns, values = compensated(seen(site.weight.detach()), inverse_factor(moment, 0.1), spec)
+    torch.testing.assert_close(seen(of_chosen.weight.detach()), values, rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen(of_kept.weight.detach()), columns, rtol=0, atol=1e-6)
+    assert not torch.equal(values, rounded(columns, spec))  # whose scales are chosen again
+    for own in (seen(site.weight.detach()) for site in quantized_sites(chosen)):
+        saved = seen(seen(own).bfloat16().float())  # transformed twice is not at all
+        torch.testing.assert_close(rounded(saved.contiguous(), spec), own, rtol=0, atol=1e-6)
+
+
+def test_formats_that_scale_by_the_largest_value_keep_unrounded_weights_where_nothing_is_trained():
+    for scheme in ("INT4_G32", "NVFP4A16"):
+        models = [prepared(scheme=scheme)[0] for _ in range(2)]
+        for model, rounds in zip(models, (False, True), strict=True):
+            compensate(model, BATCHES, rounds=rounds)
+        assert all(torch.equal(p, q) for p, q in zip(*(model.parameters() for model in models), strict=True))
