@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import main
 from qat import QATConfig, prepare_qat
+from qat.errors import UserError
 from training.arguments.model import ModelArguments
 from training.backends.saved_dtypes import SavedDtypes
 from training.losses.distillation import labelled_rows
@@ -366,6 +367,20 @@ def test_post_training_quantization_packs_what_it_evaluates_and_trains_nothing(w
     assert (folder / "MXFP4" / "verification.json").exists()
     packed = run(workspace, f"{name}-packed", "--do_eval", "True", model=f"{name}/MXFP4")
     assert packed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
-    assert (folder / "report.md").read_text().startswith("# Post-training quantization")
+    report = (folder / "report.md").read_text()
+    assert report.startswith("# Post-training quantization\n\n## Figures") and not (folder / "report.png").exists()
     plain = run(workspace, f"{name}-plain", "--do_eval", "True")
     assert found["eval_loss"] != plain["eval_loss"]
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "a model"])
+def test_post_training_quantization_does_not_replace_a_trained_model(workspace, bf16_stage, tmp_path, left):
+    if left == "a model":
+        folder = workspace / "bf16"
+    else:
+        folder = tmp_path
+        (folder / "checkpoint-3").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with pytest.raises(UserError, match=f"--ptq True: --output_dir '{folder}' has a model that was trained"):
+        run(workspace, str(folder), "--ptq", "True", "--quant_scheme", "MXFP4")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

@@ -117,6 +117,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
             check_exportable(skeleton, quant_args.export_format, _plain_folder(start))
     if exports:
         output.check_packable(config)
+    if args.ptq:
+        output.check_untrained()
     if lora_args.is_on:
         with _silenced():
             Adapters(lora_args, start).check(skeleton)

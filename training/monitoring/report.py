@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-_NOT_CURVES = ("step", "epoch", "total_flos")  # the axes, and what is not a scalar of its step
+_NOT_CURVES = ("step", "epoch", "total_flos", "eval_model_preparation_time")  # axes, and what is no scalar of its step
 _TOTALS = ("runtime", "samples_per_second", "steps_per_second")  # ends of names that speak of a whole run
 _ORDER = ("loss", "kl", "perplexity", "learning_rate", "grad_norm")
 _COUNTS = ("labelled_tokens",)  # in a table, not in a panel
@@ -24,7 +24,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def write_report(folder: str | Path, log_history: list[dict], settings: dict[str, object], title: str) -> Path:
-    """Write `report.md` and `report.png` into `folder`; returns the path of the former.
+    """Write `report.md` into `folder`, and `report.png` where a curve has two points; returns the path of the former.
 
     Args:
         log_history: `trainer.state.log_history`.
@@ -33,8 +33,11 @@ def write_report(folder: str | Path, log_history: list[dict], settings: dict[str
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     curves = collect_curves(log_history)
-    _draw(folder / "report.png", curves, title)
-    lines = [f"# {title}", "", "![curves](report.png)", "", "## Figures", ""]
+    lines = [f"# {title}", ""]
+    if any(len(points) > 1 for points in curves.values()):
+        _draw(folder / "report.png", curves, title)
+        lines += ["![curves](report.png)", ""]
+    lines += ["## Figures", ""]
     lines += _table(("figure", "first", "last", "best", "at step"), _figures(curves))
     lines += ["", "## Run", "", *_table(("", ""), _totals(log_history)), "", "## Settings", ""]
     lines += _table(("", ""), [(name, f"`{value}`") for name, value in settings.items() if value is not None])

@@ -24,12 +24,13 @@ from qat.files.paths import made_writable
 
 from ..backends.writers import Writers
 from .checkpoints import check_resumable, find_checkpoint
-from .written import BASE_FOLDER, MODEL_PARTIAL
+from .written import BASE_FOLDER, MODEL_PARTIAL, checkpoints_in
 
 logger = logging.getLogger(__name__)
 
 # transformers does not write these through a temporary folder
-_RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json")
+_STATE = "trainer_state.json"
+_RESULTS = ("all_results.json", "train_results.json", "eval_results.json", _STATE)
 
 
 class OutputFolder:
@@ -105,6 +106,20 @@ class OutputFolder:
             UserError: see `checkpoints.check_resumable`.
         """
         return check_resumable(str(self.path), args.resume_from_checkpoint, qat_config, has_adapters)
+
+    def check_untrained(self) -> None:
+        """Refuse to write a model that was not trained over one that was.
+
+        Raises:
+            UserError: the folder has checkpoints, or the model of a training.
+        """
+        state = self.path / _STATE
+        steps = json.loads(state.read_text(encoding="utf-8")).get("global_step") if state.is_file() else 0
+        if steps or checkpoints_in(self.path):
+            raise UserError(
+                f"--ptq True: --output_dir {str(self.path)!r} has a model that was trained, or its checkpoints; give "
+                "another --output_dir"
+            )
 
     def check_packable(self, qat_config: QATConfig) -> None:
         """Refuse, before training, what `pack` would refuse to replace.
