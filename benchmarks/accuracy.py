@@ -47,7 +47,6 @@ from training.arguments.data import DataArguments  # noqa: E402
 from training.arguments.distillation import CacheSettings, DistillationArguments  # noqa: E402
 from training.arguments.lora import LoraArguments  # noqa: E402
 from training.arguments.model import ModelArguments  # noqa: E402
-from training.arguments.quantization import QuantizationArguments  # noqa: E402
 from training.arguments.training import TrainingArguments  # noqa: E402
 from training.backends.masters import to_master_dtype  # noqa: E402
 from training.losses.distillation import forward_kl, labelled_rows  # noqa: E402
@@ -188,8 +187,8 @@ def quantize(model, mapping: dict, row: Row, data: dict, training_data: dict | N
     if row.smooth_alpha:
         smooth_with_data(model, data, row.smooth_alpha, model.device)
     if row.weight_init != "none":
-        samples = QuantizationArguments.weight_init_samples
-        compensate_with_data(model, training_data or data, samples, model.device, rounds=row.steps == 0)
+        rounds = row.steps == 0
+        compensate_with_data(model, training_data or data, row.weight_init_samples, model.device, rounds)
     with torch.autocast(model.device.type, torch.bfloat16):
         calibrate_inputs(model, calibration_batches(model, data))
 

@@ -32,6 +32,7 @@ class Row:
     packing: bool = False
     smooth_alpha: float | str = 0.0
     weight_init: str = "none"
+    weight_init_samples: int = 128
     prepare_options: dict = field(default_factory=dict)
     trainer_options: dict = field(default_factory=dict)
     teacher: str = "copy"  # or "cache" or "self", as with --distill_teacher

@@ -60,6 +60,10 @@ UNTRAINED: dict[str, RealRow] = {
     "mxfp4-gptq-ptq": RealRow(
         "MXFP4 PTQ, prepared as in our recipe, GPTQ", of_ours("", distill=False, steps=0, weight_init="gptq")
     ),
+    "mxfp4-gptq512-ptq": RealRow(
+        "MXFP4 PTQ, prepared as in our recipe, GPTQ with 512 rows",
+        of_ours("", distill=False, steps=0, weight_init="gptq", weight_init_samples=512),
+    ),
     "mxfp4-autoround": RealRow(
         "MXFP4, AutoRound with its extension, 200 iterations, smoothed",
         Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,
@@ -74,6 +78,10 @@ UNTRAINED: dict[str, RealRow] = {
     ),
     "mxfp4fp8-gptq-ptq": _without_training(
         "MXFP4FP8 PTQ, searched weights, Hadamard, GPTQ", "MXFP4FP8", weight_init="gptq", **_HADAMARD
+    ),
+    "mxfp4fp8-gptq512-ptq": _without_training(
+        "MXFP4FP8 PTQ, searched weights, Hadamard, GPTQ with 512 rows", "MXFP4FP8", weight_init="gptq",
+        weight_init_samples=512, **_HADAMARD,
     ),
     "mxfp8-ptq": _without_training("MXFP8 PTQ, prepared", "MXFP8", **settings_of("MXFP8")),
     "int4_g32-ptq": _without_training("INT4_G32 PTQ, searched weights", "INT4_G32", **settings_of("INT4_G32")),
@@ -92,6 +100,10 @@ VARIANTS: dict[str, tuple[str, _Flags]] = {
         "half of the rows 500 texts of the teacher",
         {"distill_generic": "teacher:500", "distill_generic_share": "0.5"},
     ),
+    "samples2000": (
+        "half of the rows 2,000 texts of the teacher",
+        {"distill_generic": "teacher:2000", "distill_generic_share": "0.5"},
+    ),
     "chat": (
         "half of the rows 1,000 conversations of the teacher",
         {"distill_generic": "chat:1000", "distill_generic_share": "0.5"},
@@ -99,6 +111,7 @@ VARIANTS: dict[str, tuple[str, _Flags]] = {
     "kl": ("no cross-entropy", {"distill_ce_weight": "0"}),
     "half-ce": ("10 % cross-entropy", {"distill_ce_weight": "0.1"}),
     "gptq": ("GPTQ", {"weight_init": "gptq"}),
+    "gptq512": ("GPTQ with 512 rows", {"weight_init": "gptq", "weight_init_samples": "512"}),
     "hadamard": ("Hadamard", {"input_transform": "hadamard"}),
     "all": ("all inputs transformed", {"input_transform_layers": "*"}),
     "auto": ("smoothed auto", {"smooth_alpha": "auto"}),
