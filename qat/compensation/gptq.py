@@ -10,9 +10,6 @@ With H = X^T X of the rounded inputs, each token's divided by its norm (see mome
 H^-1, and q the rounding:
 
     e_j = (w_j - q(w_j)) / U_jj,    w_k -= e_j U_jk for each k > j
-
-GPTQ's own values are improved by coordinate descent (arXiv:2406.17542): column by column each value becomes the best
-one for the others as they are, those before it included, which GPTQ does not look back at.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..layers.sites import EXPERTS, Site, quantized_sites
-from ..numerics import mx, ops
+from ..numerics import ops
 from ..numerics.formats import E8M0, Quantized
 from ..schemes.spec import TensorSpec
 from .moments import groups_of, linear_sites, lots, second_moments
@@ -37,7 +34,6 @@ logger = logging.getLogger(__name__)
 DAMPING = 0.1  # of the mean of H's diagonal, added to it; more than GPTQ's 0.01, for text unlike the samples
 _UNREACHED = "no sample reaches it"
 _SHARED = "it shares its weight with another module, or its weight is not rounded"
-SWEEPS = 2  # of coordinate descent over all columns
 _CHUNK = 128  # columns whose errors are passed on to the others at once
 
 
@@ -72,9 +68,9 @@ def compensate(
         model: prepared by `prepare_qat`, with weights in FP32; its quantizers on, except those that stay off.
         batches: what it is called with, on its device; without padding, since all tokens count.
         damping: of the mean of the diagonal of the moments, added to it.
-        rounds: weights in MX formats become GPTQ's rounded values, improved by `descended`; these formats round them to
-            themselves. That is nearer to the unquantized model than rounding later, and no start for training. Other
-            formats choose their scales by the largest value again, so their weights stay unrounded.
+        rounds: weights in MX formats become GPTQ's rounded values, which these formats round to themselves; nearer to
+            the unquantized model than rounding later, and no start for training. Other formats choose their scales by
+            the largest value again, so their weights stay unrounded.
 
     Raises:
         UserError: there is no batch, or a layer's inputs are not finite.
@@ -120,12 +116,8 @@ def _compensate_group(group: Sequence[Site], moment: torch.Tensor, damping: floa
         tensor_scale = spec.format.tensor_scale is not None
         divisors = [_divisor(site) if tensor_scale else None for site in sites]
         parts = [(torch.cat(rows), None)] if not tensor_scale else list(zip(rows, divisors, strict=True))
-        results = [compensated(weight, factor, spec, divisor) for weight, divisor in parts]
-        if rounds and spec.format.scale is E8M0:
-            ((weight, _),), ((_, values),) = parts, results
-            found = descended(weight, values, _damped(moment, damping).float(), spec)
-        else:
-            found = torch.cat([columns for columns, _ in results])
+        which = int(rounds and spec.format.scale is E8M0)
+        found = torch.cat([compensated(weight, factor, spec, divisor)[which] for weight, divisor in parts])
         for site, own in zip(sites, found.split([len(r) for r in rows]), strict=True):
             if site.module.weight_quantizer.is_transformed:
                 own = ops.transform(own.contiguous(), torch.float32)  # T is its own inverse
@@ -149,16 +141,11 @@ def inverse_factor(moment: torch.Tensor, damping: float) -> torch.Tensor:
 
     Without any input H is a multiple of 1: nothing is passed on.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(moment, damping)))
-    return torch.linalg.cholesky(inverse, upper=True).float()
-
-
-def _damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    """H of `inverse_factor`, in FP64 where that is fast enough."""
     damped = moment.double() if moment.device.type == "cpu" and len(moment) <= 2048 else moment.clone()
     mean = float(damped.diagonal().mean())
     damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    return damped
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def compensated(
@@ -198,44 +185,6 @@ def compensated(
                 chunk[:, column + 1 :].addr_(error, factor[row, row + 1 : stop], alpha=-1)
         weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     return weight, rounded
-
-
-def descended(
-    weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor, spec: TensorSpec, sweeps: int = SWEEPS
-) -> torch.Tensor:
-    """Rounded values of less error, tr((W - Q) H (W - Q)^T), by coordinate descent: no change of a value adds to it.
-
-    A block has the scale that the rule gives its values when its turn comes, under which they are what they were.
-
-    Args:
-        weight: W, FP32 [N, K], as it is rounded.
-        values: Q to begin with, FP32 [N, K], in an MX format.
-        hessian: H, FP32 [K, K].
-        spec: of the rounding.
-        sweeps: over all columns.
-
-    Returns:
-        Q, FP32 [N, K].
-    """
-    values, step = values.clone(), mx.BLOCK
-    slope = (weight - values) @ hessian  # over H_jj it is the distance to the best value of a column without rounding
-    for start in list(range(0, weight.shape[1], step)) * sweeps:
-        inside = slice(start, start + step)
-        block, own_slope, own_hessian = (
-            values[:, inside].contiguous(),
-            slope[:, inside].clone(),
-            hessian[inside, inside],
-        )
-        scales = ops.quantize(block, spec.format.name, spec.rule, torch.float32, None).scales
-        for column in range(step):
-            wanted = block.clone()
-            wanted[:, column] += own_slope[:, column] / own_hessian[column, column]
-            change = _rounded(wanted, scales, spec, None)[:, column] - block[:, column]
-            block[:, column] += change
-            own_slope.addr_(change, own_hessian[column], alpha=-1)
-        slope.addmm_(block - values[:, inside], hessian[inside], alpha=-1)
-        values[:, inside] = block
-    return values
 
 
 def _rounded(

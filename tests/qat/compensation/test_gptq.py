@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from qat import prepare_qat
 from qat.compensation import moments
-from qat.compensation.gptq import compensate, compensated, descended, inverse_factor
+from qat.compensation.gptq import compensate, compensated, inverse_factor
 from qat.compensation.moments import groups_of, lots, second_moments
 from qat.errors import UserError
 from qat.layers.kv_cache import cache_quantizers
@@ -93,35 +93,6 @@ def test_the_error_in_the_outputs_falls(kind):
     )}  # fmt: skip
     assert error["gptq"] < 0.8 * error["nearest"]
     assert error["start"] < (0.8 if spec.format.block else 1.02) * error["nearest"]
-
-
-def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
-    return moment + damping * moment.diagonal().mean() * torch.eye(len(moment))
-
-
-@pytest.mark.parametrize("kind", ["mxfp4", "mxfp8"])
-def test_descent_lowers_the_error_until_no_other_value_of_the_grid_would(kind):
-    spec, weight, x = SPECS[kind], make_weight(64), correlated(400, 64)
-    hessian = damped(x.T @ x, 0.01)
-
-    def error(values: torch.Tensor) -> torch.Tensor:
-        return ((weight - values).double() @ hessian.double() * (weight - values).double()).sum(1)
-
-    start = compensated(weight, inverse_factor(x.T @ x, 0.01), spec)[1]
-    errors = [error(descended(weight, start, hessian, spec, sweeps)).sum() for sweeps in (0, 1, 2, 20)]
-    assert errors[0] == error(start).sum() and errors[0] > 1.01 * errors[1] and errors == sorted(errors, reverse=True)
-    found = descended(weight, start, hessian, spec, 20)
-    assert torch.equal(rounded(found, spec), found)
-    blocks = ops.quantize(found, spec.format.name, spec.rule, torch.float32)
-    for column in range(64):  # try the neighbours of each value under the scale of its block
-        for code in range(-1, 2, 2):
-            other = found.clone()
-            scale = torch.ldexp(torch.ones(24), blocks.scales[0][:, column // 32].int() - 127)
-            nearby = other[:, column] + code * scale * torch.where(other[:, column].abs() < 2 * scale, 0.5, 1.0)
-            other[:, column] = nearby
-            is_there = rounded(other, spec) == other
-            worse = error(other) >= error(found) * (1 - 1e-6)
-            assert (worse | ~is_there.all(1)).all()
 
 
 def test_inputs_that_do_not_correlate_leave_the_weight_as_it_is():
@@ -312,7 +283,6 @@ def test_where_nothing_is_trained_weights_in_mx_formats_are_the_values_that_gptq
     spec = site.module.weight_quantizer.spec
     moment = second_moments(untouched, BATCHES, [site], "")[0]
     columns, values = compensated(seen(site.weight.detach()), inverse_factor(moment, 0.1), spec)
-    values = descended(seen(site.weight.detach()), values, damped(moment, 0.1), spec)
     torch.testing.assert_close(seen(of_chosen.weight.detach()), values, rtol=0, atol=1e-6)
     torch.testing.assert_close(seen(of_kept.weight.detach()), columns, rtol=0, atol=1e-6)
     assert not torch.equal(values, rounded(columns, spec))  # whose scales are chosen again
