@@ -24,7 +24,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def write_report(folder: str | Path, log_history: list[dict], settings: dict[str, object], title: str) -> Path:
-    """Write `report.md` into `folder`, and `report.png` where a curve has two points; returns the path of the former.
+    """Write `report.md` into `folder`, and `report.png` where there was a step; returns the path of the former.
 
     Args:
         log_history: `trainer.state.log_history`.
@@ -34,7 +34,7 @@ def write_report(folder: str | Path, log_history: list[dict], settings: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     curves = collect_curves(log_history)
     lines = [f"# {title}", ""]
-    if any(len(points) > 1 for points in curves.values()):
+    if any(step > 0 for points in curves.values() for step, _ in points):
         _draw(folder / "report.png", curves, title)
         lines += ["![curves](report.png)", ""]
     lines += ["## Figures", ""]

@@ -45,6 +45,7 @@ def test_a_training_turns_cudnn_attention_off_and_leaves_the_setting_as_it_was(t
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("tokens", [448, 512])
 def test_gradients_of_masked_attention_with_very_negative_scores_are_those_of_fp32(tokens):
     generator = torch.Generator("cuda").manual_seed(0)
