@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, DynamoBackend
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 
@@ -250,8 +250,7 @@ class QATTrainer(LossTrainer, SavingTrainer):
         check_trainable(self.accelerator.unwrap_model(self.model))
         self._labelled_tokens, self._generic_tokens = None, 0
         self._term_means.clear(), self._generic_means.clear()
-        with attention_without_cudnn():
-            return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
 
     @property
     def labelled_tokens(self) -> int:
@@ -275,7 +274,9 @@ class QATTrainer(LossTrainer, SavingTrainer):
             batches, generic = self.current_gradient_accumulation_steps, self._generic_items
             self._labelled_tokens = self._labelled_tokens + (num_items_in_batch - generic) / batches
             self._generic_tokens = self._generic_tokens + generic / batches
-        return super().training_step(model, inputs, num_items_in_batch)
+        compiled = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        with attention_without_cudnn(inputs["labels"].shape[-1], compiled):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log; beside each training loss its terms, the labelled tokens so far and figures of quantization.
