@@ -68,9 +68,10 @@ def compensate(
         model: prepared by `prepare_qat`, with weights in FP32; its quantizers on, except those that stay off.
         batches: what it is called with, on its device; without padding, since all tokens count.
         damping: of the mean of the diagonal of the moments, added to it.
-        rounds: weights in MX formats become GPTQ's rounded values, which these formats round to themselves; nearer to
-            the unquantized model than rounding later, and no start for training. Other formats choose their scales by
-            the largest value again, so their weights stay unrounded.
+        rounds: weights in MX formats become GPTQ's rounded values; nearer to the unquantized model than rounding later,
+            and no start for training. A block that would not round to itself once it is saved in BF16 or FP32 stays
+            unrounded: transformed, its maximum comes back a little smaller or larger, and FLOOR and RCEIL then choose
+            another scale. Other formats choose their scales by the largest value again, so all of theirs do.
 
     Raises:
         UserError: there is no batch, or a layer's inputs are not finite.
@@ -116,12 +117,27 @@ def _compensate_group(group: Sequence[Site], moment: torch.Tensor, damping: floa
         tensor_scale = spec.format.tensor_scale is not None
         divisors = [_divisor(site) if tensor_scale else None for site in sites]
         parts = [(torch.cat(rows), None)] if not tensor_scale else list(zip(rows, divisors, strict=True))
-        which = int(rounds and spec.format.scale is E8M0)
-        found = torch.cat([compensated(weight, factor, spec, divisor)[which] for weight, divisor in parts])
+        results = [compensated(weight, factor, spec, divisor) for weight, divisor in parts]
+        found = torch.cat([columns for columns, _ in results])
+        if rounds and spec.format.scale is E8M0:
+            values = torch.cat([values for _, values in results])
+            found = torch.where(_last(values, spec, sites[0].module.weight_quantizer.is_transformed), values, found)
         for site, own in zip(sites, found.split([len(r) for r in rows]), strict=True):
             if site.module.weight_quantizer.is_transformed:
                 own = ops.transform(own.contiguous(), torch.float32)  # T is its own inverse
             site.rows(site.weight).copy_(own)
+
+
+def _last(values: torch.Tensor, spec: TensorSpec, is_transformed: bool) -> torch.Tensor:
+    """Which of rounded values [N, K] are in blocks that round to themselves when they have been saved; bool [N, K]."""
+    same = torch.ones_like(values, dtype=torch.bool)
+    for dtype in (torch.float32, torch.bfloat16):
+        own = ops.transform(values.contiguous(), torch.float32) if is_transformed else values  # T is its own inverse
+        saved = own.to(dtype).float().contiguous()
+        read = ops.transform(saved, torch.float32) if is_transformed else saved
+        same &= ops.fake_quantize(read, spec.format.name, spec.rule, torch.float32) == values
+    blocks = same.unflatten(-1, (-1, spec.format.block))
+    return blocks.all(-1, keepdim=True).expand_as(blocks).flatten(-2)
 
 
 def _seen(site: Site) -> torch.Tensor:

@@ -291,6 +291,39 @@ def test_where_nothing_is_trained_weights_in_mx_formats_are_the_values_that_gptq
         torch.testing.assert_close(rounded(saved.contiguous(), spec), own, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["floor", "rceil", "even", "search"])
+@pytest.mark.parametrize("scheme", ["MXFP4", "MXFP8"])
+@pytest.mark.parametrize("options", [{}, {"input_transforms": "hadamard"}])
+def test_values_that_gptq_chooses_stay_where_the_rule_keeps_them_once_they_are_saved(options, scheme, rule):
+    untouched, chosen = (prepared(scheme=scheme, weight_scale_rule=rule, **options)[0] for _ in range(2))
+    compensate(chosen, BATCHES, rounds=True)
+
+    def seen(weight: torch.Tensor) -> torch.Tensor:
+        return ops.transform(weight.contiguous(), torch.float32) if options else weight
+
+    site, of_chosen = (quantized_sites(model)[0] for model in (untouched, chosen))
+    spec = site.module.weight_quantizer.spec
+    moment = second_moments(untouched, BATCHES, [site], "")[0]
+    columns, values = compensated(seen(site.weight.detach()), inverse_factor(moment, 0.1), spec)
+    own = of_chosen.weight.detach()
+    blocks = [tensor.unflatten(-1, (-1, 32)) for tensor in (seen(own), values, columns)]
+    is_value, is_column = (torch.isclose(blocks[0], other, rtol=0, atol=1e-6).all(-1) for other in blocks[1:])
+    assert (is_value | is_column).all()
+    assert is_value.any()
+    if rule in ("even", "search") and scheme == "MXFP4":
+        assert is_value.all()
+    for saved in (own, own.bfloat16().float()):
+        read = rounded(seen(saved).contiguous(), spec).unflatten(-1, (-1, 32))
+        assert torch.equal(read[is_value & ~is_column], blocks[1][is_value & ~is_column])
+
+    def error(weight: torch.Tensor) -> float:
+        difference = (weight - seen(site.weight.detach())).double()
+        return ((difference @ moment.double()) * difference).sum().item()
+
+    saved, saved_columns = (seen(weight.bfloat16().float()).contiguous() for weight in (own, seen(columns)))
+    assert error(rounded(saved, spec)) < 1.01 * error(rounded(saved_columns, spec))
+
+
 def test_formats_that_scale_by_the_largest_value_keep_unrounded_weights_where_nothing_is_trained():
     for scheme in ("INT4_G32", "NVFP4A16"):
         models = [prepared(scheme=scheme)[0] for _ in range(2)]
