@@ -106,6 +106,8 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
     if quant_args.input_scale_refresh:
         refresh = ScaleRefresh(trainer, data, quant_args.calibration_samples, quant_args.input_scale_refresh)
         trainer.add_callback(refresh)
+    if args.saves and checkpoint is None:
+        output.forget_figures()
     if args.do_train:
         train(trainer, checkpoint)
     if args.do_eval:

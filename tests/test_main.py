@@ -384,3 +384,31 @@ def test_post_training_quantization_does_not_replace_a_trained_model(workspace, 
     with pytest.raises(UserError, match=f"--ptq True: --output_dir '{folder}' has a model that was trained"):
         run(workspace, str(folder), "--ptq", "True", "--quant_scheme", "MXFP4")
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "flags", [("--ptq", "True"), ("--do_train", "True", "--max_steps", "1", "--save_strategy", "no")]
+)
+def test_figures_of_the_model_that_was_there_are_not_those_of_the_one_that_replaces_it(workspace, tmp_path, flags):
+    """A packed model's card publishes what all_results.json has."""
+    for name in ("all_results.json", "eval_results.json"):
+        (tmp_path / name).write_text('{"eval_loss": 1.25, "other": 1}')
+    words = (*flags, "--do_eval", "True", "--quant_scheme", "MXFP8", "--export_format", "compressed-tensors")
+    found = run(workspace, str(tmp_path), *words)
+    assert "other" not in found and found["eval_loss"] > 2
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == found["eval_loss"]
+    card = (tmp_path / "MXFP8" / "README.md").read_text()
+    assert f"{found['eval_loss']:.4f}" in card and "1.2500" not in card
+
+
+def test_post_training_quantization_over_a_damaged_state_is_refused_in_one_line(workspace, tmp_path):
+    (tmp_path / "trainer_state.json").write_text("[]")
+    with pytest.raises(UserError, match="trainer_state.json"):
+        run(workspace, str(tmp_path), "--ptq", "True", "--quant_scheme", "MXFP4")
+
+
+def test_post_training_quantization_takes_one_process(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(SystemExit, match="2"):
+        run(workspace, str(tmp_path), "--ptq", "True", "--quant_scheme", "MXFP4")
+    assert "--ptq True with 2 processes" in capsys.readouterr().err

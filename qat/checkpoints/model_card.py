@@ -280,8 +280,8 @@ def _results_section(measured: dict[str, float], facts: CardFacts, is_of_this_mo
     if not rows:
         return ""
     of_what = (
-        "Measured by the training run on the fake-quantized model: the weights of these files, and activations under\n"
-        "the rule of the training."
+        "Measured on the fake-quantized model before it was packed: the weights of these files, and activations under\n"
+        "the same rule."
         if is_of_this_model
         else "**Not of these files**: measured on the checkpoint that they were exported from, which had another\n"
         "quantization or none."

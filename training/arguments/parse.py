@@ -216,3 +216,8 @@ def _check_ptq(arguments: Arguments) -> None:
         )
     if fsdp_version():
         raise UserError("--ptq True under FSDP: nothing is trained, and so nothing sharded; start it as python main.py")
+    if training.world_size > 1:
+        raise UserError(
+            f"--ptq True with {training.world_size} processes: each would prepare the whole model; start it as python "
+            "main.py, or with --num_processes 1"
+        )

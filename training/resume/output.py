@@ -19,6 +19,7 @@ from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.verify import verify
 from qat.errors import DiskFullError, UserError
 from qat.files.atomic import check_target, clear_leftovers, means_full
+from qat.files.json_file import read_object
 from qat.files.lock import LOCK_NAME, locked
 from qat.files.paths import made_writable
 
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 # transformers does not write these through a temporary folder
 _STATE = "trainer_state.json"
-_RESULTS = ("all_results.json", "train_results.json", "eval_results.json", _STATE)
+_FIGURES = ("all_results.json", "train_results.json", "eval_results.json")
+_RESULTS = (*_FIGURES, _STATE)
 
 
 class OutputFolder:
@@ -114,12 +116,20 @@ class OutputFolder:
             UserError: the folder has checkpoints, or the model of a training.
         """
         state = self.path / _STATE
-        steps = json.loads(state.read_text(encoding="utf-8")).get("global_step") if state.is_file() else 0
+        steps = read_object(state).get("global_step") if state.is_file() else 0
         if steps or checkpoints_in(self.path):
             raise UserError(
                 f"--ptq True: --output_dir {str(self.path)!r} has a model that was trained, or its checkpoints; give "
                 "another --output_dir"
             )
+
+    def forget_figures(self) -> None:
+        """Remove what Trainer measured on the model that is going to be replaced.
+
+        Figures of a run are merged into `all_results.json`, and a packed model's card publishes them.
+        """
+        for name in _FIGURES if self.writers.leads else ():
+            (self.path / name).unlink(missing_ok=True)
 
     def check_packable(self, qat_config: QATConfig) -> None:
         """Refuse, before training, what `pack` would refuse to replace.

@@ -225,7 +225,7 @@ class Start:
                 input_transforms=quant_args.input_transforms,
             )  # fmt: skip
         elif self.qat_config is not None:
-            logger.info("The model was trained with %s; so is this run", self.qat_config.summary)
+            logger.info("The model was saved for %s; so is this run", self.qat_config.summary)
             prepare_as_saved(model, self.qat_config, **quant_args.learned, keeps_values=self.keeps_values)
             if self.keeps_values:
                 logger.info("The evaluation computes with the packed weights as they are, without rounding them again")

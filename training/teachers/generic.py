@@ -107,7 +107,7 @@ def _unread(settings: DistillationArguments) -> str:
     unused = f", and --distill_cache_dir {folder} has no effect" if folder else ""
     return (
         f"generic text (--distill_generic {settings.unread_generic}) is for training only and is not read: this run "
-        f"evaluates alone{unused}"
+        f"trains nothing{unused}"
     )
 
 
