@@ -371,6 +371,14 @@ def test_post_training_quantization_packs_what_it_evaluates_and_trains_nothing(w
     assert report.startswith("# Post-training quantization\n\n## Figures") and not (folder / "report.png").exists()
     plain = run(workspace, f"{name}-plain", "--do_eval", "True")
     assert found["eval_loss"] != plain["eval_loss"]
+    is_rounded = weight_init == "gptq"
+    assert QATConfig.load(folder).rounded is is_rounded
+    again = ("--ptq", "True", "--do_eval", "True", *quantized)
+    if is_rounded:
+        with pytest.raises(UserError, match="would undo the rounding that --model_name_or_path .* was saved with"):
+            run(workspace, f"{name}-again", *again, model=name)
+    else:
+        run(workspace, f"{name}-again", *again, model=name)
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "a model"])

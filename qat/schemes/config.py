@@ -38,7 +38,8 @@ class QATConfig:
     ("model.layers.0.mlp.down_proj.input_global_scale"): FP32 values, exactly. `kv_cache_scheme` is that of keys and
     values in the cache; None: they are not quantized. `left_alone` holds the layers that a default rule left alone,
     with its reason; `kinds` the kinds of sites that the training quantized (None: all that the mapping covers).
-    `input_transforms` names the transforms of inputs by pattern, see layers/transform.py.
+    `input_transforms` names the transforms of inputs by pattern, see layers/transform.py. `rounded` tells of weights
+    that are rounded values although nothing was trained: those that GPTQ chose.
     """
 
     mapping: dict[str, str]
@@ -50,6 +51,7 @@ class QATConfig:
     left_alone: dict[str, str] = field(default_factory=dict)
     kinds: tuple[str, ...] | None = None
     input_transforms: dict[str, str] = field(default_factory=dict)
+    rounded: bool = False
     versions: dict[str, str] = field(default_factory=lambda: dict(_VERSIONS))
 
     @property
@@ -134,6 +136,8 @@ def _check(content: dict[str, Any]) -> None:
         raise UserError(f"kinds is {shown(kinds)}, not a list of kinds of layers")
     if content.get("kv_cache_scheme") is not None:
         get_kv_cache_scheme(content["kv_cache_scheme"])
+    if not isinstance(content.get("rounded", False), bool):
+        raise UserError(f"rounded is {shown(content['rounded'])}, not true or false")
     transforms = content.get("input_transforms", {})
     _check_entries("input_transforms", transforms, dict.fromkeys(transforms, str))
     for pattern, name in transforms.items():

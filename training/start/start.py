@@ -133,7 +133,7 @@ class Start:
                 "the teacher's, too; choose --distill_teacher copy or cache, or --weight_init none"
             )
         is_packed = self.is_packed or self.is_native
-        if is_packed or self._has_learned_scales:
+        if is_packed or self._is_rounded:
             how = "packed" if is_packed else "saved"
             for name, off in (("smooth_alpha", 0), ("weight_init", "none")):
                 if name == "weight_init" and self.is_native:  # GPTQ leaves experts alone, which alone are packed there
@@ -145,8 +145,9 @@ class Start:
                     )
 
     @property
-    def _has_learned_scales(self) -> bool:
-        return self.qat_config is not None and bool(self.qat_config.training.get(learned_scales.SETTING))
+    def _is_rounded(self) -> bool:
+        config = self.qat_config
+        return config is not None and (config.rounded or bool(config.training.get(learned_scales.SETTING)))
 
     def _check_teacher(self, distill_args: DistillationArguments) -> None:
         """A copy of weights that were trained for a scheme is not the model that they came from. The student with its

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from qat.compensation.gptq import compensate
 from qat.compensation.moments import MEMORY, linear_sites
 from qat.errors import UserError
+from qat.schemes.config import QATConfig
 
 from ..arguments.quantization import QuantizationArguments
 from .samples import WORKSPACE, computing_in_fp32, first_samples, weights_in_fp32
@@ -66,6 +69,9 @@ def compensate_with_data(
     try:
         with weights_in_fp32(model), computing_in_fp32(model, device, "GPTQ", remedy, _workspace(model)):
             compensate(model, first_samples(data_module, model.device, samples), rounds=rounds)
+        if rounds:
+            config = cast(QATConfig, model.qat_config)
+            model.qat_config = dataclasses.replace(config, rounded=True)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--weight_init gptq: {device} has too little memory for the model in FP32 and up to "
