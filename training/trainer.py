@@ -347,7 +347,8 @@ def _check_options(args, own_metrics: bool) -> None:
 def _teacher_settings(teacher: PreTrainedModel | Teacher | str) -> dict:
     """For the record of the run: the teacher's configuration and a fingerprint."""
     if isinstance(teacher, CachedTeacher):
-        return {"teacher's fingerprint": teacher.caches["train"].folder.name}
+        cache = teacher.caches.get("train")  # which a run that trains nothing lacks
+        return {} if cache is None else {"teacher's fingerprint": cache.folder.name}
     if not isinstance(teacher, PreTrainedModel):
         return {}
     settings = model_settings(teacher.config.to_dict(), fingerprint(teacher))

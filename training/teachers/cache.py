@@ -192,7 +192,7 @@ class CachedTeacher:
     """A teacher that is not loaded: collators add its cached distributions to each batch.
 
     Args:
-        folders: of `build_cache`, by "train" and, where there is an evaluation set, "eval".
+        folders: of `build_cache`, by "train" and "eval", where there are such sets.
     """
 
     def __init__(self, folders: dict[str, Path]) -> None:
@@ -252,7 +252,7 @@ def make_cached_teacher(
         dataset, own = data_module[f"{which}_dataset"], dataclasses.replace(settings, temperature=temperature)
         if which == "eval" and (generic := data_module.get("generic_eval_dataset")) is not None:
             dataset = generic if dataset is None else ConcatDataset([dataset, generic])
-        if dataset is None:  # nothing is evaluated
+        if dataset is None:  # nothing is trained, or nothing evaluated
             continue
         dataset = getattr(dataset, "everything", dataset)  # an epoch of a MixedDataset may read a part of its rows
         folders[which] = build_cache(root, make_teacher, digest[0], dataset, own, f"the {which} set")

@@ -45,7 +45,9 @@ def cached_where_asked(
     args: TrainingArguments,
     data: dict[str, Dataset],
 ) -> PreTrainedModel | CachedTeacher | str | None:
-    """The teacher itself, or with `--distill_teacher cache` its distributions on the sets of a data module."""
+    """The teacher itself, or with `--distill_teacher cache` its distributions on the sets that this run reads."""
     if settings.distill_teacher != "cache":
         return teacher
+    if not args.do_train:
+        data = {**data, "train_dataset": None}
     return make_cached_teacher(teacher, args, data, settings.cache_settings, settings.distill_cache_dir)
