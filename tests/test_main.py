@@ -428,6 +428,12 @@ def test_figures_of_the_model_that_was_there_are_not_those_of_the_one_that_repla
     assert f"{found['eval_loss']:.4f}" in card and "1.2500" not in card
 
 
+def test_post_training_quantization_by_gptq_in_int4_keeps_unrounded_weights_and_says_so(workspace, tmp_path):
+    words = ("--ptq", "True", "--do_eval", "True", "--quant_scheme", "INT4_G32", "--weight_init", "gptq")
+    run(workspace, str(tmp_path), *words)
+    assert QATConfig.load(tmp_path).rounded is False
+
+
 def test_post_training_quantization_over_a_damaged_state_is_refused_in_one_line(workspace, tmp_path):
     (tmp_path / "trainer_state.json").write_text("[]")
     with pytest.raises(UserError, match="trainer_state.json"):

@@ -12,6 +12,7 @@ from torch import nn
 from qat.compensation.gptq import compensate
 from qat.compensation.moments import MEMORY, linear_sites
 from qat.errors import UserError
+from qat.numerics.formats import E8M0
 from qat.schemes.config import QATConfig
 
 from ..arguments.quantization import QuantizationArguments
@@ -69,7 +70,7 @@ def compensate_with_data(
     try:
         with weights_in_fp32(model), computing_in_fp32(model, device, "GPTQ", remedy, _workspace(model)):
             compensate(model, first_samples(data_module, model.device, samples), rounds=rounds)
-        if rounds:
+        if rounds and any(site.module.weight_quantizer.spec.format.scale is E8M0 for site in linear_sites(model)):
             config = cast(QATConfig, model.qat_config)
             model.qat_config = dataclasses.replace(config, rounded=True)  # type: ignore[assignment]
     except torch.OutOfMemoryError as error:
