@@ -355,18 +355,8 @@ def test_distillation_loss_is_a_mean_over_the_tokens_of_the_whole_step(tmp_path,
 @pytest.mark.parametrize(("flags", "sets"), [((), 1), (("--ptq", "True"), 1), (("--do_train", "True"), 2)])
 def test_a_cached_teacher_computes_the_sets_that_the_run_reads(workspace, tmp_path, flags, sets):
     words = ("--distill", "True", "--distill_teacher", "cache", "--distill_cache_dir", str(tmp_path / "cache"))
-    found = run(
-        workspace,
-        str(tmp_path / "out"),
-        "--do_eval",
-        "True",
-        "--quant_scheme",
-        "MXFP4",
-        *words,
-        "--max_steps",
-        "1",
-        *flags,
-    )
+    words = (*words, "--do_eval", "True", "--quant_scheme", "MXFP4", "--max_steps", "1", *flags)
+    found = run(workspace, str(tmp_path / "out"), *words)
     assert "eval_kl" in found
     assert len(list((tmp_path / "cache").glob("*/about.json"))) == sets
 
