@@ -64,6 +64,13 @@ UNTRAINED: dict[str, RealRow] = {
         "MXFP4 PTQ, prepared as in our recipe, GPTQ with 512 rows",
         of_ours("", distill=False, steps=0, weight_init="gptq", weight_init_samples=512),
     ),
+    "mxfp4-all-gptq512-ptq": RealRow(
+        "MXFP4 PTQ, prepared as in our recipe, all inputs transformed, GPTQ with 512 rows",
+        of_ours(
+            "", distill=False, steps=0, weight_init="gptq", weight_init_samples=512,
+            prepare_options={"input_transforms": {"*": "hadamard"}},
+        ),
+    ),
     "mxfp4-autoround": RealRow(
         "MXFP4, AutoRound with its extension, 200 iterations, smoothed",
         Row("", "MXFP4", weights="even", inputs="even", smooth_alpha=_SMOOTHED), iterations=200,
