@@ -43,7 +43,7 @@ NOT_APPLIED = (
 
 APPLIED_BY_VLLM = (
     "Inputs are transformed: vLLM (0.32) does that without tensor parallelism and for layers without a bias, and fails "
-    "at others; of other engines it is not known"
+    "at others, which it serves with the plugin in serving/; of other engines it is not known"
 )
 
 

@@ -1,6 +1,7 @@
 """Registration: kernels join vLLM's list; experts and the reader of NVFP4 have none in vLLM 0.32.
 
-So vLLM's choice of a method for quantized experts is wrapped, and its reader replaced.
+So vLLM's choice of a method for quantized experts is wrapped, and its reader replaced. Its method for transformed
+inputs, which takes no bias, is wrapped, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from vllm.model_executor.kernels import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors as vllm_reader
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import (
+    CompressedTensorsLinearTransformMethod as TransformMethod,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.transform.module import HadamardTransform
 from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4Config
 from vllm.platforms import PlatformEnum, current_platform
@@ -44,6 +48,7 @@ def register_all() -> None:
     # vLLM 0.32 multiplies by the matrix of a transform as by any unquantized weight, and forgets that its gemm for CPUs
     # is one that loading leaves with the layer.
     HadamardTransform.cpu_linear = staticmethod(torch.nn.functional.linear)
+    _take_biases()
     logger.info("mx-qat kernels registered: activations under %s", ", ".join(rules).upper() or "their default rules")
 
 
@@ -68,6 +73,19 @@ def _register_first(kernel: type, platform: PlatformEnum, kind: str) -> None:
         return
     vllm_linear.register_linear_kernel(kernel, platform, kind)
     kernels[platform].insert(0, kernels[platform].pop())
+
+
+def _take_biases() -> None:
+    # vLLM 0.32 asserts that layers with transforms have no bias, which a transform of the input does not touch.
+    if not hasattr(TransformMethod, "stock_apply"):
+        TransformMethod.stock_apply = TransformMethod.apply
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if bias is None or self.input_transform is None or self.output_transform is not None:
+            return self.stock_apply(layer, x, bias)
+        return self.quant_method.apply(layer, self.input_transform(x), bias)
+
+    TransformMethod.apply = apply
 
 
 def _register_experts(platforms: tuple[PlatformEnum, ...]) -> None:

@@ -69,6 +69,7 @@ CASES = {
     "mxfp4-floor": Case("MXFP4", "floor", "rceil"),
     "mxfp4-transformed": Case("MXFP4", "even", "rceil", transformed=("*.down_proj", "*.o_proj")),
     "mxfp4-all-transformed": Case("MXFP4", "even", "rceil", transformed=("*",)),
+    "mxfp4-all-transformed-biases": Case("MXFP4", "even", "rceil", model="qwen2", transformed=("*",)),
     "mxfp4a16-all-transformed": Case("MXFP4A16", None, UNQUANTIZED_MODEL, transformed=("*",)),
     "mxfp4-auto-round": Case("MXFP4_RCEIL", "none", "rceil", "auto_round", dtype="bfloat16", tolerance=0.1),
     "mxfp8-floor": Case("MXFP8", "floor", "rceil"),

@@ -11,6 +11,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -27,6 +29,11 @@ _COMMON = {
 def llama() -> LlamaForCausalLM:
     """A dense model."""
     return _made(LlamaForCausalLM, LlamaConfig(intermediate_size=256, **_COMMON))
+
+
+def qwen2() -> Qwen2ForCausalLM:
+    """A dense model whose q, k and v have biases."""
+    return _with_random(_made(Qwen2ForCausalLM, Qwen2Config(intermediate_size=256, **_COMMON)), "bias")
 
 
 def qwen3_moe() -> Qwen3MoeForCausalLM:
@@ -59,9 +66,13 @@ def gpt_oss() -> GptOssForCausalLM:
         intermediate_size=128, num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
         **_COMMON,
     )  # fmt: skip
-    model = _made(GptOssForCausalLM, config)
+    return _with_random(_made(GptOssForCausalLM, config), "bias", "sinks")
+
+
+def _with_random(model: PreTrainedModel, *endings: str) -> PreTrainedModel:
+    """The model, in which parameters whose names have these endings are random in place of zero."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "sinks")):
+        if name.endswith(endings):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -71,4 +82,4 @@ def _made(cls: type[PreTrainedModel], config) -> PreTrainedModel:
     return cls(config).bfloat16()
 
 
-MODELS = {model.__name__: model for model in (llama, qwen3_moe, qwen2_moe, mixtral, gpt_oss)}
+MODELS = {model.__name__: model for model in (llama, qwen2, qwen3_moe, qwen2_moe, mixtral, gpt_oss)}
