@@ -107,7 +107,7 @@ def run(arguments: Arguments, output: OutputFolder) -> None:
         refresh = ScaleRefresh(trainer, data, quant_args.calibration_samples, quant_args.input_scale_refresh)
         trainer.add_callback(refresh)
     if args.saves and checkpoint is None:
-        output.forget_figures()
+        output.forget_last_model(trainer.qat_config if quant_args.export_format != "none" else None)
     if args.do_train:
         train(trainer, checkpoint)
     if args.do_eval:

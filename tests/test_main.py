@@ -378,6 +378,7 @@ def test_post_training_quantization_packs_what_it_evaluates_and_trains_nothing(w
     assert packed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
     report = (folder / "report.md").read_text()
     assert report.startswith("# Post-training quantization\n\n## Figures") and not (folder / "report.png").exists()
+    assert "weight_init" in report if weight_init != "none" else "learning_rate" not in report
     plain = run(workspace, f"{name}-plain", "--do_eval", "True")
     assert found["eval_loss"] != plain["eval_loss"]
     is_rounded = weight_init == "gptq"
@@ -406,12 +407,21 @@ def test_post_training_quantization_does_not_replace_a_trained_model(workspace, 
 @pytest.mark.parametrize(
     "flags", [("--ptq", "True"), ("--do_train", "True", "--max_steps", "1", "--save_strategy", "no")]
 )
-def test_figures_of_the_model_that_was_there_are_not_those_of_the_one_that_replaces_it(workspace, tmp_path, flags):
-    """A packed model's card publishes what all_results.json has."""
+def test_figures_of_the_model_that_was_there_are_not_those_of_the_one_that_replaces_it(
+    workspace, tmp_path, caplog, flags
+):
+    """A packed model's card publishes what all_results.json has. A packed folder stays, and is named."""
     for name in ("all_results.json", "eval_results.json"):
         (tmp_path / name).write_text('{"eval_loss": 1.25, "other": 1}')
+    (tmp_path / "report.md").write_text("the model before")
+    for name in ("MXFP4", "MXFP8"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
     words = (*flags, "--do_eval", "True", "--quant_scheme", "MXFP8", "--export_format", "compressed-tensors")
     found = run(workspace, str(tmp_path), *words)
+    stays = [record.getMessage() for record in caplog.records if "was packed before this run" in record.getMessage()]
+    assert stays == [f"{tmp_path / 'MXFP4'} was packed before this run, from another model than this run's; it stays"]
+    assert not (tmp_path / "report.md").exists()
     assert "other" not in found and found["eval_loss"] > 2
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == found["eval_loss"]
     card = (tmp_path / "MXFP8" / "README.md").read_text()

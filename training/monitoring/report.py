@@ -71,6 +71,8 @@ def collect_curves(log_history: list[dict]) -> Curves:
 def run_settings(trainer, *groups) -> dict[str, object]:
     """The settings that the report lists: scheme and rules, and the arguments that differ from their defaults.
 
+    Those of a training's steps are listed where there was one.
+
     Args:
         groups: dataclasses of arguments.
     """
@@ -82,6 +84,8 @@ def run_settings(trainer, *groups) -> dict[str, object]:
     for scheme, rules in (config.scale_rules if config else {}).items():
         settings[f"scale rules of {scheme}"] = f"weights {rules['weight']}, inputs {rules['input'] or 'not quantized'}"
     settings["quantization"] = config.summary if config else "none"
+    if not trainer.state.global_step:
+        return settings
     processes = trainer.accelerator.num_processes
     batch = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {processes} processes"
     return settings | {

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
+from qat.checkpoints.unpack import is_packed
 from qat.checkpoints.verify import verify
 from qat.errors import DiskFullError, UserError
 from qat.files.atomic import check_target, clear_leftovers, means_full
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
 _FIGURES = ("all_results.json", "train_results.json", "eval_results.json")
 _RESULTS = (*_FIGURES, _STATE)
+_REPORT = ("report.md", "report.png")
 
 
 class OutputFolder:
@@ -123,13 +125,25 @@ class OutputFolder:
                 "another --output_dir"
             )
 
-    def forget_figures(self) -> None:
-        """Remove what Trainer measured on the model that is going to be replaced.
+    def forget_last_model(self, packs: QATConfig | None) -> None:
+        """Remove figures and report of the model that is going to be replaced, and name packed folders that stay.
 
         Figures of a run are merged into `all_results.json`, and a packed model's card publishes them.
+
+        Args:
+            packs: the quantization of the model that replaces it, if it is going to be packed.
         """
-        for name in _FIGURES if self.writers.leads else ():
+        if not self.writers.leads:
+            return
+        for name in (*_FIGURES, *_REPORT):
             (self.path / name).unlink(missing_ok=True)
+        replaced = None if packs is None else self._packed(packs)
+        for folder in sorted(path for path in self.path.iterdir() if path.is_dir() and path != replaced):
+            with suppress(UserError):  # a damaged config.json
+                if is_packed(folder):
+                    logger.warning(
+                        "%s was packed before this run, from another model than this run's; it stays", folder
+                    )
 
     def check_packable(self, qat_config: QATConfig) -> None:
         """Refuse, before training, what `pack` would refuse to replace.
