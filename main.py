@@ -138,8 +138,8 @@ def evaluate(trainer: QATTrainer, rounded: bool) -> None:
 
 def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> None:
     """The model in its original dtype, the report, and for a QAT run the packed model with its proof."""
+    trainer.save_state()  # first: a folder with a model and without it is taken for another program's
     trainer.save_model()
-    trainer.save_state()
     logger.info("Saved to %s", output.path)
     if not trainer.is_world_process_zero():
         return

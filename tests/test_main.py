@@ -391,6 +391,21 @@ def test_post_training_quantization_packs_what_it_evaluates_and_trains_nothing(w
         run(workspace, f"{name}-again", *again, model=name)
 
 
+@pytest.mark.parametrize("flags", [("--ptq", "True"), ("--do_train", "True", "--max_steps", "1")])
+@pytest.mark.parametrize("holds", ["another program's model", "a packed model"])
+def test_a_model_that_no_training_wrote_is_not_replaced(workspace, tmp_path, flags, holds):
+    (tmp_path / "model.safetensors").touch()
+    config = {} if holds != "a packed model" else {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if holds == "a packed model":
+        (tmp_path / "qat_config.json").touch()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    message = "is a packed folder" if holds == "a packed model" else r"no training here wrote \(model.safetensors\)"
+    with pytest.raises(UserError, match=f"--output_dir '{tmp_path}' .*{message}.*; give another"):
+        run(workspace, str(tmp_path), *flags, "--quant_scheme", "MXFP4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("left", ["checkpoints", "a model"])
 def test_post_training_quantization_does_not_replace_a_trained_model(workspace, bf16_stage, tmp_path, left):
     if left == "a model":

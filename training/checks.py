@@ -115,6 +115,8 @@ def check_model(arguments: Arguments, start: Start, output: OutputFolder) -> Pre
         exports = args.saves and config is not None and quant_args.export_format != "none"
         if exports:
             check_exportable(skeleton, quant_args.export_format, _plain_folder(start))
+    if args.saves:
+        output.check_replaceable()
     if exports:
         output.check_packable(config)
     if args.ptq:

@@ -23,6 +23,7 @@ from qat.files.atomic import check_target, clear_leftovers, means_full
 from qat.files.json_file import read_object
 from qat.files.lock import LOCK_NAME, locked
 from qat.files.paths import made_writable
+from qat.schemes.config import QAT_CONFIG_NAME
 
 from ..backends.writers import Writers
 from .checkpoints import check_resumable, find_checkpoint
@@ -35,6 +36,7 @@ _STATE = "trainer_state.json"
 _FIGURES = ("all_results.json", "train_results.json", "eval_results.json")
 _RESULTS = (*_FIGURES, _STATE)
 _REPORT = ("report.md", "report.png")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
 class OutputFolder:
@@ -110,6 +112,24 @@ class OutputFolder:
             UserError: see `checkpoints.check_resumable`.
         """
         return check_resumable(str(self.path), args.resume_from_checkpoint, qat_config, has_adapters)
+
+    def check_replaceable(self) -> None:
+        """Refuse to write over a model that no run wrote as its result.
+
+        Raises:
+            UserError: the folder is packed, or has weights beside which nothing is that a run writes.
+        """
+        if is_packed(self.path):
+            raise UserError(
+                f"--output_dir {str(self.path)!r} is a packed folder, which this run would write over; give another one"
+            )
+        ours = any((self.path / name).exists() for name in (_STATE, QAT_CONFIG_NAME)) or checkpoints_in(self.path)
+        weights = sorted(path.name for kind in _WEIGHTS for path in self.path.glob(kind))
+        if weights and not ours:
+            raise UserError(
+                f"--output_dir {str(self.path)!r} has a model that no training here wrote ({weights[0]}), which this "
+                "run would replace; give another --output_dir, or move that model away"
+            )
 
     def check_untrained(self) -> None:
         """Refuse to write a model that was not trained over one that was.
