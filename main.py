@@ -16,6 +16,7 @@ import gc
 
 gc.disable()  # imports make a million objects and no garbage, and each collection would look at all of them
 
+import dataclasses
 import logging
 import sys
 
@@ -123,6 +124,8 @@ def train(trainer: QATTrainer, checkpoint: str | None) -> None:
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_interrupted:
         sys.exit(trainer.exit_status)
+    if trainer.qat_config is not None:
+        trainer.qat_config = dataclasses.replace(trainer.qat_config, rounded=False)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
 
@@ -138,6 +141,9 @@ def evaluate(trainer: QATTrainer, rounded: bool) -> None:
 
 def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> None:
     """The model in its original dtype, the report, and for a QAT run the packed model with its proof."""
+    packs = trainer.qat_config is not None and arguments.quantization.export_format != "none"
+    if packs and trainer.is_world_process_zero():
+        output.withdraw_proof(trainer.qat_config)
     trainer.save_state()  # first: a folder with a model and without it is taken for another program's
     trainer.save_model()
     logger.info("Saved to %s", output.path)
@@ -145,7 +151,7 @@ def save(trainer: QATTrainer, arguments: Arguments, output: OutputFolder) -> Non
         return
     if arguments.training.report:
         report_run(output.path, trainer, arguments)
-    if trainer.qat_config is not None and arguments.quantization.export_format != "none":
+    if packs:
         release(trainer)
         packed = output.pack(
             trainer.qat_config, arguments.quantization.export_format, arguments.facts, arguments.model.trust_remote_code

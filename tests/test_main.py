@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import make_llama, make_tokenizer, save_llama, write_conversations
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
 
 import main
 from qat import QATConfig, prepare_qat
@@ -404,6 +404,61 @@ def test_a_model_that_no_training_wrote_is_not_replaced(workspace, tmp_path, fla
     with pytest.raises(UserError, match=f"--output_dir '{tmp_path}' .*{message}.*; give another"):
         run(workspace, str(tmp_path), *flags, "--quant_scheme", "MXFP4")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_checkpoints_of_a_model_of_other_shapes_are_refused_in_one_line(workspace, tmp_path):
+    words = ("--do_train", "True", "--do_eval", "True", "--save_strategy", "steps", "--save_steps", "1")
+    run(workspace, str(tmp_path), *words, "--max_steps", "1")
+    config = make_llama().config
+    config.intermediate_size = 128
+    LlamaForCausalLM(config).save_pretrained(workspace / "wide")
+    make_tokenizer().save_pretrained(workspace / "wide")
+    with pytest.raises(UserError, match="cannot resume from .*checkpoint-1: its weights have other shapes"):
+        run(workspace, str(tmp_path), *words, "--max_steps", "2", model="wide")
+
+
+def test_files_of_a_tokenizer_that_was_there_do_not_stay_beside_another_model(workspace, tmp_path):
+    """A chat template would be read with a model that was trained, and evaluated, without it."""
+    (tmp_path / "trainer_state.json").write_text("{}")
+    stale = ("chat_template.jinja", "added_tokens.json", "merges.txt", "additional_chat_templates/tool.jinja")
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in stale:
+        (tmp_path / name).write_text("of another model")
+    run(workspace, str(tmp_path), "--ptq", "True", "--do_eval", "True", "--quant_scheme", "MXFP4")
+    texts = [(tmp_path / name).read_text() for name in stale if (tmp_path / name).exists()]
+    assert "of another model" not in texts
+
+
+def test_rounded_values_are_no_teacher_and_trained_ones_are_rounded_no_longer(workspace, caplog):
+    ptq = ("--ptq", "True", "--do_eval", "True", "--quant_scheme", "MXFP4A16", "--weight_init", "gptq")
+    run(workspace, "rounded", *ptq)
+    message = "its weights were rounded before they were saved"
+    with pytest.raises(UserError, match=message):
+        run(
+            workspace, "taught", "--do_eval", "True", "--distill", "True", "--quant_scheme", "MXFP4",
+            "--teacher_model_name_or_path", str(workspace / "rounded"),
+        )  # fmt: skip
+    with pytest.raises(UserError, match="--distill_teacher self: the weights of .* are quantized values"):
+        run(workspace, "itself", "--do_eval", "True", "--distill", "True", "--distill_teacher", "self", model="rounded")
+    run(workspace, "trained-on", "--do_train", "True", "--max_steps", "1", model="rounded")
+    assert "holds values that --ptq True rounded" in caplog.text
+    assert QATConfig.load(workspace / "rounded").rounded and not QATConfig.load(workspace / "trained-on").rounded
+
+
+def test_a_packed_model_is_proven_no_longer_when_its_source_is_replaced(workspace, tmp_path, monkeypatch):
+    """A run that is killed before it has packed leaves the packed model of the run before."""
+    ptq = ("--ptq", "True", "--do_eval", "True", "--quant_scheme", "MXFP4", "--export_format", "compressed-tensors")
+    run(workspace, str(tmp_path), *ptq)
+    verdict = tmp_path / "MXFP4" / "verification.json"
+    assert json.loads(verdict.read_text())["verified"]
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.resume.output.export_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(workspace, str(tmp_path), *ptq, "--smooth_alpha", "0.5")
+    assert not json.loads(verdict.read_text())["verified"]
 
 
 @pytest.mark.parametrize("left", ["checkpoints", "a model"])

@@ -27,6 +27,7 @@ from qat.errors import UserError
 from qat.files.model_folder import check_adapter_folder, check_model_folder
 from qat.files.paths import check_apart, check_writable
 from qat.layers.fp8_matmul import use_fp8_matmul
+from qat.layers.learned import holds_rounded_values, learns
 from qat.layers.restore import check_trainable
 
 from .adapters.begin import Adapters
@@ -148,6 +149,14 @@ def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:
     teacher = SimpleNamespace(config=read_config(name, f"{TEACHER_ARGUMENT} {name!r}", **options))
     own = load_tokenizer(model_args.model_name_or_path, gguf_file=model_args.gguf_file, **options)
     check_teacher(skeleton, teacher, own, load_tokenizer(name, argument=TEACHER_ARGUMENT, **options))
+    saved = QATConfig.load(name) if Path(name).is_dir() else None
+    if holds_rounded_values(saved) or learns(saved):
+        raise UserError(
+            f"{TEACHER_ARGUMENT} {name!r}: its weights were rounded before they were saved; give the unquantized model "
+            "that they came from"
+        )
+    if saved is not None:
+        logger.warning("The teacher %s was trained to be quantized (%s); it computes unquantized", name, saved.summary)
 
 
 @contextlib.contextmanager

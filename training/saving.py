@@ -34,6 +34,10 @@ class SavingTrainer(AdapterTrainer):
         """How the model is quantized; None for an unquantized one."""
         return getattr(self.accelerator.unwrap_model(self.model), "qat_config", None)
 
+    @qat_config.setter
+    def qat_config(self, config: QATConfig) -> None:
+        self.accelerator.unwrap_model(self.model).qat_config = config
+
     def round_masters(self) -> None:
         """Round FP32 masters to the dtype they are saved in, so that what is evaluated is what `save_model` writes."""
         round_parameters(self.model, self.saved_dtypes.by_name)

@@ -52,6 +52,11 @@ def learns(config: QATConfig | None) -> bool:
     return config is not None and any(config.training.get(setting) for setting in SETTINGS)
 
 
+def holds_rounded_values(config: QATConfig | None) -> bool:
+    """Whether weights that are not packed were saved as values of their scheme: by GPTQ, or with learned scales."""
+    return config is not None and (config.rounded or bool(config.training.get(learned_scales.SETTING)))
+
+
 def optimizer_settings(exponents: float | None = None, scales: float | None = None) -> dict[str, dict]:
     """Settings of an optimizer for the offsets, by the end of their names; the arguments are their learning rates.
 

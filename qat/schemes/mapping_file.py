@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from .patterns import check_patterns
 from .presets import scheme_name
 
 DEFAULT_IGNORE = ("lm_head",)
+_MEASURED = ("smooth_alpha", "input_transform", "scale_rules")  # how the mapping came about
+_READ = ("mapping", "ignore", *_MEASURED)
 
 
 def with_patterns(ignore: Iterable[str], more: Iterable[str] | None) -> tuple[str, ...]:
@@ -22,7 +25,8 @@ def with_patterns(ignore: Iterable[str], more: Iterable[str] | None) -> tuple[st
 def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """Read a JSON file: {"mapping": {KEY: SCHEME, ...}, "ignore": [PATTERN, ...]}, or the inner mapping alone.
 
-    Other keys beside these two, such as how the mapping came about, are left alone. Later entries of the mapping win.
+    Other keys beside these two, such as how the mapping came about, are left alone, unless they look like a slip. Later
+    entries of the mapping win.
 
     Returns:
         The mapping and the layers to ignore (default: lm_head), as `prepare_qat` takes them.
@@ -39,11 +43,21 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         mapping = {key: scheme_name(value) for key, value in mapping.items()}
     except UserError as error:
         raise UserError(f"the mapping file {str(path)!r}: {error}") from error
+    if "mapping" in content:
+        _check_spelling(path, content)
     ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
     if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
         raise UserError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
     check_patterns([*mapping, *ignore])
     return mapping, tuple(ignore)
+
+
+def _check_spelling(path: str | Path, content: dict) -> None:
+    """Raise a UserError for a key that is nearly one of those which are read."""
+    for key in content:
+        near = difflib.get_close_matches(key, _READ, 1, 0.8)
+        if near and key not in _READ:
+            raise UserError(f"the mapping file {str(path)!r} has the key {key!r}, which is not read; say {near[0]!r}")
 
 
 def load_measurement(path: str | Path) -> dict[str, object]:
@@ -57,8 +71,7 @@ def load_measurement(path: str | Path) -> dict[str, object]:
         UserError: one of them is something else.
     """
     content = _read(path)
-    keys = ("smooth_alpha", "input_transform", "scale_rules")
-    found = {key: content[key] for key in keys if "mapping" in content and key in content}
+    found = {key: content[key] for key in _MEASURED if "mapping" in content and key in content}
     alpha, transform = found.get("smooth_alpha", 0), found.get("input_transform", "none")
     is_known = (isinstance(alpha, int | float) or alpha == "auto") and isinstance(transform, str)
     if not is_known or not isinstance(found.get("scale_rules", {}), dict):

@@ -229,7 +229,7 @@ class DistillationArguments:
         Args:
             keeps_model: whether the model that the run starts from is there all the time, its quantizers off.
         """
-        if self.distill_teacher is None:
+        if self.distill and self.distill_teacher is None:
             is_free = keeps_model and self.teacher_model_name_or_path is None
             self.distill_teacher = "self" if is_free else "copy"
 

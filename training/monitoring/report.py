@@ -119,7 +119,7 @@ def _totals(log_history: list[dict]) -> list[tuple[str, str]]:
         if "epoch" in entry:
             totals["epochs"] = _number(entry["epoch"])
         if "train_runtime" in entry:
-            totals["training time"] = f"{entry['train_runtime']:,.0f} s"
+            totals["training time since the last start"] = f"{entry['train_runtime']:,.0f} s"
             totals["training samples a second"] = _number(entry["train_samples_per_second"])
         if "eval_runtime" in entry:
             totals["time of the last evaluation"] = f"{entry['eval_runtime']:,.1f} s"

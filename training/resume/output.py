@@ -17,6 +17,7 @@ from qat import QATConfig
 from qat.checkpoints.model_card import CardFacts
 from qat.checkpoints.pack import export_checkpoint
 from qat.checkpoints.unpack import is_packed
+from qat.checkpoints.verdict import withdraw
 from qat.checkpoints.verify import verify
 from qat.errors import DiskFullError, UserError
 from qat.files.atomic import check_target, clear_leftovers, means_full
@@ -164,6 +165,12 @@ class OutputFolder:
                     logger.warning(
                         "%s was packed before this run, from another model than this run's; it stays", folder
                     )
+
+    def withdraw_proof(self, qat_config: QATConfig) -> None:
+        """Take back the proof of the packed model that `pack` is going to replace: its source is about to change."""
+        target = self._packed(qat_config)
+        if is_packed(target):
+            withdraw(target)
 
     def check_packable(self, qat_config: QATConfig) -> None:
         """Refuse, before training, what `pack` would refuse to replace.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import has_length
 
+from qat.errors import UserError
 from qat.files.manifest import problems
 
 from .checkpoint_weights import check_loaded
@@ -112,7 +113,15 @@ class ResumingTrainer(CheckpointingTrainer):
         return best
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise UserError(
+                f"cannot resume from {resume_from_checkpoint}: its weights have other shapes than this model's. "
+                "Use the same --model_name_or_path, another --output_dir, or --resume_from_checkpoint False"
+            ) from error
         self._weights_were_loaded(Path(resume_from_checkpoint))
 
     def _issue_warnings_after_load(self, load_result) -> None:

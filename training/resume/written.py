@@ -30,7 +30,11 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
 BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
-_STALE = ("model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME, "adapter/adapter_*")
+_STALE = (  # of another model: transformers would read them beside this one
+    "model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME, "adapter/adapter_*",
+    "generation_config.json", "chat_template.*", "additional_chat_templates/*", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model",
+)  # fmt: skip
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -198,7 +202,7 @@ def _install(partial: Path, folder: Path) -> None:
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for pattern in _STALE:
         for path in folder.glob(pattern):
-            if path.relative_to(folder).parts[0] not in new:
+            if path.relative_to(folder).parts[0] not in new and path.is_file():
                 path.unlink()
     for name in sorted(new, key=lambda name: name == CONFIG_NAME):
         if name == CONFIG_NAME:

@@ -26,9 +26,8 @@ from qat.checkpoints.packed_folder import check_packed
 from qat.checkpoints.unpack import load_packed
 from qat.errors import UserError
 from qat.files.model_folder import check_file_name, check_model_folder
-from qat.layers import learned_scales
 from qat.layers.experts import compute_in_autocast_dtype
-from qat.layers.learned import check_baked, learns
+from qat.layers.learned import check_baked, holds_rounded_values, learns
 from qat.layers.restore import prepare_as_saved
 from qat.schemes.config import QAT_CONFIG_NAME
 
@@ -118,6 +117,8 @@ class Start:
                 quantization has no effect, because nothing is quantized.
         """
         folder = self.model_args.model_name_or_path
+        if trains and self.qat_config is not None and self.qat_config.rounded:
+            logger.warning("%s holds values that --ptq True rounded; better train the model that it began from", folder)
         self.keeps_values = self.is_packed and not trains and not quant_args.names_schemes
         if self.is_packed and not self.keeps_values:
             check_no_transforms(CheckpointFolder.open(folder, _ARGUMENT))
@@ -133,7 +134,7 @@ class Start:
                 "the teacher's, too; choose --distill_teacher copy or cache, or --weight_init none"
             )
         is_packed = self.is_packed or self.is_native
-        if is_packed or self._is_rounded:
+        if is_packed or self.is_rounded:
             how = "packed" if is_packed else "saved"
             for name, off in (("smooth_alpha", 0), ("weight_init", "none")):
                 if name == "weight_init" and self.is_native:  # GPTQ leaves experts alone, which alone are packed there
@@ -145,9 +146,9 @@ class Start:
                     )
 
     @property
-    def _is_rounded(self) -> bool:
-        config = self.qat_config
-        return config is not None and (config.rounded or bool(config.training.get(learned_scales.SETTING)))
+    def is_rounded(self) -> bool:
+        """Whether the weights were saved as values of their scheme, though the folder is not packed."""
+        return holds_rounded_values(self.qat_config)
 
     def _check_teacher(self, distill_args: DistillationArguments) -> None:
         """A copy of weights that were trained for a scheme is not the model that they came from. The student with its
@@ -158,7 +159,7 @@ class Start:
         folder = self.model_args.model_name_or_path
         remedy = "name the unquantized model that it came from with --teacher_model_name_or_path"
         if distill_args.distill_teacher == "self":
-            if self.is_packed or learns(self.qat_config):
+            if self.is_packed or self.is_rounded or learns(self.qat_config):
                 raise UserError(
                     f"--distill_teacher self: the weights of --model_name_or_path {folder!r} are quantized values, "
                     f"with its quantizers off, too; leave --distill_teacher out and {remedy}"

@@ -75,6 +75,15 @@ def test_a_mapping_file_is_held_to_the_same_limits(tmp_path):
         load_mapping(tmp_path / "m.json")
 
 
+def test_a_slip_in_a_key_of_a_mapping_file_is_an_error_and_another_key_is_left_alone(tmp_path):
+    path, mapping = tmp_path / "m.json", {"*": "MXFP4"}
+    path.write_text(json.dumps({"mapping": mapping, "ignored": ["*.o_proj"]}))
+    with pytest.raises(ValueError, match="m.json' has the key 'ignored', which is not read; say 'ignore'"):
+        load_mapping(path)
+    path.write_text(json.dumps({"mapping": mapping, "ignore": ["*.o_proj"], "layers": {}, "bits": 4.5}))
+    assert load_mapping(path) == (mapping, ("*.o_proj",))
+
+
 def test_patterns_match_as_fnmatch_does_a_name_or_a_dotted_end_of_it():
     names = ("lm_head", "model.lm_head", "a.b.c", "a.b.cc", "xlm_head", "a", "model.layers.1.up")
     for pattern in ("lm_head", "*head", "b.?", "a.*", "[ab]*", "c", "model", "layers.1.*", "", "*"):

@@ -42,7 +42,11 @@ def test_tables_hold_last_and_best_figures_totals_and_settings(tmp_path):
     assert rows["eval_kl"] == ["0.5", "0.75", "0.5", "2"]
     assert rows["loss"] == ["2.5", "nan", "2.25", "2"]  # what is no number is never the best
     assert rows["learning_rate"] == ["0.001", "0.0005", "", ""]  # the lowest is not the best
-    assert rows["steps"] == ["3"] and rows["labelled tokens"] == ["2,000"] and rows["training time"] == ["60 s"]
+    assert (
+        rows["steps"] == ["3"]
+        and rows["labelled tokens"] == ["2,000"]
+        and rows["training time since the last start"] == ["60 s"]
+    )
     assert rows["quant_scheme"] == ["`MXFP4`"] and "unset" not in rows and "![curves](report.png)" in path.read_text()
     pixels = image.imread(path.with_name("report.png"))
     assert pixels.shape[1] > 1000 and pixels[..., :3].std() > 0.05  # three columns of panels, and something on them
