@@ -378,7 +378,7 @@ def test_post_training_quantization_packs_what_it_evaluates_and_trains_nothing(w
     assert packed["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
     report = (folder / "report.md").read_text()
     assert report.startswith("# Post-training quantization\n\n## Figures") and not (folder / "report.png").exists()
-    assert "weight_init" in report if weight_init != "none" else "learning_rate" not in report
+    assert ("weight_init" in report) is (weight_init != "none") and "learning_rate" not in report
     plain = run(workspace, f"{name}-plain", "--do_eval", "True")
     assert found["eval_loss"] != plain["eval_loss"]
     is_rounded = weight_init == "gptq"
@@ -515,3 +515,11 @@ def test_post_training_quantization_takes_one_process(workspace, tmp_path, monke
     with pytest.raises(SystemExit, match="2"):
         run(workspace, str(tmp_path), "--ptq", "True", "--quant_scheme", "MXFP4")
     assert "--ptq True with 2 processes" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_was_put_beside_a_model_saved_without_one_stays(workspace, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model")
+    (tmp_path / "tokenizer.json").write_text("of the program")
+    QATTrainer(model=model, args=TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)).save_model()
+    assert (tmp_path / "config.json").exists()
+    assert (tmp_path / "tokenizer.json").read_text() == "of the program"

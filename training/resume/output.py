@@ -168,9 +168,7 @@ class OutputFolder:
 
     def withdraw_proof(self, qat_config: QATConfig) -> None:
         """Take back the proof of the packed model that `pack` is going to replace: its source is about to change."""
-        target = self._packed(qat_config)
-        if is_packed(target):
-            withdraw(target)
+        withdraw(self._packed(qat_config))
 
     def check_packable(self, qat_config: QATConfig) -> None:
         """Refuse, before training, what `pack` would refuse to replace.

@@ -30,10 +30,14 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MODEL_PARTIAL = ".model.partial"
 BASE_FOLDER = "base"  # in the folder of a run: the frozen weights of adapters, where they are not a published model's
-_STALE = (  # of another model: transformers would read them beside this one
+# Files of another model, and of its tokenizer, which transformers would read beside this one.
+_STALE = (
     "model*.safetensors", "model.safetensors.index.json", QAT_CONFIG_NAME, "adapter/adapter_*",
-    "generation_config.json", "chat_template.*", "additional_chat_templates/*", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model",
+    "generation_config.json",
+)  # fmt: skip
+_STALE_WITH_TOKENIZER = (  # where a tokenizer is saved; without one, what a program has put there itself stays
+    "chat_template.*", "additional_chat_templates/*", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "spiece.model", "sentencepiece*.model",
 )  # fmt: skip
 
 
@@ -200,7 +204,8 @@ def check_saved_model(folder: Path) -> None:
 def _install(partial: Path, folder: Path) -> None:
     new = {path.name for path in partial.iterdir()}
     (folder / CONFIG_NAME).unlink(missing_ok=True)
-    for pattern in _STALE:
+    has_tokenizer = any(name.startswith("tokenizer") for name in new)
+    for pattern in (*_STALE, *(_STALE_WITH_TOKENIZER if has_tokenizer else ())):
         for path in folder.glob(pattern):
             if path.relative_to(folder).parts[0] not in new and path.is_file():
                 path.unlink()
