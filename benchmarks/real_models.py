@@ -94,12 +94,13 @@ class Table:
         return done.exists() and Path(done.read_text()).is_file()
 
     def _training_file(self) -> Path:
-        """Where the path of the conversations is kept; those of fewer questions are others."""
-        return self.out / ("training_file" if self.args.questions is None else f"training_file-{self.args.questions}")
+        """Where the path of the conversations is kept; those of fewer questions, or of other kinds, are others."""
+        parts = ["training_file"] if self.args.written is None else [f"training_file-written{self.args.written}"]
+        return self.out / "-".join(parts + ([] if self.args.questions is None else [str(self.args.questions)]))
 
     def training_file(self) -> Path:
         """The conversations to learn from."""
-        rows = training_data.questions(self.args.tasks)[: self.args.questions]
+        rows = training_data.questions(self.args.tasks, self.args.written)[: self.args.questions]
         done = self._training_file()
         if self.training_file_is_there():
             return Path(done.read_text())
@@ -148,7 +149,7 @@ class Table:
         path = self.out / "rows" / key / "settings.json"
         row = row_of(key)
         names = ["limit", "length"]
-        names += ["questions"] if key != BASELINE else []  # made the training data, which calibrates too
+        names += ["questions", "written"] if key != BASELINE else []  # made the training data, which calibrates too
         names += ["train_batch_size"] if row.recipe is not None else []
         names += ["learning_rate"] if row.recipe is not None and row.learning_rate is None else []
         wanted = {"row": settings_text(key)} | {name: getattr(self.args, name) for name in names}
@@ -156,7 +157,7 @@ class Table:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted))
             return
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = {"written": None} | json.loads(path.read_text()) if path.exists() else {}  # None before it was a choice
         if differing := [name for name, value in wanted.items() if found.get(name, self) != value]:
             raise UserError(
                 f"{path.parent} was measured with another {differing[0]}: {found.get(differing[0], 'not noted')}, not "
@@ -272,7 +273,7 @@ def _check(args: argparse.Namespace) -> None:
     for figure in args.figures:
         (read_text if figure in TEXTS else read)(task_of(figure), args.tasks)
     if any(row_of(key).quantized or row_of(key).recipe for key in args.rows):
-        training_data.questions(args.tasks)
+        training_data.questions(args.tasks, args.written)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -287,6 +288,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=positive_number, default=9.0, help="of this call")
     parser.add_argument("--limit", type=positive, help="problems of each task, rows of each text; default: all")
     parser.add_argument("--questions", type=positive, help="to make training data from; default: all")
+    parser.add_argument("--written", type=positive, help=training_data.WRITTEN)
     parser.add_argument("--batch_size", type=positive, help="of answers; default: 660 on a GPU, 8 on a CPU")
     parser.add_argument("--train_batch_size", type=positive, default=4)
     parser.add_argument("--length", type=positive, default=1024, help="tokens of a training row")

@@ -50,6 +50,7 @@ def _without_training(title: str, scheme: str, **settings) -> RealRow:
 
 _SMOOTHED = plain("").smooth_alpha
 _HADAMARD: dict = {"weights": "search", "inputs": None, "prepare_options": {"input_transforms": "hadamard"}}
+_ALL_TRANSFORMED: dict = {"input_transforms": {"*": "hadamard"}}
 UNTRAINED: dict[str, RealRow] = {
     "bf16": RealRow("BF16"),
     "mxfp4-rtn": _without_training("MXFP4 RTN (EVEN)", "MXFP4", weights="even", inputs="even"),
@@ -64,11 +65,15 @@ UNTRAINED: dict[str, RealRow] = {
         "MXFP4 PTQ, prepared as in our recipe, GPTQ with 512 rows",
         of_ours("", distill=False, steps=0, weight_init="gptq", weight_init_samples=512),
     ),
+    "mxfp4-all-gptq-ptq": RealRow(
+        "MXFP4 PTQ, prepared as in our recipe, all inputs transformed, GPTQ",
+        of_ours("", distill=False, steps=0, weight_init="gptq", prepare_options=_ALL_TRANSFORMED),
+    ),
     "mxfp4-all-gptq512-ptq": RealRow(
         "MXFP4 PTQ, prepared as in our recipe, all inputs transformed, GPTQ with 512 rows",
         of_ours(
             "", distill=False, steps=0, weight_init="gptq", weight_init_samples=512,
-            prepare_options={"input_transforms": {"*": "hadamard"}},
+            prepare_options=_ALL_TRANSFORMED,
         ),
     ),
     "mxfp4-autoround": RealRow(

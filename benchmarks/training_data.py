@@ -41,6 +41,7 @@ from training.backends.fingerprint import fingerprint  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
 MAX_NEW_TOKENS, PIECE = 384, 512
+WRITTEN = "take the questions that the model writes itself alone, this many times as many; default: all kinds, once"
 AVOIDED = 8  # words: a question that the teacher writes has no run of them in common with an evaluated one
 PROMPTS = {
     "number": lambda question: number_prompt({"question": question}),
@@ -54,14 +55,20 @@ _TEMPLATES = (
 )
 
 
-def questions(folder: Path) -> list[dict]:
+def questions(folder: Path, written: int | None = None) -> list[dict]:
     """{"question", "answer"} in a fixed, mixed order; "answer" is the right number, or None.
 
     Among them {"request", "kind", "answer"}, for questions that the teacher writes.
 
+    Args:
+        folder: of benchmarks/tasks/fetch.py.
+        written: give those that the teacher writes alone, this many times as many.
+
     Raises:
         UserError: the problems of reasoning-gym were not fetched.
     """
+    if written is not None:
+        return _mixed([{**row, "answer": None} for row in requests(written)])
     path = folder / "training.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is not there; run: python benchmarks/tasks/fetch.py --out {folder}")
@@ -76,6 +83,10 @@ def questions(folder: Path) -> list[dict]:
         text = template.format(question=question, answer=answer[:_DOCUMENTATION_CHARACTERS])
         rows.append({"question": text, "answer": None})
     rows += [{**row, "answer": None} for row in requests()]
+    return _mixed(rows)
+
+
+def _mixed(rows: list[dict]) -> list[dict]:
     random.Random(0).shuffle(rows)
     return rows
 
@@ -156,9 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", type=Path, default=FOLDER, help="folder of benchmarks/tasks/fetch.py")
     parser.add_argument("--out", type=Path, default=Path("runs/models/training"))
     parser.add_argument("--questions", type=positive, help="default: all")
+    parser.add_argument("--written", type=positive, help=WRITTEN)
     parser.add_argument("--batch_size", type=positive, help="default: 256 on a GPU, 8 on a CPU")
     args = parser.parse_args(argv)
-    rows = questions(args.tasks)[: args.questions]
+    rows = questions(args.tasks, args.written)[: args.questions]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
     arguments = ModelArguments(args.model, args.gguf_file)

@@ -77,12 +77,16 @@ _SHORTEST, _LONGEST = 40, 1200  # characters of a question
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def requests() -> list[dict]:
-    """{"request", "kind"}: what the teacher is asked, for questions of the kinds "number" and "code"."""
+def requests(times: int = 1) -> list[dict]:
+    """{"request", "kind"}: what the teacher is asked, for questions of the kinds "number" and "code".
+
+    Args:
+        times: each request is in the list this often for each sample of _SAMPLES.
+    """
     problems = [_PROBLEM.format(subject=subject, example=text) for subject, text in product(_SUBJECTS, _EXAMPLES)]
     functions = [_FUNCTION.format(data=data, deed=deed) for data, deed in product(_DATA, _DEEDS)]
-    texts = [("number", text) for text in problems * _SAMPLES["number"]]
-    texts += [("code", text) for text in functions * _SAMPLES["code"]]
+    texts = [("number", text) for text in problems * (times * _SAMPLES["number"])]
+    texts += [("code", text) for text in functions * (times * _SAMPLES["code"])]
     return [{"request": text, "kind": kind} for kind, text in texts]
 
 

@@ -197,6 +197,9 @@ def test_figures_of_other_settings_are_not_taken_for_those_of_a_row(folders):
     table.args.questions = 8  # of the text that smooths it
     with pytest.raises(UserError, match="mxfp4-ptq was measured with another questions: None, not 8; remove"):
         table.check_settings("mxfp4-ptq")
+    table.args.questions, table.args.written = None, 2
+    with pytest.raises(UserError, match="mxfp4-ptq was measured with another written: None, not 2; remove"):
+        table.check_settings("mxfp4-ptq")
 
 
 def test_a_recipe_that_was_changed_is_another_row(tmp_path, monkeypatch):
@@ -229,6 +232,24 @@ def test_a_quick_try_leaves_nothing_that_a_full_call_would_take_for_its_own(fold
         table.write_base()
     files = [table.training_file() for table in tables]
     assert files[0] != files[1] and answered[0] == 8 and tables[0].training_file() == files[0]
+
+
+def test_questions_of_other_kinds_make_another_training_file(folders, monkeypatch):
+    root, _ = folders
+    words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
+    problem = "Mara has 12 red beads and buys 3 bags of 7 blue beads. How many beads has she got?"
+    monkeypatch.setattr(
+        training_data, "generate", lambda model, tokenizer, questions, *_: [(problem, True)] * len(questions)
+    )
+    row = {"request": "Write a problem.", "kind": "number"}
+    monkeypatch.setattr(training_data, "requests", lambda times=0: [row] * times)
+    all_kinds, written = (
+        real_models.Table(real_models.parse([*words, "--questions", "3", *more])) for more in ([], ["--written", "2"])
+    )
+    all_kinds.write_base()
+    written.write_base()
+    assert "leg" not in written.training_file().read_text() and problem in written.training_file().read_text()
+    assert written.training_file() != all_kinds.training_file() and written.training_file_is_there()
 
 
 def test_answers_in_pieces_of_another_batch_size_are_given_again(folders):

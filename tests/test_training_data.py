@@ -139,6 +139,12 @@ def test_requests_are_enough_and_of_both_kinds():
     assert counts == {"number": 64 * 12, "code": 20 * 20} and len(found) > 5000
 
 
+def test_questions_that_the_teacher_writes_can_be_all_and_more(tmp_path):
+    found = training_data.questions(tmp_path, written=2)  # without the problems of reasoning-gym
+    assert sorted(row["request"] for row in found) == sorted(2 * [row["request"] for row in requests()])
+    assert {row["kind"] for row in found[:50]} == {"number", "code"} and found == training_data.questions(tmp_path, 2)
+
+
 def test_runs_of_tasks_are_those_of_all_problems(tmp_path):
     for name in TASKS:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": PROBLEM, "answer": "33"}) + "\n")
