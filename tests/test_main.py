@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,8 @@ def test_a_single_file_of_arguments_works(workspace, suffix):
     [
         (("--quant_scheme", "MXFP5"), "--quant_scheme 'MXFP5' is unknown; choose one of MXFP4, MXFP8"),
         (("--model_max_length", "1"), "--model_max_length 1"),
-        (("--weight_scale_rule", "even"), "need --quant_scheme"),
+        (("--weight_scale_rule", "even"), "--weight_scale_rule even has no effect without --quant_scheme or"),
+        (("--input_scale_rule", "even"), "--input_scale_rule even has no effect without --quant_scheme or"),
         (("--quant_mapping", "none.json"), "mapping file 'none.json' cannot be read"),
         (("--quant_scheme", "MXFP4", "--quant_mapping", "m.json"), "give either it or --quant_scheme"),
         (("--exponent_learning_rate", "0"), "--exponent_learning_rate 0"),
@@ -433,11 +435,16 @@ def test_rounded_values_are_no_teacher_and_trained_ones_are_rounded_no_longer(wo
     ptq = ("--ptq", "True", "--do_eval", "True", "--quant_scheme", "MXFP4A16", "--weight_init", "gptq")
     run(workspace, "rounded", *ptq)
     message = "its weights were rounded before they were saved"
-    with pytest.raises(UserError, match=message):
-        run(
-            workspace, "taught", "--do_eval", "True", "--distill", "True", "--quant_scheme", "MXFP4",
-            "--teacher_model_name_or_path", str(workspace / "rounded"),
-        )  # fmt: skip
+    of_hub = workspace / "hub" / "models--somebody--rounded"
+    shutil.copytree(workspace / "rounded", of_hub / "snapshots" / "0123")
+    (of_hub / "refs").mkdir()
+    (of_hub / "refs" / "main").write_text("0123")
+    for teacher in (str(workspace / "rounded"), "somebody/rounded"):
+        with pytest.raises(UserError, match=message):
+            run(
+                workspace, "taught", "--do_eval", "True", "--distill", "True", "--quant_scheme", "MXFP4",
+                "--teacher_model_name_or_path", teacher, "--cache_dir", str(workspace / "hub"),
+            )  # fmt: skip
     with pytest.raises(UserError, match="--distill_teacher self: the weights of .* are quantized values"):
         run(workspace, "itself", "--do_eval", "True", "--distill", "True", "--distill_teacher", "self", model="rounded")
     run(workspace, "trained-on", "--do_train", "True", "--max_steps", "1", model="rounded")

@@ -38,7 +38,7 @@ from .resume.steps import check_steps
 from .start.calibration import check_calibration
 from .start.data_checks import check_fit, local_paths
 from .start.skeleton import check_autocast, check_length, check_loads_again, skeleton_of
-from .start.start import Start
+from .start.start import Start, saved_config
 from .teachers.choose import check_cached_size
 from .teachers.load import check_teacher
 
@@ -149,7 +149,7 @@ def _check_teacher(start: Start, skeleton: PreTrainedModel, name: str) -> None:
     teacher = SimpleNamespace(config=read_config(name, f"{TEACHER_ARGUMENT} {name!r}", **options))
     own = load_tokenizer(model_args.model_name_or_path, gguf_file=model_args.gguf_file, **options)
     check_teacher(skeleton, teacher, own, load_tokenizer(name, argument=TEACHER_ARGUMENT, **options))
-    saved = QATConfig.load(name) if Path(name).is_dir() else None
+    saved = saved_config(name, start.cache_dir)
     if holds_rounded_values(saved) or learns(saved):
         raise UserError(
             f"{TEACHER_ARGUMENT} {name!r}: its weights were rounded before they were saved; give the unquantized model "

@@ -45,7 +45,7 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
         raise UserError(f"the mapping file {str(path)!r}: {error}") from error
     if "mapping" in content:
         _check_spelling(path, content)
-    ignore = content.get("ignore", list(DEFAULT_IGNORE)) if mapping is not content else list(DEFAULT_IGNORE)
+    ignore = content.get("ignore", list(DEFAULT_IGNORE))
     if not isinstance(ignore, list) or not all(isinstance(pattern, str) for pattern in ignore):
         raise UserError(f'the mapping file {str(path)!r}: "ignore" is not a list of patterns; {expected}')
     check_patterns([*mapping, *ignore])

@@ -223,8 +223,12 @@ class QuantizationArguments:
             self._check_rules(*mapping.values())
             return
         if self.quant_scheme is None:
-            if self.weight_scale_rule or self.input_scale_rule:
-                raise UserError("--weight_scale_rule and --input_scale_rule need --quant_scheme")
+            for name in ("weight_scale_rule", "input_scale_rule"):
+                if (value := getattr(self, name)) is not None:
+                    raise UserError(
+                        f"--{name} {value} has no effect without --quant_scheme or --quant_mapping; a model that was "
+                        f"saved for a scheme keeps its rules: give its scheme, too, or leave out --{name}"
+                    )
             return
         self.quant_scheme = scheme_name(self.quant_scheme, "--quant_scheme")
         self._check_rules(self.quant_scheme)
