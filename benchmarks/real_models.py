@@ -100,7 +100,7 @@ class Table:
 
     def training_file(self) -> Path:
         """The conversations to learn from."""
-        rows = training_data.questions(self.args.tasks, self.args.written)[: self.args.questions]
+        rows = training_data.first_questions(self.args.tasks, self.args.written, self.args.questions)
         done = self._training_file()
         if self.training_file_is_there():
             return Path(done.read_text())
@@ -273,7 +273,9 @@ def _check(args: argparse.Namespace) -> None:
     for figure in args.figures:
         (read_text if figure in TEXTS else read)(task_of(figure), args.tasks)
     if any(row_of(key).quantized or row_of(key).recipe for key in args.rows):
-        training_data.questions(args.tasks, args.written)
+        training_data.first_questions(args.tasks, args.written, args.questions)
+        if args.written is not None:  # whose questions need no file, and must not be like those of the tasks
+            runs_of_tasks(args.tasks, training_data.AVOIDED)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -5,9 +5,10 @@
 
 Questions are problems of reasoning-gym (`benchmarks/tasks/fetch.py` writes them; none is evaluated), questions about
 Python's standard library, by template from its docstrings, and some that the teacher writes itself
-(`benchmarks/written_questions.py`). The teacher answers greedily in its own chat template. An answer that is cut is
-left out, and so is a wrong one where the right one is known. The file has a key of the teacher's weights, the questions
-and the settings in its name: what is there is not made again, and an interrupted run resumes with the next piece.
+(`benchmarks/written_questions.py`; with `--written N` these alone, N times as many). The teacher answers greedily in
+its own chat template. An answer that is cut is left out, and so is a wrong one where the right one is known. The file
+has a key of the teacher's weights, the questions and the settings in its name: what is there is not made again, and
+an interrupted run resumes with the next piece.
 Rows are {"messages": [...]}, as `--dataset` reads them.
 """
 
@@ -41,7 +42,7 @@ from training.backends.fingerprint import fingerprint  # noqa: E402
 from training.start.loading import load_tokenizer, load_unquantized  # noqa: E402
 
 MAX_NEW_TOKENS, PIECE = 384, 512
-WRITTEN = "take the questions that the model writes itself alone, this many times as many; default: all kinds, once"
+WRITTEN = "ask only for questions that the model writes itself, this many times; default: all kinds of questions, once"
 AVOIDED = 8  # words: a question that the teacher writes has no run of them in common with an evaluated one
 PROMPTS = {
     "number": lambda question: number_prompt({"question": question}),
@@ -65,7 +66,7 @@ def questions(folder: Path, written: int | None = None) -> list[dict]:
         written: give those that the teacher writes alone, this many times as many.
 
     Raises:
-        UserError: the problems of reasoning-gym were not fetched.
+        UserError: the problems of reasoning-gym, which are needed without `written`, were not fetched.
     """
     if written is not None:
         return _mixed([{**row, "answer": None} for row in requests(written)])
@@ -84,6 +85,19 @@ def questions(folder: Path, written: int | None = None) -> list[dict]:
         rows.append({"question": text, "answer": None})
     rows += [{**row, "answer": None} for row in requests()]
     return _mixed(rows)
+
+
+def first_questions(folder: Path, written: int | None, count: int | None) -> list[dict]:
+    """The first `count` of `questions`, or all of them.
+
+    Raises:
+        UserError: there are not as many, or the problems of reasoning-gym were not fetched.
+    """
+    rows = questions(folder, written)
+    if count is not None and count > len(rows):
+        more = "" if written is None else f" with --written {written}; give a larger --written, or"
+        raise UserError(f"--questions {count} are more than the {len(rows)} that there are{more or ';'} leave it out")
+    return rows[:count]
 
 
 def _mixed(rows: list[dict]) -> list[dict]:
@@ -131,6 +145,7 @@ def make(
         avoided: runs of words (`overlap.runs_of_tasks`) that no question which the teacher writes may have.
     """
     content = [fingerprint(model), MAX_NEW_TOKENS, [row.get("question") or row["request"] for row in rows]]
+    content += [written_questions.VERSION] if any("request" in row for row in rows) else []
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     target, pieces = out / f"training-{key}.jsonl", out / f"training-{key}"
     if target.exists():
@@ -170,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--written", type=positive, help=WRITTEN)
     parser.add_argument("--batch_size", type=positive, help="default: 256 on a GPU, 8 on a CPU")
     args = parser.parse_args(argv)
-    rows = questions(args.tasks, args.written)[: args.questions]
+    rows = first_questions(args.tasks, args.written, args.questions)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
     arguments = ModelArguments(args.model, args.gguf_file)

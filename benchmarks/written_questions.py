@@ -72,8 +72,10 @@ _FUNCTION = (
     "{data} and {deed}. The docstring says precisely what it does and has two examples with >>>. Do not write the body."
 )
 MAX_NEW_TOKENS = 256
+VERSION = 2  # of `question_of`: another one takes other questions from the same texts
 _SAMPLES = {"number": 6, "code": 4}  # of each request
 _SHORTEST, _LONGEST = 40, 1200  # characters of a question
+_REFUSAL = re.compile(r"(?i)as an ai\b|i cannot|i'm sorry|write another one")  # the last: the request again
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -102,13 +104,16 @@ def question_of(kind: str, text: str) -> str | None:
 
 
 def _problem(text: str) -> str | None:
-    """The paragraphs up to the first that asks, without a title; it has two numbers."""
+    """The paragraphs up to the first that asks, without a title or an announcement; it has two numbers."""
     paragraphs = [part.strip(" *#") for part in re.split(r"\n\s*\n", text.strip())]
     paragraphs = [part for part in paragraphs if not re.fullmatch(r"[^.?!]*", part)]
     asking = next((number for number, part in enumerate(paragraphs) if part.endswith("?")), None)
     if asking is None:
         return None
-    asked = "\n".join(paragraphs[: asking + 1])
+    begins = max((number + 1 for number, part in enumerate(paragraphs[:asking]) if part.endswith(":")), default=0)
+    asked = "\n".join(paragraphs[begins : asking + 1])
+    if _REFUSAL.search(asked):
+        return None
     question = re.sub(r"(?i)^(?:(?:math |word )*problem|question|q)\W*:\W*", "", asked)
     return question if len(re.findall(r"\d+", question)) > 1 else None
 

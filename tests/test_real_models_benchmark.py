@@ -238,17 +238,25 @@ def test_questions_of_other_kinds_make_another_training_file(folders, monkeypatc
     root, _ = folders
     words = ["--model", str(root / "model"), "--out", str(root / "out"), "--tasks", str(root / "tasks")]
     problem = "Mara has 12 red beads and buys 3 bags of 7 blue beads. How many beads has she got?"
-    monkeypatch.setattr(
-        training_data, "generate", lambda model, tokenizer, questions, *_: [(problem, True)] * len(questions)
-    )
+
+    def generate(model, tokenizer, questions, *_):
+        return [(q[8:-1].split("?")[0] if q.startswith("What is") else problem, True) for q in questions]
+
+    monkeypatch.setattr(training_data, "generate", generate)
     row = {"request": "Write a problem.", "kind": "number"}
     monkeypatch.setattr(training_data, "requests", lambda times=0: [row] * times)
     all_kinds, written = (
-        real_models.Table(real_models.parse([*words, "--questions", "3", *more])) for more in ([], ["--written", "2"])
+        real_models.Table(real_models.parse([*words, "--questions", "2", *more])) for more in ([], ["--written", "2"])
     )
     all_kinds.write_base()
     written.write_base()
-    assert "leg" not in written.training_file().read_text() and problem in written.training_file().read_text()
+    asked = [json.loads(row)["messages"][0]["content"] for row in written.training_file().read_text().splitlines()]
+    assert [problem in question for question in asked] == [True]  # no question twice
+    assert "What is" in all_kinds.training_file().read_text()
+    with pytest.raises(
+        UserError, match="--questions 3 are more than the 2 .* with --written 2; give a larger --written"
+    ):
+        real_models.parse([*words, "--rows", "mxfp4-ptq", "--questions", "3", "--written", "2"])
     assert written.training_file() != all_kinds.training_file() and written.training_file_is_there()
 
 

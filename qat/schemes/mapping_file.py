@@ -36,6 +36,8 @@ def load_mapping(path: str | Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """
     content = _read(path)
     expected = 'expected {"mapping": {"torch.nn.Linear": "MXFP4", "*.down_proj": "MXFP8"}, "ignore": ["lm_head"]}'
+    if isinstance(content, dict) and isinstance(content.get("ignore"), list) and "mapping" not in content:
+        raise UserError(f'the mapping file {str(path)!r} has "ignore" beside layers, and no "mapping"; {expected}')
     mapping = content.get("mapping", content) if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(value, str) for value in mapping.values()):
         raise UserError(f"the mapping file {str(path)!r} holds no mapping from layers to schemes; {expected}")

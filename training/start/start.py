@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -236,6 +237,8 @@ class Start:
 def saved_config(name_or_path: str, cache_dir: str | None = None) -> QATConfig | None:
     """The qat_config.json of a local folder or a hub id; None where there is none.
 
+    Where the hub cannot be asked and its cache does not say, that is None, too, with a warning.
+
     Raises:
         UserError: it is damaged.
     """
@@ -245,7 +248,14 @@ def saved_config(name_or_path: str, cache_dir: str | None = None) -> QATConfig |
         name_or_path, QAT_CONFIG_NAME, cache_dir=cache_dir, _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return None if path is None else QATConfig.load(Path(path).parent)
+    if path is not None:
+        return QATConfig.load(Path(path).parent)
+    if try_to_load_from_cache(name_or_path, QAT_CONFIG_NAME, cache_dir=cache_dir) is None:
+        logger.warning(
+            "Whether %s was trained to be quantized is not known: its %s is not in the cache, and the hub could not be "
+            "asked; it is taken for a model that was not", name_or_path, QAT_CONFIG_NAME,
+        )  # fmt: skip
+    return None
 
 
 def load_model(model_args: ModelArguments, cache_dir: str | None = None) -> PreTrainedModel:

@@ -41,7 +41,7 @@ def test_a_stage_that_starts_from_a_mixed_folder_trains_under_its_rules(tmp_path
         assert model.qat_config.training == ({"learn_exponent": True} if learns else {})
 
 
-def test_a_model_by_hub_id_finds_its_configuration_too(tmp_path, monkeypatch):
+def test_a_model_by_hub_id_finds_its_configuration_too(tmp_path, caplog):
     snapshot = tmp_path / "models--somebody--trained" / "snapshots" / "0123"
     shutil.copytree(save_qat(tmp_path / "trained", {"torch.nn.Linear": "MXFP8"}), snapshot)
     (tmp_path / "models--somebody--trained" / "refs").mkdir()
@@ -51,7 +51,14 @@ def test_a_model_by_hub_id_finds_its_configuration_too(tmp_path, monkeypatch):
     model = start.load_model()
     start.quantize(model, QuantizationArguments())
     assert rules_of(model) == {"MXFP8": {"weight": "floor", "input": "floor"}}
+    assert "is not known" not in caplog.text
     assert saved_config("somebody/unknown", str(tmp_path)) is None
+    assert "Whether somebody/unknown was trained to be quantized is not known" in caplog.text
+    (tmp_path / "models--somebody--plain" / "refs").mkdir(parents=True)
+    (tmp_path / "models--somebody--plain" / "refs" / "main").write_text("0123")
+    (tmp_path / "models--somebody--plain" / ".no_exist" / "0123").mkdir(parents=True)
+    (tmp_path / "models--somebody--plain" / ".no_exist" / "0123" / "qat_config.json").touch()
+    assert saved_config("somebody/plain", str(tmp_path)) is None and "somebody/plain" not in caplog.text
 
 
 def test_inputs_can_be_put_under_the_rule_of_an_engine():

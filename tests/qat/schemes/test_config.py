@@ -82,6 +82,9 @@ def test_a_slip_in_a_key_of_a_mapping_file_is_an_error_and_another_key_is_left_a
         load_mapping(path)
     path.write_text(json.dumps({"mapping": mapping, "ignore": ["*.o_proj"], "layers": {}, "bits": 4.5}))
     assert load_mapping(path) == (mapping, ("*.o_proj",))
+    path.write_text(json.dumps(mapping | {"ignore": ["*.o_proj"]}))
+    with pytest.raises(ValueError, match='m.json\' has "ignore" beside layers, and no "mapping"; expected'):
+        load_mapping(path)
 
 
 def test_patterns_match_as_fnmatch_does_a_name_or_a_dotted_end_of_it():
