@@ -100,10 +100,10 @@ class Table:
 
     def training_file(self) -> Path:
         """The conversations to learn from."""
-        rows = training_data.first_questions(self.args.tasks, self.args.written, self.args.questions)
         done = self._training_file()
         if self.training_file_is_there():
             return Path(done.read_text())
+        rows = training_data.first_questions(self.args.tasks, self.args.written, self.args.questions)
         path = training_data.make(
             self.teacher(), self.tokenizer, rows, self.out / "training", self.args.batch_size, self.deadline,
             self.args.training_share or (0, 1), avoided=runs_of_tasks(self.args.tasks, training_data.AVOIDED),

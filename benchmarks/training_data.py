@@ -95,8 +95,10 @@ def first_questions(folder: Path, written: int | None, count: int | None) -> lis
     """
     rows = questions(folder, written)
     if count is not None and count > len(rows):
-        more = "" if written is None else f" with --written {written}; give a larger --written, or"
-        raise UserError(f"--questions {count} are more than the {len(rows)} that there are{more or ';'} leave it out")
+        more = "" if written is None else " give a larger --written, or"
+        raise UserError(
+            f"--questions {count} are more than the {len(rows)} that there are;{more} leave out --questions"
+        )
     return rows[:count]
 
 
@@ -188,9 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = first_questions(args.tasks, args.written, args.questions)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     use_device(device)
+    avoided = runs_of_tasks(args.tasks, AVOIDED)
     arguments = ModelArguments(args.model, args.gguf_file)
     model, tokenizer = load_unquantized(arguments).to(device).eval(), load_tokenizer(arguments, 2048)
-    avoided = runs_of_tasks(args.tasks, AVOIDED)
     path = make(model, tokenizer, rows, args.out, args.batch_size or (256 if device == "cuda" else 8), avoided=avoided)
     print(f"--dataset {path}")
 

@@ -76,6 +76,7 @@ VERSION = 2  # of `question_of`: another one takes other questions from the same
 _SAMPLES = {"number": 6, "code": 4}  # of each request
 _SHORTEST, _LONGEST = 40, 1200  # characters of a question
 _REFUSAL = re.compile(r"(?i)as an ai\b|i cannot|i'm sorry|write another one")  # the last: the request again
+_ANNOUNCES = re.compile(r"(?i)\A(?:sure|certainly|of course)\b|\b(?:problems?|question|example|here|one)\b\D*:\Z")
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -110,7 +111,7 @@ def _problem(text: str) -> str | None:
     asking = next((number for number, part in enumerate(paragraphs) if part.endswith("?")), None)
     if asking is None:
         return None
-    begins = max((number + 1 for number, part in enumerate(paragraphs[:asking]) if part.endswith(":")), default=0)
+    begins = max((number + 1 for number, part in enumerate(paragraphs[:asking]) if _ANNOUNCES.search(part)), default=0)
     asked = "\n".join(paragraphs[begins : asking + 1])
     if _REFUSAL.search(asked):
         return None

@@ -97,6 +97,7 @@ def words(text: str) -> int:
         ("number", f"**Math Word Problem:**\n\n{PROBLEM}\n\n**Solution:** 33 beads, is it not?", PROBLEM),
         ("number", f"Problem: {PROBLEM}", PROBLEM),
         ("number", f"Sure! Here is another one, about beads:\n\n{PROBLEM}", PROBLEM),
+        ("number", f"A bag is full. It holds:\n\n{PROBLEM}", f"A bag is full. It holds:\n{PROBLEM}"),
         ("number", f"As an AI language model, I write one alone.\n\n{PROBLEM}", None),
         ("number", PROBLEM.replace(" How", "\n\nHow"), PROBLEM.replace(" How", "\nHow")),
         ("number", PROBLEM.replace("How many", "Say how many").replace("?", "."), None),
